@@ -1,0 +1,145 @@
+"""Files that are whole or absent: atomic writes, and tensors in safetensors with a digest over every byte."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import zipfile
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A file of weights or tensors that can't be used, with the reason; the only error that reading one raises."""
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A binary file that appears under `path` whole when the block ends, and not at all when it raises or is killed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """The whole text, or the file as it was."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+# The digest is taken over the whole file with these 64 characters in the digest's place.
+_BLANK = "0" * 64
+_DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+_MARK = "flowturbo"
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON-able description as safetensors, atomically, with a digest that `load_tensors` checks."""
+    header = {_MARK: json.dumps(dict(metadata), sort_keys=True), "sha256": _BLANK}
+    flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    data = bytearray(safetensors.torch.save(flat, metadata=header))
+    at = data.index(f'"sha256":"{_BLANK}"'.encode(), 0, _header_end(data)) + len('"sha256":"')
+    data[at : at + 64] = hashlib.sha256(data).hexdigest().encode()
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors and description of a safetensors file; the description is None for files that `save_tensors` did not write.
+
+    Raises CheckpointError for a missing or damaged file; for our own files, damage is any changed byte.
+    """
+    path = _existing(path)
+    with _as_checkpoint_error(path, "is no whole safetensors file"):
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        ours = {_MARK, "sha256"} & metadata.keys()
+        if ours:
+            _check_digest(path)
+        tensors = safetensors.torch.load_file(path)
+        return tensors, json.loads(metadata[_MARK]) if ours else None
+
+
+def _check_digest(path: Path) -> None:
+    """Hash the file with its own digest blanked, a piece at a time."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = size.to_bytes(8, "little") + file.read(size)
+        found = _DIGEST.search(header)
+        if found is None:
+            raise CheckpointError(f"{path} is damaged: its header holds no digest")
+        hashed = hashlib.sha256(header[: found.start(1)] + _BLANK.encode() + header[found.end(1) :])
+        while piece := file.read(1 << 22):
+            hashed.update(piece)
+    if hashed.hexdigest().encode() != found[1]:
+        raise CheckpointError(f"{path} is damaged: its bytes do not match the digest in its header")
+
+
+def _header_end(data: bytearray) -> int:
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def load_torch_file(path: str | os.PathLike[str]) -> Any:
+    """The content of a .pt or .pth file: tensors, containers and argparse.Namespace, nothing else (weights_only).
+
+    Raises CheckpointError for a missing, damaged or unsafe file. Damage is found by the checksums inside the zip that torch writes;
+    files in torch's format before 1.6 have none.
+    """
+    path = _existing(path)
+    with _as_checkpoint_error(path, "is no whole torch file of plain tensors"):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+            if bad is not None:
+                raise CheckpointError(f"{path} is damaged: the checksum of its part {bad} does not match")
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {what}")
+    return path
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(path: Path, what: str) -> Iterator[None]:
+    """Readers fail in many ways on damaged files (seven kinds were counted): all become one."""
+    try:
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} {what}: {reason}") from error
+

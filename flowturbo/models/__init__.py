@@ -1,0 +1,181 @@
+"""FlowModel: networks, label space and codec together; `load` makes one from files. A bundled model is an entry in MODELS."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..files import CheckpointError
+from .checkpoint import Checkpoint, load_sit
+from .sit import SiT
+from .vae import VAE, load_vae
+
+_BUNDLED = Path(__file__).parent.parent / "bundled"
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A model that ships in the package."""
+
+    predictor: Path
+    refiner: Path
+
+
+MODELS: dict[str, Bundled] = {
+    "digits": Bundled(_BUNDLED / "digits.safetensors", _BUNDLED / "digits-refiner.safetensors"),
+}
+
+
+class Network(Protocol):
+    """A predictor, called without v, or a refiner, called with it. x (N, C, H, W), t (N,), y (N,), v like x -> like x."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass
+class FlowModel:
+    """What `sample` needs to know of a class-conditional flow model, in our convention: t = 0 is noise, v = data - noise.
+
+    latent_shape: (C, H, W). null_class: the label of the unconditional half, None if the model has none, which rules guidance out.
+    guidance_channels: how many channels guidance acts on unless a call says otherwise.
+    """
+
+    predictor: Network
+    latent_shape: tuple[int, int, int]
+    num_classes: int
+    null_class: int | None
+    guidance_channels: int
+    device: torch.device
+    dtype: torch.dtype
+    refiner: Network | None = None
+    vae: VAE | None = None
+    macs: tuple[int, int] | None = None
+    """Multiply-accumulates of one predictor and one refiner forward of one sample, where they are known."""
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents (N, C, H, W) -> images (N, height, width, 3), uint8, on the model's device. ValueError without a vae."""
+        if self.vae is None:
+            raise ValueError("decode needs a vae: give one to load, such as vae='stabilityai/sd-vae-ft-ema'")
+        return self.vae.decode(latents.to(self.device))
+
+
+class ReversedTime(nn.Module):
+    """A predictor whose time runs from data (0) to noise (1), as REPA's, in our convention: -v(x, 1 - t)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor:
+        return -self.network(x, 1 - t, y)
+
+
+Source = str | os.PathLike[str] | SiT
+
+
+def load(
+    predictor: Source,
+    refiner: Source | None = None,
+    vae: str | os.PathLike[str] | VAE | None = None,
+    *,
+    heads: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    backend: Literal["auto", "reference"] = "auto",
+    convention: Literal["auto", "sit", "repa"] = "auto",
+) -> FlowModel:
+    """A flow model from checkpoints.
+
+    predictor, refiner: a .pt, .pth or .safetensors file with SiT's keys (see checkpoint.load_sit), a bundled name ("digits", which
+        brings its refiner), or a SiT. The refiner must read and return latents of the predictor's shape.
+    vae: a folder or hub name of a diffusers AutoencoderKL (needs the extra "diffusers"), "pixels", or an object with decode and
+        encode; None: what the predictor's file names, else no decoding.
+    heads: attention heads, where the width does not tell (the published widths do).
+    device, dtype: None: cuda and bfloat16 where there is a GPU, else cpu and float32.
+    backend: which kernels run; "auto" and "reference" are the plain torch ones.
+    convention: "repa" for checkpoints with time reversed; "auto" when the file tells.
+    Raises CheckpointError for a file that can't be used, ValueError or TypeError for arguments that don't fit together.
+    """
+    if backend not in ("auto", "reference"):
+        raise ValueError(f"backend must be 'auto' or 'reference', got {backend!r}")
+    place = _device(device)
+    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point type, got {dtype}")
+    if isinstance(predictor, str) and predictor in MODELS:
+        bundled = MODELS[predictor]
+        predictor, refiner = bundled.predictor, refiner or bundled.refiner
+    main = _checkpoint(predictor, "predictor", heads, convention)
+    config = main.model.config
+    side = None if refiner is None else _checkpoint(refiner, "refiner", heads, "auto").model
+    if side is not None:
+        _check_pair(main.model, side)
+    network: nn.Module = main.model.to(place, dtype)
+    if main.convention == "repa":
+        network = ReversedTime(network)
+    chosen_vae = vae if vae is not None else main.vae
+    if isinstance(chosen_vae, str | os.PathLike):
+        chosen_vae = load_vae(chosen_vae, place, dtype)
+    # Published scores of SiT guide 3 of 4 channels (public code); REPA's and everyone else's guide all.
+    three = config.channels == 4 and main.convention == "sit"
+    return FlowModel(
+        predictor=cast(Network, network),
+        refiner=None if side is None else cast(Network, side.to(place, dtype)),
+        latent_shape=(config.channels, config.side, config.side),
+        num_classes=config.num_classes,
+        null_class=config.null_class,
+        guidance_channels=3 if three else config.channels,
+        device=place,
+        dtype=dtype,
+        vae=chosen_vae,
+        macs=(config.macs(), 0 if side is None else side.config.macs()),
+    )
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) sees no CUDA device")
+    return place
+
+
+def _checkpoint(
+    source: Source, role: Literal["predictor", "refiner"], heads: int | None, convention: Literal["auto", "sit", "repa"]
+) -> Checkpoint:
+    if isinstance(source, SiT):
+        if source.config.reads_velocity != (role == "refiner"):
+            raise ValueError(f"{role} must be a SiT with config.reads_velocity={role == 'refiner'}")
+        return Checkpoint(source, "repa" if convention == "repa" else "sit")
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"{role} must be a path, a bundled name or a SiT, got {type(source).__name__}")
+    if isinstance(source, str) and source not in MODELS and not Path(source).suffix:
+        raise CheckpointError(
+            f"{role} {source!r} is neither a bundled model ({', '.join(MODELS)}) nor a .safetensors, .pt or .pth file"
+        )
+    if isinstance(source, str) and source in MODELS:
+        source = MODELS[source].refiner
+    return load_sit(source, role, heads=heads, convention=convention)
+
+
+def _check_pair(predictor: SiT, refiner: SiT) -> None:
+    p, r = predictor.config, refiner.config
+    for what, ours, theirs in (
+        ("latent channels", p.channels, r.channels),
+        ("a latent side", p.side, r.side),
+        ("classes", p.num_classes, r.num_classes),
+    ):
+        if ours != theirs:
+            raise ValueError(f"refiner does not fit the predictor: it has {what} {theirs}, the predictor {ours}")
+
+
+VelocityFunction = Callable[..., Tensor]
+"""v(x, t, **cond): x (N, ...), t a scalar tensor in [0, 1] -> the velocity, of x's shape."""

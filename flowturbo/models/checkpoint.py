@@ -1,0 +1,190 @@
+"""SiT checkpoints: published files (SiT, FlowTurbo, REPA; .pt or .safetensors) and our own, read and written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..files import CheckpointError, load_tensors, load_torch_file, save_tensors
+from .sit import SiT, SiTConfig, config_from_state
+
+Convention = Literal["sit", "repa"]
+Role = Literal["predictor", "refiner"]
+FORMAT = 1
+
+# Keys of training-only parts that a sampler does not need, by convention.
+_DROPPED = {"sit": (), "repa": ("projectors.",)}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A SiT's weights with what they mean. vae: the name that images are decoded by, if the file knows it."""
+
+    model: SiT
+    convention: Convention
+    vae: str | None = None
+    provenance: Mapping[str, Any] | None = None
+
+
+def load_sit(
+    path: str | os.PathLike[str],
+    role: Role,
+    *,
+    heads: int | None = None,
+    convention: Literal["auto", "sit", "repa"] = "auto",
+) -> Checkpoint:
+    """Read a SiT from a .pt, .pth or .safetensors file, sizes read off its tensors, on the CPU in the file's dtype.
+
+    The weights may be bare, or under "ema" (taken if there) or "model", as SiT's, FlowTurbo's and REPA's trainers write them. Files are
+    never unpickled beyond plain tensors and argparse.Namespace.
+    convention "auto": our own files say theirs; files with REPA's projectors are "repa"; all others "sit".
+    Raises CheckpointError naming the file and what is wrong with it.
+    """
+    state, described = read_state(path)
+    if described is not None:
+        _check_description(path, described, role)
+    found: Convention = described["convention"] if described else _guess_convention(state)
+    if convention not in ("auto", found) and (described or found == "repa"):
+        raise CheckpointError(f"{path}: convention {convention!r} was asked for, but the file is of {found!r}")
+    chosen = found if convention == "auto" else convention
+    state = {k: v for k, v in state.items() if not k.startswith(_DROPPED[chosen])}
+    try:
+        config = _config(state, described, role, heads)
+        model = build(config, state)
+    except KeyError as error:
+        raise CheckpointError(f"{path} is no SiT checkpoint: it has no {error.args[0]!r}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if not described and role == "predictor" and config.depth == 1 and not config.learned_sigma:
+        if config.channels == 8:
+            raise CheckpointError(f"{path} is a refiner (one block, x and v as input): give it as refiner=")
+    described = described or {}
+    return Checkpoint(model, chosen, described.get("vae"), described.get("provenance"))
+
+
+def save_sit(
+    path: str | os.PathLike[str],
+    model: SiT,
+    *,
+    convention: Convention = "sit",
+    vae: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a SiT as safetensors, atomically, with its sizes, convention, and a digest over the whole file."""
+    description = {
+        "format": FORMAT,
+        "role": "refiner" if model.config.reads_velocity else "predictor",
+        "config": asdict(model.config),
+        "convention": convention,
+        "vae": vae,
+        "provenance": dict(provenance or {}),
+    }
+    save_tensors(path, model.state_dict(), description)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    role: Role = "predictor",
+    heads: int | None = None,
+    convention: Literal["auto", "sit", "repa"] = "auto",
+    vae: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Turn a published checkpoint into our safetensors file: only the weights that sample, checked, with a digest."""
+    if Path(target).suffix != ".safetensors":
+        raise ValueError(f"target must end in .safetensors, got {str(target)!r}")
+    checkpoint = load_sit(source, role, heads=heads, convention=convention)
+    save_sit(
+        target,
+        checkpoint.model.to(dtype=dtype),
+        convention=checkpoint.convention,
+        vae=vae or checkpoint.vae,
+        provenance={"source": Path(source).name},
+    )
+
+
+def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The weights of a file, unwrapped from "ema" or "model", and its description if it is one of ours."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".safetensors":
+        state, described = load_tensors(path)
+    elif suffix in (".pt", ".pth"):
+        state, described = load_torch_file(path), None
+    else:
+        raise CheckpointError(f"{path} must end in .safetensors, .pt or .pth")
+    for wrapper in ("ema", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+            break
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(f"{path} holds no weights: expected a mapping of names to tensors, got {_kind(state)}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: expected a tensor under {name!r}, got {_kind(value)}")
+    return dict(state), described
+
+
+def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
+    """A SiT that holds exactly these tensors, not copies. ValueError naming missing, extra or misshapen keys."""
+    with torch.device("meta"):
+        model = SiT(config)
+    expected = model.state_dict()
+    problems = []
+    for what, names in (
+        ("missing", expected.keys() - state.keys()),
+        ("not part of a SiT of this size", state.keys() - expected.keys()),
+    ):
+        if names:
+            problems.append(f"{what}: {_some(sorted(names))}")
+    for name in sorted(expected.keys() & state.keys()):
+        if state[name].shape != expected[name].shape:
+            problems.append(
+                f"{name} must have shape {tuple(expected[name].shape)}, got {tuple(state[name].shape)}"
+            )
+        elif not state[name].is_floating_point():
+            problems.append(f"{name} must be floating point, got {state[name].dtype}")
+    if problems:
+        raise ValueError("; ".join(problems[:8]))
+    model.load_state_dict(dict(state), strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _config(
+    state: Mapping[str, Tensor], described: Mapping[str, Any] | None, role: Role, heads: int | None
+) -> SiTConfig:
+    if described is None:
+        return config_from_state(state, reads_velocity=role == "refiner", heads=heads)
+    config = SiTConfig(**described["config"])
+    if heads not in (None, config.heads):
+        raise ValueError(f"heads={heads} was asked for, but the file says {config.heads}")
+    return config
+
+
+def _check_description(path: str | os.PathLike[str], described: Mapping[str, Any], role: Role) -> None:
+    if described.get("format") != FORMAT or "config" not in described:
+        raise CheckpointError(
+            f"{path} is no model file of format {FORMAT} (it says {described.get('kind', described.get('format'))!r})"
+        )
+    if described["role"] != role:
+        raise CheckpointError(f"{path} is a {described['role']}, but was given as {role}=")
+
+
+def _guess_convention(state: Mapping[str, Tensor]) -> Convention:
+    return "repa" if any(k.startswith("projectors.") for k in state) else "sit"
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}" + (" with nothing in it" if value in ({}, []) else "")
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,304 @@
+"""SiT: the diffusion transformer of "SiT" (Ma et al. 2024, arXiv 2401.08740), one class for predictor and refiner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from flowturbo_kernels import adaln_modulate, attention, gated_residual_adaln, linear, patch_embed
+
+TIME_FEATURES = 256
+MAX_PERIOD = 10_000
+
+
+@dataclass(frozen=True)
+class SiTConfig:
+    """Sizes of a SiT. side: height and width of the latent; channels: of latent and velocity; num_classes without the null class.
+
+    learned_sigma: the final layer has twice the channels; the second half is not used. reads_velocity: the input is x and a velocity
+    (a refiner).
+    """
+
+    hidden: int
+    depth: int
+    heads: int
+    patch: int
+    side: int
+    channels: int = 4
+    num_classes: int = 1000
+    learned_sigma: bool = True
+    reads_velocity: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "depth", "heads", "patch", "side", "channels", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden % self.heads:
+            raise ValueError(f"heads must divide the hidden size {self.hidden}, got {self.heads}")
+        if self.hidden % 4:
+            raise ValueError(f"hidden must be a multiple of 4 (2-D sine and cosine positions), got {self.hidden}")
+        if self.side % self.patch:
+            raise ValueError(f"patch must divide the latent side {self.side}, got {self.patch}")
+
+    @property
+    def in_channels(self) -> int:
+        return self.channels * (2 if self.reads_velocity else 1)
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels * (2 if self.learned_sigma else 1)
+
+    @property
+    def tokens(self) -> int:
+        return (self.side // self.patch) ** 2
+
+    @property
+    def null_class(self) -> int:
+        """The label of the unconditional half: the last row of the label table."""
+        return self.num_classes
+
+    def refiner(self, depth: int = 1) -> SiTConfig:
+        """The refiner of this predictor: the same trunk, `depth` blocks, reading x and v (paper section 3.2)."""
+        return replace(self, depth=depth, reads_velocity=True)
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one forward of one sample, of all matrix products."""
+        D, T = self.hidden, self.tokens
+        block = T * 12 * D * D + 2 * T * T * D + 6 * D * D
+        ends = T * self.patch**2 * (self.in_channels + self.channels) * D
+        conditioning = TIME_FEATURES * D + D * D + 2 * D * D
+        return self.depth * block + ends + conditioning
+
+
+SIT_SIZES: dict[str, dict[str, int]] = {
+    "S": dict(hidden=384, depth=12, heads=6),
+    "B": dict(hidden=768, depth=12, heads=12),
+    "L": dict(hidden=1024, depth=24, heads=16),
+    "XL": dict(hidden=1152, depth=28, heads=16),
+}
+SIT_CONFIGS: dict[str, SiTConfig] = {
+    f"SiT-{name}/{patch}": SiTConfig(**sizes, patch=patch, side=32)
+    for name, sizes in SIT_SIZES.items()
+    for patch in (2, 4, 8)
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.proj = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        qkv = linear(x, self.qkv.weight, self.qkv.bias)
+        y = attention(qkv.view(B, T, 3, self.heads, D // self.heads))
+        return linear(y, self.proj.weight, self.proj.bias)
+
+
+class MLP(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden, 4 * hidden)
+        self.fc2 = nn.Linear(4 * hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = linear(x, self.fc1.weight, self.fc1.bias, "gelu_tanh")
+        return linear(y, self.fc2.weight, self.fc2.bias)
+
+
+class AdaLN(nn.Sequential):
+    """c (B, D) -> `chunks` modulations (B, D) each."""
+
+    def __init__(self, hidden: int, chunks: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(hidden, chunks * hidden))
+        self.chunks = chunks
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(c).chunk(self.chunks, dim=-1)
+
+
+class Block(nn.Module):
+    """The parameters of one DiT block; SiT.forward runs its two branches, since the seams between branches are fused."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.attn = Attention(hidden, heads)
+        self.mlp = MLP(hidden)
+        self.adaLN_modulation = AdaLN(hidden, 6)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden, out_features)
+        self.adaLN_modulation = AdaLN(hidden, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (N,) in [0, 1], not scaled -> (N, D): 256 features, cosines first, then a two-layer perceptron."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+
+    def forward(self, t: Tensor) -> Tensor:
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        half = TIME_FEATURES // 2
+        steps = torch.arange(half, dtype=dtype, device=t.device) / half
+        angles = t.to(dtype)[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    def __init__(self, num_classes: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class PatchEmbedder(nn.Module):
+    def __init__(self, in_channels: int, hidden: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden, patch, stride=patch)
+
+    def forward(self, x: Tensor, v: Tensor | None) -> Tensor:
+        return patch_embed(x, self.proj.weight, self.proj.bias, v)
+
+
+class SiT(nn.Module):
+    """A predictor, v(x, t, y), or, with config.reads_velocity, a refiner, r(x, t, y, v).
+
+    Parameter names are those of the published checkpoints. A new SiT returns zeros: its final layer starts at zero.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbedder(config.in_channels, config.hidden, config.patch)
+        self.t_embedder = TimestepEmbedder(config.hidden)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden)
+        self.register_buffer("pos_embed", sincos_positions(config.hidden, config.side // config.patch)[None])
+        self.blocks = nn.ModuleList(Block(config.hidden, config.heads) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config.hidden, config.patch**2 * config.out_channels)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor:
+        """x (N, C, H, W) in the weights' dtype; t (N,) float; y (N,) int64, null_class for no label; v (N, C, H, W) for a refiner
+        -> (N, C, H, W): the velocity, or the refiner's offset of it.
+        """
+        c = self.t_embedder(t) + self.y_embedder(y)
+        tokens = self.x_embedder(x, v) + self.pos_embed
+        return self.unpatchify(self._trunk(tokens, c))
+
+    def _trunk(self, x: Tensor, c: Tensor) -> Tensor:
+        """Blocks and final layer: tokens x (N, T, D), conditioning c (N, D) -> (N, T, p * p * C)."""
+        modulations = [block.adaLN_modulation(c) for block in self.blocks]
+        ends = [m[:2] for m in modulations[1:]] + [self.final_layer.adaLN_modulation(c)]
+        h = adaln_modulate(x, *modulations[0][:2])
+        for block, (_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp), (shift, scale) in zip(
+            self.blocks, modulations, ends, strict=True
+        ):
+            x, h = gated_residual_adaln(x, block.attn(h), gate_msa, shift_mlp, scale_mlp)
+            x, h = gated_residual_adaln(x, block.mlp(h), gate_mlp, shift, scale)
+        return linear(h, *self._velocity_rows())
+
+    def _velocity_rows(self) -> tuple[Tensor, Tensor]:
+        """The final layer's weight and bias without the learned sigma's rows: its rows are (p * p, out_channels)."""
+        weight, bias, config = self.final_layer.linear.weight, self.final_layer.linear.bias, self.config
+        if not config.learned_sigma:
+            return weight, bias
+        rows = (-1, config.out_channels)
+        weight = weight.unflatten(0, rows)[:, : config.channels].flatten(0, 1)
+        return weight, bias.unflatten(0, rows)[:, : config.channels].flatten()
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """tokens (N, h * w, p * p * C), channels innermost -> (N, C, h * p, w * p)."""
+        p, side = self.config.patch, self.config.side // self.config.patch
+        grid = tokens.view(len(tokens), side, side, p, p, self.config.channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.config.channels, side * p, side * p)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> SiT:
+        """The initial weights of SiT's training: Xavier for products, 0.02 normal for embedders, zero for adaLN and the final layer."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for weight in (
+            self.y_embedder.embedding_table.weight,
+            self.t_embedder.mlp[0].weight,
+            self.t_embedder.mlp[2].weight,
+        ):
+            nn.init.normal_(weight, std=0.02, generator=generator)
+        for adaln in (*(b.adaLN_modulation for b in self.blocks), self.final_layer.adaLN_modulation):
+            nn.init.zeros_(adaln[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        return self
+
+
+def sincos_positions(hidden: int, side: int) -> Tensor:
+    """Fixed 2-D sine and cosine positions, (side * side, hidden): the first half of the features encodes the column, the second the row."""
+    omega = 1.0 / MAX_PERIOD ** (torch.arange(hidden // 4, dtype=torch.float64) / (hidden / 4))
+    rows, columns = torch.meshgrid(*[torch.arange(side, dtype=torch.float64)] * 2, indexing="ij")
+    features = []
+    for places in (columns, rows):
+        angles = places.reshape(-1, 1) * omega
+        features += [angles.sin(), angles.cos()]
+    return torch.cat(features, dim=1).float()
+
+
+def config_from_state(
+    state: Mapping[str, Tensor], *, reads_velocity: bool = False, heads: int | None = None
+) -> SiTConfig:
+    """Sizes read off the tensors of a checkpoint; heads from the published sizes when not given.
+
+    Raises KeyError for a missing key that sizes are read from, ValueError where the shapes fit no SiT or heads can't be known.
+    """
+    projection, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table.weight"]
+    if projection.ndim != 4 or projection.shape[2] != projection.shape[3]:
+        raise ValueError(f"x_embedder.proj.weight must have shape (D, C, p, p), got {tuple(projection.shape)}")
+    if state["pos_embed"].ndim != 3 or table.ndim != 2 or state["final_layer.linear.weight"].ndim != 2:
+        raise ValueError("pos_embed must have 3 dimensions, the label table and final_layer.linear.weight 2")
+    hidden, in_channels, patch, _ = projection.shape
+    depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=-1)
+    tokens = state["pos_embed"].shape[1]
+    grid = math.isqrt(tokens)
+    if grid * grid != tokens:
+        raise ValueError(f"pos_embed must hold a square number of tokens, got {tokens}")
+    if reads_velocity and in_channels % 2:
+        raise ValueError(f"a refiner must have an even number of input channels, got {in_channels}")
+    channels = in_channels // 2 if reads_velocity else in_channels
+    outputs = state["final_layer.linear.weight"].shape[0]
+    if outputs not in (patch**2 * channels, 2 * patch**2 * channels):
+        raise ValueError(
+            f"final_layer.linear.weight must have {patch**2 * channels} or {2 * patch**2 * channels} rows "
+            f"for patch {patch} and {channels} channels, got {outputs}"
+        )
+    if heads is None:
+        known = {sizes["hidden"]: sizes["heads"] for sizes in SIT_SIZES.values()}
+        if hidden not in known:
+            raise ValueError(f"heads must be given: width {hidden} is none of the published {sorted(known)}")
+        heads = known[hidden]
+    return SiTConfig(
+        hidden=hidden,
+        depth=depth,
+        heads=heads,
+        patch=patch,
+        side=grid * patch,
+        channels=channels,
+        num_classes=table.shape[0] - 1,
+        learned_sigma=outputs == 2 * patch**2 * channels,
+        reads_velocity=reads_velocity,
+    )
+

@@ -1,0 +1,198 @@
+"""The kinds of solver step. A step is a value: (field, state, t0, t1) -> state. Add one by adding a class to STEPS.
+
+Time runs from 0 (noise) to 1 (data), dx/dt = v(x, t). Numerics of H, P and R are those of FlowTurbo's public code.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from fractions import Fraction
+from typing import ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from flowturbo_kernels import velocity_update
+
+
+class Field(Protocol):
+    """What a step may ask of a model. Guidance, labels and dtypes are the field's business."""
+
+    def predict(self, x: Tensor, t: float) -> Tensor:
+        """x (N, ...), t in [0, 1] -> the velocity at (x, t): N rows, or 2N with both guidance halves, conditional first."""
+        ...
+
+    def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
+        """x (N, ...), t, v as `predict` gives it -> the refiner's offset, of v's shape, to be added to a velocity."""
+        ...
+
+
+class Sample(NamedTuple):
+    """A velocity and the grid time of the state it was evaluated for."""
+
+    t: float
+    v: Tensor
+
+
+class State(NamedTuple):
+    """What passes between steps: x has N rows; under guidance every velocity has 2N, of which the first N move x.
+
+    v: the velocity that stands for the present (x, t), although it was evaluated at the predictor's x (H, P) or is the one that a
+       refiner step started with (R); None when the last step left none.
+    past: velocities at earlier grid times, the newest last, at most MAX_PAST.
+    """
+
+    x: Tensor
+    v: Tensor | None = None
+    past: tuple[Sample, ...] = ()
+
+    @property
+    def newest_velocity(self) -> Tensor | None:
+        """The cached velocity if there is one, else the newest of the past."""
+        if self.v is not None:
+            return self.v
+        return self.past[-1].v if self.past else None
+
+
+MAX_PAST = 3
+
+
+class NoCachedVelocity(ValueError):
+    """A step needs a velocity of an earlier step and there is none."""
+
+
+def move(x: Tensor, v: Tensor, dt: float) -> Tensor:
+    """x + dt * v, by the conditional half of v."""
+    return velocity_update(x, [v], [dt])
+
+
+def trapezoid(x: Tensor, v0: Tensor, v1: Tensor, dt: float) -> Tensor:
+    """x + dt/2 * (v0 + v1), by the conditional halves."""
+    return velocity_update(x, [v0, v1], [dt / 2, dt / 2])
+
+
+def remember(past: tuple[Sample, ...], t: float, v: Tensor) -> tuple[Sample, ...]:
+    return (*past, Sample(t, v))[-MAX_PAST:]
+
+
+class Step(ABC):
+    """One kind of step. letter: its sign in a plan; order: of convergence with an exact field; title: for tables."""
+
+    letter: ClassVar[str]
+    title: ClassVar[str]
+    order: ClassVar[int]
+
+    @abstractmethod
+    def __call__(self, field: Field, state: State, t0: float, t1: float) -> State: ...
+
+
+class Heun(Step):
+    """Heun's method, second order: two predictor calls; caches the second velocity (public code; paper section 3.1)."""
+
+    letter, title, order = "H", "Heun", 2
+
+    def __call__(self, field: Field, state: State, t0: float, t1: float) -> State:
+        dt = t1 - t0
+        v0 = field.predict(state.x, t0)
+        v1 = field.predict(move(state.x, v0, dt), t1)
+        return State(trapezoid(state.x, v0, v1, dt), v1, remember(state.past, t0, v0))
+
+
+class PseudoCorrector(Step):
+    """Heun's method whose first velocity is the cached one: one predictor call, still second order (paper section 3.3).
+
+    Without a cache (as the first step, or after a step that leaves none) it evaluates the first velocity too.
+    """
+
+    letter, title, order = "P", "pseudo corrector", 2
+
+    def __call__(self, field: Field, state: State, t0: float, t1: float) -> State:
+        dt = t1 - t0
+        v0 = field.predict(state.x, t0) if state.v is None else state.v
+        v1 = field.predict(move(state.x, v0, dt), t1)
+        return State(trapezoid(state.x, v0, v1, dt), v1, remember(state.past, t0, v0))
+
+
+class Refiner(Step):
+    """A Heun step whose velocities are the cached one plus refiner offsets: two refiner calls (paper section 3.2).
+
+    As in the public code: both calls read the same cached velocity, the second offset is added to the first refined velocity, and
+    that first one is passed on.
+    """
+
+    letter, title, order = "R", "refiner", 2
+
+    def __call__(self, field: Field, state: State, t0: float, t1: float) -> State:
+        dt, cached = t1 - t0, state.newest_velocity
+        if cached is None:
+            raise NoCachedVelocity("R needs the velocity of an earlier step")
+        v0 = cached + field.refine(state.x, t0, cached)
+        v1 = v0 + field.refine(move(state.x, v0, dt), t1, cached)
+        return State(trapezoid(state.x, v0, v1, dt), v0, remember(state.past, t0, v0))
+
+
+class SingleRefiner(Step):
+    """The refiner step as the paper's equation 7 writes it: one call, reading the velocity of one grid time before."""
+
+    letter, title, order = "S", "refiner, equation 7", 1
+
+    def __call__(self, field: Field, state: State, t0: float, t1: float) -> State:
+        if not state.past:
+            raise NoCachedVelocity("S needs the velocity of an earlier step")
+        before = state.past[-1].v
+        v0 = before + field.refine(state.x, t0, before)
+        return State(move(state.x, v0, t1 - t0), None, remember(state.past, t0, v0))
+
+
+class AdamsBashforth(Step):
+    """k-step Adams-Bashforth on the velocities at the last k grid times: one predictor call; k = 1 is Euler's method.
+
+    The grid may be uneven: the weights integrate the interpolating polynomial over the step. With fewer than k velocities at hand it
+    starts at the order they allow.
+    """
+
+    def __init__(self, letter: str, k: int) -> None:
+        self.letter, self.order = letter, k  # type: ignore[misc]
+        self.title = "Euler" if k == 1 else f"Adams-Bashforth {k}"  # type: ignore[misc]
+
+    def __call__(self, field: Field, state: State, t0: float, t1: float) -> State:
+        v0 = field.predict(state.x, t0)
+        used = (*state.past, Sample(t0, v0))[-self.order :]
+        weights = adams_bashforth_weights([s.t for s in used], t0, t1)
+        x = velocity_update(state.x, [s.v for s in used], weights)
+        return State(x, None, remember(state.past, t0, v0))
+
+
+def adams_bashforth_weights(times: list[float], t0: float, t1: float) -> list[float]:
+    """Integrals over [t0, t1] of the Lagrange polynomials on `times` (distinct): the weight of each velocity.
+
+    Exact in rational arithmetic, then rounded once: on the grid (0, 1) and the step [1, 2] they are (-1/2, 3/2).
+    """
+    nodes = [Fraction(t) for t in times]
+    weights = []
+    for i, node in enumerate(nodes):
+        coefficients = [Fraction(1)]  # of the Lagrange polynomial, lowest power first
+        for j, other in enumerate(nodes):
+            if j != i:
+                shifted = [Fraction(0), *coefficients]
+                lowered = [*(c * other for c in coefficients), Fraction(0)]
+                coefficients = [(s - c) / (node - other) for s, c in zip(shifted, lowered, strict=True)]
+        a, b = Fraction(t0), Fraction(t1)
+        weights.append(
+            float(sum(c * (b ** (n + 1) - a ** (n + 1)) / (n + 1) for n, c in enumerate(coefficients)))
+        )
+    return weights
+
+
+STEPS: dict[str, Step] = {
+    step.letter: step
+    for step in (
+        Heun(),
+        PseudoCorrector(),
+        Refiner(),
+        SingleRefiner(),
+        AdamsBashforth("E", 1),
+        AdamsBashforth("A", 2),
+        AdamsBashforth("B", 3),
+        AdamsBashforth("C", 4),
+    )
+}
