@@ -8,7 +8,8 @@
 from .files import CheckpointError
 from .models import FlowModel, load
 from .plan import Plan
-from .sampler import StepInfo, noise, sample
+from .rng import noise
+from .sampler import StepInfo, sample
 
 __version__ = "0.1.0"
 

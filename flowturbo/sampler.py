@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import rng
+from .checks import finite, positive
 from .field import FunctionField, GuidedField
 from .models import FlowModel, VelocityFunction
 from .path import denoised
@@ -35,21 +37,6 @@ class StepInfo(NamedTuple):
 
 
 Callback = Callable[[StepInfo], object]
-
-
-def noise(shape: Sequence[int], seed: int, images: Iterable[int]) -> Tensor:
-    """Standard normal noise, (number of images, *shape), float32, on the CPU: row k is a function of (seed, images[k]) alone.
-
-    To the last bit, whatever else is drawn beside it: Philox, a counter-based generator, with the seed as key and the image's number
-    as the high word of the counter. seed and the numbers: from 0 to 2**63 - 1.
-    """
-    numbers = [_natural("images", i) for i in images]
-    key = _natural("seed", seed)
-    rows = np.empty((len(numbers), *shape), dtype=np.float32)
-    for row, number in zip(rows, numbers, strict=True):
-        generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, number]))
-        generator.standard_normal(dtype=np.float32, out=row)
-    return torch.from_numpy(rows)
 
 
 @torch.no_grad()
@@ -99,7 +86,7 @@ def sample(
         start, fields = _plain_function(model, plan, guidance, guidance_channels, noise, seed, cond)
 
     N = len(start)
-    size = _positive("batch_size", batch_size) if batch_size is not None else N
+    size = positive("batch_size", batch_size) if batch_size is not None else N
     done = []
     with tqdm(total=math.ceil(N / size) * len(plan), disable=not progress, unit="step", leave=False) as bar:
         for first in range(0, N, size):
@@ -152,13 +139,13 @@ def _class_conditional(
         raise TypeError(f"sample got unexpected arguments {sorted(cond)}: a FlowModel takes labels only")
     if plan.cost.refiner and model.refiner is None:
         raise ValueError(f"plan {plan} has refiner steps, but the model was loaded without refiner=")
-    _check_guidance(guidance)
+    finite("guidance", guidance)
     if guidance != 1 and model.null_class is None:
         raise ValueError(f"guidance={guidance} needs a model with a null class, and this one has none")
     channels = model.latent_shape[0]
     if guidance_channels is None:
         guidance_channels = model.guidance_channels
-    elif not 1 <= _positive("guidance_channels", guidance_channels) <= channels:
+    elif not 1 <= positive("guidance_channels", guidance_channels) <= channels:
         raise ValueError(f"guidance_channels must be from 1 to {channels}, got {guidance_channels}")
     if labels is None:
         if noise is None:
@@ -221,7 +208,7 @@ def _labels(labels: Any, num_classes: int) -> Tensor:
 def _noise(given: Tensor | None, seed: int | None, shape: tuple[int, ...] | None) -> Tensor:
     if given is None:
         assert shape is not None
-        return noise(shape[1:], secrets.randbits(63) if seed is None else seed, range(shape[0]))
+        return rng.noise(shape[1:], secrets.randbits(63) if seed is None else seed, range(shape[0]))
     if not isinstance(given, Tensor):
         raise TypeError(f"noise must be a tensor, got {type(given).__name__}")
     if not given.is_floating_point():
@@ -233,26 +220,3 @@ def _noise(given: Tensor | None, seed: int | None, shape: tuple[int, ...] | None
     if not given.isfinite().all():
         raise ValueError("noise must be finite, got NaN or infinity in it")
     return given.to(torch.promote_types(given.dtype, torch.float32))
-
-
-def _check_guidance(guidance: float) -> None:
-    if isinstance(guidance, bool) or not isinstance(guidance, int | float):
-        raise TypeError(f"guidance must be a number, got {guidance!r}")
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance must be finite, got {guidance}")
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
-
-
-def _natural(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if not 0 <= value < 2**63:
-        raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {value}")
-    return int(value)

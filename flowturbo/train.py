@@ -1,0 +1,370 @@
+"""The training engine: AdamW, EMA, checkpoints that survive a kill, and data parallelism under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from .data import Data, load_data, order
+from .files import load_tensors, save_tensors, write_text
+from .models import Network, _device
+from .models.checkpoint import Convention, save_sit
+from .models.sit import SIT_CONFIGS, SiT, SiTConfig
+from .objectives import FlowMatching, Refinement
+from .rng import Draws, stream
+
+Objective = Callable[[Network, Tensor, Tensor, Draws], Tensor]
+
+# May differ between a run and its resumption: they do not touch what is learnt up to a given step.
+_FREE = {"out", "steps", "save_every", "log_every", "device", "tensorboard"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of every training run.
+
+    out: folder for model.safetensors (EMA weights, for `load`), state.safetensors (to resume) and log.jsonl. A run whose folder holds
+        a state goes on from it.
+    data: "digits", an .npz or a folder of shards as `flowturbo encode` writes, or a folder of images with a folder a class.
+    batch_size: over all processes. schedule: "constant" after the warm-up, or "cosine" to zero at the last step.
+    clip: largest norm of the gradient, 0 for none. precision: "bf16" is autocast, on CUDA only; "auto": bf16 there, else fp32.
+    """
+
+    out: Path
+    data: str = "digits"
+    steps: int = 100_000
+    batch_size: int = 256
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    warmup: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip: float = 0.0
+    ema: float = 0.9999
+    label_drop: float = 0.1
+    seed: int = 0
+    save_every: int = 1000
+    log_every: int = 50
+    device: str | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, low, high in (
+            ("lr", 0, math.inf),
+            ("weight_decay", 0, math.inf),
+            ("warmup", 0, math.inf),
+            ("clip", 0, math.inf),
+            ("ema", 0, 1),
+            ("label_drop", 0, 1),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, a function of its number alone."""
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.schedule == "constant":
+            return self.lr * warm
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+
+
+@dataclass(frozen=True)
+class Train(Settings):
+    """Train a predictor by flow matching (SiT's defaults).
+
+    model: a published size such as "SiT-XL/2", or "custom" with hidden, depth, heads and patch.
+    vae: the name written into the model file, by which its images are decoded.
+    """
+
+    model: str = "SiT-B/2"
+    hidden: int = 384
+    depth: int = 12
+    heads: int = 6
+    patch: int = 2
+    vae: str | None = None
+
+    def config(self, data: Data) -> SiTConfig:
+        channels, height, width = data.shape
+        if height != width:
+            raise ValueError(f"data must have square latents, got {height} x {width}")
+        sizes = dict(side=height, channels=channels, num_classes=data.num_classes, learned_sigma=False)
+        if self.model == "custom":
+            return SiTConfig(hidden=self.hidden, depth=self.depth, heads=self.heads, patch=self.patch, **sizes)
+        if self.model not in SIT_CONFIGS:
+            raise ValueError(f"model must be 'custom' or one of {', '.join(SIT_CONFIGS)}, got {self.model!r}")
+        return dataclasses.replace(SIT_CONFIGS[self.model], **sizes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Settings):
+    """Train a refiner for a frozen predictor (the public code's values: AdamW, lr 5e-5, batch 18, 30 000 steps, EMA 0.9999).
+
+    teacher: the predictor's file. depth: blocks of the refiner. heads: as for load.
+    delta_max, inside, delta_per_row, drop_before, guidance: see objectives.Refinement.
+    """
+
+    teacher: str
+    depth: int = 1
+    heads: int | None = None
+    convention: Literal["auto", "sit", "repa"] = "auto"
+    steps: int = 30_000
+    batch_size: int = 18
+    lr: float = 5e-5
+    delta_max: float = 0.12
+    inside: bool = False
+    delta_per_row: bool = False
+    drop_before: bool = False
+    guidance: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.delta_max < 1:
+            raise ValueError(f"delta_max must be above 0 and below 1, got {self.delta_max}")
+        if not 1 <= self.guidance[0] <= self.guidance[1] < math.inf:
+            raise ValueError(f"guidance must be (low, high) with 1 <= low <= high, got {self.guidance}")
+
+
+def train(settings: Train) -> Path:
+    """Train a predictor; returns the path of its weights."""
+    with _workers(settings.device) as device:
+        data = load_data(settings.data)
+        config = settings.config(data)
+        network = SiT(config).reset_parameters(_seeded(settings.seed))
+        objective = FlowMatching(config.null_class, settings.label_drop)
+        return _fit(network, objective, data, settings, device, vae=settings.vae, convention="sit")
+
+
+def distill(settings: Distill) -> Path:
+    """Train a refiner for a frozen predictor; returns the path of its weights."""
+    from .models import load
+
+    with _workers(settings.device) as device:
+        data = load_data(settings.data)
+        teacher = load(
+            settings.teacher, heads=settings.heads, device=device, dtype=torch.float32, convention=settings.convention
+        )
+        if teacher.latent_shape != data.shape or teacher.num_classes < data.num_classes:
+            raise ValueError(
+                f"data has latents {data.shape} of {data.num_classes} classes, the teacher wants {teacher.latent_shape} "
+                f"of {teacher.num_classes}"
+            )
+        config = _teacher_config(teacher.predictor).refiner(settings.depth)
+        config = dataclasses.replace(config, learned_sigma=False)
+        network = SiT(config).reset_parameters(_seeded(settings.seed))
+        objective = Refinement(
+            teacher.predictor,
+            config.null_class,
+            teacher.guidance_channels,
+            label_drop=settings.label_drop,
+            delta_max=settings.delta_max,
+            inside=settings.inside,
+            delta_per_row=settings.delta_per_row,
+            drop_before=settings.drop_before,
+            guidance=settings.guidance,
+        )
+        return _fit(network, objective, data, settings, device, vae=None, convention="sit")
+
+
+def _fit(
+    network: SiT,
+    objective: Objective,
+    data: Data,
+    settings: Settings,
+    device: torch.device,
+    *,
+    vae: str | None,
+    convention: Convention,
+) -> Path:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if settings.batch_size % world:
+        raise ValueError(f"batch_size must be a multiple of the {world} processes, got {settings.batch_size}")
+    if settings.precision == "bf16" and device.type != "cuda":
+        raise ValueError(f"precision 'bf16' is autocast on CUDA, but the device is {device}")
+    network.to(device).train().requires_grad_(True)
+    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    run = _Run(settings, network, ema, optimizer)
+    first = run.resume()
+    share = settings.batch_size // world
+    rows = range(rank * share, (rank + 1) * share)
+    parallel = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False) if world > 1 else network
+    autocast = device.type == "cuda" and settings.precision != "fp32"
+    log = _Log(settings, first) if rank == 0 else None
+    with tqdm(total=settings.steps, initial=first, disable=None if rank == 0 else True, unit="step") as bar:
+        for step in range(first, settings.steps):
+            draws = Draws(settings.seed, step, rows)
+            indices = order(len(data), settings.seed, step * settings.batch_size + rows.start, share)
+            latents, labels = data.batch(indices, draws)
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                loss = objective(cast(Network, parallel), latents.to(device), labels.to(device), draws)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip or math.inf)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate(step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update_parameters(network)
+            average = _mean_over_workers(loss.detach())
+            done = step + 1
+            if log is not None:
+                log.add(done, average, norm, settings.rate(step), bar)
+                if done % settings.save_every == 0 or done == settings.steps:
+                    run.save(done)
+                    save_sit(
+                        settings.out / "model.safetensors",
+                        cast(SiT, ema.module),
+                        convention=convention,
+                        vae=vae,
+                        provenance={"settings": _plain(settings), "steps": done, "torch": torch.__version__},
+                    )
+    if log is not None:
+        log.close()
+    return settings.out / "model.safetensors"
+
+
+class _Run:
+    """What a run must keep to go on: weights, EMA, optimiser and the number of steps done. Random numbers need no state."""
+
+    def __init__(self, settings: Settings, network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.settings, self.network, self.ema, self.optimizer = settings, network, ema, optimizer
+        self.path = settings.out / "state.safetensors"
+
+    def save(self, step: int) -> None:
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        for index, entries in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in entries.items()}
+        # EMA and network start as one tensor each in memory: safetensors wants every tensor to be its own.
+        tensors = {k: v.detach().clone() for k, v in tensors.items()}
+        save_tensors(self.path, tensors, {"kind": "training state", "step": step, "settings": _plain(self.settings)})
+
+    def resume(self) -> int:
+        """Load the saved state if there is one -> the number of steps done."""
+        if not self.path.exists():
+            return 0
+        tensors, described = load_tensors(self.path)
+        if described is None or described.get("kind") != "training state":
+            raise ValueError(f"{self.path} is no training state of this library: choose another folder as out")
+        self._check_settings(described["settings"])
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "ema": {}, "optimizer": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        self.network.load_state_dict(parts["network"])
+        self.ema.load_state_dict(parts["ema"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            index, _, entry = name.partition(".")
+            moments.setdefault(int(index), {})[entry] = value
+        state = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**state, "state": moments})
+        return int(described["step"])
+
+    def _check_settings(self, before: Mapping[str, Any]) -> None:
+        now = _plain(self.settings)
+        free = _FREE if now["schedule"] == "constant" else _FREE - {"steps"}
+        changed = [k for k in now.keys() | before.keys() if k not in free and now.get(k) != before.get(k)]
+        if changed:
+            what = ", ".join(f"{k} was {before.get(k)!r} and is now {now.get(k)!r}" for k in sorted(changed))
+            raise ValueError(f"{self.path} belongs to a run with other settings ({what}): choose another folder as out")
+
+
+class _Log:
+    """log.jsonl: a line every `log_every` steps with step, loss (mean since the last line), grad_norm, lr and seconds a step."""
+
+    def __init__(self, settings: Settings, first: int) -> None:
+        self.every, self.path = settings.log_every, settings.out / "log.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        # A killed run may have logged steps that are made again, and cut its last line short.
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        self.file = open(self.path, "a")  # noqa: SIM115
+        self.losses: list[Tensor] = []
+        self.since = time.perf_counter()
+        self.board: Any = None
+        if settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(settings.out), purge_step=first)
+
+    def add(self, step: int, loss: Tensor, norm: Tensor, rate: float, bar: Any) -> None:
+        self.losses.append(loss)
+        bar.update()
+        if step % self.every:
+            return
+        values = {
+            "step": step,
+            "loss": float(torch.stack(self.losses).mean()),
+            "grad_norm": float(norm),
+            "lr": rate,
+            "seconds_per_step": (time.perf_counter() - self.since) / len(self.losses),
+        }
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(f"the loss is {values['loss']} at step {step}: try a lower lr or clip")
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        bar.set_postfix(loss=f"{values['loss']:.4f}")
+        if self.board is not None:
+            for name in ("loss", "grad_norm", "lr"):
+                self.board.add_scalar(name, values[name], step)
+        self.losses, self.since = [], time.perf_counter()
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+@contextlib.contextmanager
+def _workers(device: str | None) -> Iterator[torch.device]:
+    """The device of this process; under torchrun, in a process group for as long as the block lasts."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield _device(device)
+        return
+    place = _device(device)
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield place
+    finally:
+        dist.destroy_process_group()
+
+
+def _mean_over_workers(value: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(stream(seed, 0, lane=2**61).integers(2**62)))
+
+
+def _teacher_config(predictor: Any) -> SiTConfig:
+    """Of a SiT, or of the SiT inside ReversedTime."""
+    return cast(SiT, getattr(predictor, "network", predictor)).config
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
