@@ -1,8 +1,8 @@
 """FlowTurbo: few-call sampling of flow-matching models by Heun, pseudo-corrector and velocity-refiner steps.
 
-    import flowturbo as ft
-    model = ft.load("digits")
-    images = ft.sample(model, "H1P5R3", labels=[3, 7], guidance=2.0, seed=0, output="uint8")
+import flowturbo as ft
+model = ft.load("digits")
+images = ft.sample(model, "H1P5R3", labels=[3, 7], guidance=2.0, seed=0, output="uint8")
 """
 
 from .files import CheckpointError

@@ -77,7 +77,7 @@ def digits(part: str = "train") -> Latents:
 
 
 def load_data(source: str | os.PathLike[str]) -> Data:
-    """"digits", an .npz with arrays latents, labels and perhaps std, or a folder of .safetensors shards with the same names."""
+    """ "digits", an .npz with arrays latents, labels and perhaps std, or a folder of .safetensors shards with the same names."""
     if source == "digits":
         return digits()
     path = Path(source)

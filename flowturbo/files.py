@@ -142,4 +142,3 @@ def _as_checkpoint_error(path: Path, what: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} {what}: {reason}") from error
-

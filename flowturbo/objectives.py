@@ -40,15 +40,16 @@ class FlowMatching:
 class Refinement:
     """The refiner's objective (paper section 3.2, in the public code's form).
 
-    A frozen predictor gives v at (x_t, t). After an Euler step of length D ~ U(0, delta_max) along v, the refiner, reading v and the
-    state x' = x_t + D v at t + D, learns the offset from v to the predictor's velocity there.
+    A frozen predictor gives v at (x_t, t). After an Euler step of length D ~ U(0, delta_max) along v, the refiner, reading v and
+    the state x' = x_t + D v at t + D, learns the offset from v to the predictor's velocity there.
 
     The defaults are the public code's. Three of its points look like slips, and each has an option:
     inside: keep t + D <= 1, by t ~ U(0, 1 - D); the public code lets it pass 1.
     delta_per_row: draw D for each row; the public code draws one for the whole batch.
     drop_before: drop the label for v too, as the paper has it; the public code gives v the true label always.
-    Beyond both: guidance = (low, high) with high > 1 makes v, and the step, the guided velocity with a scale s ~ U(low, high) for each
-    row, which is what a refiner is fed when sampling with guidance. The targets stay unguided, since guidance acts on the offsets too.
+    Beyond both: guidance = (low, high) with high > 1 makes v, and the step, the guided velocity with a scale s ~ U(low, high) for
+    each row, which is what a refiner is fed when sampling with guidance. The targets stay unguided, since guidance acts on the
+    offsets too.
     """
 
     teacher: Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -18,7 +18,7 @@ MAX_STEPS = 1000
 
 
 class Cost(NamedTuple):
-    """Calls of a plan: of the predictor, of the refiner, and how many of each run with both guidance halves when guidance is asked."""
+    """Calls of a plan: of the predictor, of the refiner, and how many of each run with both halves when guidance is asked."""
 
     predictor: int
     refiner: int
@@ -30,12 +30,12 @@ class Cost(NamedTuple):
 class Plan:
     """A sequence of steps on a time grid from 0 (noise) to 1 (data).
 
-    letters: one letter a step, each in STEPS: H Heun, P pseudo corrector, R refiner, S refiner after the paper's equation 7, E Euler,
-        A, B, C Adams-Bashforth of order 2, 3, 4.
+    letters: one letter a step, each in STEPS: H Heun, P pseudo corrector, R refiner, S refiner after the paper's equation 7,
+        E Euler, A, B, C Adams-Bashforth of order 2, 3, 4.
     grid: the len(letters) + 1 times, strictly rising, from 0 to 1.
     guidance_interval: guidance acts on calls at times in this closed interval; outside, only the conditional half runs.
-    Raises ValueError, showing the place, for letters that are none, a step that needs a velocity no earlier step left, and grids that
-    do not rise from 0 to 1. `Plan.parse` makes one from text.
+    Raises ValueError, showing the place, for letters that are none, a step that needs a velocity no earlier step left, and grids
+    that do not rise from 0 to 1. `Plan.parse` makes one from text.
     """
 
     letters: str
@@ -45,7 +45,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(float(t) for t in self.grid))
-        interval = tuple(float(t) for t in self.guidance_interval)
+        interval = tuple(map(float, self.guidance_interval))
         object.__setattr__(self, "guidance_interval", interval)
         for i, letter in enumerate(self.letters):
             if letter not in STEPS:

@@ -12,7 +12,7 @@ from .checks import natural
 
 
 def stream(seed: int, number: int, lane: int = 0) -> np.random.Generator:
-    """The generator of (seed, number, lane): Philox, counter-based, with the seed as key and the address in the counter's high words."""
+    """The generator of (seed, number, lane): Philox with the seed as key and the address in the counter's high words."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, number, lane]))
 
 

@@ -70,7 +70,8 @@ def sample(
     output: "latents", or "uint8" to decode each batch as it is done.
     cond: further arguments for a callable; tensors whose first size is N are cut into batches.
 
-    Returns latents (N, C, H, W), float32 (float64 for float64 noise), or images (N, height, width, 3), uint8, on the model's device.
+    Returns latents (N, C, H, W), float32 (float64 for float64 noise), or images (N, height, width, 3), uint8, on the model's
+    device.
     Raises ValueError or TypeError, naming the argument, for input that does not fit.
     """
     plan = as_plan(plan)

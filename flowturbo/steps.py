@@ -146,8 +146,8 @@ class SingleRefiner(Step):
 class AdamsBashforth(Step):
     """k-step Adams-Bashforth on the velocities at the last k grid times: one predictor call; k = 1 is Euler's method.
 
-    The grid may be uneven: the weights integrate the interpolating polynomial over the step. With fewer than k velocities at hand it
-    starts at the order they allow.
+    The grid may be uneven: the weights integrate the interpolating polynomial over the step. With fewer than k velocities at
+    hand it starts at the order they allow.
     """
 
     def __init__(self, letter: str, k: int) -> None:
@@ -177,9 +177,7 @@ def adams_bashforth_weights(times: list[float], t0: float, t1: float) -> list[fl
                 lowered = [*(c * other for c in coefficients), Fraction(0)]
                 coefficients = [(s - c) / (node - other) for s, c in zip(shifted, lowered, strict=True)]
         a, b = Fraction(t0), Fraction(t1)
-        weights.append(
-            float(sum(c * (b ** (n + 1) - a ** (n + 1)) / (n + 1) for n, c in enumerate(coefficients)))
-        )
+        weights.append(float(sum(c * (b ** (n + 1) - a ** (n + 1)) / (n + 1) for n, c in enumerate(coefficients))))
     return weights
 
 

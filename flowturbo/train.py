@@ -37,8 +37,8 @@ _FREE = {"out", "steps", "save_every", "log_every", "device", "tensorboard"}
 class Settings:
     """Settings of every training run.
 
-    out: folder for model.safetensors (EMA weights, for `load`), state.safetensors (to resume) and log.jsonl. A run whose folder holds
-        a state goes on from it.
+    out: folder for model.safetensors (EMA weights, for `load`), state.safetensors (to resume) and log.jsonl. A run whose folder
+        holds a state goes on from it.
     data: "digits", an .npz or a folder of shards as `flowturbo encode` writes, or a folder of images with a folder a class.
     batch_size: over all processes. schedule: "constant" after the warm-up, or "cosine" to zero at the last step.
     clip: largest norm of the gradient, 0 for none. precision: "bf16" is autocast, on CUDA only; "auto": bf16 there, else fp32.
@@ -104,12 +104,16 @@ class Train(Settings):
         channels, height, width = data.shape
         if height != width:
             raise ValueError(f"data must have square latents, got {height} x {width}")
-        sizes = dict(side=height, channels=channels, num_classes=data.num_classes, learned_sigma=False)
-        if self.model == "custom":
-            return SiTConfig(hidden=self.hidden, depth=self.depth, heads=self.heads, patch=self.patch, **sizes)
-        if self.model not in SIT_CONFIGS:
+        if self.model != "custom" and self.model not in SIT_CONFIGS:
             raise ValueError(f"model must be 'custom' or one of {', '.join(SIT_CONFIGS)}, got {self.model!r}")
-        return dataclasses.replace(SIT_CONFIGS[self.model], **sizes)  # type: ignore[arg-type]
+        custom = SiTConfig(hidden=self.hidden, depth=self.depth, heads=self.heads, patch=self.patch, side=height)
+        return dataclasses.replace(
+            SIT_CONFIGS.get(self.model, custom),
+            side=height,
+            channels=channels,
+            num_classes=data.num_classes,
+            learned_sigma=False,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +161,7 @@ def distill(settings: Distill) -> Path:
 
     with _workers(settings.device) as device:
         data = load_data(settings.data)
-        teacher = load(
-            settings.teacher, heads=settings.heads, device=device, dtype=torch.float32, convention=settings.convention
-        )
+        teacher = load(settings.teacher, heads=settings.heads, device=device, dtype=torch.float32, convention=settings.convention)
         if teacher.latent_shape != data.shape or teacher.num_classes < data.num_classes:
             raise ValueError(
                 f"data has latents {data.shape} of {data.num_classes} classes, the teacher wants {teacher.latent_shape} "

@@ -76,9 +76,7 @@ def wide(*tensors: Tensor) -> torch.dtype:
 def expect_shape(op_name: str, argument: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
     """ValueError unless `tensor` has the shape `expected`; None stands for any size."""
     shape = tuple(tensor.shape)
-    same = len(shape) == len(expected) and all(
-        e is None or e == s for e, s in zip(expected, shape, strict=True)
-    )
+    same = len(shape) == len(expected) and all(e is None or e == s for e, s in zip(expected, shape, strict=True))
     if not same:
         want = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{op_name}: {argument} must have shape ({want}), got {shape}")
@@ -91,7 +89,5 @@ def expect_floating(op_name: str, **tensors: Tensor) -> None:
         if not tensor.is_floating_point():
             raise TypeError(f"{op_name}: {argument} must be floating point, got {tensor.dtype}")
         if device is not None and tensor.device != device:
-            raise ValueError(
-                f"{op_name}: all tensors must be on one device, got {argument} on {tensor.device} beside {device}"
-            )
+            raise ValueError(f"{op_name}: all tensors must be on one device, got {argument} on {tensor.device} beside {device}")
         device = tensor.device

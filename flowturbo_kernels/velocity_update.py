@@ -14,15 +14,13 @@ from ._op import Make, expect_floating, expect_shape, op, wide
 def _check(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> None:
     if not velocities or len(velocities) != len(weights):
         raise ValueError(
-            f"velocity_update: weights must be as many as velocities, and at least one, "
-            f"got {len(weights)} and {len(velocities)}"
+            f"velocity_update: weights must be as many as velocities, and at least one, got {len(weights)} and {len(velocities)}"
         )
     for k, v in enumerate(velocities):
         expect_floating("velocity_update", x=x, **{f"velocities[{k}]": v})
         if v.shape[1:] != x.shape[1:] or len(v) < len(x):
             raise ValueError(
-                f"velocity_update: velocities[{k}] must have at least the rows of x {tuple(x.shape)}, "
-                f"got {tuple(v.shape)}"
+                f"velocity_update: velocities[{k}] must have at least the rows of x {tuple(x.shape)}, got {tuple(v.shape)}"
             )
 
 
@@ -46,11 +44,13 @@ def velocity_update(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[f
     return total.to(x.dtype)
 
 
-def _check_guide(v: Tensor, scale: float, channels: int) -> None:
+def _check_guide(v: Tensor, scale: float | Tensor, channels: int) -> None:
     expect_floating("guide", v=v)
     expect_shape("guide", "v", v, (None, None, None, None))
     if v.shape[0] % 2:
         raise ValueError(f"guide: v must hold a conditional and an unconditional half, got {v.shape[0]} rows")
+    if isinstance(scale, Tensor):
+        expect_shape("guide", "scale", scale, (v.shape[0] // 2, 1, 1, 1))
     if not 1 <= channels <= v.shape[1]:
         raise ValueError(f"guide: channels must be from 1 to {v.shape[1]}, got {channels}")
 
@@ -59,14 +59,15 @@ def _example_guide(make: Make) -> Iterable[tuple[Any, ...]]:
     yield make(2, 1, 8, 8), 2.0, 1
     yield make(4, 4, 8, 8), 1.5, 3
     yield make(6, 4, 5, 7), 4.0, 4
+    yield make(6, 4, 5, 7), make(3, 1, 1, 1), 3
 
 
 @op(check=_check_guide, example=_example_guide)
-def guide(v: Tensor, scale: float, channels: int) -> Tensor:
+def guide(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
     """Classifier-free guidance of a velocity or of an offset.
 
     v (2N, C, H, W), conditional rows first -> the same shape: the first `channels` channels become u + scale * (c - u) in both
-    halves, the others keep their own half's value.
+    halves, the others keep their own half's value. scale: a number, or (N, 1, 1, 1) for one an image.
     """
     c, u = v[:, :channels].chunk(2)
     guided = u + scale * (c - u)

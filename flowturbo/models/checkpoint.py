@@ -41,8 +41,8 @@ def load_sit(
 ) -> Checkpoint:
     """Read a SiT from a .pt, .pth or .safetensors file, sizes read off its tensors, on the CPU in the file's dtype.
 
-    The weights may be bare, or under "ema" (taken if there) or "model", as SiT's, FlowTurbo's and REPA's trainers write them. Files are
-    never unpickled beyond plain tensors and argparse.Namespace.
+    The weights may be bare, or under "ema" (taken if there) or "model", as SiT's, FlowTurbo's and REPA's trainers write them.
+    Files are never unpickled beyond plain tensors and argparse.Namespace.
     convention "auto": our own files say theirs; files with REPA's projectors are "repa"; all others "sit".
     Raises CheckpointError naming the file and what is wrong with it.
     """
@@ -61,9 +61,8 @@ def load_sit(
         raise CheckpointError(f"{path} is no SiT checkpoint: it has no {error.args[0]!r}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if not described and role == "predictor" and config.depth == 1 and not config.learned_sigma:
-        if config.channels == 8:
-            raise CheckpointError(f"{path} is a refiner (one block, x and v as input): give it as refiner=")
+    if not described and role == "predictor" and config.depth == 1 and not config.learned_sigma and config.channels == 8:
+        raise CheckpointError(f"{path} is a refiner (one block, x and v as input): give it as refiner=")
     described = described or {}
     return Checkpoint(model, chosen, described.get("vae"), described.get("provenance"))
 
@@ -114,10 +113,12 @@ def convert(
 def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The weights of a file, unwrapped from "ema" or "model", and its description if it is one of ours."""
     suffix = Path(path).suffix.lower()
+    state: Any
+    described: dict[str, Any] | None = None
     if suffix == ".safetensors":
         state, described = load_tensors(path)
     elif suffix in (".pt", ".pth"):
-        state, described = load_torch_file(path), None
+        state = load_torch_file(path)
     else:
         raise CheckpointError(f"{path} must end in .safetensors, .pt or .pth")
     for wrapper in ("ema", "model"):
@@ -146,9 +147,7 @@ def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
             problems.append(f"{what}: {_some(sorted(names))}")
     for name in sorted(expected.keys() & state.keys()):
         if state[name].shape != expected[name].shape:
-            problems.append(
-                f"{name} must have shape {tuple(expected[name].shape)}, got {tuple(state[name].shape)}"
-            )
+            problems.append(f"{name} must have shape {tuple(expected[name].shape)}, got {tuple(state[name].shape)}")
         elif not state[name].is_floating_point():
             problems.append(f"{name} must be floating point, got {state[name].dtype}")
     if problems:
@@ -157,9 +156,7 @@ def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
     return model.requires_grad_(False).eval()
 
 
-def _config(
-    state: Mapping[str, Tensor], described: Mapping[str, Any] | None, role: Role, heads: int | None
-) -> SiTConfig:
+def _config(state: Mapping[str, Tensor], described: Mapping[str, Any] | None, role: Role, heads: int | None) -> SiTConfig:
     if described is None:
         return config_from_state(state, reads_velocity=role == "refiner", heads=heads)
     config = SiTConfig(**described["config"])

@@ -1,10 +1,11 @@
-"""SiT: the diffusion transformer of "SiT" (Ma et al. 2024, arXiv 2401.08740), one class for predictor and refiner."""
+"""SiT: the diffusion transformer of Ma et al. 2024 (arXiv 2401.08740), one class for predictor and refiner."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ MAX_PERIOD = 10_000
 class SiTConfig:
     """Sizes of a SiT. side: height and width of the latent; channels: of latent and velocity; num_classes without the null class.
 
-    learned_sigma: the final layer has twice the channels; the second half is not used. reads_velocity: the input is x and a velocity
-    (a refiner).
+    learned_sigma: the final layer has twice the channels; the second half is not used. reads_velocity: the input is x and a
+    velocity (a refiner).
     """
 
     hidden: int
@@ -81,7 +82,7 @@ SIT_SIZES: dict[str, dict[str, int]] = {
     "XL": dict(hidden=1152, depth=28, heads=16),
 }
 SIT_CONFIGS: dict[str, SiTConfig] = {
-    f"SiT-{name}/{patch}": SiTConfig(**sizes, patch=patch, side=32)
+    f"SiT-{name}/{patch}": SiTConfig(patch=patch, side=32, **sizes)  # type: ignore[arg-type]
     for name, sizes in SIT_SIZES.items()
     for patch in (2, 4, 8)
 }
@@ -153,7 +154,7 @@ class TimestepEmbedder(nn.Module):
         steps = torch.arange(half, dtype=dtype, device=t.device) / half
         angles = t.to(dtype)[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -171,6 +172,7 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden, patch, stride=patch)
 
     def forward(self, x: Tensor, v: Tensor | None) -> Tensor:
+        assert self.proj.bias is not None
         return patch_embed(x, self.proj.weight, self.proj.bias, v)
 
 
@@ -202,12 +204,11 @@ class SiT(nn.Module):
 
     def _trunk(self, x: Tensor, c: Tensor) -> Tensor:
         """Blocks and final layer: tokens x (N, T, D), conditioning c (N, D) -> (N, T, p * p * C)."""
-        modulations = [block.adaLN_modulation(c) for block in self.blocks]
+        blocks = cast(Sequence[Block], self.blocks)
+        modulations = [block.adaLN_modulation(c) for block in blocks]
         ends = [m[:2] for m in modulations[1:]] + [self.final_layer.adaLN_modulation(c)]
         h = adaln_modulate(x, *modulations[0][:2])
-        for block, (_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp), (shift, scale) in zip(
-            self.blocks, modulations, ends, strict=True
-        ):
+        for block, (_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp), (shift, scale) in zip(blocks, modulations, ends, strict=True):
             x, h = gated_residual_adaln(x, block.attn(h), gate_msa, shift_mlp, scale_mlp)
             x, h = gated_residual_adaln(x, block.mlp(h), gate_mlp, shift, scale)
         return linear(h, *self._velocity_rows())
@@ -229,26 +230,26 @@ class SiT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> SiT:
-        """The initial weights of SiT's training: Xavier for products, 0.02 normal for embedders, zero for adaLN and the final layer."""
+        """SiT's initial weights: Xavier for products, 0.02 normal for embedders, zero for adaLN and the final layer."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for weight in (
-            self.y_embedder.embedding_table.weight,
-            self.t_embedder.mlp[0].weight,
-            self.t_embedder.mlp[2].weight,
-        ):
-            nn.init.normal_(weight, std=0.02, generator=generator)
-        for adaln in (*(b.adaLN_modulation for b in self.blocks), self.final_layer.adaLN_modulation):
-            nn.init.zeros_(adaln[1].weight)
+        for embedder in (self.y_embedder, self.t_embedder):
+            for parameter in embedder.parameters():
+                if parameter.ndim == 2:
+                    nn.init.normal_(parameter, std=0.02, generator=generator)
+        for module in self.modules():
+            if isinstance(module, AdaLN):
+                for parameter in module.parameters():
+                    nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
         return self
 
 
 def sincos_positions(hidden: int, side: int) -> Tensor:
-    """Fixed 2-D sine and cosine positions, (side * side, hidden): the first half of the features encodes the column, the second the row."""
+    """Fixed 2-D sine and cosine positions, (side * side, hidden): the first half of the features is of the column."""
     omega = 1.0 / MAX_PERIOD ** (torch.arange(hidden // 4, dtype=torch.float64) / (hidden / 4))
     rows, columns = torch.meshgrid(*[torch.arange(side, dtype=torch.float64)] * 2, indexing="ij")
     features = []
@@ -258,9 +259,7 @@ def sincos_positions(hidden: int, side: int) -> Tensor:
     return torch.cat(features, dim=1).float()
 
 
-def config_from_state(
-    state: Mapping[str, Tensor], *, reads_velocity: bool = False, heads: int | None = None
-) -> SiTConfig:
+def config_from_state(state: Mapping[str, Tensor], *, reads_velocity: bool = False, heads: int | None = None) -> SiTConfig:
     """Sizes read off the tensors of a checkpoint; heads from the published sizes when not given.
 
     Raises KeyError for a missing key that sizes are read from, ValueError where the shapes fit no SiT or heads can't be known.
@@ -301,4 +300,3 @@ def config_from_state(
         learned_sigma=outputs == 2 * patch**2 * channels,
         reads_velocity=reads_velocity,
     )
-

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ..files import CheckpointError
+
 SD_LATENT_SCALE = 0.18215
+_HUB_TIMEOUT = 10.0
 
 
 @runtime_checkable
@@ -27,6 +31,8 @@ class VAE(Protocol):
 class Pixels:
     """Grey images as their own latents: one channel, -1 black, 1 white."""
 
+    scale, shift = 1.0, 0.0
+
     def decode(self, latents: Tensor) -> Tensor:
         return to_uint8(latents).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
 
@@ -35,44 +41,100 @@ class Pixels:
 
 
 class DiffusersVAE:
-    """An AutoencoderKL of diffusers; latents are scaled by its own scaling factor (SD: 0.18215)."""
+    """An AutoencoderKL of diffusers. Its latents z become (z - shift) * scale, by its own factors (SD: 0 and 0.18215)."""
 
     def __init__(self, network: Any) -> None:
+        config = network.config
+        if getattr(config, "latents_mean", None) is not None or getattr(config, "latents_std", None) is not None:
+            raise ValueError("a VAE with latents_mean and latents_std in its configuration is not supported: only scale and shift are")
         self.network = network
-        self.scale = float(getattr(network.config, "scaling_factor", SD_LATENT_SCALE))
+        self.scale = float(getattr(config, "scaling_factor", SD_LATENT_SCALE))
+        self.shift = float(getattr(config, "shift_factor", None) or 0.0)
+        self.channels = int(config.latent_channels)
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        """Pixels of an image to a side of a latent."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        latents = latents.to(self.network.device, self.network.dtype) / self.scale
-        return to_uint8(self.network.decode(latents).sample).permute(0, 2, 3, 1)
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise ValueError(f"latents must have shape (N, {self.channels}, H, W) for this vae, got {tuple(latents.shape)}")
+        wide = latents.to(self.network.device, torch.promote_types(latents.dtype, torch.float32))
+        z = (wide / self.scale + self.shift).to(self.network.dtype)
+        return to_uint8(self.network.decode(z).sample).permute(0, 2, 3, 1)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        pixels = to_float(images).to(self.network.device, self.network.dtype)
+        height, width = images.shape[1:3]
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"images must have sides that are multiples of {self.factor} for this vae, got {height} x {width}")
+        pixels = to_float(images.to(self.network.device)).to(self.network.dtype)
         posterior = self.network.encode(pixels).latent_dist
-        return self.scale * posterior.mean.float(), self.scale * posterior.std.float()
+        return self.scale * (posterior.mean.float() - self.shift), self.scale * posterior.std.float()
 
 
 def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> VAE:
-    """"pixels", or a local folder or hub name of a diffusers AutoencoderKL (safetensors only). ValueError if it can't be had."""
+    """ "pixels", or an AutoencoderKL of diffusers: a local folder, or a hub name, "org/name" or "org/name/folder" (safetensors only).
+
+    A folder may also be that of a whole pipeline, with the VAE in its sub-folder vae. It runs in dtype, but in float32 on the CPU
+    and where its configuration says that float16 overflows. Raises ValueError if it can't be had, CheckpointError if its files
+    are damaged or those of another model.
+    """
     if name == "pixels":
         return Pixels()
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ValueError(f"vae {str(name)!r} needs diffusers: pip install 'flowturbo[diffusers]' ({error})") from None
+    if _is_path(name):
+        network = _read(AutoencoderKL, name, _vae_folder(Path(name).expanduser()), local_files_only=True)
+    else:
+        network = _from_hub(AutoencoderKL, str(name))
+    too_narrow = device.type == "cpu" and dtype.itemsize < 4
+    overflows = dtype == torch.float16 and getattr(network.config, "force_upcast", False)
+    network = network.to(device, torch.float32 if too_narrow or overflows else dtype)
+    return DiffusersVAE(network.eval().requires_grad_(False))
+
+
+def _is_path(name: str | os.PathLike[str]) -> bool:
+    """Whether a name means a place here rather than one on the hub: a mistyped path must not become a question to the network."""
+    path = Path(name)
+    if not isinstance(name, str) or name.startswith((".", "/", "~")) or path.is_absolute() or path.exists():
+        return True
+    return len(path.parts) < 2 or path.parent.exists()
+
+
+def _vae_folder(path: Path) -> Path:
+    """The folder that holds a VAE's configuration and weights as safetensors."""
+    if not path.is_dir():
+        what = "is a file, not a folder" if path.exists() else "does not exist (nor is it a hub name of the form 'org/name')"
+        raise ValueError(f"vae must be 'pixels', the folder of an AutoencoderKL or a hub name, but {path} {what}")
+    folder = path / "vae" if not (path / "config.json").is_file() and (path / "vae").is_dir() else path
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"vae must be the folder of an AutoencoderKL, as diffusers' save_pretrained writes it, but {path} has no config.json")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if not weights.is_file() and not weights.with_suffix(".safetensors.index.json").is_file():
+        pickled = sorted(file.name for file in folder.glob("*.bin"))
+        cure = (
+            f". It has {pickled[0]}, a pickle, which is not read here; if you trust it, convert it once: "
+            f"AutoencoderKL.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained({str(folder)!r})"
+        )
+        raise ValueError(f"vae {path} has no {weights.name}{cure if pickled else ''}")
+    return folder
+
+
+def _from_hub(kind: Any, name: str) -> Any:
+    """What was downloaded before is used without asking the hub. Otherwise one question with a time limit comes first: diffusers
+    itself would try for half a minute before it said that there is no network."""
+    import huggingface_hub
+
+    parts = name.split("/")
+    repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
     try:
-        network = AutoencoderKL.from_pretrained(name, use_safetensors=True, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
+        return _read(kind, name, repository, subfolder=subfolder, local_files_only=True)
+    except (CheckpointError, _NotThere):
+        pass
+    try:
+        huggingface_hub.model_info(repository, timeout=_HUB_TIMEOUT)
+    except Exception as error:  # of the network, of the name, or of the right to read it
         raise ValueError(
-            f"vae {str(name)!r} is neither a folder nor a reachable hub name of an AutoencoderKL: {error}"
+            f"vae {name!r} is no folder here, was not downloaded before, and can't be had from the hub: {_first_line(error)}"
         ) from error
-    return DiffusersVAE(network.to(device).eval().requires_grad_(False))
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> 0 to 255 by 127.5 x + 128, cut off: the rounding that the published SiT scores used."""
-    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
-
-
-def to_float(images: Tensor) -> Tensor:
-    """(N, height, width, 3) uint8 -> (N, 3, height, width) float32 in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return _read(kind, name, repository, subfolder=subfolder)

@@ -1,0 +1,5 @@
+"""python -m flowturbo: the command line."""
+
+from .cli import run
+
+run()

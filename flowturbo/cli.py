@@ -1,0 +1,197 @@
+"""The command `flowturbo`: subcommands over the library's functions, with no logic of their own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import numpy as np
+import torch
+import tyro
+
+from . import info
+from .encode import Encode, encode
+from .evaluate import Evaluate, InspectVelocity, evaluate, inspect_velocity
+from .files import atomic_write
+from .grid import labelled_grid
+from .models import checkpoint, load
+from .plan import Plan
+from .sampler import sample
+from .train import Distill, Train, distill, train
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample images by a plan and write them: a labelled grid (.png), or an .npz with arr_0 (uint8 images) and labels.
+
+    With no arguments: ten digits by the bundled model, as samples.png.
+    """
+
+    model: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])] = "digits"
+    """A .pt, .pth or .safetensors file with SiT's keys, or "digits"."""
+    refiner: str | None = None
+    """The refiner's file; the bundled model brings its own."""
+    vae: str | None = None
+    """Folder or hub name of a diffusers AutoencoderKL, or "pixels"; left out: what the model's file names."""
+    plan: str = "H1P5R3"
+    """Steps in order, a letter with a count each: H Heun, P pseudo corrector, R refiner, S refiner after equation 7, E Euler,
+    A, B, C Adams-Bashforth of order 2, 3, 4."""
+    labels: tuple[int, ...] | None = None
+    """Class numbers; left out: the first --num classes, over and over."""
+    num: int = 10
+    """How many images, where --labels does not say it."""
+    guidance: Annotated[float, tyro.conf.arg(aliases=["--cfg-scale"])] = 1.5
+    """Guidance scale; 1 is none."""
+    guidance_channels: int | None = None
+    """Guide the first so many channels; left out: 3 of 4 for SiT's checkpoints, else all."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times between which guidance is on."""
+    shift: float = 1.0
+    """Shift of the time grid as in SD3; 1 is uniform."""
+    grid: tuple[float, ...] | None = None
+    """Own times, rising from 0 to 1, one more than there are steps."""
+    seed: int = 0
+    """Image i draws its noise from (seed, i) alone."""
+    batch_size: Annotated[int | None, tyro.conf.arg(aliases=["--per-proc-batch-size"])] = None
+    """Images at a time; left out: all."""
+    heads: int | None = None
+    """Attention heads, for checkpoints of an unpublished width."""
+    convention: Literal["auto", "sit", "repa"] = "auto"
+    """"repa" for checkpoints whose time runs backwards."""
+    device: str | None = None
+    dtype: Dtype | None = None
+    """Left out: bfloat16 on a GPU, float32 on the CPU."""
+    out: Path = Path("samples.png")
+    """.png or .npz."""
+
+
+def _sample(settings: Sample) -> str:
+    if settings.out.suffix not in (".png", ".npz"):
+        raise ValueError(f"out must end in .png or .npz, got {str(settings.out)!r}")
+    if settings.num < 1:
+        raise ValueError(f"num must be at least 1, got {settings.num}")
+    plan = Plan.parse(
+        settings.plan, grid=settings.grid, shift=settings.shift, guidance_interval=settings.guidance_interval
+    )
+    model = load(
+        settings.model,
+        settings.refiner,
+        settings.vae,
+        heads=settings.heads,
+        device=settings.device,
+        dtype=_dtype(settings.dtype),
+        convention=settings.convention,
+    )
+    labels = settings.labels or tuple(i % model.num_classes for i in range(settings.num))
+    images = sample(
+        model,
+        plan,
+        labels,
+        guidance=settings.guidance,
+        guidance_channels=settings.guidance_channels,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        progress=sys.stderr.isatty(),
+        output="uint8",
+    )
+    with atomic_write(settings.out) as file:
+        if settings.out.suffix == ".npz":
+            np.savez(file, arr_0=images.cpu().numpy(), labels=np.array(labels))
+        else:
+            labelled_grid(images, [str(label) for label in labels]).save(file, format="PNG")
+    cost = plan.cost
+    return f"{settings.out}: {len(labels)} images by {plan} ({cost.predictor} predictor and {cost.refiner} refiner calls)"
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn a published checkpoint into a checked safetensors file with only the weights that sample."""
+
+    source: tyro.conf.Positional[Path]
+    target: tyro.conf.Positional[Path]
+    role: Literal["predictor", "refiner"] = "predictor"
+    heads: int | None = None
+    convention: Literal["auto", "sit", "repa"] = "auto"
+    vae: str | None = None
+    """Name of the VAE that decodes its images, written into the file."""
+    dtype: Dtype | None = None
+    """Left out: as in the source."""
+
+
+def _convert(settings: Convert) -> Path:
+    checkpoint.convert(
+        settings.source,
+        settings.target,
+        role=settings.role,
+        heads=settings.heads,
+        convention=settings.convention,
+        vae=settings.vae,
+        dtype=_dtype(settings.dtype),
+    )
+    return settings.target
+
+
+@dataclass(frozen=True)
+class Info:
+    """Print versions, devices and which kernels run, to paste into a report."""
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
+    "sample": (Sample, _sample),
+    "train": (Train, train),
+    "distill": (Distill, distill),
+    "evaluate": (Evaluate, evaluate),
+    "inspect-velocity": (InspectVelocity, inspect_velocity),
+    "encode": (Encode, encode),
+    "convert": (Convert, _convert),
+    "info": (Info, lambda _: info.report()),
+}
+"""Each command: the settings that are its flags, and what it does with them; what that returns is printed."""
+
+
+def _dtype(name: Dtype | None) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Errors are one line unless --debug is given."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    choices = Union[  # noqa: UP007  (made from a table)
+        tuple(Annotated[settings, tyro.conf.subcommand(name, prefix_name=False)] for name, (settings, _) in COMMANDS.items())
+    ]
+    settings: Any = tyro.cli(
+        choices,  # type: ignore[arg-type]
+        prog="flowturbo",
+        description="Few-call sampling of flow-matching models. Add --debug to any command for a full traceback.",
+        args=words,
+    )
+    run = next(run for kind, run in COMMANDS.values() if type(settings) is kind)
+    try:
+        result = run(settings)
+    except KeyboardInterrupt:
+        print("flowturbo: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+        if debug:
+            raise
+        print(f"flowturbo: error: {error}", file=sys.stderr)
+        return 2
+    if result is not None and int(os.environ.get("RANK", "0")) == 0:
+        print(result)
+    return 0
+
+
+def run() -> None:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

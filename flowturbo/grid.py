@@ -1,0 +1,33 @@
+"""Images as one labelled grid, for people to look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+_MARGIN, _TEXT = 6, 18
+_SMALLEST = 96
+
+
+def labelled_grid(images: Tensor, labels: Sequence[str], columns: int | None = None) -> Image.Image:
+    """images (N, height, width, 3) uint8, one label each -> one picture; images under 96 pixels are enlarged by whole factors."""
+    pixels: np.ndarray = images.cpu().numpy()
+    if len(pixels) != len(labels):
+        raise ValueError(f"labels must be {len(pixels)}, one an image, got {len(labels)}")
+    height, width = pixels.shape[1:3]
+    factor = max(1, math.ceil(_SMALLEST / min(height, width)))
+    columns = columns or min(len(pixels), max(5, math.isqrt(len(pixels) - 1) + 1))
+    rows = math.ceil(len(pixels) / columns)
+    cell = (width * factor + _MARGIN, height * factor + _MARGIN + _TEXT)
+    picture = Image.new("RGB", (columns * cell[0] + _MARGIN, rows * cell[1] + _MARGIN), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        x, y = (i % columns) * cell[0] + _MARGIN, (i // columns) * cell[1] + _MARGIN
+        enlarged = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        picture.paste(enlarged, (x, y))
+        draw.text((x + width * factor / 2, y + height * factor + 1), label, fill="black", font=font, anchor="ma")
+    return picture

@@ -1,0 +1,130 @@
+"""Images as arrays: folders with a sub-folder a class, read as centre-cropped squares of uint8."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .files import CheckpointError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# The content decides how a file is read, whatever its name says, but never by pillow's other readers (one calls ghostscript).
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")
+_THREADS = min(8, os.cpu_count() or 1)
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image i is root / names[i], of class classes[labels[i]]. names are "class/file"; labels (N,) int64."""
+
+    root: Path
+    names: list[str]
+    labels: np.ndarray
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, indices: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
+        """(N, size, size, 3) uint8."""
+        # Pillow decodes and resizes without the interpreter's lock.
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return np.stack(list(pool.map(lambda i: read_image(self.root / self.names[i], size), indices)))
+
+
+def scan(folder: str | os.PathLike[str]) -> ImageFiles:
+    """The images of a folder with a sub-folder a class: classes and files in the order of their names, hidden ones left out.
+
+    Only images directly in a class's folder count (png, jpg, jpeg, webp, bmp). ValueError for a folder without classes, or a class
+    without images.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"images must be a folder with a sub-folder for each class, but {root} {_what(root)}")
+    with os.scandir(root) as entries:
+        classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    if not classes:
+        raise ValueError(f"images must be a folder with a sub-folder for each class, but {root} has no sub-folders")
+    names: list[str] = []
+    counts = []
+    for name in classes:
+        with os.scandir(root / name) as entries:
+            files = sorted(e.name for e in entries if _is_image(e))
+        if not files:
+            raise ValueError(f"every class needs an image ({', '.join(EXTENSIONS)}), but {root / name} has none")
+        names += [f"{name}/{file}" for file in files]
+        counts.append(len(files))
+    return ImageFiles(root, names, np.repeat(np.arange(len(classes)), counts), classes)
+
+
+def _what(path: Path) -> str:
+    return "is a file" if path.exists() else "does not exist"
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """Links that lead nowhere count: better an error that names the file than an image fewer."""
+    return not entry.name.startswith(".") and entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir()
+
+
+def read_image(path: str | os.PathLike[str], size: int) -> np.ndarray:
+    """A file -> (size, size, 3) uint8: upright by its EXIF orientation, on white where it is transparent, cropped by `square`.
+
+    Raises CheckpointError naming the file if it is missing, damaged or no image.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            image.load()
+            return square(_rgb(_upright(image)), size)
+    except MemoryError:
+        raise
+    except Exception as error:  # pillow raises half a dozen kinds for damaged files
+        raise CheckpointError(f"{path} is no whole image: {error or type(error).__name__}") from error
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """The centre of an RGB image, (size, size, 3) uint8, as ADM crops, by which ImageNet models are trained and scored.
+
+    Halved by a box filter while its shorter side is at least twice the size, then resized (bicubic) so that this side fits.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a photo with damaged EXIF data is still a whole photo
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey: pillow's own conversion would cut all values above 255 off. Colour of 16 bits it narrows itself, just so.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info or image.mode.lower().endswith("a"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

@@ -1,0 +1,52 @@
+"""What this installation runs on and why, as text to paste into a report."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+
+import torch
+
+from flowturbo_kernels import OPS
+
+
+def report() -> str:
+    """Versions, devices, the state of the CUDA extension and the backend of every operation."""
+    lines = [
+        f"flowturbo {_version('flowturbo')}, Python {platform.python_version()}, {platform.platform()}",
+        f"torch {torch.__version__} ({torch.get_num_threads()} threads), CUDA of its build: {torch.version.cuda or 'none'}",
+        f"devices: {_devices()}",
+        *(f"{name} {_version(name)}" for name in ("triton", "diffusers", "scikit-learn")),
+        f"cupy {_version('cupy-cuda13x', 'cupy-cuda12x')}",
+        f"CUDA extension: {_extension()}",
+        "",
+        "operation             backend    why",
+        *(f"{name:<21} reference  the only one in this version" for name in sorted(OPS)),
+    ]
+    return "\n".join(lines)
+
+
+def _version(*names: str) -> str:
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def _devices() -> str:
+    if not torch.cuda.is_available():
+        return f"cpu ({platform.processor() or platform.machine()}); no CUDA device that torch can use"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _extension() -> str:
+    try:
+        built = importlib.import_module("flowturbo_kernels._C").build_info()
+    except ImportError as error:
+        return f"not built ({error})"
+    devices = f"{built.devices} devices" if built.devices else f"no device ({built.problem or 'none found'})"
+    version = f"{built.cuda_version // 1000}.{built.cuda_version % 1000 // 10}"
+    return f"built with CUDA {version} for sm_{', sm_'.join(built.architectures.split())}; {devices}"

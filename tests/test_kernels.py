@@ -1,0 +1,325 @@
+"""Laws of every operation: it means its formula, errs little in every dtype, reads strides, and refuses what does not fit."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowturbo_kernels import OPS, adaln_modulate, attention, gated_residual_adaln, guide, linear, patch_embed, velocity_update
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in arguments or results."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in tensors(v)] if isinstance(value, list | tuple) else []
+
+
+def mapped(value: Any, change: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(mapped(v, change) for v in value) if isinstance(value, list | tuple) else value
+
+
+def error(got: Tensor, truth: Tensor) -> float:
+    """Relative, in the Euclidean norm."""
+    assert got.shape == truth.shape
+    return float((got.double() - truth).norm() / truth.norm())
+
+
+def examples(name: str, dtype: torch.dtype, seed: int = 0) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(seed)
+    yield from OPS[name].example(lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype))
+
+
+CASES = [(name, i) for name in OPS for i, _ in enumerate(examples(name, torch.float32))]
+
+
+def case(name: str, index: int, dtype: torch.dtype, seed: int = 0) -> tuple[Any, ...]:
+    return list(examples(name, dtype, seed))[index]
+
+
+# What each operation means, written out in its formula.
+
+
+def long_adaln(x, shift, scale, eps=1e-6):
+    mean = x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = ((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1]
+    return (x - mean) / (variance + eps) ** 0.5 * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def long_seam(x, y, gate, shift, scale, eps=1e-6):
+    total = torch.stack([x[b] + gate[b] * y[b] for b in range(len(x))])
+    return total, long_adaln(total, shift, scale, eps)
+
+
+def long_attention(qkv):
+    B, T, _, heads, head_dim = qkv.shape
+    out = torch.empty(B, T, heads * head_dim, dtype=qkv.dtype)
+    for b in range(B):
+        for h in range(heads):
+            q, k, v = (qkv[b, :, j, h] for j in range(3))
+            scores = (q @ k.T / math.sqrt(head_dim)).exp()
+            out[b, :, h * head_dim : (h + 1) * head_dim] = scores @ v / scores.sum(1, keepdim=True)
+    return out
+
+
+def long_linear(x, weight, bias, activation=None):
+    y = torch.einsum("...k,nk->...n", x, weight) + bias
+    if activation is None:
+        return y
+    return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+
+
+def long_patch_embed(x, weight, bias, v=None):
+    both = x if v is None else torch.stack([torch.cat([x[b], v[b]]) for b in range(len(x))])
+    p = weight.shape[-1]
+    patches = [
+        both[:, :, row : row + p, column : column + p].reshape(len(x), -1)
+        for row in range(0, x.shape[2], p)
+        for column in range(0, x.shape[3], p)
+    ]
+    return torch.stack(patches, 1) @ weight.reshape(len(weight), -1).T + bias
+
+
+def long_velocity_update(x, velocities, weights):
+    out = x.clone()
+    for n in range(len(x)):
+        for v, weight in zip(velocities, weights, strict=True):
+            out[n] += weight * v[n]
+    return out
+
+
+def long_guide(v, scale, channels):
+    out, N = v.clone(), len(v) // 2
+    for n in range(N):
+        s = scale if isinstance(scale, float) else float(scale[n])
+        for c in range(channels):
+            out[n, c] = out[N + n, c] = v[N + n, c] + s * (v[n, c] - v[N + n, c])
+    return out
+
+
+MEANING = {
+    "adaln_modulate": long_adaln,
+    "gated_residual_adaln": long_seam,
+    "attention": long_attention,
+    "linear": long_linear,
+    "patch_embed": long_patch_embed,
+    "velocity_update": long_velocity_update,
+    "guide": long_guide,
+}
+
+
+def test_the_registry_names_its_operations():
+    for name, operation in OPS.items():
+        assert operation.name == name == operation.reference.__name__
+        assert repr(operation) == f"<op {name}>"
+        assert operation.__doc__
+        assert operation.__doc__ == operation.reference.__doc__
+
+
+def test_examples_hold_what_kernels_get_wrong():
+    """head_dim 72, which is no power of two; token counts that divide by nothing; a batch of one."""
+    shapes = [args[0].shape for args in examples("attention", torch.float32)]
+    assert {s[4] for s in shapes} >= {72}
+    assert any(s[1] % 2 for s in shapes)
+    assert any(s[0] == 1 for s in shapes)
+    assert any(args[0].shape[1] == 7 for args in examples("adaln_modulate", torch.float32))
+    assert any(args[3] is not None for args in examples("patch_embed", torch.float32))
+    assert any(isinstance(args[1], Tensor) for args in examples("guide", torch.float32))
+
+
+@pytest.mark.parametrize("name, index", CASES)
+def test_an_operation_means_its_formula(name, index):
+    """Two ways of writing the same float64 arithmetic agree to its rounding."""
+    args = case(name, index, torch.float64, seed=1)
+    for got, truth in zip(tensors(OPS[name](*args)), tensors(MEANING[name](*args)), strict=True):
+        assert got.dtype == torch.float64
+        assert error(got, truth) < 1e-13
+
+
+# Rounding inputs is not an operation's error: truth is float64 arithmetic on the rounded inputs. In float16 and bfloat16 a result
+# that is right but for its own rounding errs by a quarter of eps, measured; one more rounding on the way makes that a half. In
+# float32 sums of 1152 terms round at every term: 3.6 eps were measured.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name, index", CASES)
+def test_error_against_float64(name, index, dtype):
+    args = case(name, index, dtype, seed=2)
+    truths = tensors(OPS[name].reference(*mapped(args, lambda t: t.double())))
+    bound = (8 if dtype == torch.float32 else 0.75) * torch.finfo(dtype).eps
+    for got, truth in zip(tensors(OPS[name](*args)), truths, strict=True):
+        assert got.dtype == dtype
+        assert error(got, truth) <= bound
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same values, every other element of a larger tensor in every axis, the rest poisoned."""
+    larger = torch.full([2 * s for s in t.shape], math.nan, dtype=t.dtype)
+    view = larger[tuple(slice(1, None, 2) for _ in t.shape)]
+    return view.copy_(t)
+
+
+@pytest.mark.parametrize("layout", ["every other", "axes turned", "rows repeated"])
+@pytest.mark.parametrize("name, index", CASES)
+def test_strides_change_nothing(name, index, layout):
+    """To rounding: a matrix product may sum in another order for another layout."""
+    args = case(name, index, torch.float64, seed=3)
+
+    def change(t: Tensor) -> Tensor:
+        if layout == "every other":
+            return strided(t)
+        if layout == "axes turned":
+            return t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim)))
+        return t[:1].expand(t.shape)
+
+    changed = mapped(args, change)
+    plain = mapped(changed, lambda t: t.clone(memory_format=torch.contiguous_format))
+    assert all(t.is_contiguous() for t in tensors(plain))
+    for got, truth in zip(tensors(OPS[name](*changed)), tensors(OPS[name](*plain)), strict=True):
+        assert error(got, truth) < 1e-14
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_inputs_are_left_alone(name):
+    args = case(name, 1, torch.float32)
+    before = mapped(args, Tensor.clone)
+    OPS[name](*args)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(args), tensors(before), strict=True))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_are_those_of_the_formula(name):
+    """By every tensor argument, against the formula's own, along a random direction of the results."""
+    mine, theirs = (mapped(case(name, 1, torch.float64, seed=4), lambda t: t.clone().requires_grad_()) for _ in range(2))
+    results, truths = tensors(OPS[name](*mine)), tensors(MEANING[name](*theirs))
+    generator = torch.Generator().manual_seed(5)
+    directions = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in truths]
+    got = torch.autograd.grad(results, tensors(mine), directions)
+    expected = torch.autograd.grad(truths, tensors(theirs), directions)
+    for g, e in zip(got, expected, strict=True):
+        assert float(e.norm()) > 0
+        assert error(g, e) < 1e-12
+
+
+def test_attention_of_one_token_is_its_value():
+    qkv = torch.randn(3, 1, 3, 2, 72, dtype=torch.float64)
+    assert torch.allclose(attention(qkv), qkv[:, :, 2].flatten(2), rtol=1e-14, atol=0)
+
+
+def test_attention_does_not_overflow():
+    qkv = torch.randn(1, 7, 3, 1, 72) * 1e3
+    assert attention(qkv).isfinite().all()
+
+
+def test_seam_modulates_the_sum_before_it_is_rounded():
+    x, y, gate, shift, scale = case("gated_residual_adaln", 3, torch.bfloat16, seed=6)
+    total, modulated = gated_residual_adaln(x, y, gate, shift, scale)
+    exact = long_seam(*(t.double() for t in (x, y, gate, shift, scale)))[1]
+    again = adaln_modulate(total, shift, scale)
+    assert error(modulated, exact) < 0.8 * error(again, exact)
+
+
+def test_velocity_update_reads_the_first_rows_only():
+    x, v = torch.randn(2, 3, 4), torch.full((4, 3, 4), math.nan)
+    v[:2] = 1.0
+    assert torch.allclose(velocity_update(x, [v], [0.25]), x + 0.25)
+
+
+def test_guidance_of_one_and_zero():
+    """Scale 1 is the conditional half, scale 0 the unconditional, in both halves, for the guided channels."""
+    v = torch.randn(4, 4, 5, 7, dtype=torch.float64)
+    c, u = v.chunk(2)
+    assert torch.allclose(guide(v, 1.0, 3)[:, :3], torch.cat([c, c])[:, :3], atol=1e-15)
+    assert torch.equal(guide(v, 0.0, 4), torch.cat([u, u]))
+    assert torch.equal(guide(v, 7.0, 3)[:, 3], v[:, 3])
+
+
+def r(*shape: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+# (operation, arguments, error, the argument that the message must name)
+REFUSED: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [
+    (adaln_modulate, (r(2, 3), r(2, 3), r(2, 3)), ValueError, "x"),
+    (adaln_modulate, (r(2, 3, 8), r(2, 7), r(2, 8)), ValueError, "shift"),
+    (adaln_modulate, (r(2, 3, 8), r(2, 8), r(1, 8)), ValueError, "scale"),
+    (adaln_modulate, (r(2, 3, 8), r(2, 1, 8), r(2, 8)), ValueError, "shift"),
+    (adaln_modulate, (r(2, 3, 8).long(), r(2, 8), r(2, 8)), TypeError, "x"),
+    (adaln_modulate, (r(2, 3, 8), r(2, 8).int(), r(2, 8)), TypeError, "shift"),
+    (adaln_modulate, (r(2, 3, 8), r(2, 8).to("meta"), r(2, 8)), ValueError, "shift"),
+    (gated_residual_adaln, (r(2, 3, 8, 1), r(2, 3, 8), r(2, 8), r(2, 8), r(2, 8)), ValueError, "x"),
+    (gated_residual_adaln, (r(2, 3, 8), r(2, 4, 8), r(2, 8), r(2, 8), r(2, 8)), ValueError, "y"),
+    (gated_residual_adaln, (r(2, 3, 8), r(2, 3, 8), r(3, 8), r(2, 8), r(2, 8)), ValueError, "gate"),
+    (gated_residual_adaln, (r(2, 3, 8), r(2, 3, 8), r(2, 8), r(8), r(2, 8)), ValueError, "shift"),
+    (gated_residual_adaln, (r(2, 3, 8), r(2, 3, 8), r(2, 8), r(2, 8), r(2, 9)), ValueError, "scale"),
+    (gated_residual_adaln, (r(2, 3, 8), r(2, 3, 8).bool(), r(2, 8), r(2, 8), r(2, 8)), TypeError, "y"),
+    (attention, (r(2, 7, 3, 8),), ValueError, "qkv"),
+    (attention, (r(2, 7, 2, 1, 8),), ValueError, "qkv"),
+    (attention, (r(2, 7, 3, 1, 8).long(),), TypeError, "qkv"),
+    (linear, (r(2, 8), r(4, 7), r(4)), ValueError, "weight"),
+    (linear, (r(2, 8), r(8), r(4)), ValueError, "weight"),
+    (linear, (r(2, 8), r(4, 8), r(5)), ValueError, "bias"),
+    (linear, (r(), r(4, 8), r(4)), ValueError, "x"),
+    (linear, (r(2, 8).long(), r(4, 8), r(4)), TypeError, "x"),
+    (linear, (r(2, 8), r(4, 8), r(4), "gelu"), ValueError, "activation"),
+    (patch_embed, (r(4, 8, 8), r(16, 4, 2, 2), r(16)), ValueError, "x"),
+    (patch_embed, (r(1, 4, 8, 8), r(16, 3, 2, 2), r(16)), ValueError, "weight"),
+    (patch_embed, (r(1, 4, 8, 8), r(16, 4, 2, 4), r(16)), ValueError, "weight"),
+    (patch_embed, (r(1, 4, 8, 8), r(16, 4), r(16)), ValueError, "weight"),
+    (patch_embed, (r(1, 4, 8, 8), r(16, 4, 2, 2), r(15)), ValueError, "bias"),
+    (patch_embed, (r(1, 4, 8, 7), r(16, 4, 2, 2), r(16)), ValueError, "x"),
+    (patch_embed, (r(1, 4, 8, 8), r(16, 4, 2, 2), r(16), r(1, 4, 8, 8)), ValueError, "weight"),
+    (patch_embed, (r(1, 4, 8, 8), r(16, 8, 2, 2), r(16), r(2, 4, 8, 8)), ValueError, "v"),
+    (patch_embed, (r(1, 4, 8, 8), r(16, 8, 2, 2), r(16), r(1, 4, 8, 8).int()), TypeError, "v"),
+    (velocity_update, (r(2, 3), [], []), ValueError, "velocities"),
+    (velocity_update, (r(2, 3), [r(2, 3)], [0.1, 0.2]), ValueError, "weights"),
+    (velocity_update, (r(2, 3), [r(2, 3), r(1, 3)], [0.1, 0.2]), ValueError, "velocities[1]"),
+    (velocity_update, (r(2, 3), [r(2, 4)], [0.1]), ValueError, "velocities[0]"),
+    (velocity_update, (r(2, 3), [r(2, 3).long()], [0.1]), TypeError, "velocities[0]"),
+    (guide, (r(3, 4, 8, 8), 2.0, 3), ValueError, "v"),
+    (guide, (r(4, 8, 8), 2.0, 3), ValueError, "v"),
+    (guide, (r(4, 4, 8, 8), 2.0, 5), ValueError, "channels"),
+    (guide, (r(4, 4, 8, 8), 2.0, 0), ValueError, "channels"),
+    (guide, (r(4, 4, 8, 8), r(4, 1, 1, 1), 3), ValueError, "scale"),
+    (guide, (r(4, 4, 8, 8).long(), 2.0, 3), TypeError, "v"),
+]
+
+
+@pytest.mark.parametrize(
+    "operation, args, kind, argument", REFUSED, ids=[f"{o.name}-{a}-{i}" for i, (o, _, _, a) in enumerate(REFUSED)]
+)
+def test_what_does_not_fit_is_refused_by_name(operation, args, kind, argument):
+    with pytest.raises(kind) as refusal:
+        operation(*args)
+    message = str(refusal.value)
+    assert message.startswith(f"{operation.name}: ")
+    assert argument in message.replace(":", " ").replace(",", " ").replace("'s", " ").split()
+
+
+MIXED = [
+    (linear, lambda a, b: (a(2, 8), b(4, 8), a(4)), "weight"),
+    (linear, lambda a, b: (a(2, 8), a(4, 8), b(4)), "bias"),
+    (patch_embed, lambda a, b: (a(1, 4, 8, 8), b(16, 4, 2, 2), a(16)), "weight"),
+    (patch_embed, lambda a, b: (a(1, 4, 8, 8), a(16, 8, 2, 2), a(16), b(1, 4, 8, 8)), "v"),
+]
+
+
+@pytest.mark.parametrize("operation, make, argument", MIXED, ids=[f"{o.name}-{a}" for o, _, a in MIXED])
+def test_matrix_products_refuse_mixed_dtypes_by_name(operation, make, argument):
+    with pytest.raises(TypeError, match=rf"{operation.name}: .*\b{argument}\b"):
+        operation(*make(lambda *s: torch.zeros(*s), lambda *s: torch.zeros(*s, dtype=torch.bfloat16)))
+
+
+def test_results_have_the_first_arguments_dtype():
+    """Also where modulations, velocities or scales come in a wider one."""
+    x = torch.randn(2, 3, 8).bfloat16()
+    wide = [torch.randn(2, 8) for _ in range(3)]
+    assert adaln_modulate(x, wide[0], wide[1]).dtype == torch.bfloat16
+    assert [t.dtype for t in gated_residual_adaln(x, x.float(), *wide)] == [torch.bfloat16] * 2
+    assert velocity_update(x, [x.double()], [0.1]).dtype == torch.bfloat16
+    assert guide(torch.randn(4, 4, 2, 2).bfloat16(), torch.randn(2, 1, 1, 1), 3).dtype == torch.bfloat16
