@@ -28,10 +28,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Sample:
-    """Sample images by a plan and write them: a labelled grid (.png), or an .npz with arr_0 (uint8 images) and labels.
-
-    With no arguments: ten digits by the bundled model, as samples.png.
-    """
+    """Sample images by a plan. With no arguments: ten digits by the bundled model, as samples.png."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])] = "digits"
     """A .pt, .pth or .safetensors file with SiT's keys, or "digits"."""
@@ -65,10 +62,11 @@ class Sample:
     convention: Literal["auto", "sit", "repa"] = "auto"
     """"repa" for checkpoints whose time runs backwards."""
     device: str | None = None
+    """"cuda" or "cpu"; left out: a GPU if there is one."""
     dtype: Dtype | None = None
     """Left out: bfloat16 on a GPU, float32 on the CPU."""
     out: Path = Path("samples.png")
-    """.png or .npz."""
+    """A labelled grid (.png), or an .npz with arr_0 (N, height, width, 3), uint8, and labels."""
 
 
 def _sample(settings: Sample) -> str:
@@ -76,9 +74,7 @@ def _sample(settings: Sample) -> str:
         raise ValueError(f"out must end in .png or .npz, got {str(settings.out)!r}")
     if settings.num < 1:
         raise ValueError(f"num must be at least 1, got {settings.num}")
-    plan = Plan.parse(
-        settings.plan, grid=settings.grid, shift=settings.shift, guidance_interval=settings.guidance_interval
-    )
+    plan = Plan.parse(settings.plan, grid=settings.grid, shift=settings.shift, guidance_interval=settings.guidance_interval)
     model = load(
         settings.model,
         settings.refiner,
@@ -114,10 +110,15 @@ class Convert:
     """Turn a published checkpoint into a checked safetensors file with only the weights that sample."""
 
     source: tyro.conf.Positional[Path]
+    """The .pt, .pth or .safetensors file."""
     target: tyro.conf.Positional[Path]
+    """The .safetensors file to write."""
     role: Literal["predictor", "refiner"] = "predictor"
+    """What the source is."""
     heads: int | None = None
+    """Attention heads, for checkpoints of an unpublished width."""
     convention: Literal["auto", "sit", "repa"] = "auto"
+    """"repa" for checkpoints whose time runs backwards."""
     vae: str | None = None
     """Name of the VAE that decodes its images, written into the file."""
     dtype: Dtype | None = None
@@ -164,11 +165,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    choices = Union[  # noqa: UP007  (made from a table)
-        tuple(Annotated[settings, tyro.conf.subcommand(name, prefix_name=False)] for name, (settings, _) in COMMANDS.items())
+    subcommands = [
+        Annotated[settings, tyro.conf.subcommand(name, prefix_name=False)]  # type: ignore[valid-type]
+        for name, (settings, _) in COMMANDS.items()
     ]
+    choices: Any = Union[tuple(subcommands)]  # noqa: UP007  (made from a table)
     settings: Any = tyro.cli(
-        choices,  # type: ignore[arg-type]
+        choices,
         prog="flowturbo",
         description="Few-call sampling of flow-matching models. Add --debug to any command for a full traceback.",
         args=words,

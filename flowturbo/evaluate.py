@@ -32,17 +32,22 @@ from .plots import need_matplotlib, plot_quality, plot_velocity
 from .sampler import sample
 
 PLANS = (
-    *("H1", "H2", "H3", "H4", "H6", "H8", "H9", "H13"),
-    *("H1P1", "H1P2", "H1P3", "H1P4", "H1P5", "H1P6", "H2P4", "H2P5", "H2P8", "H2P9", "H5P7", "H5P8", "H8P9", "H8P10"),
-    *("E2", "E4", "E8", "E16"),
-    *("A3", "A4", "A5", "A6", "A7", "A8", "A9", "A12", "A13", "A18", "A26"),
-    *("B4", "B5", "B6", "B7", "B8", "B9", "B12", "B13", "B18", "B26"),
-    *("C5", "C8", "C13", "C18"),
-    *("H1P1R1", "H1P2R1", "H1P1R2", "H1P2R2", "H1P3R2", "H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3", "H8P9R5", "H1P2S1", "H1P5S3"),
+    *("E1", "E2", "E3", "E4", "E8", "E16"),
+    *("H1", "H2", "H3", "H4", "H6", "H8"),
+    *("H1P1", "H1P2", "H1P3", "H1P4", "H1P5", "H1P6", "H2P4", "H2P5", "H2P8", "H2P9", "H5P7", "H8P9"),
+    *("A2", "A3", "A4", "A5", "A6", "A7", "A8", "A9", "A13", "A18"),
+    *("B3", "B4", "B5", "B6", "B7", "B8", "B9", "B12", "B13", "B17", "B26"),
+    *("C5", "C8", "C12", "C18", "C26"),
+    *("H1R1", "H1R2", "H1P1R1", "H1P1R2", "H1P2R1", "H1P2R2", "H1P3R2", "H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3", "H8P9R5"),
+    *("H1P2S1", "H1P5S3"),
+    *("E1R1", "A2R1", "A3R1", "A4R1", "B5R1"),
 )
-"""FlowTurbo's plans, and rivals of each family at their costs, rounded down and up to whole calls.
+"""Plans with refiner steps, the paper's and others, and rivals of each family at their costs, rounded down and up to whole calls.
 
 No plan starts with P: P4 and H1P3 run the same calls."""
+
+BLOCKS = 10
+"""Groups of images that are left out in turn, to know how far a distance hangs on which images were made."""
 
 FORMAT = 1
 
@@ -51,30 +56,34 @@ FORMAT = 1
 class Evaluate:
     """Measure plans of a model of the digits: quality against cost, as a table (Markdown, JSON) and a plot.
 
-    out: folder for quality.json, quality.md, quality.png, and fine.safetensors, the fine solution. A folder that holds plans
-        measured with the same settings goes on from them; plans may be added.
-    model: a bundled name or a predictor's file, of latents (1, 8, 8) and 10 classes. refiner: its refiner's file.
-    plans: each measured on the same noise. reference_plan: the fine solution that the RMS distance is taken to.
-    guidance: scale of classifier-free guidance, 1 for none.
-    images: per plan; image i is of class i % 10, its noise a function of (seed, i). reference_images: how many of them, from
-        the first on, are compared with the fine solution.
-    batch_size: images at a time; the first batch of a plan is not timed, so images must be at least twice as many.
-    classifier_steps: training steps of the classifier whose features give the Fréchet distance.
-    device: where to run; the default is cuda and bfloat16 where there is a GPU, else cpu and float32.
+    About 20 minutes with the defaults on two idle cores. Whatever else runs on the machine falsifies the milliseconds.
     """
 
     out: Path = Path("evaluation")
+    """Folder for quality.md, quality.json, quality.png, and fine.safetensors, the fine solution. A folder that holds plans measured
+    with the same settings goes on from them; plans may be added."""
     model: str = "digits"
+    """A bundled name or a predictor's file; of latents (1, 8, 8) and 10 classes."""
     refiner: str | None = None
+    """The refiner's file; a bundled model brings its own."""
     plans: tuple[str, ...] = PLANS
+    """Plans to measure, each on the same noise."""
     guidance: float = 1.5
+    """Scale of classifier-free guidance, 1 for none."""
     images: int = 2000
+    """Images a plan. Image i is of class i % 10, and its noise a function of (seed, i)."""
     reference_images: int = 500
+    """How many of them, the first, are compared with the fine solution."""
     reference_plan: str = "H200"
+    """The plan of the fine solution."""
     batch_size: int = 250
+    """Images at a time. The first batch of a plan is not timed, so images must be at least two batches."""
     seed: int = 0
+    """Of the noise."""
     classifier_steps: int = 1000
+    """Training steps of the classifier whose features give the Fréchet distance."""
     device: str | None = None
+    """Where to run: by default cuda, in bfloat16, where there is a GPU, else cpu, in float32."""
 
     def __post_init__(self) -> None:
         finite("guidance", self.guidance)
@@ -85,8 +94,8 @@ class Evaluate:
             raise ValueError(
                 f"images must be at least 2 * batch_size = {2 * self.batch_size} (the first batch is not timed), got {self.images}"
             )
-        if not 2 <= self.reference_images <= self.images:
-            raise ValueError(f"reference_images must be from 2 to images = {self.images}, got {self.reference_images}")
+        if not 2 * BLOCKS <= self.reference_images <= self.images:
+            raise ValueError(f"reference_images must be from {2 * BLOCKS} to images = {self.images}, got {self.reference_images}")
         if isinstance(self.plans, str) or not self.plans:
             raise ValueError(f"plans must be a list of at least one plan, got {self.plans!r}")
         parsed = [Plan.parse(plan) for plan in self.plans]
@@ -218,7 +227,7 @@ def _measure(results: dict[str, Any], path: Path, settings: Evaluate, model: Flo
         first = slice(settings.reference_images)
         fine = _fine_solution(results, settings, model, reference, noise[first], labels[first], bar)
         results["fine"] = {"plan": str(reference), "cost": cost(reference), "images": len(fine)}
-        results["fine"] |= _judge(classifier, fine, labels[first], held_out)
+        results["fine"] |= _read_images(classifier, fine, labels[first], held_out)
         for plan in pending:
             bar.set_postfix_str(str(plan))
             latents, milliseconds = _timed_run(model, plan, noise, labels, settings, bar, cost(plan))
@@ -231,20 +240,36 @@ def _measure(results: dict[str, Any], path: Path, settings: Evaluate, model: Flo
                 "refiner_calls": plan.cost.refiner,
                 "cost": cost(plan),
                 "ms_per_image": milliseconds,
-                **_judge(classifier, latents, labels, held_out),
+                **_read_images(classifier, latents, labels, held_out),
                 "frechet_first": frechet_distance(classifier.read(latents[first])[0], held_out),
                 "rms": rms_distance(latents[first], fine),
+                "rms_blocks": [rms_distance(latents[kept], fine[kept]) for kept in _without_blocks(len(fine))],
             }
             results["rows"].append(row)
-            write_text(path, json.dumps(results, indent=1) + "\n")
+            write_text(path, _json(results))
 
 
-def _judge(classifier: DigitClassifier, latents: Tensor, labels: Tensor, held_out: Tensor) -> dict[str, float]:
+def _read_images(classifier: DigitClassifier, latents: Tensor, labels: Tensor, held_out: Tensor) -> dict[str, Any]:
+    """What the classifier says of images."""
     features, classes = classifier.read(latents)
     return {
         "frechet": frechet_distance(features, held_out),
+        "frechet_blocks": [frechet_distance(features[kept], held_out) for kept in _without_blocks(len(latents))],
         "label_share": float((classes == labels).double().mean()),
     }
+
+
+def _without_blocks(count: int) -> list[Tensor]:
+    """The numbers 0 .. count - 1, with each of BLOCKS runs of neighbours left out in turn."""
+    blocks = torch.arange(count).tensor_split(BLOCKS)
+    return [torch.cat([*blocks[:i], *blocks[i + 1 :]]) for i in range(BLOCKS)]
+
+
+def _json(results: Mapping[str, Any]) -> str:
+    """As JSON, a line a row."""
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in results["rows"])
+    head = json.dumps({k: v for k, v in results.items() if k != "rows"}, indent=1)
+    return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
 
 
 def _timed_run(
@@ -289,8 +314,10 @@ def _fine_solution(
 
 
 def family(plan: Plan) -> str:
-    """What a plan is called in tables, by its most particular step."""
-    for letters, name in (("RS", "FlowTurbo"), ("P", "pseudo corrector"), ("ABC", "Adams-Bashforth"), ("H", "Heun")):
+    """What a plan is called in tables, by its most particular steps."""
+    if plan.cost.refiner:
+        return "FlowTurbo" if set(plan.letters) <= set("HPRS") else "Adams-Bashforth + refiner"
+    for letters, name in (("P", "pseudo corrector"), ("ABC", "Adams-Bashforth"), ("H", "Heun")):
         if set(letters) & set(plan.letters):
             return name
     return "Euler"
@@ -308,7 +335,7 @@ def quality_table(results: Mapping[str, Any]) -> str:
         "# Quality against cost",
         "",
         f"Model {Path(s['model']).name}, guidance {s['guidance']:g}, {s['images']} images a plan (seed {s['seed']}, image i is of "
-        f"class i % 10), batches of {s['batch_size']}; {e['dtype']} on {e['device']}, {e['threads']} threads, torch {e['torch']}.",
+        f"class i % 10), batches of {s['batch_size']}; {e['dtype']} on {e['device']}, threads: {e['threads']}, torch {e['torch']}.",
         "",
         "- cost: predictor-call equivalents; a refiner call has "
         f"{macs['refiner_macs'] / macs['predictor_macs']:.3f} of the multiply-accumulates of a predictor call.",
@@ -349,49 +376,64 @@ def quality_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each distance, which plans with refiner steps beat every plan without that costs as much or less, and which don't."""
+Row = Mapping[str, Any]
+
+RIVALS: tuple[tuple[str, str, Callable[[Row], float]], ...] = (
+    ("same cost", "cost", lambda row: 1.03 * row["cost"]),
+    ("next whole call", "cost", lambda row: math.ceil(row["cost"])),
+    ("same time", "ms_per_image", lambda row: 1.03 * row["ms_per_image"]),
+)
+"""Whom a plan with refiner steps is set against: plans without, of at most so much of some cost."""
+
+OUTCOMES = {"better": "better than", "level": "level with", "worse": "worse than", "no rival": "no rival as cheap"}
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """For each distance, which plans with refiner steps beat every plan without at their cost, and which don't."""
     refined = [row for row in rows if row["refiner_calls"]]
     rivals = [row for row in rows if not row["refiner_calls"]]
-    if not refined or not rivals:
-        return ["Nothing to judge: this needs plans with refiner steps and plans without."]
-    lines = []
+    if not refined:
+        return ["No plan here has refiner steps."]
+    lines = [
+        "Each is set against the best of all plans without refiner steps, of at most the same cost (and 3 % more), of at most its "
+        "cost rounded up to whole predictor calls, and of at most the same milliseconds (and 3 % more). Better and worse are by "
+        f"more than two standard errors of the difference (jackknife over {BLOCKS} groups of images, the same noise for both)."
+    ]
     for quality, title in MEASURES.items():
+        columns = [[judge(row, rivals, quality, cost, limit(row)) for row in refined] for _, cost, limit in RIVALS]
+        lines += ["", f"### {title}", ""]
+        for (whom, _, _), column in zip(RIVALS, columns, strict=True):
+            counts = []
+            for outcome in OUTCOMES:
+                plans = [row["plan"] for row, (found, _) in zip(refined, column, strict=True) if found == outcome]
+                counts += [f"{len(plans)} {outcome} ({', '.join(plans)})"] if plans else []
+            lines.append(f"- {whom[0].upper()}{whom[1:]}, of {len(refined)} plans: {', '.join(counts)}.")
         lines += [
-            f"{title}, of the {len(refined)} plans with refiner steps:",
-            "- Against all plans without of the same cost (at most 3 % more) or less: "
-            + _verdict(refined, rivals, quality, "cost", lambda row: 1.03 * row["cost"]),
-            "- Against all plans without of up to the next whole predictor call: "
-            + _verdict(refined, rivals, quality, "cost", lambda row: math.ceil(row["cost"])),
-            "- Against all plans without that took the same milliseconds (at most 3 % more) or less: "
-            + _verdict(refined, rivals, quality, "ms_per_image", lambda row: 1.03 * row["ms_per_image"]),
             "",
+            "| plan | cost | distance | " + " | ".join(whom for whom, _, _ in RIVALS) + " |",
+            "|---|--:|--:|---|---|---|",
         ]
-    return lines[:-1]
+        for row, *found in zip(refined, *columns, strict=True):
+            cells = (OUTCOMES[outcome] + (f" {best['plan']} ({best[quality]:.3g})" if best else "") for outcome, best in found)
+            lines.append(f"| {row['plan']} | {row['cost']:.2f} | {row[quality]:.3g} | {' | '.join(cells)} |")
+    return lines
 
 
-def _verdict(
-    refined: Sequence[Mapping[str, Any]],
-    rivals: Sequence[Mapping[str, Any]],
-    quality: str,
-    cost: str,
-    limit: Callable[[Mapping[str, Any]], float],
-) -> str:
-    better: list[str] = []
-    worse: list[str] = []
-    alone: list[str] = []
-    for row in refined:
-        affordable = [rival for rival in rivals if rival[cost] <= limit(row)]
-        if not affordable:
-            alone.append(row["plan"])
-            continue
-        best = min(affordable, key=lambda rival: rival[quality])
-        won = row[quality] < best[quality]
-        (better if won else worse).append(f"{row['plan']} ({row[quality]:.3g}; {best['plan']} {best[quality]:.3g})")
-    sentence = f"{len(better)} better"
-    for what, plans in (("", better), (f"; {len(worse)} not", worse), (f"; {len(alone)} without a rival that cheap", alone)):
-        sentence += what + (": " + ", ".join(plans) if plans else "")
-    return sentence + "."
+def judge(row: Row, rivals: Sequence[Row], quality: str, cost: str, most: float) -> tuple[str, Row | None]:
+    """One of OUTCOMES, and the best of the rivals whose cost is at most `most`."""
+    affordable = [rival for rival in rivals if rival[cost] <= most]
+    if not affordable:
+        return "no rival", None
+    best = min(affordable, key=lambda rival: rival[quality])
+    gain = best[quality] - row[quality]
+    doubt = 2 * jackknife_error([b - a for a, b in zip(row[f"{quality}_blocks"], best[f"{quality}_blocks"], strict=True)])
+    return ("better" if gain > doubt else "worse" if gain < -doubt else "level"), best
+
+
+def jackknife_error(values: Sequence[float]) -> float:
+    """The standard error of a figure, from its values with each of n groups left out."""
+    n = len(values)
+    return math.sqrt((n - 1) / n * sum((value - statistics.fmean(values)) ** 2 for value in values))
 
 
 REFERENCE_TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -399,22 +441,24 @@ REFERENCE_TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class InspectVelocity:
-    """Show how a predictor's velocity changes along its trajectories, which is what caching and refining it rely on.
-
-    out: folder for velocity.json and velocity.png.
-    model: a bundled name or a predictor's file. guidance: scale of classifier-free guidance, 1 for none.
-    steps: Heun steps of the trajectory. images: how many trajectories; image i is of class i % (number of classes).
-    batch_size: images at a time. seed: of the noise. device: as for `evaluate`.
-    """
+    """Show how a predictor's velocity changes along its trajectories, which is what caching and refining it rely on."""
 
     out: Path = Path("velocity")
+    """Folder for velocity.json and velocity.png."""
     model: str = "digits"
+    """A bundled name or a predictor's file."""
     guidance: float = 1.5
+    """Scale of classifier-free guidance, 1 for none."""
     steps: int = 100
+    """Heun steps of a trajectory."""
     images: int = 100
+    """How many trajectories. Image i is of class i % (number of classes), and its noise a function of (seed, i)."""
     batch_size: int = 100
+    """Images at a time."""
     seed: int = 0
+    """Of the noise."""
     device: str | None = None
+    """Where to run: by default cuda, in bfloat16, where there is a GPU, else cpu, in float32."""
 
     def __post_init__(self) -> None:
         finite("guidance", self.guidance)

@@ -15,7 +15,7 @@ from .files import CheckpointError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # The content decides how a file is read, whatever its name says, but never by pillow's other readers (one calls ghostscript).
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _THREADS = min(8, os.cpu_count() or 1)
 
 _ORIENTATION = 0x0112

@@ -96,13 +96,15 @@ class DigitClassifier(nn.Module):
 def train_classifier(data: Latents, *, steps: int = 1000, batch_size: int = 64, lr: float = 3e-3, seed: int = 0) -> DigitClassifier:
     """A classifier of 8 x 8 digits, from shifted and noisy copies of the data; on the CPU, in about 4 s for 1000 steps on one core.
 
-    With the defaults 98 to 99 % of scikit-learn's held-out digits are recognised (seeds 0 to 3). Nothing global is seeded.
+    With the defaults 98 to 99 % of scikit-learn's held-out digits are recognised (seeds 0 to 5). No global random number is drawn.
     """
     if data.shape != (1, 8, 8) or data.num_classes != 10:
         raise ValueError(f"data must be latents (1, 8, 8) of 10 classes, got {data.shape} of {data.num_classes}")
     positive("steps", steps)
     generator = torch.Generator().manual_seed(natural("seed", seed))
-    network = DigitClassifier()
+    with torch.device("meta"):  # else torch's own initialisation would draw from the global generator
+        network = DigitClassifier()
+    network.to_empty(device="cpu")
     for parameter in network.parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_uniform_(parameter, nonlinearity="relu", generator=generator)

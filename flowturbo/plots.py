@@ -10,6 +10,8 @@ from typing import Any
 from .files import atomic_write
 from .metrics import pareto_front
 
+Row = Mapping[str, Any]
+
 # Colours that colour-blind people tell apart (Okabe and Ito).
 FAMILIES = {
     "Euler": ("#8c8c8c", "v"),
@@ -17,6 +19,7 @@ FAMILIES = {
     "pseudo corrector": ("#009e73", "D"),
     "Adams-Bashforth": ("#cc79a7", "^"),
     "FlowTurbo": ("#d55e00", "o"),
+    "Adams-Bashforth + refiner": ("#9c5a00", "P"),
 }
 _FONT: Any = {"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5}
 
@@ -32,7 +35,8 @@ def need_matplotlib() -> None:
 def plot_quality(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """The results of `evaluate` as a PNG: each distance against predictor-call equivalents and against milliseconds.
 
-    The grey staircase is the best that plans without refiner steps reach; labelled are the plans on it, and all with refiner steps.
+    The grey staircase is the best that plans without refiner steps reach. Labelled are the plans on it and all with refiner steps,
+    those below or left of it in bold. Plans far above the front are left out, and named at the top.
     """
     need_matplotlib()
     from matplotlib import rc_context
@@ -42,7 +46,7 @@ def plot_quality(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
     distances = (("rms", f"RMS distance to {results['fine']['plan']}"), ("frechet", "Fréchet distance to held-out digits"))
     costs = (("cost", "cost in predictor calls"), ("ms_per_image", "milliseconds an image"))
     with rc_context(_FONT):
-        figure = Figure(figsize=(11.5, 9.5), dpi=130, layout="constrained")
+        figure = Figure(figsize=(13, 11), dpi=120, layout="constrained")
         panels = figure.subplots(2, 2, sharex="col", sharey="row")
         for line, (distance, distance_title) in zip(panels, distances, strict=True):
             for axes, (cost, cost_title) in zip(line, costs, strict=True):
@@ -70,7 +74,8 @@ def plot_quality(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
         _save(figure, path)
 
 
-def _scatter(axes: Any, rows: Sequence[Mapping[str, Any]], cost: str, distance: str) -> None:
+def _scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
+    rows, above = _split(rows, distance)
     axes.set_xscale("log")
     axes.set_yscale("log")
     staircase = sorted((row[cost], row[distance]) for row in _best_without(rows, cost, distance))
@@ -79,29 +84,39 @@ def _scatter(axes: Any, rows: Sequence[Mapping[str, Any]], cost: str, distance: 
         end = max(row[cost] for row in rows)
         axes.step([*x, end], [*y, y[-1]], where="post", color="#bbbbbb", linewidth=5, zorder=0, label="best without refiner")
     for name, (colour, marker) in FAMILIES.items():
-        chosen = [row for row in rows if row["family"] == name and row[distance] > 0]
+        chosen = [row for row in rows if row["family"] == name]
         if chosen:
-            size = 52 if name == "FlowTurbo" else 26
+            size = 52 if chosen[0]["refiner_calls"] else 26
             at = ([row[cost] for row in chosen], [row[distance] for row in chosen])
             axes.scatter(*at, s=size, color=colour, marker=marker, edgecolors="white", linewidths=0.6, label=name, zorder=2)
-    _plain_ticks(axes.xaxis)
+    _plain_ticks(axes.xaxis, (1, 1.5, 2, 3, 4, 6, 8))
     _plain_ticks(axes.yaxis)
     axes.grid(True, which="major", color="#e6e6e6", linewidth=0.7, zorder=-1)
     axes.margins(x=0.07, y=0.07)
+    if above:
+        names = ", ".join(f"{row['plan']} {row[distance]:.3g}" for row in above)
+        axes.text(0.99, 0.99, f"above the picture: {names}", transform=axes.transAxes, ha="right", va="top", color="#666666")
 
 
-def _best_without(rows: Sequence[Mapping[str, Any]], cost: str, distance: str) -> list[Mapping[str, Any]]:
+def _split(rows: Sequence[Row], distance: str) -> tuple[list[Row], list[Row]]:
+    """Rows to draw, and those far above the front. A distance of 0, the fine solution's own, has no place on a log axis."""
+    front = pareto_front([(row["cost"], row[distance]) for row in rows])
+    most = 1.4 * max(row[distance] for row, on_front in zip(rows, front, strict=True) if on_front)
+    return [row for row in rows if 0 < row[distance] <= most], [row for row in rows if row[distance] > most]
+
+
+def _best_without(rows: Sequence[Row], cost: str, distance: str) -> list[Row]:
     """The Pareto front of the plans without refiner steps."""
-    rivals = [row for row in rows if not row["refiner_calls"] and row[distance] > 0]
+    rivals = [row for row in rows if not row["refiner_calls"]]
     front = pareto_front([(row[cost], row[distance]) for row in rivals])
     return [row for row, on_front in zip(rivals, front, strict=True) if on_front]
 
 
-def _plain_ticks(axis: Any) -> None:
-    """1, 2, 5, 10, ... in plain figures on a log axis."""
+def _plain_ticks(axis: Any, digits: tuple[float, ...] = (1, 2, 5)) -> None:
+    """These digits of each power of ten, in plain figures, on a log axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+    axis.set_major_locator(LogLocator(subs=digits, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -109,21 +124,25 @@ def _plain_ticks(axis: Any) -> None:
 _OFFSETS = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 1)]
 
 
-def _label(axes: Any, rows: Sequence[Mapping[str, Any]], cost: str, distance: str) -> None:
+def _label(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
     """Plan names beside their points, each at the place around its point that hides least."""
+    rows, _ = _split(rows, distance)
     to_pixels = axes.transData.transform
     boxes = []  # of what is there already: (left, bottom, right, top) in pixels
     for row in rows:
-        if row[distance] > 0:
-            x, y = to_pixels((row[cost], row[distance]))
-            boxes.append((x - 5, y - 5, x + 5, y + 5))
+        x, y = to_pixels((row[cost], row[distance]))
+        boxes.append((x - 5, y - 5, x + 5, y + 5))
     frame = axes.bbox.extents
-    best = {row["plan"] for row in _best_without(rows, cost, distance)}
-    chosen = [row for row in rows if row[distance] > 0 and (row["family"] == "FlowTurbo" or row["plan"] in best)]
+    front = _best_without(rows, cost, distance)
+    best = {row["plan"] for row in front}
     pixels = axes.figure.dpi / 72
-    for row in sorted(chosen, key=lambda row: row["family"] != "FlowTurbo"):
-        size = 8.0 if row["family"] == "FlowTurbo" else 7.0
-        width, height = 0.64 * size * len(row["plan"]) * pixels, 1.15 * size * pixels
+    for row in sorted(rows, key=lambda row: row["refiner_calls"] == 0):
+        if not row["refiner_calls"] and row["plan"] not in best:
+            continue
+        beaten = [other[distance] for other in front if other[cost] <= row[cost]]
+        bold = row["refiner_calls"] > 0 and all(row[distance] < other for other in beaten)
+        size = 7.5
+        width, height = (0.76 if bold else 0.68) * size * len(row["plan"]) * pixels, 1.15 * size * pixels
         x, y = to_pixels((row[cost], row[distance]))
         places = []
         for reach in (7, 16, 26):
@@ -145,7 +164,7 @@ def _label(axes: Any, rows: Sequence[Mapping[str, Any]], cost: str, distance: st
             va="center",
             fontsize=size,
             color=FAMILIES[row["family"]][0],
-            fontweight="bold" if row["family"] == "FlowTurbo" else "normal",
+            fontweight="bold" if bold else "normal",
             arrowprops=dict(arrowstyle="-", color="#999999", linewidth=0.5, shrinkA=0, shrinkB=3),
         )
 

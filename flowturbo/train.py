@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 from .data import Data, load_data, order
 from .files import load_tensors, save_tensors, write_text
 from .models import Network, _device
-from .models.checkpoint import Convention, save_sit
+from .models.checkpoint import save_sit
 from .models.sit import SIT_CONFIGS, SiT, SiTConfig
+from .models.vae import load_vae
 from .objectives import FlowMatching, Refinement
 from .rng import Draws, stream
 
@@ -35,35 +36,49 @@ _FREE = {"out", "steps", "save_every", "log_every", "device", "tensorboard"}
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of every training run.
-
-    out: folder for model.safetensors (EMA weights, for `load`), state.safetensors (to resume) and log.jsonl. A run whose folder
-        holds a state goes on from it.
-    data: "digits", an .npz or a folder of shards as `flowturbo encode` writes, or a folder of images with a folder a class.
-    batch_size: over all processes. schedule: "constant" after the warm-up, or "cosine" to zero at the last step.
-    clip: largest norm of the gradient, 0 for none. precision: "bf16" is autocast, on CUDA only; "auto": bf16 there, else fp32.
-    """
+    """Settings of every training run."""
 
     out: Path
+    """Folder for model.safetensors (EMA weights), state.safetensors (to resume) and log.jsonl; a run that it holds goes on."""
     data: str = "digits"
+    """"digits", an .npz or a folder of shards as `flowturbo encode` writes, or a folder of images with a folder a class."""
+    vae: str | None = None
+    """Folder or hub name of a diffusers AutoencoderKL, or "pixels": encodes a folder of images; named in the model's file."""
+    image_size: int = 256
+    """To which images of a folder are cropped and resized."""
     steps: int = 100_000
+    """Updates in all."""
     batch_size: int = 256
+    """Rows of an update, over all processes."""
     lr: float = 1e-4
+    """AdamW's learning rate."""
     weight_decay: float = 0.0
+    """AdamW's weight decay."""
     warmup: int = 0
+    """Steps over which the learning rate rises from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a cosine that falls to zero at the last step."""
     clip: float = 0.0
+    """Largest norm of the gradient; 0 is no limit."""
     ema: float = 0.9999
+    """Decay of the average of the weights."""
     label_drop: float = 0.1
+    """Probability with which a label becomes the null class."""
     seed: int = 0
+    """Row j of step k draws from (seed, k, j) alone."""
     save_every: int = 1000
+    """Steps between checkpoints."""
     log_every: int = 50
+    """Steps between lines of the log."""
     device: str | None = None
+    """"cuda" or "cpu"; left out: a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """"bf16" is autocast, on CUDA only; "auto" is bf16 there, else fp32."""
     tensorboard: bool = False
+    """Write TensorBoard's event files into the folder too."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "log_every"):
+        for name in ("steps", "batch_size", "save_every", "log_every", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name, low, high in (
@@ -87,18 +102,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Train(Settings):
-    """Train a predictor by flow matching (SiT's defaults).
-
-    model: a published size such as "SiT-XL/2", or "custom" with hidden, depth, heads and patch.
-    vae: the name written into the model file, by which its images are decoded.
-    """
+    """Train a predictor by flow matching, by default as SiT's authors do."""
 
     model: str = "SiT-B/2"
+    """A published size such as "SiT-XL/2", or "custom" with the four sizes below."""
     hidden: int = 384
+    """Width, for "custom"."""
     depth: int = 12
+    """Blocks, for "custom"."""
     heads: int = 6
+    """Attention heads, for "custom"."""
     patch: int = 2
-    vae: str | None = None
+    """Side of a patch of the latent, for "custom"."""
 
     def config(self, data: Data) -> SiTConfig:
         channels, height, width = data.shape
@@ -118,24 +133,32 @@ class Train(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Settings):
-    """Train a refiner for a frozen predictor (the public code's values: AdamW, lr 5e-5, batch 18, 30 000 steps, EMA 0.9999).
-
-    teacher: the predictor's file. depth: blocks of the refiner. heads: as for load.
-    delta_max, inside, delta_per_row, drop_before, guidance: see objectives.Refinement.
-    """
+    """Train a refiner for a frozen predictor, by default by the objective and values of FlowTurbo's public code."""
 
     teacher: str
-    depth: int = 1
+    """The predictor's file, or "digits"."""
     heads: int | None = None
+    """The teacher's attention heads, where its width does not tell."""
     convention: Literal["auto", "sit", "repa"] = "auto"
+    """"repa" for a teacher whose time runs backwards."""
+    depth: int = 1
+    """Blocks of the refiner."""
     steps: int = 30_000
+    """Updates in all."""
     batch_size: int = 18
+    """Rows of an update, over all processes."""
     lr: float = 5e-5
+    """AdamW's learning rate."""
     delta_max: float = 0.12
+    """The cached velocity is up to this much time older than the refined one."""
     inside: bool = False
+    """Keep t + delta within 1, which the public code lets pass."""
     delta_per_row: bool = False
+    """Draw delta for each row, where the public code draws one a batch."""
     drop_before: bool = False
+    """Drop the label for the cached velocity too, as in the paper; the public code gives it the true label always."""
     guidance: tuple[float, float] = (1.0, 1.0)
+    """Low and high of the scale by which the cached velocity is guided; 1 1 is not at all, as in the public code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,11 +171,11 @@ class Distill(Settings):
 def train(settings: Train) -> Path:
     """Train a predictor; returns the path of its weights."""
     with _workers(settings.device) as device:
-        data = load_data(settings.data)
+        data = _data(settings, device)
         config = settings.config(data)
         network = SiT(config).reset_parameters(_seeded(settings.seed))
         objective = FlowMatching(config.null_class, settings.label_drop)
-        return _fit(network, objective, data, settings, device, vae=settings.vae, convention="sit")
+        return _fit(network, objective, data, settings, device)
 
 
 def distill(settings: Distill) -> Path:
@@ -160,7 +183,7 @@ def distill(settings: Distill) -> Path:
     from .models import load
 
     with _workers(settings.device) as device:
-        data = load_data(settings.data)
+        data = _data(settings, device)
         teacher = load(settings.teacher, heads=settings.heads, device=device, dtype=torch.float32, convention=settings.convention)
         if teacher.latent_shape != data.shape or teacher.num_classes < data.num_classes:
             raise ValueError(
@@ -168,7 +191,6 @@ def distill(settings: Distill) -> Path:
                 f"of {teacher.num_classes}"
             )
         config = _teacher_config(teacher.predictor).refiner(settings.depth)
-        config = dataclasses.replace(config, learned_sigma=False)
         network = SiT(config).reset_parameters(_seeded(settings.seed))
         objective = Refinement(
             teacher.predictor,
@@ -181,7 +203,12 @@ def distill(settings: Distill) -> Path:
             drop_before=settings.drop_before,
             guidance=settings.guidance,
         )
-        return _fit(network, objective, data, settings, device, vae=None, convention="sit")
+        return _fit(network, objective, data, settings, device)
+
+
+def _data(settings: Settings, device: torch.device) -> Data:
+    vae = None if settings.vae is None or settings.data == "digits" else load_vae(settings.vae, device, torch.float32)
+    return load_data(settings.data, vae=vae, image_size=settings.image_size)
 
 
 def _fit(
@@ -190,9 +217,6 @@ def _fit(
     data: Data,
     settings: Settings,
     device: torch.device,
-    *,
-    vae: str | None,
-    convention: Convention,
 ) -> Path:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if settings.batch_size % world:
@@ -228,34 +252,38 @@ def _fit(
             if log is not None:
                 log.add(done, average, norm, settings.rate(step), bar)
                 if done % settings.save_every == 0 or done == settings.steps:
+                    _check_finite(average, done)
                     run.save(done)
-                    save_sit(
-                        settings.out / "model.safetensors",
-                        cast(SiT, ema.module),
-                        convention=convention,
-                        vae=vae,
-                        provenance={"settings": _plain(settings), "steps": done, "torch": torch.__version__},
-                    )
     if log is not None:
         log.close()
-    return settings.out / "model.safetensors"
+    return run.weights
+
+
+def _check_finite(loss: Tensor, step: int) -> None:
+    if not math.isfinite(float(loss)):
+        raise FloatingPointError(f"the loss is {float(loss)} at step {step}: try a lower lr, or clip")
 
 
 class _Run:
     """What a run must keep to go on: weights, EMA, optimiser and the number of steps done. Random numbers need no state."""
 
-    def __init__(self, settings: Settings, network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, settings: Settings, network: SiT, ema: AveragedModel, optimizer: torch.optim.Optimizer) -> None:
         self.settings, self.network, self.ema, self.optimizer = settings, network, ema, optimizer
-        self.path = settings.out / "state.safetensors"
+        self.path, self.weights = settings.out / "state.safetensors", settings.out / "model.safetensors"
 
     def save(self, step: int) -> None:
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in entries.items()}
-        # EMA and network start as one tensor each in memory: safetensors wants every tensor to be its own.
-        tensors = {k: v.detach().clone() for k, v in tensors.items()}
-        save_tensors(self.path, tensors, {"kind": "training state", "step": step, "settings": _plain(self.settings)})
+        settings = _plain(self.settings)
+        save_tensors(self.path, tensors, {"kind": "training state", "step": step, "settings": settings})
+        save_sit(
+            self.weights,
+            cast(SiT, self.ema.module),
+            vae=self.settings.vae,
+            provenance={"settings": settings, "steps": step, "torch": torch.__version__},
+        )
 
     def resume(self) -> int:
         """Load the saved state if there is one -> the number of steps done."""
@@ -312,15 +340,15 @@ class _Log:
         bar.update()
         if step % self.every:
             return
+        mean = torch.stack(self.losses).mean()
+        _check_finite(mean, step)
         values = {
             "step": step,
-            "loss": float(torch.stack(self.losses).mean()),
+            "loss": float(mean),
             "grad_norm": float(norm),
             "lr": rate,
             "seconds_per_step": (time.perf_counter() - self.since) / len(self.losses),
         }
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"the loss is {values['loss']} at step {step}: try a lower lr or clip")
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
         bar.set_postfix(loss=f"{values['loss']:.4f}")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from close import assert_close, relative_error
 from torch import Tensor
 
 from flowturbo_kernels import OPS, adaln_modulate, attention, gated_residual_adaln, guide, linear, patch_embed, velocity_update
@@ -24,12 +25,6 @@ def mapped(value: Any, change: Any) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     return type(value)(mapped(v, change) for v in value) if isinstance(value, list | tuple) else value
-
-
-def error(got: Tensor, truth: Tensor) -> float:
-    """Relative, in the Euclidean norm."""
-    assert got.shape == truth.shape
-    return float((got.double() - truth).norm() / truth.norm())
 
 
 def examples(name: str, dtype: torch.dtype, seed: int = 0) -> Iterator[tuple[Any, ...]]:
@@ -140,7 +135,7 @@ def test_an_operation_means_its_formula(name, index):
     args = case(name, index, torch.float64, seed=1)
     for got, truth in zip(tensors(OPS[name](*args)), tensors(MEANING[name](*args)), strict=True):
         assert got.dtype == torch.float64
-        assert error(got, truth) < 1e-13
+        assert_close(got, truth, 1e-13)
 
 
 # Rounding inputs is not an operation's error: truth is float64 arithmetic on the rounded inputs. In float16 and bfloat16 a result
@@ -154,7 +149,7 @@ def test_error_against_float64(name, index, dtype):
     bound = (8 if dtype == torch.float32 else 0.75) * torch.finfo(dtype).eps
     for got, truth in zip(tensors(OPS[name](*args)), truths, strict=True):
         assert got.dtype == dtype
-        assert error(got, truth) <= bound
+        assert_close(got, truth, bound)
 
 
 def strided(t: Tensor) -> Tensor:
@@ -181,7 +176,7 @@ def test_strides_change_nothing(name, index, layout):
     plain = mapped(changed, lambda t: t.clone(memory_format=torch.contiguous_format))
     assert all(t.is_contiguous() for t in tensors(plain))
     for got, truth in zip(tensors(OPS[name](*changed)), tensors(OPS[name](*plain)), strict=True):
-        assert error(got, truth) < 1e-14
+        assert_close(got, truth, 1e-14)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -203,7 +198,7 @@ def test_gradients_are_those_of_the_formula(name):
     expected = torch.autograd.grad(truths, tensors(theirs), directions)
     for g, e in zip(got, expected, strict=True):
         assert float(e.norm()) > 0
-        assert error(g, e) < 1e-12
+        assert_close(g, e, 1e-12)
 
 
 def test_attention_of_one_token_is_its_value():
@@ -221,7 +216,7 @@ def test_seam_modulates_the_sum_before_it_is_rounded():
     total, modulated = gated_residual_adaln(x, y, gate, shift, scale)
     exact = long_seam(*(t.double() for t in (x, y, gate, shift, scale)))[1]
     again = adaln_modulate(total, shift, scale)
-    assert error(modulated, exact) < 0.8 * error(again, exact)
+    assert_close(modulated, exact, 0.8 * relative_error(again, exact))
 
 
 def test_velocity_update_reads_the_first_rows_only():

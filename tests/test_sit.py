@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from close import assert_close, relative_error
 from oracle import sit_forward
+from tiny import random_sit
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,17 +16,6 @@ import flowturbo as ft
 from flowturbo.models import checkpoint
 from flowturbo.models.checkpoint import build, load_sit, save_sit
 from flowturbo.models.sit import SIT_CONFIGS, SiT, SiTConfig, config_from_state, sincos_positions
-
-
-def filled(config: SiTConfig, seed: int, dtype: torch.dtype = torch.float64) -> SiT:
-    """A SiT whose every parameter is random, also those that training starts at zero; activations stay of order one."""
-    model = SiT(config).to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.3 if parameter.ndim == 1 else 1 / math.sqrt(parameter[0].numel())
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
-    return model.requires_grad_(False)
 
 
 def inputs(config: SiTConfig, seed: int, n: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -36,11 +27,6 @@ def inputs(config: SiTConfig, seed: int, n: int = 3, dtype: torch.dtype = torch.
     y = torch.randint(config.num_classes, (n,), generator=generator)
     y[-1] = config.null_class
     return (x, t, y, v) if config.reads_velocity else (x, t, y)
-
-
-def error(got: Tensor, truth: Tensor) -> float:
-    assert got.shape == truth.shape
-    return float((got.double() - truth.double()).norm() / truth.double().norm())
 
 
 SMALL = {
@@ -75,36 +61,36 @@ def oracle(model: SiT, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None)
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.float64, 1e-14)], ids=["float32", "float64"])
 @every
 def test_forward_agrees_with_a_second_reading(config, dtype, bound):
-    model = filled(config, seed=1).to(dtype)
+    model = random_sit(config, seed=1).to(dtype)
     given = inputs(config, 2, dtype=dtype)
-    assert error(model(*given), oracle(model, *given)) < bound
+    assert_close(model(*given), oracle(model, *given), bound)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_float32_against_float64(seed):
     config = ALL["head_dim 72, predictor, learned sigma"]
-    model = filled(config, seed, torch.float32)
+    model = random_sit(config, seed)
     x, t, y = inputs(config, seed, dtype=torch.float32)
     got = model(x, t, y)
     assert got.dtype == torch.float32
-    assert error(got, oracle(model.double(), x.double(), t.double(), y)) < 3e-6
+    assert_close(got, oracle(model.double(), x.double(), t.double(), y), 2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_lower_precision_runs_with_times_in_float32(dtype):
     """As the sampler calls it: times are never rounded to the weights' dtype."""
     config = ALL["patch 2, refiner, learned sigma"]
-    model = filled(config, 3)
+    model = random_sit(config, 3).double()
     x, t, y, v = inputs(config, 4)
     truth = model(x, t, y, v)
     got = model.to(dtype)(x.to(dtype), t.float(), y, v.to(dtype))
     assert got.dtype == dtype
-    assert error(got, truth) < 3 * torch.finfo(dtype).eps
+    assert_close(got, truth, 3 * torch.finfo(dtype).eps)
 
 
 @every
 def test_every_parameter_matters(config):
-    model = filled(config, seed=5).requires_grad_(True)
+    model = random_sit(config, seed=5).double().requires_grad_(True)
     given = inputs(config, 6)
     generator = torch.Generator().manual_seed(7)
     out = model(*given)
@@ -118,17 +104,17 @@ def test_every_parameter_matters(config):
 
 def test_rows_do_not_mix():
     config = ALL["patch 2, refiner, learned sigma"]
-    model, given = filled(config, 8), inputs(config, 9, n=4)
+    model, given = random_sit(config, 8).double(), inputs(config, 9, n=4)
     together = model(*given)
     for i in range(4):
-        assert error(model(*(g[i : i + 1] for g in given)), together[i : i + 1]) < 1e-13
+        assert_close(model(*(g[i : i + 1] for g in given)), together[i : i + 1], 1e-13)
 
 
 def test_the_number_of_heads_matters():
     config = SMALL["patch 2"]
-    model, given = filled(config, 10), inputs(config, 11)
+    model, given = random_sit(config, 10).double(), inputs(config, 11)
     other = build(replace(config, heads=2), model.state_dict())
-    assert error(other(*given), model(*given)) > 1e-3
+    assert relative_error(other(*given), model(*given)) > 1e-3
 
 
 # Sizes.
@@ -288,7 +274,7 @@ def test_published_macs():
 
 @pytest.mark.parametrize("config", list(ALL.values())[:4], ids=list(ALL)[:4])
 def test_a_built_model_holds_the_given_tensors(config):
-    state = {k: v.clone() for k, v in filled(config, 15, torch.float32).state_dict().items()}
+    state = {k: v.clone() for k, v in random_sit(config, 15).state_dict().items()}
     built = build(config, state)
     assert {k: v.data_ptr() for k, v in built.state_dict().items()} == {k: v.data_ptr() for k, v in state.items()}
     assert not any(p.requires_grad for p in built.parameters())
@@ -298,7 +284,7 @@ def test_a_built_model_holds_the_given_tensors(config):
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_loading_copies_no_weight(tmp_path, monkeypatch, suffix):
     config = ALL["patch 2, predictor, learned sigma"]
-    model = filled(config, 16, torch.float32)
+    model = random_sit(config, 16)
     path = tmp_path / f"model{suffix}"
     if suffix == ".pt":
         torch.save({"ema": model.state_dict()}, path)
@@ -313,7 +299,7 @@ def test_loading_copies_no_weight(tmp_path, monkeypatch, suffix):
 
 def test_heun_and_pseudo_corrector_share_one_predictor():
     config = SMALL["patch 4"]
-    model = ft.load(filled(config, 17), refiner=filled(config.refiner(), 18), device="cpu")
+    model = ft.load(random_sit(config, 17).double(), refiner=random_sit(config.refiner(), 18).double(), device="cpu")
     called = []
     for module in (model.predictor, model.refiner):
         module.register_forward_hook(lambda m, *_: called.append(m))
@@ -323,7 +309,7 @@ def test_heun_and_pseudo_corrector_share_one_predictor():
 
 
 def test_a_module_is_taken_as_it_is():
-    predictor = filled(SMALL["patch 4"], 19, torch.float32)
+    predictor = random_sit(SMALL["patch 4"], 19)
     before = {k: v.data_ptr() for k, v in predictor.state_dict().items()}
     model = ft.load(predictor, device="cpu", dtype=torch.float32)
     assert model.predictor is predictor
@@ -332,7 +318,7 @@ def test_a_module_is_taken_as_it_is():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_file_keeps_its_dtype(tmp_path, dtype):
-    model = filled(SMALL["patch 4"], 20).to(dtype)
+    model = random_sit(SMALL["patch 4"], 20).to(dtype)
     save_sit(tmp_path / "m.safetensors", model)
     loaded = load_sit(tmp_path / "m.safetensors", "predictor").model
     assert {v.dtype for v in loaded.state_dict().values()} == {dtype}

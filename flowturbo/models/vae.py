@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files import CheckpointError
 
@@ -45,8 +46,10 @@ class DiffusersVAE:
 
     def __init__(self, network: Any) -> None:
         config = network.config
-        if getattr(config, "latents_mean", None) is not None or getattr(config, "latents_std", None) is not None:
-            raise ValueError("a VAE with latents_mean and latents_std in its configuration is not supported: only scale and shift are")
+        if any(getattr(config, name, None) is not None for name in ("latents_mean", "latents_std")):
+            raise ValueError(
+                "a VAE with latents_mean and latents_std in its configuration is not supported: only scale and shift are"
+            )
         self.network = network
         self.scale = float(getattr(config, "scaling_factor", SD_LATENT_SCALE))
         self.shift = float(getattr(config, "shift_factor", None) or 0.0)
@@ -71,11 +74,11 @@ class DiffusersVAE:
 
 
 def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> VAE:
-    """ "pixels", or an AutoencoderKL of diffusers: a local folder, or a hub name, "org/name" or "org/name/folder" (safetensors only).
+    """ "pixels", or an AutoencoderKL of diffusers (safetensors only): a folder, or a hub name, "org/name" or "org/name/folder".
 
     A folder may also be that of a whole pipeline, with the VAE in its sub-folder vae. It runs in dtype, but in float32 on the CPU
-    and where its configuration says that float16 overflows. Raises ValueError if it can't be had, CheckpointError if its files
-    are damaged or those of another model.
+    and where its configuration says that float16 overflows. Raises ValueError if it can't be had, of the kind
+    CheckpointError if its files are damaged or those of another model.
     """
     if name == "pixels":
         return Pixels()
@@ -84,12 +87,13 @@ def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dt
     except ImportError as error:
         raise ValueError(f"vae {str(name)!r} needs diffusers: pip install 'flowturbo[diffusers]' ({error})") from None
     if _is_path(name):
-        network = _read(AutoencoderKL, name, _vae_folder(Path(name).expanduser()), local_files_only=True)
+        network = _read(AutoencoderKL, name, str(_vae_folder(Path(name).expanduser())), local_files_only=True)
     else:
         network = _from_hub(AutoencoderKL, str(name))
     too_narrow = device.type == "cpu" and dtype.itemsize < 4
     overflows = dtype == torch.float16 and getattr(network.config, "force_upcast", False)
-    network = network.to(device, torch.float32 if too_narrow or overflows else dtype)
+    # nn.Module's own way: diffusers' warns of parts to be kept in float32, even where there are none.
+    nn.Module.to(network, device, torch.float32 if too_narrow or overflows else dtype)
     return DiffusersVAE(network.eval().requires_grad_(False))
 
 
@@ -98,39 +102,41 @@ def _is_path(name: str | os.PathLike[str]) -> bool:
     path = Path(name)
     if not isinstance(name, str) or name.startswith((".", "/", "~")) or path.is_absolute() or path.exists():
         return True
-    return len(path.parts) < 2 or path.parent.exists()
+    return path.parent.exists()
 
 
 def _vae_folder(path: Path) -> Path:
     """The folder that holds a VAE's configuration and weights as safetensors."""
     if not path.is_dir():
-        what = "is a file, not a folder" if path.exists() else "does not exist (nor is it a hub name of the form 'org/name')"
+        absent = "does not exist (a name is looked for on the hub if it is like 'org/name' and no folder org stands here)"
+        what = "is a file, not a folder" if path.exists() else absent
         raise ValueError(f"vae must be 'pixels', the folder of an AutoencoderKL or a hub name, but {path} {what}")
     folder = path / "vae" if not (path / "config.json").is_file() and (path / "vae").is_dir() else path
     if not (folder / "config.json").is_file():
-        raise ValueError(f"vae must be the folder of an AutoencoderKL, as diffusers' save_pretrained writes it, but {path} has no config.json")
+        raise ValueError(
+            f"vae must be the folder of an AutoencoderKL, as diffusers' save_pretrained writes it, but {path} has no config.json"
+        )
     weights = folder / "diffusion_pytorch_model.safetensors"
     if not weights.is_file() and not weights.with_suffix(".safetensors.index.json").is_file():
         pickled = sorted(file.name for file in folder.glob("*.bin"))
-        cure = (
-            f". It has {pickled[0]}, a pickle, which is not read here; if you trust it, convert it once: "
+        if not pickled:
+            raise ValueError(f"vae {path} has no {weights.name}")
+        raise ValueError(
+            f"vae {path} has no {weights.name}, but {pickled[0]}, a pickle, which is not read; if you trust it, convert it once: "
             f"AutoencoderKL.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained({str(folder)!r})"
         )
-        raise ValueError(f"vae {path} has no {weights.name}{cure if pickled else ''}")
     return folder
 
 
 def _from_hub(kind: Any, name: str) -> Any:
     """What was downloaded before is used without asking the hub. Otherwise one question with a time limit comes first: diffusers
-    itself would try for half a minute before it said that there is no network."""
+    itself would try for half a minute before it said, in other words, that there is no network."""
     import huggingface_hub
 
     parts = name.split("/")
-    repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
+    repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:]) or None
+    with contextlib.suppress(CheckpointError):
         return _read(kind, name, repository, subfolder=subfolder, local_files_only=True)
-    except (CheckpointError, _NotThere):
-        pass
     try:
         huggingface_hub.model_info(repository, timeout=_HUB_TIMEOUT)
     except Exception as error:  # of the network, of the name, or of the right to read it
@@ -138,3 +144,42 @@ def _from_hub(kind: Any, name: str) -> Any:
             f"vae {name!r} is no folder here, was not downloaded before, and can't be had from the hub: {_first_line(error)}"
         ) from error
     return _read(kind, name, repository, subfolder=subfolder)
+
+
+def _read(kind: Any, name: str | os.PathLike[str], source: str, **where: Any) -> Any:
+    """An autoencoder in float32, all of whose weights come from its file."""
+    try:
+        network, found = kind.from_pretrained(
+            source,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            **where,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # OSError, ValueError, RuntimeError, KeyError: whatever its readers stumble on
+        raise CheckpointError(f"vae {str(name)!r} can't be read: {_first_line(error)}") from error
+    # Weights that the file lacks would stay random, with no more than a line in the log.
+    for what, keys in (("lacks", found["missing_keys"]), ("has no place for", found["unexpected_keys"])):
+        if keys:
+            some = ", ".join(sorted(keys)[:4])
+            raise CheckpointError(
+                f"vae {str(name)!r} is no AutoencoderKL of its own configuration: it {what} {some} ({len(keys)} keys)"
+            )
+    return network
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> 0 to 255 by 127.5 x + 128, cut off: the rounding that the published SiT scores used."""
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """(N, height, width, 3) uint8 -> (N, 3, height, width) float32 in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
