@@ -65,7 +65,7 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
     """Write tensors and a JSON-able description as safetensors, atomically, with a digest that `load_tensors` checks."""
     header = {_MARK: json.dumps(dict(metadata), sort_keys=True), "sha256": _BLANK}
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    data = bytearray(safetensors.torch.save(flat, metadata=header))
+    data = _ordered(safetensors.torch.save(flat, metadata=header))
     at = data.index(f'"sha256":"{_BLANK}"'.encode(), 0, _header_end(data)) + len('"sha256":"')
     data[at : at + 64] = hashlib.sha256(data).hexdigest().encode()
     with atomic_write(path) as file:
@@ -103,7 +103,17 @@ def _check_digest(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: its bytes do not match the digest in its header")
 
 
-def _header_end(data: bytearray) -> int:
+def _ordered(data: bytes) -> bytearray:
+    """The same file with the metadata in order: safetensors writes it in a random one, and equal content should be equal bytes."""
+    end = _header_end(data)
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return bytearray(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def _header_end(data: bytes | bytearray) -> int:
     return 8 + int.from_bytes(data[:8], "little")
 
 

@@ -137,11 +137,12 @@ def as_plan(plan: str | Plan) -> Plan:
 
 
 def shifted_grid(steps: int, shift: float = 1.0) -> tuple[float, ...]:
-    """The uniform grid i / steps, with every noise level s = 1 - t moved to shift*s / (1 + (shift - 1)*s)."""
-    if shift == 1.0:
-        return tuple(i / steps for i in range(steps + 1))
-    levels = [1 - i / steps for i in range(steps + 1)]
-    return tuple(1 - shift * s / (1 + (shift - 1) * s) for s in levels)
+    """The uniform grid i / steps, with every noise level s = 1 - t moved to shift*s / (1 + (shift - 1)*s).
+
+    Written for t, so that both ends are exact: t / (t + shift * (1 - t)).
+    """
+    times = [i / steps for i in range(steps + 1)]
+    return tuple(times if shift == 1 else [t / (t + shift * (1 - t)) for t in times])
 
 
 _RUN = re.compile(r"([A-Z])([0-9]*)")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .data import Data, load_data, order
+from .data import Data, load_data, needs_vae, order
 from .files import load_tensors, save_tensors, write_text
 from .models import Network, _device
 from .models.checkpoint import save_sit
@@ -207,7 +207,7 @@ def distill(settings: Distill) -> Path:
 
 
 def _data(settings: Settings, device: torch.device) -> Data:
-    vae = None if settings.vae is None or settings.data == "digits" else load_vae(settings.vae, device, torch.float32)
+    vae = load_vae(settings.vae, device, torch.float32) if settings.vae and needs_vae(settings.data) else None
     return load_data(settings.data, vae=vae, image_size=settings.image_size)
 
 

@@ -435,7 +435,7 @@ def test_cuda_that_is_not_there_is_refused(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("reads_velocity, learned_sigma", itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize("reads_velocity, learned_sigma", list(itertools.product([False, True], repeat=2)))
 def test_a_round_trip_is_bit_for_bit(tmp_path, reads_velocity, learned_sigma, dtype):
     config = SiTConfig(hidden=24, depth=2, heads=3, patch=2, side=6, channels=2, num_classes=4)
     config = replace(config, reads_velocity=reads_velocity, learned_sigma=learned_sigma)

@@ -352,8 +352,8 @@ def test_a_refused_pickle_is_named_and_no_bad_advice_given(tmp_path):
     path = tmp_path / "a.pt"
     for bad, name in (
         (Calls(os.system, "true"), "posix.system"),
-        (Calls(eval, "1"), "builtin.*eval"),
-        (Path("x"), r"pathlib\S*Path"),
+        (Calls(eval, "1"), r"\beval\b"),
+        (Path("x"), "Path"),
     ):
         write({"args": bad}, path, "zip")
         with pytest.raises(CheckpointError, match=name) as refusal:
@@ -367,5 +367,6 @@ def test_a_torchscript_archive_is_refused(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(path))
-        with pytest.raises(CheckpointError, match=r"a\.pt"):
+        with pytest.raises(CheckpointError, match=r"a\.pt") as refusal:
             load_torch_file(path)
+    assert "weights_only" not in str(refusal.value)
