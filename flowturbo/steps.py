@@ -75,7 +75,7 @@ def remember(past: tuple[Sample, ...], t: float, v: Tensor) -> tuple[Sample, ...
 
 
 class Step(ABC):
-    """One kind of step. letter: its sign in a plan; order: of convergence with an exact field; title: for tables."""
+    """One kind of step. letter: its sign in a plan; order: of convergence, with an exact field and past; title: for tables."""
 
     letter: ClassVar[str]
     title: ClassVar[str]
@@ -116,10 +116,11 @@ class Refiner(Step):
     """A Heun step whose velocities are the cached one plus refiner offsets: two refiner calls (paper section 3.2).
 
     As in the public code: both calls read the same cached velocity, the second offset is added to the first refined velocity, and
-    that first one is passed on.
+    that first one is passed on. Because of the second point the order is 1 even with an exact refiner: its second velocity is
+    off by the difference between the first one and the cache, which is of the size of a step.
     """
 
-    letter, title, order = "R", "refiner", 2
+    letter, title, order = "R", "refiner", 1
 
     def __call__(self, field: Field, state: State, t0: float, t1: float) -> State:
         dt, cached = t1 - t0, state.newest_velocity
@@ -147,7 +148,7 @@ class AdamsBashforth(Step):
     """k-step Adams-Bashforth on the velocities at the last k grid times: one predictor call; k = 1 is Euler's method.
 
     The grid may be uneven: the weights integrate the interpolating polynomial over the step. With fewer than k velocities at
-    hand it starts at the order they allow.
+    hand it starts at the order they allow, which for a whole solution leaves order 2 at most unless other steps come first.
     """
 
     def __init__(self, letter: str, k: int) -> None:
