@@ -31,7 +31,7 @@ from .rng import Draws, stream
 Objective = Callable[[Network, Tensor, Tensor, Draws], Tensor]
 
 # May differ between a run and its resumption: they do not touch what is learnt up to a given step.
-_FREE = {"out", "steps", "save_every", "log_every", "device", "tensorboard"}
+_FREE = {"steps", "save_every", "log_every", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -397,4 +397,9 @@ def _teacher_config(predictor: Any) -> SiTConfig:
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    """The settings as they are kept in files: of paths only the names, since files travel and folders are nobody else's business."""
+    plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "device")}
+    for name in ("data", "teacher", "vae"):
+        if isinstance(plain.get(name), str) and Path(plain[name]).exists():
+            plain[name] = Path(plain[name]).name
+    return json.loads(json.dumps(plain))

@@ -106,7 +106,7 @@ def convert(
         checkpoint.model.to(dtype=dtype),
         convention=checkpoint.convention,
         vae=vae or checkpoint.vae,
-        provenance={"source": Path(source).name},
+        provenance={**(checkpoint.provenance or {}), "source": Path(source).name},
     )
 
 
