@@ -397,7 +397,7 @@ def _teacher_config(predictor: Any) -> SiTConfig:
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    """The settings as they are kept in files: of paths only the names, since files travel and folders are nobody else's business."""
+    """The settings as files keep them: of paths only the names, since files travel and folders are nobody else's business."""
     plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "device")}
     for name in ("data", "teacher", "vae"):
         if isinstance(plain.get(name), str) and Path(plain[name]).exists():

@@ -52,7 +52,7 @@ def test_flags_reach_the_plan(tmp_path):
     "words, said",
     [
         (["sample", "--plan", "R3"], "R needs the velocity of an earlier step"),
-        (["sample", "--plan", "H1x3"], "no step"),
+        (["sample", "--plan", "H1x3"], "plan must look like 'H1P5R3'"),
         (["sample", "--labels", "3", "11"], "labels must be from 0 to 9, got 11"),
         (["sample", "--out", "picture.gif"], "out must end in .png or .npz, got 'picture.gif'"),
         (["sample", "--num", "0"], "num must be at least 1, got 0"),

@@ -1,4 +1,4 @@
-"""The public FlowTurbo code's own results, on seeded checkpoints in the published format, and an independent reading of the method."""
+"""The public FlowTurbo code's own results on seeded checkpoints, and an independent reading of the method."""
 
 from __future__ import annotations
 

@@ -152,6 +152,15 @@ def test_error_against_float64(name, index, dtype):
         assert_close(got, truth, bound)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", ["adaln_modulate", "gated_residual_adaln", "velocity_update"])
+def test_operations_that_widen_round_once(name, dtype):
+    """In 16 bits they give what float32 gives on the same inputs, rounded."""
+    for args in examples(name, dtype, seed=7):
+        widened = tensors(OPS[name](*mapped(args, Tensor.float)))
+        assert all(torch.equal(got, w.to(dtype)) for got, w in zip(tensors(OPS[name](*args)), widened, strict=True))
+
+
 def strided(t: Tensor) -> Tensor:
     """The same values, every other element of a larger tensor in every axis, the rest poisoned."""
     larger = torch.full([2 * s for s in t.shape], math.nan, dtype=t.dtype)

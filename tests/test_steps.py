@@ -99,7 +99,9 @@ def test_adams_bashforth_weights_by_hand():
     assert adams_bashforth_weights([0.0], 0.0, 0.25) == [0.25]
     assert adams_bashforth_weights([0.0, 1.0], 1.0, 2.0) == [-0.5, 1.5]
     assert adams_bashforth_weights([0.0, 1.0, 2.0], 2.0, 3.0) == pytest.approx([5 / 12, -16 / 12, 23 / 12], abs=1e-15)
-    assert adams_bashforth_weights([0.0, 1.0, 2.0, 3.0], 3.0, 4.0) == pytest.approx([-9 / 24, 37 / 24, -59 / 24, 55 / 24], abs=1e-15)
+    assert adams_bashforth_weights([0.0, 1.0, 2.0, 3.0], 3.0, 4.0) == pytest.approx(
+        [-9 / 24, 37 / 24, -59 / 24, 55 / 24], abs=1e-15
+    )
 
 
 @given(st.lists(st.floats(0.02, 0.2), min_size=2, max_size=5), st.lists(st.floats(-3, 3), min_size=4, max_size=4))

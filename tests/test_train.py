@@ -96,11 +96,11 @@ def learnt(out: Path) -> list[tuple[float, ...]]:
 def test_the_loss_falls_on_the_digits(tmp_path):
     pytest.importorskip("sklearn")
     out = tmp_path / "run"
-    path = train(tiny(out, "digits", hidden=32, depth=2, steps=200, batch_size=32, lr=2e-3, save_every=100))
+    path = train(tiny(out, "digits", hidden=32, steps=100, batch_size=24, lr=5e-3, save_every=100))
     losses = [line["loss"] for line in log_of(out)]
-    assert len(losses) == 200
-    assert losses[0] == pytest.approx(1.5, rel=0.2)  # a fresh model says zero: the data's power and the noise's
-    assert np.mean(losses[-20:]) < 0.75 * np.mean(losses[:5])
+    assert len(losses) == 100
+    assert losses[0] == pytest.approx(1.65, rel=0.1)  # a fresh model says zero: the power of the data, 0.65, and of the noise
+    assert np.mean(losses[-20:]) < 0.65 * np.mean(losses[:5])  # 0.50 to 0.52 were measured
     assert path == out / "model.safetensors"
     model = ft.load(path, device="cpu")
     assert (model.latent_shape, model.num_classes) == ((1, 8, 8), 10)

@@ -23,7 +23,9 @@ def random_sit(config: SiTConfig, seed: int) -> SiT:
     return model.requires_grad_(False).eval()
 
 
-def tiny_model(config: SiTConfig = CONFIG, *, seed: int = 0, refiner: bool = True, dtype: torch.dtype = torch.float32) -> ft.FlowModel:
+def tiny_model(
+    config: SiTConfig = CONFIG, *, seed: int = 0, refiner: bool = True, dtype: torch.dtype = torch.float32
+) -> ft.FlowModel:
     """A predictor and, if asked, its refiner, on the CPU."""
     side = random_sit(config.refiner(), seed + 1) if refiner else None
     return ft.load(random_sit(config, seed), side, device="cpu", dtype=dtype)

@@ -280,8 +280,9 @@ def config_from_state(state: Mapping[str, Tensor], *, reads_velocity: bool = Fal
     projection, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table.weight"]
     if projection.ndim != 4 or projection.shape[2] != projection.shape[3]:
         raise ValueError(f"x_embedder.proj.weight must have shape (D, C, p, p), got {tuple(projection.shape)}")
-    if state["pos_embed"].ndim != 3 or table.ndim != 2 or state["final_layer.linear.weight"].ndim != 2:
-        raise ValueError("pos_embed must have 3 dimensions, the label table and final_layer.linear.weight 2")
+    for name, axes in (("pos_embed", 3), ("y_embedder.embedding_table.weight", 2), ("final_layer.linear.weight", 2)):
+        if state[name].ndim != axes:
+            raise ValueError(f"{name} must have {axes} dimensions, got shape {tuple(state[name].shape)}")
     hidden, in_channels, patch, _ = projection.shape
     depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=-1)
     tokens = state["pos_embed"].shape[1]
