@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .checks import positive
 from .files import CheckpointError, load_tensors, save_tensors
 from .images import scan, square
-from .models import _device
+from .models import choose_device
 from .models.vae import VAE, load_vae
 
 
@@ -84,7 +84,7 @@ def encode(settings: Encode) -> Path:
     images and settings it was made from. Shards appear whole or not at all, so that a stopped run can be started again; for one
     batch_size and device they hold the same values as those of a run that was not stopped.
     """
-    device = _device(settings.device)
+    device = choose_device(settings.device)
     if settings.out.exists() and not settings.out.is_dir():
         raise ValueError(f"out must be a folder, but {settings.out} is a file")
     source = _open(settings.source, settings.out)

@@ -150,5 +150,18 @@ def _as_checkpoint_error(path: Path, what: str) -> Iterator[None]:
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} {what}: {reason}") from error
+        raise CheckpointError(f"{path} {what}: {_reason(error)}") from error
+
+
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
+
+
+def _reason(error: Exception) -> str:
+    """One printable line. torch advises to load unsafely when it refuses a pickle: its message is not passed on."""
+    text = str(error)
+    if found := _GLOBAL.search(text):
+        return f"it asks for {found[1]}, which is not unpickled"
+    if "weights_only" in text:
+        return "it holds something other than plain tensors"
+    first = (text.strip().split("\n")[0] or type(error).__name__)[:300]
+    return "".join(c for c in first if c.isprintable())

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from .checks import natural
 from .data import Data, load_data, needs_vae, order
 from .files import load_tensors, save_tensors, write_text
-from .models import Network, _device
+from .models import Network, choose_device
 from .models.checkpoint import save_sit
 from .models.sit import SIT_CONFIGS, SiT, SiTConfig
 from .models.vae import load_vae
@@ -81,6 +82,10 @@ class Settings:
         for name in ("steps", "batch_size", "save_every", "log_every", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        natural("seed", self.seed)
+        for name, known in (("schedule", ("constant", "cosine")), ("precision", ("auto", "fp32", "bf16"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name, low, high in (
             ("lr", 0, math.inf),
             ("weight_decay", 0, math.inf),
@@ -277,13 +282,14 @@ class _Run:
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in entries.items()}
         settings = _plain(self.settings)
-        save_tensors(self.path, tensors, {"kind": "training state", "step": step, "settings": settings})
+        # The state last: a run that is killed between the two makes these steps, and both files, again.
         save_sit(
             self.weights,
             cast(SiT, self.ema.module),
             vae=self.settings.vae,
             provenance={"settings": settings, "steps": step, "torch": torch.__version__},
         )
+        save_tensors(self.path, tensors, {"kind": "training state", "step": step, "settings": settings})
 
     def resume(self) -> int:
         """Load the saved state if there is one -> the number of steps done."""
@@ -367,9 +373,9 @@ class _Log:
 def _workers(device: str | None) -> Iterator[torch.device]:
     """The device of this process; under torchrun, in a process group for as long as the block lasts."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield _device(device)
+        yield choose_device(device)
         return
-    place = _device(device)
+    place = choose_device(device)
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)

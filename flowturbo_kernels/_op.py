@@ -91,3 +91,13 @@ def expect_floating(op_name: str, **tensors: Tensor) -> None:
         if device is not None and tensor.device != device:
             raise ValueError(f"{op_name}: all tensors must be on one device, got {argument} on {tensor.device} beside {device}")
         device = tensor.device
+
+
+def expect_one_dtype(op_name: str, **tensors: Tensor) -> None:
+    """TypeError unless all tensors have the first one's dtype; under autocast, which casts them, anything goes."""
+    (first, like), *others = tensors.items()
+    if torch.is_autocast_enabled(like.device.type):
+        return
+    for argument, tensor in others:
+        if tensor.dtype != like.dtype:
+            raise TypeError(f"{op_name}: {argument} must have the dtype of {first}, {like.dtype}, got {tensor.dtype}")

@@ -8,13 +8,14 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import Make, expect_floating, expect_shape, op
+from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op
 
 Activation = Literal["gelu_tanh"]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None = None) -> None:
     expect_floating("linear", x=x, weight=weight, bias=bias)
+    expect_one_dtype("linear", x=x, weight=weight, bias=bias)
     if x.ndim < 1:
         raise ValueError("linear: x must have at least one dimension, got a scalar")
     expect_shape("linear", "weight", weight, (None, x.shape[-1]))

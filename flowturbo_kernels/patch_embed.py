@@ -9,18 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import Make, expect_floating, expect_shape, op
+from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None) -> None:
     expect_floating("patch_embed", x=x, weight=weight, bias=bias)
+    expect_one_dtype("patch_embed", x=x, weight=weight, bias=bias)
     expect_shape("patch_embed", "x", x, (None, None, None, None))
     channels = x.shape[1]
     if v is not None:
         expect_floating("patch_embed", x=x, v=v)
+        expect_one_dtype("patch_embed", x=x, v=v)
         expect_shape("patch_embed", "v", v, tuple(x.shape))
         channels *= 2
-    expect_shape("patch_embed", "weight", weight, (None, channels, None, weight.shape[2]))
+    expect_shape("patch_embed", "weight", weight, (None, channels, None, None))
+    expect_shape("patch_embed", "weight", weight, (None, channels, weight.shape[2], weight.shape[2]))
     expect_shape("patch_embed", "bias", bias, (weight.shape[0],))
     p = weight.shape[2]
     if x.shape[2] % p or x.shape[3] % p:

@@ -69,6 +69,6 @@ def guide(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
     v (2N, C, H, W), conditional rows first -> the same shape: the first `channels` channels become u + scale * (c - u) in both
     halves, the others keep their own half's value. scale: a number, or (N, 1, 1, 1) for one an image.
     """
-    c, u = v[:, :channels].chunk(2)
-    guided = u + scale * (c - u)
+    c, u = v[:, :channels].to(wide(v)).chunk(2)
+    guided = (u + scale * (c - u)).to(v.dtype)
     return torch.cat([torch.cat([guided, guided]), v[:, channels:]], dim=1)

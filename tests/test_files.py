@@ -17,6 +17,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
 import warnings
 from argparse import Namespace
 from pathlib import Path
@@ -329,6 +330,20 @@ def test_an_allowed_module_opens_no_other_door(tmp_path, path_of):
     if path_of == "_os.system":
         pickle.loads(content)
         assert canary.exists()
+
+
+def test_the_oldest_format_runs_no_code(tmp_path):
+    """A tar of pickles, in which torch before 2.6 ran code in spite of weights_only."""
+    canary, path = tmp_path / "canary", tmp_path / "a.pt"
+    content = pickle.dumps(Calls(os.mkdir, str(canary)), protocol=2)
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("sys_info", "storages", "tensors", "pickle"):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(CheckpointError, match=r"a\.pt"):
+        load_torch_file(path)
+    assert not canary.exists()
 
 
 def test_a_namespace_is_all_that_is_allowed(tmp_path):

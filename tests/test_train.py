@@ -99,7 +99,7 @@ def test_the_loss_falls_on_the_digits(tmp_path):
     path = train(tiny(out, "digits", hidden=32, steps=100, batch_size=24, lr=5e-3, save_every=100))
     losses = [line["loss"] for line in log_of(out)]
     assert len(losses) == 100
-    assert losses[0] == pytest.approx(1.65, rel=0.1)  # a fresh model says zero: the power of the data, 0.65, and of the noise
+    assert losses[0] == pytest.approx(1.72, rel=0.1)  # a fresh model says zero: the power of the data, 0.72, and of the noise
     assert np.mean(losses[-20:]) < 0.65 * np.mean(losses[:5])  # 0.50 to 0.52 were measured
     assert path == out / "model.safetensors"
     model = ft.load(path, device="cpu")
@@ -393,7 +393,7 @@ def test_a_refiner_from_end_to_end(tmp_path, data, teacher):
     assert not torch.equal(ft.sample(model, "H1P1R1", labels=[0], seed=1), fresh)
     described = load_sit(path, "refiner").provenance
     assert described["steps"] == 150
-    assert described["settings"]["teacher"] == str(teacher)
+    assert described["settings"]["teacher"] == teacher.name  # of paths only the name is kept
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import CheckpointError
-from .checkpoint import Checkpoint, load_sit
+from .checkpoint import CONVENTIONS, Checkpoint, load_sit
 from .sit import SiT
 from .vae import VAE, load_vae
 
@@ -105,10 +105,12 @@ def load(
     """
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend must be 'auto' or 'reference', got {backend!r}")
-    place = _device(device)
+    if convention not in ("auto", *CONVENTIONS):
+        raise ValueError(f"convention must be 'auto', 'sit' or 'repa', got {convention!r}")
+    place = choose_device(device)
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating point type, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point type, got {dtype!r}")
     if isinstance(predictor, str) and predictor in MODELS:
         bundled = MODELS[predictor]
         predictor, refiner = bundled.predictor, refiner or bundled.refiner
@@ -139,10 +141,14 @@ def load(
     )
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one. ValueError for a name that is none and for CUDA that is not there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a device of torch such as 'cuda' or 'cpu', got {device!r}: {error}") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) sees no CUDA device")
     return place

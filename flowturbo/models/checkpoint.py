@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .sit import SiT, SiTConfig, config_from_state
 
 Convention = Literal["sit", "repa"]
 Role = Literal["predictor", "refiner"]
+CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 FORMAT = 1
 
 # Keys of training-only parts that a sampler does not need, by convention.
@@ -46,6 +47,8 @@ def load_sit(
     convention "auto": our own files say theirs; files with REPA's projectors are "repa"; all others "sit".
     Raises CheckpointError naming the file and what is wrong with it.
     """
+    if convention not in ("auto", *CONVENTIONS):
+        raise ValueError(f"convention must be 'auto', 'sit' or 'repa', got {convention!r}")
     state, described = read_state(path)
     if described is not None:
         _check_description(path, described, role)
@@ -130,6 +133,10 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: expected a tensor under {name!r}, got {_kind(value)}")
+        if value.layout != torch.strided or value.is_meta:
+            raise CheckpointError(
+                f"{path}: expected a dense tensor with its numbers under {name!r}, got {value.layout}, {value.device}"
+            )
     return dict(state), described
 
 
@@ -159,7 +166,10 @@ def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
 def _config(state: Mapping[str, Tensor], described: Mapping[str, Any] | None, role: Role, heads: int | None) -> SiTConfig:
     if described is None:
         return config_from_state(state, reads_velocity=role == "refiner", heads=heads)
-    config = SiTConfig(**described["config"])
+    try:
+        config = SiTConfig(**described["config"])
+    except TypeError as error:
+        raise ValueError(f"its config is none of a SiT: {error}") from None
     if heads not in (None, config.heads):
         raise ValueError(f"heads={heads} was asked for, but the file says {config.heads}")
     return config
@@ -170,8 +180,10 @@ def _check_description(path: str | os.PathLike[str], described: Mapping[str, Any
         raise CheckpointError(
             f"{path} is no model file of format {FORMAT} (it says {described.get('kind', described.get('format'))!r})"
         )
-    if described["role"] != role:
-        raise CheckpointError(f"{path} is a {described['role']}, but was given as {role}=")
+    if described.get("role") != role:
+        raise CheckpointError(f"{path} is a {described.get('role')}, but was given as {role}=")
+    if described.get("convention") not in CONVENTIONS:
+        raise CheckpointError(f"{path} is of convention {described.get('convention')!r}; known are {', '.join(CONVENTIONS)}")
 
 
 def _guess_convention(state: Mapping[str, Tensor]) -> Convention:

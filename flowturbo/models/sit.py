@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowturbo_kernels import adaln_modulate, attention, gated_residual_adaln, linear, patch_embed
+
+from ..checks import positive
 
 TIME_FEATURES = 256
 MAX_PERIOD = 10_000
@@ -37,8 +40,7 @@ class SiTConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden", "depth", "heads", "patch", "side", "channels", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            positive(name, getattr(self, name))
         if self.hidden % self.heads:
             raise ValueError(f"heads must divide the hidden size {self.hidden}, got {self.heads}")
         if self.hidden % 4:
@@ -272,6 +274,22 @@ def sincos_positions(hidden: int, side: int) -> Tensor:
     return torch.cat(features, dim=1).float()
 
 
+_BLOCK = re.compile(r"blocks\.([0-9]+)\.")
+
+
+def _count_blocks(state: Mapping[str, Tensor]) -> int:
+    """One more than the largest block number, but at most twice the blocks there are: a stray number makes no giant model, and
+    missing blocks show when the keys are compared one by one."""
+    numbers = set()
+    for name in state:
+        if name.startswith("blocks."):
+            found = _BLOCK.match(name)
+            if found is None:
+                raise ValueError(f"not a key of a SiT: {name} (blocks are named blocks.<number>.)")
+            numbers.add(int(found[1]))
+    return min(1 + max(numbers, default=-1), 2 * len(numbers))
+
+
 def config_from_state(state: Mapping[str, Tensor], *, reads_velocity: bool = False, heads: int | None = None) -> SiTConfig:
     """Sizes read off the tensors of a checkpoint; heads from the published sizes when not given.
 
@@ -284,7 +302,7 @@ def config_from_state(state: Mapping[str, Tensor], *, reads_velocity: bool = Fal
         if state[name].ndim != axes:
             raise ValueError(f"{name} must have {axes} dimensions, got shape {tuple(state[name].shape)}")
     hidden, in_channels, patch, _ = projection.shape
-    depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=-1)
+    depth = _count_blocks(state)
     tokens = state["pos_embed"].shape[1]
     grid = math.isqrt(tokens)
     if grid * grid != tokens:
