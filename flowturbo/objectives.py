@@ -76,20 +76,22 @@ class Refinement:
         later = t + delta
         with torch.no_grad():
             x = on_path(data, x0, t)
-            v = self._cached_velocity(x, t, y, dropped, draws)
-            x = x + delta.view(-1, 1, 1, 1) * v
+            moving, v = self._cached_velocity(x, t, y, dropped, draws)
+            x = x + delta.view(-1, 1, 1, 1) * moving
             target = self.teacher(x, later, dropped)
         offset = network(x, later, dropped, v)
         return (offset + v - target).square().mean()
 
-    def _cached_velocity(self, x: Tensor, t: Tensor, y: Tensor, dropped: Tensor, draws: Draws) -> Tensor:
-        """What the sampler's cache would hold for these rows."""
+    def _cached_velocity(self, x: Tensor, t: Tensor, y: Tensor, dropped: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The velocity that moves x, and what the sampler's cache would hold for these rows, each in the half it stands for."""
         low, high = self.guidance
         if high == 1:
-            return self.teacher(x, t, dropped if self.drop_before else y)
+            v = self.teacher(x, t, dropped if self.drop_before else y)
+            return v, v
         scale = low + (high - low) * draws.uniform().to(x)
         null = torch.full_like(y, self.null_class)
         both = self.teacher(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
         guided = guide(both, scale.view(-1, 1, 1, 1), self.guidance_channels)
         conditional, unconditional = guided.chunk(2)
-        return torch.where((dropped == self.null_class).view(-1, 1, 1, 1), unconditional, conditional)
+        cached = torch.where((dropped == self.null_class).view(-1, 1, 1, 1), unconditional, conditional)
+        return conditional, cached  # x always moves by the conditional half

@@ -379,6 +379,9 @@ def _workers(device: str | None) -> Iterator[torch.device]:
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
+    if dist.is_initialized():  # the caller's group: a second one in a process meets the first one's addresses and may hang
+        yield place
+        return
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield place

@@ -96,7 +96,8 @@ def expect_floating(op_name: str, **tensors: Tensor) -> None:
 def expect_one_dtype(op_name: str, **tensors: Tensor) -> None:
     """TypeError unless all tensors have the first one's dtype; under autocast, which casts them, anything goes."""
     (first, like), *others = tensors.items()
-    if torch.is_autocast_enabled(like.device.type):
+    kind = like.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return
     for argument, tensor in others:
         if tensor.dtype != like.dtype:

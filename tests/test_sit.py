@@ -88,6 +88,26 @@ def test_lower_precision_runs_with_times_in_float32(dtype):
     assert_close(got, truth, 3 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("kind", ["predictor", "refiner"])
+def test_autocast_runs_and_trains(kind):
+    """As training on CUDA does: float32 weights, products in bfloat16. Results and gradients err by half its eps, measured."""
+    config = ALL[f"patch 2, {kind}, velocity only"]
+    model = random_sit(config, 21).requires_grad_(True)
+    given = inputs(config, 22, dtype=torch.float32)
+    weights = list(model.parameters())
+    truth = model(*given)
+    true_grads = torch.autograd.grad(truth.square().mean(), weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(*given)
+        loss = got.float().square().mean()
+    grads = torch.autograd.grad(loss, weights)
+    eps = torch.finfo(torch.bfloat16).eps
+    assert 0 < relative_error(got, truth) < 2 * eps
+    assert all(g.dtype == torch.float32 for g in grads)
+    together, true_together = (torch.cat([g.flatten() for g in gs]) for gs in (grads, true_grads))
+    assert_close(together, true_together, 2 * eps)
+
+
 @every
 def test_every_parameter_matters(config):
     model = random_sit(config, seed=5).double().requires_grad_(True)

@@ -94,7 +94,8 @@ def load(
     """A flow model from checkpoints.
 
     predictor, refiner: a .pt, .pth or .safetensors file with SiT's keys (see checkpoint.load_sit), a bundled name ("digits", which
-        brings its refiner), or a SiT. The refiner must read and return latents of the predictor's shape.
+        brings its refiner), or a SiT, which is moved and cast in place. The refiner must read and return latents of the
+        predictor's shape.
     vae: a folder or hub name of a diffusers AutoencoderKL (needs the extra "diffusers"), "pixels", or an object with decode and
         encode; None: what the predictor's file names, else no decoding.
     heads: attention heads, where the width does not tell (the published widths do).

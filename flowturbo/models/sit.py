@@ -194,7 +194,7 @@ class PatchEmbedder(nn.Module):
 class SiT(nn.Module):
     """A predictor, v(x, t, y), or, with config.reads_velocity, a refiner, r(x, t, y, v).
 
-    Parameter names are those of the published checkpoints. A new SiT returns zeros: its final layer starts at zero.
+    Parameter names are those of the published checkpoints. After `reset_parameters` it returns zeros: its final layer is zero.
     """
 
     pos_embed: Tensor
