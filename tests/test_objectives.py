@@ -237,7 +237,7 @@ def test_the_guided_velocity_is_what_the_sampler_would_cache(channels, guidance)
         field = GuidedField(model, Plan.parse("H1"), y[n : n + 1], scales[-1], channels)
         halves = field.predict(x[n : n + 1], float(t[n]))
         assert_close(v[n], halves[int(dropped[n] == CLASSES)], 1e-12)
-        assert_close(x_later[n], x[n] + (later - t)[n] * halves[0], 1e-12)  # x moves by the conditional half
+        assert_close(x_later[n], x[n] + (later[n] - t[n]) * halves[0], 1e-12)  # x moves by the conditional half
     low, high = guidance
     assert low - 1e-9 <= min(scales) <= max(scales) <= high + 1e-9
     assert low == high or len({round(s, 9) for s in scales}) == 6
