@@ -390,12 +390,22 @@ def test_jackknife_error_of_a_mean_is_the_textbook_one():
 
 
 def test_verdicts_name_winners_and_losers(measured):
-    rows = [row("E3", 3.0, 0.3), row("E4", 4.0, 0.1, ms=3.1), row("H1P1R1", 3.2, 0.2, 2), row("H1P2R1", 4.2, 0.15, 2, ms=2.0)]
+    rows = [
+        row("E3", 3.0, 0.3),
+        row("H1P1", 3.0, 0.4),
+        row("E4", 4.0, 0.1, ms=3.1),
+        row("H1P1R1", 3.2, 0.2, 2),
+        row("H1P2R1", 4.2, 0.15, 2, ms=2.0),
+    ]
     text = quality_table({**read(measured), "rows": rows}).split("### RMS")[1].split("###")[0]
     assert "- Same cost, of 2 plans: 1 better (H1P1R1), 1 worse (H1P2R1)." in text
+    assert "- Same cost, of H and P, of 2 plans: 2 better (H1P1R1, H1P2R1)." in text
     assert "- Next whole call, of 2 plans: 2 worse (H1P1R1, H1P2R1)." in text
     assert "- Same time, of 2 plans: 1 worse (H1P1R1), 1 no rival (H1P2R1)." in text
-    assert "| H1P1R1 | 3.20 | 0.2 | better than E3 (0.3) | worse than E4 (0.1) | worse than E4 (0.1) |" in text
+    assert (
+        "| H1P1R1 | 3.20 | 0.2 | better than E3 (0.3) | better than H1P1 (0.4) | worse than E4 (0.1) | worse than E4 (0.1) |"
+        in text
+    )
 
 
 @pytest.mark.parametrize("plan, said", [("E2", "No plan here has refiner steps."), ("H1R1", "of 1 plans: 1 no rival (H1R1).")])
