@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op
+from ._place import gelu_tanh, matmul
 
 Activation = Literal["gelu_tanh"]
 
@@ -33,5 +33,5 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
 @op(check=_check, example=_example)
 def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None = None) -> Tensor:
     """x (..., K) times weight (N, K) transposed, plus bias (N,), through tanh-GELU if asked -> (..., N)."""
-    y = F.linear(x, weight, bias)
-    return F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else y
+    y = matmul(x, weight, bias)
+    return gelu_tanh(y) if activation == "gelu_tanh" else y

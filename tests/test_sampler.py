@@ -141,6 +141,33 @@ def test_25_images_in_any_order_and_split_are_the_same_to_the_last_bit(config):
         assert_close(ft.sample(model, "H1P1R1", labels, seed=3, batch_size=other, **common), base, 1e-5)
 
 
+@pytest.fixture
+def torch_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_is_the_same_to_the_last_bit_anywhere_in_its_batch(torch_threads, dtype, threads):
+    torch_threads(threads)
+    for config in (
+        HEAD_DIM_72,
+        replace(CONFIG, side=6, hidden=36, heads=1),
+        replace(CONFIG, side=5, patch=1, hidden=20, heads=1),
+        replace(CONFIG, hidden=384, heads=6),
+    ):
+        model = tiny_model(config, dtype=dtype)
+        size = int(torch.randint(2, 9, ()))
+        labels, noise = torch.arange(size), ft.noise(model.latent_shape, 3, range(size))
+        first, *others = (
+            ft.sample(model, "H1R1", labels.roll(place), noise=noise.roll(place, 0), guidance=2.0)[place] for place in range(size)
+        )
+        for place, image in enumerate(others, 1):
+            assert image.equal(first), (config, size, place)
+
+
 def test_a_seed_is_drawn_when_none_is_given():
     model = tiny_model()
     assert not ft.sample(model, "E1", [1]).equal(ft.sample(model, "E1", [1]))

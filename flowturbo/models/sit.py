@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowturbo_kernels import adaln_modulate, attention, gated_residual_adaln, linear, patch_embed
+from flowturbo_kernels._place import elementwise, silu
 
 from ..checks import positive
 
@@ -117,15 +117,8 @@ class MLP(nn.Module):
 
 
 class SiLU(nn.Module):
-    """x * sigmoid(x), to the last bit the same wherever in the batch a row stands.
-
-    On the CPU torch's vectorised loop rounds the last few elements of a tensor otherwise, when they fill no whole vector (seen at
-    3 x 72): so it gets rows of whole vectors. It was the only such operation of a SiT.
-    """
-
     def forward(self, x: Tensor) -> Tensor:
-        width = x.shape[-1]
-        return F.silu(F.pad(x, (0, -width % 64)))[..., :width]
+        return silu(x)
 
 
 class AdaLN(nn.Sequential):
@@ -168,7 +161,7 @@ class TimestepEmbedder(nn.Module):
         half = TIME_FEATURES // 2
         steps = torch.arange(half, dtype=dtype, device=t.device) / half
         angles = t.to(dtype)[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        features = torch.cat([elementwise(torch.cos, angles), elementwise(torch.sin, angles)], dim=-1)
         return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
