@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import finite, numbers_of
 from .steps import STEPS, NoCachedVelocity, State, Step
 
 MAX_STEPS = 1000
@@ -44,8 +44,10 @@ class Plan:
     cost: Cost = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(float(t) for t in self.grid))
-        interval = tuple(map(float, self.guidance_interval))
+        if not isinstance(self.letters, str):
+            raise TypeError(f"letters must be a string, one letter a step, got {self.letters!r}")
+        object.__setattr__(self, "grid", numbers_of("grid", self.grid))
+        interval = numbers_of("guidance_interval", self.guidance_interval)
         object.__setattr__(self, "guidance_interval", interval)
         for i, letter in enumerate(self.letters):
             if letter not in STEPS:
@@ -74,11 +76,11 @@ class Plan:
         if not isinstance(text, str):
             raise TypeError(f"plan must be a string like 'H1P5R3' or a Plan, got {type(text).__name__}")
         letters = _expand(text)
-        if not (isinstance(shift, int | float) and math.isfinite(shift) and shift > 0):
-            raise ValueError(f"shift must be a positive number, got {shift!r}")
+        if finite("shift", shift) <= 0:
+            raise ValueError(f"shift must be positive, got {shift}")
         if grid is not None and shift != 1.0:
-            raise ValueError(f"give grid or shift, not both; got shift={shift} and a grid of {len(grid)} times")
-        times = shifted_grid(len(letters), shift) if grid is None else tuple(grid)
+            raise ValueError(f"give grid or shift, not both; got shift={shift} and a grid")
+        times = shifted_grid(len(letters), float(shift)) if grid is None else numbers_of("grid", grid)
         return cls(letters, times, guidance_interval)
 
     def __str__(self) -> str:

@@ -194,7 +194,12 @@ def _plain_function(
 
 
 def _labels(labels: Any, num_classes: int) -> Tensor:
-    classes = torch.as_tensor(labels)
+    if isinstance(labels, list | tuple | range) and not len(labels):
+        raise ValueError("labels must be a list of at least one class number, got an empty one")
+    try:
+        classes = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"labels must be a class number or a list of them, got {labels!r}") from None
     if classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex():
         raise TypeError(f"labels must be whole numbers, got {classes.dtype}")
     classes = classes.reshape(1) if classes.ndim == 0 else classes

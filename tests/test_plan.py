@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -140,10 +141,28 @@ def test_grids_that_do_not_rise_from_0_to_1_are_refused(grid, said):
         Plan.parse("E3", grid=grid)
 
 
-@pytest.mark.parametrize("shift", [0, -1, math.nan, math.inf, "3"])
-def test_bad_shifts_are_refused(shift):
-    with pytest.raises(ValueError, match="shift must be a positive number"):
+@pytest.mark.parametrize("shift, said", [(0, "positive, got 0"), (-1, "positive"), (math.nan, "finite"), (math.inf, "finite")])
+def test_bad_shifts_are_refused(shift, said):
+    with pytest.raises(ValueError, match=f"shift must be {said}"):
         Plan.parse("H2", shift=shift)
+
+
+@pytest.mark.parametrize("value", [3, True, "01", [0, None, 1], [[0, 0.5, 1]], [0, "0.5", 1], [0, True]])
+def test_what_is_no_list_of_numbers_is_refused_by_name(value):
+    with pytest.raises(TypeError, match="grid must be a list of numbers"):
+        Plan.parse("H2", grid=value)
+    with pytest.raises(TypeError, match="guidance_interval must be a list of numbers"):
+        Plan.parse("H2", guidance_interval=value)
+    with pytest.raises(TypeError, match="shift must be a number"):
+        Plan.parse("H2", shift="3")
+    with pytest.raises(TypeError, match="letters must be a string"):
+        Plan(None, (0, 1))
+
+
+def test_numpy_numbers_are_numbers():
+    plan = Plan.parse("H2", grid=np.linspace(0, 1, 3, dtype=np.float32), guidance_interval=np.array([0.5, 1]))
+    assert plan == Plan.parse("H2", guidance_interval=(0.5, 1))
+    assert Plan.parse("H2", shift=np.float32(3)) == Plan.parse("H2", shift=3)
 
 
 def test_other_refusals():

@@ -245,7 +245,9 @@ NAN = torch.full((1, 4, 8, 8), math.nan)
     [
         (dict(labels=[10]), ValueError, "labels must be from 0 to 9, got 10"),
         (dict(labels=[3, -1]), ValueError, "labels must be from 0 to 9, got -1"),
-        (dict(labels=[]), (ValueError, TypeError), "labels must be"),
+        (dict(labels=[]), ValueError, "labels must be .* at least one class number, got an empty one"),
+        (dict(labels="abc"), TypeError, "labels must be .* got 'abc'"),
+        (dict(labels=[1, None]), TypeError, "labels must be"),
         (dict(labels=[1.0]), TypeError, "labels must be whole numbers"),
         (dict(labels=[True]), TypeError, "labels must be whole numbers"),
         (dict(labels=[[1, 2]]), ValueError, r"labels must be a list .* got shape \(1, 2\)"),
