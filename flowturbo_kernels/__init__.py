@@ -8,21 +8,29 @@ Usable alone:
 Every operation is an `Op` in `OPS`; its `.reference` is plain torch and differentiable.
 """
 
-from ._op import OPS, Op
+from ._op import BACKENDS, OPS, BackendError, Op, use_backend
 from .adaln import adaln_modulate, gated_residual_adaln
 from .attention import attention
+from .final_update import final_update
+from .group_norm import group_norm_silu
 from .linear import linear
 from .patch_embed import patch_embed
-from .velocity_update import guide, velocity_update
+from .velocity_update import guide, guided_update, velocity_update
 
 __all__ = [
+    "BACKENDS",
     "OPS",
+    "BackendError",
     "Op",
     "adaln_modulate",
     "attention",
+    "final_update",
     "gated_residual_adaln",
+    "group_norm_silu",
     "guide",
+    "guided_update",
     "linear",
     "patch_embed",
+    "use_backend",
     "velocity_update",
 ]

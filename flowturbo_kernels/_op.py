@@ -1,13 +1,19 @@
-"""Op: one operation as a value, i.e. its reference, its checks and its example inputs, under one name in OPS."""
+"""Op: one operation as a value: its reference, checks, example inputs and backends, under one name in OPS; the choice of backend."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from . import _triton
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,12 +25,26 @@ class Make(Protocol):
     def __call__(self, *shape: int) -> Tensor: ...
 
 
+class BackendError(RuntimeError):
+    """A backend was asked for by name and can't run here, or not these arguments."""
+
+
+class Backend(NamedTuple):
+    """One way of running an operation. cannot: the reason why it can't take some arguments, or None."""
+
+    run: Callable[..., Any]
+    cannot: Callable[..., str | None]
+
+
 class Op(Generic[P, R]):
-    """A checked call of `reference`. Its docstring is the contract; its reference is the meaning of every backend.
+    """A checked call of one of several backends. Its docstring is the contract; its reference is the meaning of every backend.
 
     reference: plain torch. It widens with torch.promote_types(dtype, float32), so that float64 inputs give a float64 truth.
     check: raises ValueError or TypeError, naming the argument, for inputs that no backend may read.
     example: make -> the argument tuples that tests and benchmarks walk.
+    schema: of the torch.library operator flowturbo::<name>, as which the op appears under torch.compile and torch.export.
+    lower: the op's arguments -> the schema's, where they differ. memory_format: of the operator's results.
+    backends: in order of preference; see `backend`.
     """
 
     def __init__(
@@ -32,16 +52,85 @@ class Op(Generic[P, R]):
         reference: Callable[P, R],
         check: Callable[P, None],
         example: Callable[[Make], Iterable[tuple[Any, ...]]],
+        schema: str,
+        lower: Callable[..., tuple[Any, ...]] | None,
+        memory_format: torch.memory_format,
     ) -> None:
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
         self.reference = reference
         self.check = check
         self.example = example
+        self.lower = lower
+        self.backends: dict[str, Backend] = {}
+
+        def dense(run: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args: _mapped(run(*args), lambda t: t.contiguous(memory_format=memory_format))
+
+        self.library = torch.library.custom_op(f"flowturbo::{self.name}", dense(self._run), mutates_args=(), schema=schema)
+        self.library.register_fake(dense(reference))
+
+    def backend(self, name: str, cannot: Callable[..., str | None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator of a function that takes checked, defaulted, positional arguments, and is tried after those before it."""
+
+        def register(run: Callable[..., Any]) -> Callable[..., Any]:
+            self.backends[name] = Backend(run, cannot)
+            return run
+
+        return register
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         self.check(*args, **kwargs)
-        return self.reference(*args, **kwargs)
+        if not self.backends or (wanted() == "reference" and not torch.compiler.is_compiling()):
+            return self.reference(*args, **kwargs)
+        positional = self._positional(args, kwargs)
+        if _needs_gradients(positional):
+            return self.reference(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self.library(*(self.lower(*positional) if self.lower else positional))  # type: ignore[return-value]
+        return self._run(*positional)
+
+    def why(self, *args: P.args, **kwargs: P.kwargs) -> tuple[str, dict[str, str]]:
+        """Which backend these arguments get, and why each one before it does not."""
+        positional = self._positional(args, kwargs)
+        if _needs_gradients(positional):
+            return "reference", dict.fromkeys(self.backends, "forward only, and gradients are asked for")
+        return self._choose(positional)
+
+    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.args
+
+    @functools.cached_property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self.reference)
+
+    def _choose(self, args: tuple[Any, ...]) -> tuple[str, dict[str, str]]:
+        name, device = wanted(), next(_tensors(args)).device
+        refused: dict[str, str] = {}
+        if name == "reference" or (name == "auto" and device.type != "cuda"):
+            return "reference", {} if name == "reference" else dict.fromkeys(self.backends, f"tensors are on the {device.type}")
+        for candidate, backend in self.backends.items():
+            if name not in ("auto", candidate):
+                continue
+            reason = _unavailable(candidate, device) or _wide_or_empty(args) or backend.cannot(*args)
+            if reason is None:
+                return candidate, refused
+            refused[candidate] = reason
+        if name in refused:
+            raise BackendError(f"{self.name}: {name} was asked for, but: {refused[name]}")
+        return "reference", refused
+
+    def _run(self, *args: Any) -> R:
+        chosen, _ = self._choose(args)
+        if chosen == "reference":
+            return self.reference(*args)  # type: ignore[call-arg, arg-type]
+        device = next(_tensors(args)).device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.backends[chosen].run(*args)
+        return self.backends[chosen].run(*args)
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
@@ -54,15 +143,79 @@ def op(
     *,
     check: Callable[P, None],
     example: Callable[[Make], Iterable[tuple[Any, ...]]],
+    schema: str,
+    lower: Callable[..., tuple[Any, ...]] | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Decorator: turns a reference into an Op and enters it in OPS."""
 
     def register(reference: Callable[P, R]) -> Op[P, R]:
-        made = Op(reference, check, example)
+        made = Op(reference, check, example, schema, lower, memory_format)
         OPS[made.name] = made
         return made
 
     return register
+
+
+BACKENDS = ("auto", "reference", "triton", "cuda")
+_wanted: ContextVar[str | None] = ContextVar("flowturbo_backend", default=None)
+
+
+def wanted() -> str:
+    """The backend asked for: by `use_backend`, else by the environment's FLOWTURBO_BACKEND, else "auto"."""
+    return _wanted.get() or _valid("FLOWTURBO_BACKEND", os.environ.get("FLOWTURBO_BACKEND") or "auto")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run operations on one backend: "auto" (the first that can), "reference" (plain torch), "triton" or "cuda".
+
+    An operation that has the named backend and can't run on it raises BackendError; one that has none of that name runs its
+    reference, as all do where gradients are needed. ValueError for another name.
+    """
+    token = _wanted.set(_valid("backend", name))
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def _valid(argument: str, name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def _unavailable(backend: str, device: torch.device) -> str | None:
+    """Why this machine can't run the backend on that device, or None."""
+    if backend == "triton":
+        return _triton.unavailable(device)
+    return None
+
+
+def _wide_or_empty(args: tuple[Any, ...]) -> str | None:
+    for tensor in _tensors(args):
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"{tensor.dtype} is none of float32, float16, bfloat16"
+        if not tensor.numel():
+            return "a tensor is empty"
+    return None
+
+
+def _needs_gradients(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return change(value) if isinstance(value, Tensor) else tuple(change(v) for v in value)
 
 
 def wide(*tensors: Tensor) -> torch.dtype:

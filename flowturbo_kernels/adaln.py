@@ -3,13 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import Make, expect_floating, expect_shape, op, wide
+from ._triton import kernel, pieces, rows, tl
 
 EPS = 1e-6
+
+# Triton: one program a row. A row is held in two pieces (see _triton.pieces), so it is read once and written once.
+
+
+@kernel
+def _load(ptr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    at = MAIN + tl.arange(0, TAIL)
+    main = tl.load(ptr + tl.arange(0, MAIN)).to(tl.float32)
+    return main, tl.load(ptr + at, mask=at < D, other=0.0).to(tl.float32)
+
+
+@kernel
+def _store(ptr, main, tail, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    at = MAIN + tl.arange(0, TAIL)
+    tl.store(ptr + tl.arange(0, MAIN), main)
+    tl.store(ptr + at, tail, mask=at < D)
+
+
+@kernel
+def _modulate(main, tail, shift, scale, eps, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """LayerNorm of one row, times (1 + scale), plus shift."""
+    mean = (tl.sum(main) + tl.sum(tail)) / D
+    main -= mean
+    tail = tl.where(MAIN + tl.arange(0, TAIL) < D, tail - mean, 0.0)
+    rstd = 1.0 / tl.sqrt((tl.sum(main * main) + tl.sum(tail * tail)) / D + eps)
+    shift_main, shift_tail = _load(shift, D, MAIN, TAIL)
+    scale_main, scale_tail = _load(scale, D, MAIN, TAIL)
+    return main * rstd * (1.0 + scale_main) + shift_main, tail * rstd * (1.0 + scale_tail) + shift_tail
+
+
+@kernel
+def _adaln_kernel(
+    x, shift, scale, out, T, x_b, x_t, shift_b, scale_b, eps, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, t = row // T, row % T
+    main, tail = _load(x + b * x_b + t * x_t, D, MAIN, TAIL)
+    main, tail = _modulate(main, tail, shift + b * shift_b, scale + b * scale_b, eps, D, MAIN, TAIL)
+    _store(out + row * D, main, tail, D, MAIN, TAIL)
+
+
+@kernel
+def _seam_kernel(
+    x, y, gate, shift, scale, total, out, T, x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b, eps,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, t = row // T, row % T
+    main, tail = _load(x + b * x_b + t * x_t, D, MAIN, TAIL)
+    y_main, y_tail = _load(y + b * y_b + t * y_t, D, MAIN, TAIL)
+    gate_main, gate_tail = _load(gate + b * gate_b, D, MAIN, TAIL)
+    main += gate_main * y_main
+    tail += gate_tail * y_tail
+    _store(total + row * D, main, tail, D, MAIN, TAIL)
+    main, tail = _modulate(main, tail, shift + b * shift_b, scale + b * scale_b, eps, D, MAIN, TAIL)
+    _store(out + row * D, main, tail, D, MAIN, TAIL)
+
+
+def _width(x: Tensor, *_: Any) -> str | None:
+    D = x.shape[-1]
+    return None if 2 <= D <= 16384 else f"the hidden size must be from 2 to 16384, got {D}"
+
+
+def _warps(D: int) -> int:
+    """8 elements a lane or more, which is one 16-byte load of 16-bit numbers."""
+    return max(1, min(16, pieces(D)[0] // 256))
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -30,13 +99,27 @@ def _example(make: Make) -> Iterable[tuple[Tensor, ...]]:
         yield make(B, T, D), make(B, D), make(B, D)
 
 
-@op(check=_check, example=_example)
+@op(
+    check=_check,
+    example=_example,
+    schema="(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor",
+)
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
     """LayerNorm without affine, times (1 + scale), plus shift.
 
     x (B, T, D); shift, scale (B, D), rows may be strided -> (B, T, D) in x's dtype. Statistics in float32 or wider.
     """
     return _modulated(x.to(wide(x)), shift, scale, eps).to(x.dtype)
+
+
+@adaln_modulate.backend("triton", cannot=_width)
+def _adaln_triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    B, T, D = x.shape
+    x, shift, scale = rows(x), rows(shift), rows(scale)
+    out = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
+    strides = (*x.stride()[:2], shift.stride(0), scale.stride(0))
+    _adaln_kernel.launch((B * T,), x, shift, scale, out, T, *strides, eps, D, *pieces(D), num_warps=_warps(D))
+    return out
 
 
 def _check_seam(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) -> None:
@@ -53,7 +136,11 @@ def _example_seam(make: Make) -> Iterable[tuple[Tensor, ...]]:
         yield make(B, T, D), make(B, T, D), make(B, D), make(B, D), make(B, D)
 
 
-@op(check=_check_seam, example=_example_seam)
+@op(
+    check=_check_seam,
+    example=_example_seam,
+    schema="(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
+)
 def gated_residual_adaln(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS
 ) -> tuple[Tensor, Tensor]:
@@ -64,3 +151,15 @@ def gated_residual_adaln(
     """
     total = x.to(wide(x)) + gate.to(wide(x))[:, None] * y.to(wide(x))
     return total.to(x.dtype), _modulated(total, shift, scale, eps).to(x.dtype)
+
+
+@gated_residual_adaln.backend("triton", cannot=_width)
+def _seam_triton(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    B, T, D = x.shape
+    x, y, gate, shift, scale = map(rows, (x, y, gate, shift, scale))
+    total, out = (torch.empty(B, T, D, dtype=x.dtype, device=x.device) for _ in range(2))
+    strides = (*x.stride()[:2], *y.stride()[:2], gate.stride(0), shift.stride(0), scale.stride(0))
+    _seam_kernel.launch(
+        (B * T,), x, y, gate, shift, scale, total, out, T, *strides, eps, D, *pieces(D), num_warps=_warps(D)
+    )  # fmt: skip
+    return total, out

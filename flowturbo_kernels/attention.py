@@ -20,7 +20,7 @@ def _example(make: Make) -> Iterable[tuple[Tensor, ...]]:
         yield (make(B, T, 3, heads, head_dim),)
 
 
-@op(check=_check, example=_example)
+@op(check=_check, example=_example, schema="(Tensor qkv) -> Tensor")
 def attention(qkv: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(head_dim)) v, without a mask.
 

@@ -30,7 +30,11 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
             yield make(M, K), make(N, K) / K**0.5, make(N), activation
 
 
-@op(check=_check, example=_example)
+@op(
+    check=_check,
+    example=_example,
+    schema="(Tensor x, Tensor weight, Tensor bias, str? activation) -> Tensor",
+)
 def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None = None) -> Tensor:
     """x (..., K) times weight (N, K) transposed, plus bias (N,), through tanh-GELU if asked -> (..., N)."""
     y = matmul(x, weight, bias)

@@ -10,6 +10,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op
+from ._triton import dot_precision, kernel, next_power_of_2, tl
+
+# Triton: one program a block of tokens by a block of features; feature k = (channel, row, column) of a patch is read where it lies,
+# from x or from v.
+
+
+@kernel
+def _patch_kernel(
+    x, v, weight, bias, out, tokens, columns, x_b, x_c, x_h, x_w, v_b, v_c, v_h, v_w,
+    D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr, HAS_V: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(2).to(tl.int64)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row, column = (token // columns) * P, (token % columns) * P
+    total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        c, i, j = k // (P * P), (k // P) % P, k % P
+        inside = (token < tokens)[:, None] & (k < K)[None, :]
+        at_x = b * x_b + c[None, :] * x_c + (row[:, None] + i[None, :]) * x_h + (column[:, None] + j[None, :]) * x_w
+        patches = tl.load(x + at_x, mask=inside & (c < C)[None, :], other=0.0)
+        if HAS_V:
+            at_v = b * v_b + (c - C)[None, :] * v_c + (row[:, None] + i[None, :]) * v_h + (column[:, None] + j[None, :]) * v_w
+            patches += tl.load(v + at_v, mask=inside & (c >= C)[None, :], other=0.0)
+        w = tl.load(weight + feature[None, :] * K + k[:, None], mask=(feature < D)[None, :] & (k < K)[:, None], other=0.0)
+        total = tl.dot(patches, w, total, input_precision=PRECISION)
+    total += tl.load(bias + feature, mask=feature < D, other=0.0).to(tl.float32)[None, :]
+    at = (b * tokens + token[:, None]) * D + feature[None, :]
+    tl.store(out + at, total, mask=(token < tokens)[:, None] & (feature < D)[None, :])
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None) -> None:
@@ -36,7 +67,11 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
         yield make(B, C, side, side), make(D, 2 * C, p, p) / p, make(D), make(B, C, side, side)
 
 
-@op(check=_check, example=_example)
+@op(
+    check=_check,
+    example=_example,
+    schema="(Tensor x, Tensor weight, Tensor bias, Tensor? v) -> Tensor",
+)
 def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None) -> Tensor:
     """Cut into p x p patches and project each.
 
@@ -45,3 +80,23 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None
     """
     both = x if v is None else torch.cat([x, v], dim=1)
     return F.conv2d(both, weight, bias, stride=weight.shape[2]).flatten(2).transpose(1, 2)
+
+
+def _mixed(x: Tensor, *others: Tensor | None) -> str | None:
+    return None if all(t is None or t.dtype == x.dtype for t in others) else "tensors are of several dtypes, under autocast"
+
+
+@patch_embed.backend("triton", cannot=_mixed)
+def _patch_triton(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None) -> Tensor:
+    B, C, H, W = x.shape
+    D, _, p, _ = weight.shape
+    tokens, K = (H // p) * (W // p), weight[0].numel()
+    out = torch.empty(B, tokens, D, dtype=x.dtype, device=x.device)
+    block_t, block_d, block_k = 32, 64, max(16, min(64, next_power_of_2(K)))
+    _patch_kernel.launch(
+        (-(-tokens // block_t), -(-D // block_d), B),
+        x, x if v is None else v, weight.contiguous(), bias.contiguous(), out, tokens, W // p,
+        *x.stride(), *(x if v is None else v).stride(),
+        D, K, C, p, v is not None, dot_precision(x), block_t, block_d, block_k, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,4 +1,4 @@
-"""The two operations around a solver step that are not the network's: guidance, and moving x along velocities."""
+"""What surrounds the network in a solver step: guidance, moving x along velocities, and both with the cache in one pass."""
 
 from __future__ import annotations
 
@@ -9,6 +9,91 @@ import torch
 from torch import Tensor
 
 from ._op import Make, expect_floating, expect_shape, op, wide
+from ._triton import kernel, next_power_of_2, tl
+
+MOST = 4
+"""Velocities that a kernel takes: those of Adams-Bashforth of order 4."""
+_BLOCK = 1024
+
+# Triton: one program a block of one image's elements; offsets n * S + i of dense tensors, S elements an image.
+
+
+@kernel
+def _moved(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT: tl.constexpr):
+    """x plus COUNT weighted velocities."""
+    total = tl.load(x + at, mask=mask).to(tl.float32)
+    if COUNT > 0:
+        total += w0 * tl.load(v0 + at, mask=mask).to(tl.float32)
+    if COUNT > 1:
+        total += w1 * tl.load(v1 + at, mask=mask).to(tl.float32)
+    if COUNT > 2:
+        total += w2 * tl.load(v2 + at, mask=mask).to(tl.float32)
+    if COUNT > 3:
+        total += w3 * tl.load(v3 + at, mask=mask).to(tl.float32)
+    return total
+
+
+@kernel
+def _guided(v, scale, n, N, i, mask, S, HW, channels):
+    """Both halves of the guided velocity at elements i of image n."""
+    at = n.to(tl.int64) * S + i
+    c = tl.load(v + at, mask=mask).to(tl.float32)
+    u = tl.load(v + (n + N).to(tl.int64) * S + i, mask=mask).to(tl.float32)
+    guided = u + tl.load(scale + n).to(tl.float32) * (c - u)
+    inside = i // HW < channels
+    return tl.where(inside, guided, c), tl.where(inside, guided, u)
+
+
+@kernel
+def _update_kernel(
+    x, v0, v1, v2, v3, out, w0, w1, w2, w3, size, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    tl.store(out + at, _moved(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT), mask=mask)
+
+
+@kernel
+def _guide_kernel(v, scale, out, N, S, HW, channels, BLOCK: tl.constexpr):
+    n, i = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < S
+    c, u = _guided(v, scale, n, N, i, mask, S, HW, channels)
+    at = n.to(tl.int64) * S + i
+    tl.store(out + at, c, mask=mask)
+    tl.store(out + (n + N).to(tl.int64) * S + i, u, mask=mask)
+
+
+@kernel
+def _guided_update_kernel(
+    x, raw, scale, base, v0, v1, v2, v3, out, velocity, weight, w0, w1, w2, w3, N, S, HW, channels,
+    GUIDED: tl.constexpr, BASE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n, i = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < S
+    at = n.to(tl.int64) * S + i
+    other_half = (n + N).to(tl.int64) * S + i
+    total = _moved(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT)
+    if GUIDED:
+        c, u = _guided(raw, scale, n, N, i, mask, S, HW, channels)
+        if BASE:
+            u += tl.load(base + other_half, mask=mask).to(tl.float32)
+        tl.store(velocity + other_half, u, mask=mask)
+    else:
+        c = tl.load(raw + at, mask=mask).to(tl.float32)
+    if BASE:
+        c += tl.load(base + at, mask=mask).to(tl.float32)
+    tl.store(velocity + at, c, mask=mask)
+    tl.store(out + at, total + weight * c, mask=mask)
+
+
+def _too_many(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> str | None:
+    return f"at most {MOST} velocities, got {len(velocities)}" if len(velocities) > MOST else None
+
+
+def _four(velocities: Sequence[Tensor], weights: Sequence[float], filler: Tensor) -> tuple[Any, ...]:
+    """Kernel arguments: four dense tensors, and four weights; those beyond the count are not read."""
+    missing = MOST - len(velocities)
+    return tuple(v.contiguous() for v in velocities) + (filler,) * missing, (*map(float, weights), *(0.0,) * missing)
 
 
 def _check(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> None:
@@ -16,12 +101,14 @@ def _check(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) ->
         raise ValueError(
             f"velocity_update: weights must be as many as velocities, and at least one, got {len(weights)} and {len(velocities)}"
         )
+    _check_velocities("velocity_update", x, velocities)
+
+
+def _check_velocities(op_name: str, x: Tensor, velocities: Sequence[Tensor]) -> None:
     for k, v in enumerate(velocities):
-        expect_floating("velocity_update", x=x, **{f"velocities[{k}]": v})
+        expect_floating(op_name, x=x, **{f"velocities[{k}]": v})
         if v.shape[1:] != x.shape[1:] or len(v) < len(x):
-            raise ValueError(
-                f"velocity_update: velocities[{k}] must have at least the rows of x {tuple(x.shape)}, got {tuple(v.shape)}"
-            )
+            raise ValueError(f"{op_name}: velocities[{k}] must have at least the rows of x {tuple(x.shape)}, got {tuple(v.shape)}")
 
 
 def _example(make: Make) -> Iterable[tuple[Any, ...]]:
@@ -30,7 +117,11 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
     yield make(3, 4, 5, 7), [make(3, 4, 5, 7) for _ in range(4)], [0.2, -0.1, 0.03, -0.01]
 
 
-@op(check=_check, example=_example)
+@op(
+    check=_check,
+    example=_example,
+    schema="(Tensor x, Tensor[] velocities, float[] weights) -> Tensor",
+)
 def velocity_update(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """x plus the weighted velocities: every explicit step that moves x is one call of this.
 
@@ -44,15 +135,29 @@ def velocity_update(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[f
     return total.to(x.dtype)
 
 
+@velocity_update.backend("triton", cannot=_too_many)
+def _update_triton(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    x = x.contiguous()
+    tensors, numbers = _four([v[: len(x)] for v in velocities], weights, x)
+    out = torch.empty_like(x)
+    size = x.numel()
+    _update_kernel.launch((-(-size // _BLOCK),), x, *tensors, out, *numbers, size, len(velocities), _BLOCK)
+    return out
+
+
 def _check_guide(v: Tensor, scale: float | Tensor, channels: int) -> None:
     expect_floating("guide", v=v)
-    expect_shape("guide", "v", v, (None, None, None, None))
+    _check_halves("guide", "v", v, scale, channels)
+
+
+def _check_halves(op_name: str, argument: str, v: Tensor, scale: float | Tensor, channels: int) -> None:
+    expect_shape(op_name, argument, v, (None, None, None, None))
     if v.shape[0] % 2:
-        raise ValueError(f"guide: v must hold a conditional and an unconditional half, got {v.shape[0]} rows")
+        raise ValueError(f"{op_name}: {argument} must hold a conditional and an unconditional half, got {v.shape[0]} rows")
     if isinstance(scale, Tensor):
-        expect_shape("guide", "scale", scale, (v.shape[0] // 2, 1, 1, 1))
+        expect_shape(op_name, "scale", scale, (v.shape[0] // 2, 1, 1, 1))
     if not 1 <= channels <= v.shape[1]:
-        raise ValueError(f"guide: channels must be from 1 to {v.shape[1]}, got {channels}")
+        raise ValueError(f"{op_name}: channels must be from 1 to {v.shape[1]}, got {channels}")
 
 
 def _example_guide(make: Make) -> Iterable[tuple[Any, ...]]:
@@ -62,7 +167,23 @@ def _example_guide(make: Make) -> Iterable[tuple[Any, ...]]:
     yield make(6, 4, 5, 7), make(3, 1, 1, 1), 3
 
 
-@op(check=_check_guide, example=_example_guide)
+def _per_image(v: Tensor, scale: float | Tensor) -> Tensor:
+    """The scale as a dense tensor (N,), float32 or wider."""
+    if isinstance(scale, Tensor):
+        return scale.reshape(-1).contiguous()
+    return torch.full((v.shape[0] // 2,), scale, dtype=wide(v), device=v.device)
+
+
+def _as_tensor(v: Tensor, scale: float | Tensor) -> Tensor:
+    return _per_image(v, scale).view(-1, 1, 1, 1)
+
+
+@op(
+    check=_check_guide,
+    example=_example_guide,
+    schema="(Tensor v, Tensor scale, int channels) -> Tensor",
+    lower=lambda v, scale, channels: (v, _as_tensor(v, scale), channels),
+)
 def guide(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
     """Classifier-free guidance of a velocity or of an offset.
 
@@ -72,3 +193,118 @@ def guide(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
     c, u = v[:, :channels].to(wide(v)).chunk(2)
     guided = (u + scale * (c - u)).to(v.dtype)
     return torch.cat([torch.cat([guided, guided]), v[:, channels:]], dim=1)
+
+
+@guide.backend("triton", cannot=lambda *_: None)
+def _guide_triton(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
+    v = v.contiguous()
+    N, S, HW = len(v) // 2, v[0].numel(), v[0, 0].numel()
+    out = torch.empty_like(v)
+    block = min(_BLOCK, next_power_of_2(S))
+    _guide_kernel.launch((-(-S // block), N), v, _per_image(v, scale), out, N, S, HW, channels, block)
+    return out
+
+
+def _check_guided(
+    x: Tensor,
+    raw: Tensor,
+    scale: float | Tensor | None,
+    channels: int,
+    weight: float,
+    base: Tensor | None = None,
+    velocities: Sequence[Tensor] = (),
+    weights: Sequence[float] = (),
+    name: str = "guided_update",
+) -> None:
+    expect_shape(name, "x", x, (None, None, None, None))
+    expect_floating(name, x=x, raw=raw)
+    if scale is None:
+        expect_shape(name, "raw", raw, tuple(x.shape))
+    else:
+        expect_shape(name, "raw", raw, (2 * len(x), *x.shape[1:]))
+        _check_halves(name, "raw", raw, scale, channels)
+    if base is not None:
+        expect_floating(name, x=x, base=base)
+        expect_shape(name, "base", base, tuple(raw.shape))
+    if len(velocities) != len(weights):
+        raise ValueError(f"{name}: weights must be as many as velocities, got {len(weights)} and {len(velocities)}")
+    _check_velocities(name, x, velocities)
+
+
+def _example_guided(make: Make) -> Iterable[tuple[Any, ...]]:
+    yield make(1, 1, 8, 8), make(1, 1, 8, 8), None, 1, 0.1
+    yield make(2, 4, 8, 8), make(4, 4, 8, 8), 1.5, 3, 0.05, None, [make(4, 4, 8, 8)], [0.05]
+    yield make(3, 4, 5, 7), make(6, 4, 5, 7), make(3, 1, 1, 1), 4, 0.1, make(6, 4, 5, 7)
+    yield (
+        make(3, 4, 5, 7),
+        make(3, 4, 5, 7),
+        None,
+        3,
+        0.2,
+        make(3, 4, 5, 7),
+        [make(6, 4, 5, 7) for _ in range(3)],
+        [-0.1, 0.03, -0.01],
+    )
+
+
+@op(
+    check=_check_guided,
+    example=_example_guided,
+    schema="(Tensor x, Tensor raw, Tensor? scale, int channels, float weight, Tensor? base, Tensor[] velocities, float[] weights)"
+    " -> (Tensor, Tensor)",
+    lower=lambda x, raw, scale, *rest: (x, raw, None if scale is None else _as_tensor(raw, scale), *rest),
+)
+def guided_update(
+    x: Tensor,
+    raw: Tensor,
+    scale: float | Tensor | None,
+    channels: int,
+    weight: float,
+    base: Tensor | None = None,
+    velocities: Sequence[Tensor] = (),
+    weights: Sequence[float] = (),
+) -> tuple[Tensor, Tensor]:
+    """All of a step that follows its network: guide the raw output, add it to a base velocity, keep that, move x.
+
+    x (N, C, H, W); raw (2N, C, H, W), conditional rows first, or (N, C, H, W) with scale None; scale, channels as in `guide`; base
+    of raw's shape, the velocity that a refiner's offset corrects; velocities and weights as in `velocity_update`, none by default
+    -> (x + weight * v + the weighted velocities, in x's dtype; v = guide(raw) + base, of raw's shape, in x's dtype).
+    x moves by v before v is rounded to x's dtype.
+    """
+    dtype = wide(x, raw)
+    v = raw.to(dtype)
+    if scale is not None:
+        v = guide.reference(v, scale, channels)
+    if base is not None:
+        v = v + base.to(dtype)
+    moved = velocity_update.reference(x.to(dtype), [v, *velocities], [weight, *weights])
+    return moved.to(x.dtype), v.to(x.dtype)
+
+
+def _too_many_guided(x: Tensor, raw: Tensor, *rest: Any) -> str | None:
+    return _too_many(x, rest[-2], rest[-1])
+
+
+@guided_update.backend("triton", cannot=_too_many_guided)
+def _guided_update_triton(
+    x: Tensor,
+    raw: Tensor,
+    scale: float | Tensor | None,
+    channels: int,
+    weight: float,
+    base: Tensor | None,
+    velocities: Sequence[Tensor],
+    weights: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    x, raw = x.contiguous(), raw.contiguous()
+    N, S, HW = len(x), x[0].numel(), x[0, 0].numel()
+    tensors, numbers = _four([v[:N] for v in velocities], weights, x)
+    out, velocity = torch.empty_like(x), torch.empty(raw.shape, dtype=x.dtype, device=x.device)
+    scales = x if scale is None else _per_image(raw, scale)
+    block = min(_BLOCK, next_power_of_2(S))
+    _guided_update_kernel.launch(
+        (-(-S // block), N),
+        x, raw, scales, x if base is None else base.contiguous(), *tensors, out, velocity, float(weight), *numbers,
+        N, S, HW, channels, scale is not None, base is not None, len(velocities), block,
+    )  # fmt: skip
+    return out, velocity

@@ -1,0 +1,98 @@
+"""When Triton can run, and kernels that are compiled at their first launch, so that importing this package imports no Triton."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import triton.language as tl
+else:
+    tl = None  # set in a kernel's module when its first kernel is made
+
+__all__ = ["Kernel", "dot_precision", "kernel", "next_power_of_2", "pieces", "rows", "tl", "unavailable"]
+
+
+class Kernel:
+    """A function in Triton's language. launch(grid, *args, **options) is what Triton's kernel[grid](*args, **options) is."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    @functools.cached_property
+    def jit(self) -> Any:
+        import triton
+
+        names = self.function.__globals__
+        names["tl"] = triton.language
+        for name in self.function.__code__.co_names:  # kernels that this one calls
+            if isinstance(names.get(name), Kernel):
+                names[name] = names[name].jit
+        return triton.jit(self.function)
+
+    def launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        self.jit[grid](*args, **options)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Decorator: a Kernel."""
+    return Kernel(function)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why Triton can't run on tensors of that device, or None. On the CPU it can under its interpreter (TRITON_INTERPRET=1)."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "tensors are on the cpu, and TRITON_INTERPRET=1 is not set"
+    if device.type not in ("cpu", "cuda"):
+        return f"tensors are on the {device.type}"
+    return _problem(device)
+
+
+@functools.cache
+def _problem(device: torch.device) -> str | None:
+    """What goes wrong when the smallest kernel runs: Triton needs a C compiler and Python's headers at its first launch."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than sm_80"
+    try:
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            probe = torch.zeros(1, device=device)
+            _one.launch((1,), probe)
+            return None if float(probe) == 1 else "its smallest kernel gave a wrong result"
+    except Exception as error:  # whatever a compiler, a linker or a driver may raise
+        return f"its smallest kernel failed ({type(error).__name__}: {error}); it needs a C compiler and Python's headers"
+
+
+@kernel
+def _one(ptr):
+    tl.store(ptr, 1.0)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def pieces(n: int) -> tuple[int, int]:
+    """(a, b), powers of two with a < n <= a + b, for n >= 2: a row in two loads, since one of the next power of two would mask up to
+    half of its lanes (1152 = 1024 + 128, 72 = 64 + 8)."""
+    main = next_power_of_2(n) // 2
+    return main, next_power_of_2(n - main)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x, or a copy, with a dense last axis, which all kernels read; the other axes keep any stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def dot_precision(x: Tensor) -> str:
+    """input_precision of tl.dot: no TF32 where float32 is given."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
