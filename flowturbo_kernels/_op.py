@@ -1,4 +1,4 @@
-"""Op: one operation as a value: its reference, checks, example inputs and backends, under one name in OPS; the choice of backend."""
+"""Op: one operation as a value, i.e. its reference, checks, examples and backends, under one name in OPS; the choice of backend."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ class Op(Generic[P, R]):
         self.example = example
         self.lower = lower
         self.backends: dict[str, Backend] = {}
+        self._parameters = [(p.name, p.default) for p in inspect.signature(reference).parameters.values()]
 
         def dense(run: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *args: _mapped(run(*args), lambda t: t.contiguous(memory_format=memory_format))
@@ -81,14 +82,15 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         self.check(*args, **kwargs)
-        if not self.backends or (wanted() == "reference" and not torch.compiler.is_compiling()):
+        if torch.compiler.is_compiling():
+            positional = self._positional(args, kwargs)
+            if _needs_gradients(positional):
+                return self.reference(*args, **kwargs)
+            return self.library(*(self.lower(*positional) if self.lower else positional))  # type: ignore[return-value]
+        if not self.backends or wanted() == "reference":
             return self.reference(*args, **kwargs)
         positional = self._positional(args, kwargs)
-        if _needs_gradients(positional):
-            return self.reference(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return self.library(*(self.lower(*positional) if self.lower else positional))  # type: ignore[return-value]
-        return self._run(*positional)
+        return self.reference(*args, **kwargs) if _needs_gradients(positional) else self._run(*positional)
 
     def why(self, *args: P.args, **kwargs: P.kwargs) -> tuple[str, dict[str, str]]:
         """Which backend these arguments get, and why each one before it does not."""
@@ -98,13 +100,8 @@ class Op(Generic[P, R]):
         return self._choose(positional)
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        bound = self._signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return bound.args
-
-    @functools.cached_property
-    def _signature(self) -> inspect.Signature:
-        return inspect.signature(self.reference)
+        """All arguments in order, defaults filled in; `check`, of the same signature, has refused names that are none."""
+        return args + tuple(kwargs[name] if name in kwargs else default for name, default in self._parameters[len(args) :])
 
     def _choose(self, args: tuple[Any, ...]) -> tuple[str, dict[str, str]]:
         name, device = wanted(), next(_tensors(args)).device

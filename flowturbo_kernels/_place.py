@@ -17,6 +17,11 @@ _GRAIN = 32768  # elements that torch's elementwise loops give one thread at the
 _ROWS = 16  # rows of a matrix product: of every filling tried with 1 to 32 threads, the smallest that made all rows equal (N > 1)
 
 
+def _fills(x: Tensor) -> bool:
+    """Whether there are shares to fill: on the CPU, unless a compiler will write the loops."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _filled(count: int, grain: int, unit: int) -> int:
     """The least size from `count` on that its threads share in whole units."""
     size = count
@@ -30,7 +35,7 @@ def _filled(count: int, grain: int, unit: int) -> int:
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor, grain: int = _GRAIN) -> Tensor:
     """function(x), for an elementwise function; x of any shape -> the same shape."""
-    if x.device.type != "cpu":
+    if not _fills(x):
         return function(x)
     size = _filled(x.numel(), grain, _VECTORS)
     if size == x.numel():
@@ -52,7 +57,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 def matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (..., K) times weight (N, K) transposed, plus bias (N,) -> (..., N)."""
     rows = x.reshape(-1, x.shape[-1])
-    size = _filled(len(rows), _ROWS, _ROWS) if x.device.type == "cpu" else len(rows)
+    size = _filled(len(rows), _ROWS, _ROWS) if _fills(x) else len(rows)
     if size == len(rows):
         return F.linear(x, weight, bias)
     return F.linear(F.pad(rows, (0, 0, 0, size - len(rows))), weight, bias)[: len(rows)].unflatten(0, x.shape[:-1])

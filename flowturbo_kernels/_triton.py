@@ -21,9 +21,9 @@ __all__ = ["Kernel", "dot_precision", "kernel", "next_power_of_2", "pieces", "ro
 class Kernel:
     """A function in Triton's language. launch(grid, *args, **options) is what Triton's kernel[grid](*args, **options) is."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        functools.update_wrapper(self, function)
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
+        self.__name__, self.__doc__, self.__module__ = function.__name__, function.__doc__, function.__module__
 
     @functools.cached_property
     def jit(self) -> Any:
@@ -82,8 +82,10 @@ def next_power_of_2(n: int) -> int:
 
 
 def pieces(n: int) -> tuple[int, int]:
-    """(a, b), powers of two with a < n <= a + b, for n >= 2: a row in two loads, since one of the next power of two would mask up to
-    half of its lanes (1152 = 1024 + 128, 72 = 64 + 8)."""
+    """(a, b), powers of two with a < n <= a + b, for n >= 2: a row in two loads, 1152 = 1024 + 128, 72 = 64 + 8.
+
+    One load of the next power of two would mask up to half of its lanes.
+    """
     main = next_power_of_2(n) // 2
     return main, next_power_of_2(n - main)
 

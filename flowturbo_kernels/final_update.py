@@ -13,7 +13,7 @@ from torch import Tensor
 from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op, wide
 from ._triton import dot_precision, kernel, next_power_of_2, rows, tl
 from .adaln import EPS, adaln_modulate
-from .velocity_update import MOST, _check_guided, _four, _moved, _per_image, guided_update
+from .velocity_update import MOST, _four, _moved, _per_image, check_guided, guided_update
 
 # Triton: one program a block of tokens of one image, both guidance halves, so that guidance crosses no program. Tokens are read
 # three times (mean, variance, projection), twice of them from the cache: 16 rows of 1152 are 37 KB in 16 bits.
@@ -112,14 +112,14 @@ def _check(
     expect_shape(name, "x", x, (None, None, None, None))
     N, C, H, W = x.shape
     expect_shape(name, "tokens", tokens, (N if guidance is None else 2 * N, None, None))
-    R, T, D = tokens.shape
+    R, _, D = tokens.shape
     expect_shape(name, "shift", shift, (R, D))
     expect_shape(name, "scale", scale, (R, D))
     expect_shape(name, "weight", weight, (None, D))
     expect_shape(name, "bias", bias, (weight.shape[0],))
     _patch(tokens, weight, x)
     raw = x[:1, :1, :1, :1].expand(R, C, H, W)  # stands for the network's output: its shape, device and dtype
-    _check_guided(x, raw, guidance, channels, weight_v, base, velocities, weights, name=name)
+    check_guided(name, x, raw, guidance, channels, base, velocities, weights)
 
 
 def _patch(tokens: Tensor, weight: Tensor, x: Tensor) -> tuple[int, int]:
@@ -184,7 +184,7 @@ def final_update(
     """
     dtype = wide(tokens)
     p, outputs = _patch(tokens, weight, x)
-    (R, T, D), (_, C, H, W) = tokens.shape, x.shape
+    (R, _, D), (_, C, H, W) = tokens.shape, x.shape
     h = adaln_modulate.reference(tokens.to(dtype), shift, scale, eps).to(tokens.dtype).to(dtype)
     weight, bias = weight.view(p * p, outputs, D)[:, :C].reshape(-1, D), bias.view(p * p, outputs)[:, :C].reshape(-1)
     y = F.linear(h, weight.to(dtype), bias.to(dtype))

@@ -80,6 +80,7 @@ def _apply_kernel(
         at = (n * HW + pixel[:, None, None]) * C + channel[None, :, :]
         inside = (pixel < HW)[:, None, None] & known[None, :, :]
         y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * gain[None, :, :] + offset[None, :, :]
+        y = tl.where(inside, y, 0.0)  # so that no exponential of what is not data overflows
         tl.store(out + at, y / (1.0 + tl.exp(-y)), mask=inside)
 
 

@@ -214,8 +214,21 @@ def _check_guided(
     base: Tensor | None = None,
     velocities: Sequence[Tensor] = (),
     weights: Sequence[float] = (),
-    name: str = "guided_update",
 ) -> None:
+    check_guided("guided_update", x, raw, scale, channels, base, velocities, weights)
+
+
+def check_guided(
+    name: str,
+    x: Tensor,
+    raw: Tensor,
+    scale: float | Tensor | None,
+    channels: int,
+    base: Tensor | None,
+    velocities: Sequence[Tensor],
+    weights: Sequence[float],
+) -> None:
+    """The checks of guided_update, in the name of the op that calls them."""
     expect_shape(name, "x", x, (None, None, None, None))
     expect_floating(name, x=x, raw=raw)
     if scale is None:
@@ -278,7 +291,7 @@ def guided_update(
     if base is not None:
         v = v + base.to(dtype)
     moved = velocity_update.reference(x.to(dtype), [v, *velocities], [weight, *weights])
-    return moved.to(x.dtype), v.to(x.dtype)
+    return moved.to(x.dtype), v.to(x.dtype, copy=v is raw)
 
 
 def _too_many_guided(x: Tensor, raw: Tensor, *rest: Any) -> str | None:

@@ -1,43 +1,15 @@
 """Laws of every operation: it means its formula, errs little in every dtype, reads strides, and refuses what does not fit."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from close import assert_close, relative_error
+from ops import CASES, DTYPES, case, examples, mapped, strided, tensors
 from torch import Tensor
 
 from flowturbo_kernels import OPS, adaln_modulate, attention, gated_residual_adaln, guide, linear, patch_embed, velocity_update
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """All tensors in arguments or results."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for v in value for t in tensors(v)] if isinstance(value, list | tuple) else []
-
-
-def mapped(value: Any, change: Any) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    return type(value)(mapped(v, change) for v in value) if isinstance(value, list | tuple) else value
-
-
-def examples(name: str, dtype: torch.dtype, seed: int = 0) -> Iterator[tuple[Any, ...]]:
-    generator = torch.Generator().manual_seed(seed)
-    yield from OPS[name].example(lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype))
-
-
-CASES = [(name, i) for name in OPS for i, _ in enumerate(examples(name, torch.float32))]
-
-
-def case(name: str, index: int, dtype: torch.dtype, seed: int = 0) -> tuple[Any, ...]:
-    return list(examples(name, dtype, seed))[index]
-
 
 # What each operation means, written out in its formula.
 
@@ -99,6 +71,40 @@ def long_guide(v, scale, channels):
     return out
 
 
+def long_guided_update(x, raw, scale, channels, weight, base=None, velocities=(), weights=()):
+    v = raw if scale is None else long_guide(raw, scale, channels)
+    v = v if base is None else v + base
+    return long_velocity_update(x, [v, *velocities], [weight, *weights]), v
+
+
+def long_final_update(tokens, shift, scale, weight, bias, x, guidance, channels, weight_v, *rest):
+    h = long_adaln(tokens, shift, scale)
+    C, H, W = x.shape[1:]
+    p = math.isqrt(H * W // tokens.shape[1])
+    outputs = len(weight) // p**2
+    raw = x.new_zeros(len(tokens), C, H, W)
+    for token in range(tokens.shape[1]):
+        top, left = token // (W // p) * p, token % (W // p) * p
+        for i in range(p):
+            for j in range(p):
+                for c in range(C):
+                    row = (i * p + j) * outputs + c
+                    raw[:, c, top + i, left + j] = h[:, token] @ weight[row] + bias[row]
+    return long_guided_update(x, raw, guidance, channels, weight_v, *rest)
+
+
+def long_group_norm_silu(x, weight, bias, groups, eps=1e-6):
+    out = torch.empty_like(x)
+    size = x.shape[1] // groups
+    for n in range(len(x)):
+        for g in range(groups):
+            part = x[n, g * size : (g + 1) * size]
+            normal = (part - part.mean()) / (((part - part.mean()) ** 2).mean() + eps) ** 0.5
+            y = normal * weight[g * size : (g + 1) * size, None, None] + bias[g * size : (g + 1) * size, None, None]
+            out[n, g * size : (g + 1) * size] = y / (1 + (-y).exp())
+    return out
+
+
 MEANING = {
     "adaln_modulate": long_adaln,
     "gated_residual_adaln": long_seam,
@@ -107,6 +113,9 @@ MEANING = {
     "patch_embed": long_patch_embed,
     "velocity_update": long_velocity_update,
     "guide": long_guide,
+    "guided_update": long_guided_update,
+    "final_update": long_final_update,
+    "group_norm_silu": long_group_norm_silu,
 }
 
 
@@ -159,13 +168,6 @@ def test_operations_that_widen_round_once(name, dtype):
     for args in examples(name, dtype, seed=7):
         widened = tensors(OPS[name](*mapped(args, Tensor.float)))
         assert all(torch.equal(got, w.to(dtype)) for got, w in zip(tensors(OPS[name](*args)), widened, strict=True))
-
-
-def strided(t: Tensor) -> Tensor:
-    """The same values, every other element of a larger tensor in every axis, the rest poisoned."""
-    larger = torch.full([2 * s for s in t.shape], math.nan, dtype=t.dtype)
-    view = larger[tuple(slice(1, None, 2) for _ in t.shape)]
-    return view.copy_(t)
 
 
 @pytest.mark.parametrize("layout", ["every other", "axes turned", "rows repeated"])

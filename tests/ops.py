@@ -1,0 +1,46 @@
+"""Walks over the registry of operations, shared by the tests of references and of kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowturbo_kernels import OPS
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in arguments or results."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in tensors(v)] if isinstance(value, list | tuple) else []
+
+
+def mapped(value: Any, change: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(mapped(v, change) for v in value) if isinstance(value, list | tuple) else value
+
+
+def examples(name: str, dtype: torch.dtype, seed: int = 0) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(seed)
+    yield from OPS[name].example(lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype))
+
+
+CASES = [(name, i) for name in OPS for i, _ in enumerate(examples(name, torch.float32))]
+
+
+def case(name: str, index: int, dtype: torch.dtype, seed: int = 0) -> tuple[Any, ...]:
+    return list(examples(name, dtype, seed))[index]
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same values, every other element of a larger tensor in every axis, the rest poisoned."""
+    larger = torch.full([2 * s for s in t.shape], math.nan, dtype=t.dtype, device=t.device)
+    view = larger[tuple(slice(1, None, 2) for _ in t.shape)]
+    return view.copy_(t)

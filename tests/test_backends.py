@@ -1,0 +1,153 @@
+"""Which backend an operation takes, what it says when it can't, and how it looks to torch.compile and torch.export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops import CASES, case, mapped, tensors
+from torch import Tensor, nn
+
+from flowturbo_kernels import OPS, BackendError, adaln_modulate, linear, patch_embed, use_backend, velocity_update
+from flowturbo_kernels._op import Backend, wanted
+
+X, SHIFT, SCALE = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8)
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
+
+
+def test_on_the_cpu_references_run_and_say_why():
+    name, refused = adaln_modulate.why(X, SHIFT, SCALE)
+    assert name == "reference"
+    assert refused["triton"] == "tensors are on the cpu"
+    assert adaln_modulate(X, SHIFT, SCALE).equal(adaln_modulate.reference(X, SHIFT, SCALE))
+
+
+@interpreted
+def test_a_backend_asked_for_by_name_runs(monkeypatch):
+    calls = []
+    for name in ("triton", "other"):
+        backend = Backend(lambda *args, name=name: calls.append((name, len(args))), lambda *_: None)
+        monkeypatch.setitem(adaln_modulate.backends, name, backend)
+    with use_backend("triton"):
+        assert adaln_modulate.why(X, SHIFT, SCALE)[0] == "triton"
+        adaln_modulate(X, SHIFT, scale=SCALE)
+    assert calls == [("triton", 4)]  # with the default eps
+    with use_backend("reference"):
+        assert adaln_modulate(X, SHIFT, SCALE) is not None
+    assert len(calls) == 1
+
+
+def test_the_environment_names_a_backend(monkeypatch):
+    monkeypatch.setenv("FLOWTURBO_BACKEND", "reference")
+    assert wanted() == "reference"
+    with use_backend("triton"):
+        assert wanted() == "triton"
+    monkeypatch.setenv("FLOWTURBO_BACKEND", "tritom")
+    with pytest.raises(ValueError, match="FLOWTURBO_BACKEND must be one of auto, reference, triton, cuda, got 'tritom'"):
+        wanted()
+    monkeypatch.delenv("FLOWTURBO_BACKEND")
+    assert wanted() == "auto"
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, triton, cuda, got 'fast'"), use_backend("fast"):
+        pass
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        ((X.double(), SHIFT, SCALE), "torch.float64 is none of"),
+        ((X[:0], SHIFT[:0], SCALE[:0]), "a tensor is empty"),
+        ((X[..., :1], SHIFT[:, :1], SCALE[:, :1]), "the hidden size must be from 2"),
+    ],
+)
+def test_a_named_backend_never_falls_back(args, said):
+    with use_backend("triton"), pytest.raises(BackendError, match=f"adaln_modulate: triton was asked for, but: .*{said}"):
+        adaln_modulate(*args)
+    adaln_modulate(*args)
+
+
+def test_a_named_backend_without_its_machine_says_so(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with use_backend("triton"), pytest.raises(BackendError, match="tensors are on the cpu, and TRITON_INTERPRET=1 is not set"):
+        adaln_modulate(X, SHIFT, SCALE)
+
+
+@interpreted
+def test_where_gradients_are_needed_the_reference_runs():
+    x = X.clone().requires_grad_()
+    with use_backend("triton"):
+        name, refused = adaln_modulate.why(x, SHIFT, SCALE)
+        assert name == "reference"
+        assert "forward only" in refused["triton"]
+        adaln_modulate(x, SHIFT, SCALE).sum().backward()
+        with torch.no_grad():
+            assert adaln_modulate.why(x, SHIFT, SCALE)[0] == "triton"
+    assert x.grad is not None
+
+
+# torch.library
+
+
+def lowered(name: str, args: tuple) -> tuple:
+    op = OPS[name]
+    full = op._positional(args, {})
+    return op.lower(*full) if op.lower else full
+
+
+@pytest.mark.parametrize("name, index", CASES)
+def test_opcheck(name, index):
+    """torch's own checks: the schema tells the truth, fake results have the real ones' metadata, and tracing works."""
+    args = lowered(name, case(name, index, torch.float32))
+    torch.library.opcheck(OPS[name].library, args)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_compiled_operation_is_one_node_of_the_graph(name):
+    """With fullgraph, so that a graph break is an error; guards and shapes are torch's business."""
+    args = case(name, 1, torch.float32)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: OPS[name](*a), backend=keep, fullgraph=True)
+    with torch.no_grad():
+        for got, plain in zip(tensors(compiled(*args)), tensors(OPS[name](*args)), strict=True):
+            assert got.equal(plain)
+    targets = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert sum(f"flowturbo.{name}" in target for target in targets) == 1
+
+
+def test_a_compiled_training_step_differentiates():
+    weight = torch.randn(4, 8, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w, b: linear(x, w, b, "gelu_tanh").sum(), backend="aot_eager", fullgraph=True)
+    (got,) = torch.autograd.grad(compiled(X, weight, torch.zeros(4)), weight)
+    (plain,) = torch.autograd.grad(linear(X, weight, torch.zeros(4), "gelu_tanh").sum(), weight)
+    torch.testing.assert_close(got, plain)
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return velocity_update(x, [x, x], [0.5, 0.25]) + patch_embed(x, w, b).sum()
+
+
+def test_export_keeps_the_operators():
+    args = torch.randn(2, 4, 8, 8), torch.randn(16, 4, 2, 2), torch.randn(16)
+    with torch.no_grad():
+        program = torch.export.export(Twice(), args)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert any("flowturbo.velocity_update" in t for t in targets)
+    assert any("flowturbo.patch_embed" in t for t in targets)
+    torch.testing.assert_close(program.module()(*args), Twice()(*args))
+
+
+def test_mapped_arguments_reach_the_schema():
+    """guide takes a number or one an image; its operator takes a tensor."""
+    args = lowered("guide", (torch.randn(4, 1, 2, 2), 2.0, 1))
+    assert args[1].shape == (2, 1, 1, 1)
+    assert mapped(args, lambda t: t.shape)[0] == (4, 1, 2, 2)
