@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from flowturbo_kernels import OPS
+from flowturbo_kernels import OPS, BackendError, wanted
 
 
 def report() -> str:
@@ -22,9 +22,21 @@ def report() -> str:
         f"CUDA extension: {_extension()}",
         "",
         "operation             backend    why",
-        *(f"{name:<21} reference  the only one in this version" for name in sorted(OPS)),
+        *map(_backend, sorted(OPS)),
     ]
     return "\n".join(lines)
+
+
+def _backend(name: str) -> str:
+    """The backend that an operation takes on this machine's device, and why not those before it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args = next(iter(OPS[name].example(lambda *shape: torch.zeros(shape, device=device))))
+    try:
+        chosen, refused = OPS[name].why(*args)
+    except BackendError as error:
+        return f"{name:<21} none       {error}"
+    why = "; ".join(f"{backend}: {reason}" for backend, reason in refused.items())
+    return f"{name:<21} {chosen:<10} {why or ('the first that can' if wanted() == 'auto' else 'asked for by name')}"
 
 
 def _version(*names: str) -> str:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from flowturbo_kernels import use_backend
+
 from . import rng
 from .checks import finite, positive
 from .field import FunctionField, GuidedField
@@ -93,7 +95,8 @@ def sample(
         for first in range(0, N, size):
             rows = torch.arange(first, first + size).clamp(max=N - 1)  # the last batch repeats the last image
             count = min(size, N - first)
-            latents, stopped = _integrate(plan, fields(rows), start[rows], count, first, bar, callback)
+            with use_backend(model.backend if isinstance(model, FlowModel) else "auto"):
+                latents, stopped = _integrate(plan, fields(rows), start[rows], count, first, bar, callback)
             if output == "uint8":
                 assert isinstance(model, FlowModel)
                 done.append(model.decode(latents)[:count])

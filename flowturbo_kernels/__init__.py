@@ -8,7 +8,7 @@ Usable alone:
 Every operation is an `Op` in `OPS`; its `.reference` is plain torch and differentiable.
 """
 
-from ._op import BACKENDS, OPS, BackendError, Op, use_backend
+from ._op import BACKENDS, OPS, BackendError, Op, unavailable, use_backend, wanted
 from .adaln import adaln_modulate, gated_residual_adaln
 from .attention import attention
 from .final_update import final_update
@@ -31,6 +31,8 @@ __all__ = [
     "guided_update",
     "linear",
     "patch_embed",
+    "unavailable",
     "use_backend",
     "velocity_update",
+    "wanted",
 ]

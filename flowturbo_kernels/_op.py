@@ -101,7 +101,7 @@ class Op(Generic[P, R]):
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments in order, defaults filled in; `check`, of the same signature, has refused names that are none."""
-        return args + tuple(kwargs[name] if name in kwargs else default for name, default in self._parameters[len(args) :])
+        return args + tuple(kwargs.get(name, default) for name, default in self._parameters[len(args) :])
 
     def _choose(self, args: tuple[Any, ...]) -> tuple[str, dict[str, str]]:
         name, device = wanted(), next(_tensors(args)).device
@@ -111,7 +111,7 @@ class Op(Generic[P, R]):
         for candidate, backend in self.backends.items():
             if name not in ("auto", candidate):
                 continue
-            reason = _unavailable(candidate, device) or _wide_or_empty(args) or backend.cannot(*args)
+            reason = unavailable(candidate, device) or _wide_or_empty(args) or backend.cannot(*args)
             if reason is None:
                 return candidate, refused
             refused[candidate] = reason
@@ -155,17 +155,18 @@ def op(
 
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
-_wanted: ContextVar[str | None] = ContextVar("flowturbo_backend", default=None)
+_wanted = ContextVar("flowturbo_backend", default="auto")
 
 
 def wanted() -> str:
     """The backend asked for: by `use_backend`, else by the environment's FLOWTURBO_BACKEND, else "auto"."""
-    return _wanted.get() or _valid("FLOWTURBO_BACKEND", os.environ.get("FLOWTURBO_BACKEND") or "auto")
+    asked = _wanted.get()
+    return asked if asked != "auto" else _valid("FLOWTURBO_BACKEND", os.environ.get("FLOWTURBO_BACKEND") or "auto")
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run operations on one backend: "auto" (the first that can), "reference" (plain torch), "triton" or "cuda".
+    """Run operations on one backend: "reference" (plain torch), "triton", "cuda", or "auto", as if none were named.
 
     An operation that has the named backend and can't run on it raises BackendError; one that has none of that name runs its
     reference, as all do where gradients are needed. ValueError for another name.
@@ -183,7 +184,7 @@ def _valid(argument: str, name: str) -> str:
     return name
 
 
-def _unavailable(backend: str, device: torch.device) -> str | None:
+def unavailable(backend: str, device: torch.device) -> str | None:
     """Why this machine can't run the backend on that device, or None."""
     if backend == "triton":
         return _triton.unavailable(device)

@@ -225,6 +225,8 @@ def _final_triton(
     out, velocity = torch.empty_like(x), torch.empty(R, *x.shape[1:], dtype=x.dtype, device=x.device)
     block_o = max(16, next_power_of_2(p * p * C))
     block_t, block_k = 16, 128 if block_o <= 64 else 64
+    if tokens.dtype == torch.float32:
+        block_k //= 4  # more of them spill, outside the tensor cores
     _final_kernel.launch(
         (-(-T // block_t), N),
         tokens, shift, scale, weight.contiguous(), bias.contiguous(), x,

@@ -34,13 +34,13 @@ def _statistics_kernel(
     first = block * PIXELS
     count = tl.minimum(HW - first, PIXELS) * (C // G)
     total = tl.zeros((BLOCK_P, BLOCK_G, BLOCK_C), dtype=tl.float32)
-    for start in tl.static_range(0, PIXELS, BLOCK_P):
+    for start in range(0, PIXELS, BLOCK_P):
         pixel = first + start + tl.arange(0, BLOCK_P)
         at = (n * HW + pixel[:, None, None]) * C + channel[None, :, :]
         total += tl.load(x + at, mask=(pixel < HW)[:, None, None] & known[None, :, :], other=0.0).to(tl.float32)
     mean = tl.sum(tl.sum(total, axis=2), axis=0) / count
     total = tl.zeros((BLOCK_P, BLOCK_G, BLOCK_C), dtype=tl.float32)
-    for start in tl.static_range(0, PIXELS, BLOCK_P):
+    for start in range(0, PIXELS, BLOCK_P):
         pixel = first + start + tl.arange(0, BLOCK_P)
         at = (n * HW + pixel[:, None, None]) * C + channel[None, :, :]
         inside = (pixel < HW)[:, None, None] & known[None, :, :]
@@ -75,7 +75,7 @@ def _apply_kernel(
     known = (group < G)[:, None] & (inner < C // G)[None, :]
     gain = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32) * rstd[:, None]
     offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32) - mean[:, None] * gain
-    for start in tl.static_range(0, PIXELS, BLOCK_P):
+    for start in range(0, PIXELS, BLOCK_P):
         pixel = block * PIXELS + start + tl.arange(0, BLOCK_P)
         at = (n * HW + pixel[:, None, None]) * C + channel[None, :, :]
         inside = (pixel < HW)[:, None, None] & known[None, :, :]

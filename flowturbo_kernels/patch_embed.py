@@ -18,8 +18,9 @@ from ._triton import dot_precision, kernel, next_power_of_2, tl
 
 @kernel
 def _patch_kernel(
-    x, v, weight, bias, out, tokens, columns, x_b, x_c, x_h, x_w, v_b, v_c, v_h, v_w,
-    D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr, HAS_V: tl.constexpr, PRECISION: tl.constexpr,
+    x, v, weight, bias, positions, out, x_rows, tokens, columns, x_b, x_c, x_h, x_w, v_b, v_c, v_h, v_w,
+    D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr, HAS_V: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2).to(tl.int64)
@@ -27,11 +28,11 @@ def _patch_kernel(
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row, column = (token // columns) * P, (token % columns) * P
     total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
+    for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         c, i, j = k // (P * P), (k // P) % P, k % P
         inside = (token < tokens)[:, None] & (k < K)[None, :]
-        at_x = b * x_b + c[None, :] * x_c + (row[:, None] + i[None, :]) * x_h + (column[:, None] + j[None, :]) * x_w
+        at_x = (b % x_rows) * x_b + c[None, :] * x_c + (row[:, None] + i[None, :]) * x_h + (column[:, None] + j[None, :]) * x_w
         patches = tl.load(x + at_x, mask=inside & (c < C)[None, :], other=0.0)
         if HAS_V:
             at_v = b * v_b + (c - C)[None, :] * v_c + (row[:, None] + i[None, :]) * v_h + (column[:, None] + j[None, :]) * v_w
@@ -39,11 +40,14 @@ def _patch_kernel(
         w = tl.load(weight + feature[None, :] * K + k[:, None], mask=(feature < D)[None, :] & (k < K)[:, None], other=0.0)
         total = tl.dot(patches, w, total, input_precision=PRECISION)
     total += tl.load(bias + feature, mask=feature < D, other=0.0).to(tl.float32)[None, :]
-    at = (b * tokens + token[:, None]) * D + feature[None, :]
-    tl.store(out + at, total, mask=(token < tokens)[:, None] & (feature < D)[None, :])
+    inside = (token < tokens)[:, None] & (feature < D)[None, :]
+    at = token[:, None] * D + feature[None, :]
+    if HAS_POSITIONS:
+        total += tl.load(positions + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + b * tokens * D + at, total, mask=inside)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None, positions: Tensor | None = None) -> None:
     expect_floating("patch_embed", x=x, weight=weight, bias=bias)
     expect_one_dtype("patch_embed", x=x, weight=weight, bias=bias)
     expect_shape("patch_embed", "x", x, (None, None, None, None))
@@ -51,7 +55,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None) -> 
     if v is not None:
         expect_floating("patch_embed", x=x, v=v)
         expect_one_dtype("patch_embed", x=x, v=v)
-        expect_shape("patch_embed", "v", v, tuple(x.shape))
+        expect_shape("patch_embed", "v", v, (None, *x.shape[1:]))
+        if not len(x) or len(v) % len(x):
+            raise ValueError(f"patch_embed: v must have a multiple of the {len(x)} rows of x, got {len(v)}")
         channels *= 2
     expect_shape("patch_embed", "weight", weight, (None, channels, None, None))
     expect_shape("patch_embed", "weight", weight, (None, channels, weight.shape[2], weight.shape[2]))
@@ -59,27 +65,32 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None) -> 
     p = weight.shape[2]
     if x.shape[2] % p or x.shape[3] % p:
         raise ValueError(f"patch_embed: x's height and width must be multiples of the patch {p}, got {tuple(x.shape)}")
+    if positions is not None:
+        expect_floating("patch_embed", x=x, positions=positions)
+        expect_one_dtype("patch_embed", x=x, positions=positions)
+        expect_shape("patch_embed", "positions", positions, ((x.shape[2] // p) * (x.shape[3] // p), weight.shape[0]))
 
 
 def _example(make: Make) -> Iterable[tuple[Any, ...]]:
     for B, C, side, p, D in ((1, 1, 8, 2, 16), (2, 4, 8, 2, 72), (3, 4, 16, 4, 96), (1, 4, 32, 8, 384)):
         yield make(B, C, side, side), make(D, C, p, p) / p, make(D), None
-        yield make(B, C, side, side), make(D, 2 * C, p, p) / p, make(D), make(B, C, side, side)
+        yield make(B, C, side, side), make(D, 2 * C, p, p) / p, make(D), make(2 * B, C, side, side), make((side // p) ** 2, D)
 
 
 @op(
     check=_check,
     example=_example,
-    schema="(Tensor x, Tensor weight, Tensor bias, Tensor? v) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor bias, Tensor? v, Tensor? positions) -> Tensor",
 )
-def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None) -> Tensor:
+def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
     """Cut into p x p patches and project each.
 
-    x (B, C, H, W); weight (D, C, p, p), or (D, 2C, p, p) with v (B, C, H, W) as the second C channels; bias (D,)
-    -> (B, H/p * W/p, D), patches row by row.
+    x (B, C, H, W); weight (D, C, p, p), or (D, 2C, p, p) with v as the second C channels; v (k * B, C, H, W), whose k parts all
+    go with x; bias (D,); positions (T, D), T = H/p * W/p, to be added -> (B or k * B, T, D), patches row by row.
     """
-    both = x if v is None else torch.cat([x, v], dim=1)
-    return F.conv2d(both, weight, bias, stride=weight.shape[2]).flatten(2).transpose(1, 2)
+    both = x if v is None else torch.cat([x.repeat(len(v) // len(x), 1, 1, 1), v], dim=1)
+    tokens = F.conv2d(both, weight, bias, stride=weight.shape[2]).flatten(2).transpose(1, 2)
+    return tokens if positions is None else tokens + positions
 
 
 def _mixed(x: Tensor, *others: Tensor | None) -> str | None:
@@ -87,16 +98,19 @@ def _mixed(x: Tensor, *others: Tensor | None) -> str | None:
 
 
 @patch_embed.backend("triton", cannot=_mixed)
-def _patch_triton(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None) -> Tensor:
-    B, C, H, W = x.shape
+def _patch_triton(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None) -> Tensor:
+    x_rows, C, H, W = x.shape
+    B = x_rows if v is None else len(v)
     D, _, p, _ = weight.shape
     tokens, K = (H // p) * (W // p), weight[0].numel()
     out = torch.empty(B, tokens, D, dtype=x.dtype, device=x.device)
-    block_t, block_d, block_k = 32, 64, max(16, min(64, next_power_of_2(K)))
+    most = 32 if x.dtype == torch.float32 else 64  # with more, products of float32 outside the tensor cores spill
+    block_t, block_d, block_k = 32, 64, max(16, min(most, next_power_of_2(K)))
     _patch_kernel.launch(
         (-(-tokens // block_t), -(-D // block_d), B),
-        x, x if v is None else v, weight.contiguous(), bias.contiguous(), out, tokens, W // p,
+        x, x if v is None else v, weight.contiguous(), bias.contiguous(),
+        bias if positions is None else positions.contiguous(), out, x_rows, tokens, W // p,
         *x.stride(), *(x if v is None else v).stride(),
-        D, K, C, p, v is not None, dot_precision(x), block_t, block_d, block_k, num_warps=4,
+        D, K, C, p, v is not None, positions is not None, dot_precision(x), block_t, block_d, block_k, num_warps=4,
     )  # fmt: skip
     return out

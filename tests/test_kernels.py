@@ -43,15 +43,16 @@ def long_linear(x, weight, bias, activation=None):
     return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
 
 
-def long_patch_embed(x, weight, bias, v=None):
-    both = x if v is None else torch.stack([torch.cat([x[b], v[b]]) for b in range(len(x))])
+def long_patch_embed(x, weight, bias, v=None, positions=None):
+    both = x if v is None else torch.stack([torch.cat([x[b % len(x)], v[b]]) for b in range(len(v))])
     p = weight.shape[-1]
     patches = [
-        both[:, :, row : row + p, column : column + p].reshape(len(x), -1)
+        both[:, :, row : row + p, column : column + p].reshape(len(both), -1)
         for row in range(0, x.shape[2], p)
         for column in range(0, x.shape[3], p)
     ]
-    return torch.stack(patches, 1) @ weight.reshape(len(weight), -1).T + bias
+    tokens = torch.stack(patches, 1) @ weight.reshape(len(weight), -1).T + bias
+    return tokens if positions is None else tokens + positions
 
 
 def long_velocity_update(x, velocities, weights):
@@ -280,7 +281,10 @@ REFUSED: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [
     (patch_embed, (r(1, 4, 8, 8), r(16, 4, 2, 2), r(15)), ValueError, "bias"),
     (patch_embed, (r(1, 4, 8, 7), r(16, 4, 2, 2), r(16)), ValueError, "x"),
     (patch_embed, (r(1, 4, 8, 8), r(16, 4, 2, 2), r(16), r(1, 4, 8, 8)), ValueError, "weight"),
-    (patch_embed, (r(1, 4, 8, 8), r(16, 8, 2, 2), r(16), r(2, 4, 8, 8)), ValueError, "v"),
+    (patch_embed, (r(2, 4, 8, 8), r(16, 8, 2, 2), r(16), r(3, 4, 8, 8)), ValueError, "v"),
+    (patch_embed, (r(1, 4, 8, 8), r(16, 8, 2, 2), r(16), r(1, 4, 8, 4)), ValueError, "v"),
+    (patch_embed, (r(1, 4, 8, 8), r(16, 4, 2, 2), r(16), None, r(15, 16)), ValueError, "positions"),
+    (patch_embed, (r(1, 4, 8, 8), r(16, 4, 2, 2), r(16), None, r(16, 16).int()), TypeError, "positions"),
     (patch_embed, (r(1, 4, 8, 8), r(16, 8, 2, 2), r(16), r(1, 4, 8, 8).int()), TypeError, "v"),
     (velocity_update, (r(2, 3), [], []), ValueError, "velocities"),
     (velocity_update, (r(2, 3), [r(2, 3)], [0.1, 0.2]), ValueError, "weights"),

@@ -11,6 +11,8 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from flowturbo_kernels import BACKENDS, BackendError, unavailable, use_backend
+
 from ..files import CheckpointError
 from .checkpoint import CONVENTIONS, Checkpoint, load_sit
 from .sit import SiT
@@ -55,6 +57,8 @@ class FlowModel:
     dtype: torch.dtype
     refiner: Network | None = None
     vae: VAE | None = None
+    backend: str = "auto"
+    """Which kernels `sample` and `decode` run: see flowturbo_kernels.use_backend."""
     macs: tuple[int, int] | None = None
     """Multiply-accumulates of one predictor and one refiner forward of one sample, where they are known."""
 
@@ -63,7 +67,8 @@ class FlowModel:
         """latents (N, C, H, W) -> images (N, height, width, 3), uint8, on the model's device. ValueError without a vae."""
         if self.vae is None:
             raise ValueError("decode needs a vae: give one to load, such as vae='stabilityai/sd-vae-ft-ema'")
-        return self.vae.decode(latents.to(self.device))
+        with use_backend(self.backend):
+            return self.vae.decode(latents.to(self.device))
 
 
 class ReversedTime(nn.Module):
@@ -88,7 +93,7 @@ def load(
     heads: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    backend: Literal["auto", "reference"] = "auto",
+    backend: Literal["auto", "reference", "triton", "cuda"] = "auto",
     convention: Literal["auto", "sit", "repa"] = "auto",
 ) -> FlowModel:
     """A flow model from checkpoints.
@@ -100,15 +105,19 @@ def load(
         encode; None: what the predictor's file names, else no decoding.
     heads: attention heads, where the width does not tell (the published widths do).
     device, dtype: None: cuda and bfloat16 where there is a GPU, else cpu and float32.
-    backend: which kernels run; "auto" and "reference" are the plain torch ones.
+    backend: which kernels run: "triton", "cuda" (csrc's), "reference" (plain torch), or "auto": the environment's
+        FLOWTURBO_BACKEND, else on CUDA the first that can, on the CPU plain torch.
     convention: "repa" for checkpoints with time reversed; "auto" when the file tells.
-    Raises CheckpointError for a file that can't be used, ValueError or TypeError for arguments that don't fit together.
+    Raises CheckpointError for a file that can't be used, ValueError or TypeError for arguments that don't fit together,
+    BackendError where the backend asked for can't run on the device.
     """
-    if backend not in ("auto", "reference"):
-        raise ValueError(f"backend must be 'auto' or 'reference', got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if convention not in ("auto", *CONVENTIONS):
         raise ValueError(f"convention must be 'auto', 'sit' or 'repa', got {convention!r}")
     place = choose_device(device)
+    if backend in ("triton", "cuda") and (reason := unavailable(backend, place)):
+        raise BackendError(f"backend {backend!r} was asked for, but: {reason}")
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating point type, got {dtype!r}")
@@ -138,6 +147,7 @@ def load(
         device=place,
         dtype=dtype,
         vae=chosen_vae,
+        backend=backend,
         macs=(config.macs(), 0 if side is None else side.config.macs()),
     )
 

@@ -179,9 +179,9 @@ class PatchEmbedder(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden, patch, stride=patch)
 
-    def forward(self, x: Tensor, v: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, v: Tensor | None, positions: Tensor) -> Tensor:
         assert self.proj.bias is not None
-        return patch_embed(x, self.proj.weight, self.proj.bias, v)
+        return patch_embed(x, self.proj.weight, self.proj.bias, v, positions)
 
 
 class SiT(nn.Module):
@@ -207,7 +207,7 @@ class SiT(nn.Module):
         -> (N, C, H, W): the velocity, or the refiner's offset of it.
         """
         c = self.t_embedder(t) + self.y_embedder(y)
-        tokens = self.x_embedder(x, v) + self.pos_embed
+        tokens = self.x_embedder(x, v, self.pos_embed[0])
         return self.unpatchify(self._trunk(tokens, c))
 
     def _trunk(self, x: Tensor, c: Tensor) -> Tensor:

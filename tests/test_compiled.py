@@ -1,0 +1,78 @@
+"""Every kernel launch of every operation, compiled for two generations of GPUs, on a machine that may have neither."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = {80: 163 << 10, 90: 227 << 10}
+"""Bytes of shared memory that one program may have (CUDA C++ Programming Guide, compute capabilities)."""
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict[str, Any]]:
+    """What tests/aot.py reports; one process an architecture."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(ROOT / "tests" / "aot.py")]
+    running = [
+        subprocess.Popen([*command, str(arch)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for arch in SHARED
+    ]
+    found = []
+    for process in running:
+        out, err = process.communicate()
+        assert process.returncode == 0, err[-3000:]
+        found += [json.loads(line) for line in out.splitlines()]
+    return found
+
+
+def test_every_operation_with_a_triton_kernel_is_compiled(kernels):
+    from flowturbo_kernels import OPS
+
+    expected = {(name, arch) for name, op in OPS.items() if "triton" in op.backends for arch in SHARED}
+    assert {(k["op"], k["arch"]) for k in kernels} == expected
+    assert {k["dtype"] for k in kernels} == {"bfloat16", "float32"}
+
+
+def test_no_kernel_spills(kernels):
+    assert [k for k in kernels if k["stack"] or k["local"]] == []
+
+
+def test_shared_memory_fits(kernels):
+    assert [k for k in kernels if k["shared"] > SHARED[k["arch"]]] == []
+
+
+def test_products_of_16_bits_run_on_tensor_cores(kernels):
+    """wgmma, which needs 64 rows, where Hopper has it; no float32 product runs there, which would be TF32."""
+    products = [k for k in kernels if k["kernel"] in PRODUCTS]
+    assert {k["kernel"] for k in products} == set(PRODUCTS)
+    for k in products:
+        if k["dtype"] == "float32":
+            assert not k["mma"], k
+            assert not k["wgmma"], k
+        elif k["arch"] == 90 and PRODUCTS[k["kernel"]]:
+            assert k["wgmma"], k
+        else:
+            assert k["mma"], k
+
+
+PRODUCTS = {"_patch_kernel": False, "_final_kernel": False}
+"""Kernels that multiply matrices, and whether they must use wgmma: those with few rows or features a program can't."""
+
+
+@pytest.mark.parametrize("name", ["_adaln_kernel", "_seam_kernel", "_guided_update_kernel", "_update_kernel", "_apply_kernel"])
+def test_memory_bound_kernels_load_16_bytes_at_a_time(kernels, name):
+    """At the sizes of real models."""
+    real = [k for k in kernels if k["kernel"] == name and k["real"]]
+    assert real
+    assert all(k["wide_loads"] for k in real), real
