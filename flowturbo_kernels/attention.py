@@ -2,12 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import Make, expect_floating, expect_shape, op
+from . import _tune
+from ._op import Make, expect_floating, expect_shape, op, wanted
+from ._triton import dot_precision, kernel, next_power_of_2, tl
+
+# Triton: one program a block of queries of one head; an online softmax over blocks of keys, which are read where the qkv projection
+# left them. head_dim is a constant, so that loads are known to be aligned, and is held in two pieces: 72 = 64 + 16, half of the
+# second masked, where one power of two would multiply 128 wide.
+
+
+@kernel
+def _attention_kernel(
+    qkv, out, T, qkv_b, qkv_t, scale, HEADS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    q_ptr = qkv + b.to(tl.int64) * qkv_b + h * D
+    k_ptr, v_ptr = q_ptr + HEADS * D, q_ptr + 2 * HEADS * D
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d, e = tl.arange(0, MAIN), MAIN + tl.arange(0, TAIL if TAIL > 0 else 1)
+    rows = (m < T)[:, None]
+    q = tl.load(q_ptr + m[:, None] * qkv_t + d[None, :], mask=rows & (d < D)[None, :], other=0.0)
+    if TAIL > 0:
+        q_tail = tl.load(q_ptr + m[:, None] * qkv_t + e[None, :], mask=rows & (e < D)[None, :], other=0.0)
+        y_tail = tl.zeros((BLOCK_M, TAIL), dtype=tl.float32)
+    y = tl.zeros((BLOCK_M, MAIN), dtype=tl.float32)
+    largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for start in range(0, T, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = (n < T)[:, None]
+        k = tl.load(k_ptr + n[:, None] * qkv_t + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if TAIL > 0:
+            k_tail = tl.load(k_ptr + n[:, None] * qkv_t + e[None, :], mask=inside & (e < D)[None, :], other=0.0)
+            s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
+        s = tl.where((n < T)[None, :], s * scale, float("-inf"))  # scale holds log2(e): softmax by powers of two
+        larger = tl.maximum(largest, tl.max(s, axis=1))
+        p = tl.exp2(s - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(p, axis=1)
+        largest = larger
+        p = p.to(q.dtype)
+        v = tl.load(v_ptr + n[:, None] * qkv_t + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
+        y = tl.dot(p, v, y * shrink[:, None], input_precision=PRECISION)
+        if TAIL > 0:
+            v_tail = tl.load(v_ptr + n[:, None] * qkv_t + e[None, :], mask=inside & (e < D)[None, :], other=0.0)
+            y_tail = tl.dot(p, v_tail, y_tail * shrink[:, None], input_precision=PRECISION)
+    out += (b.to(tl.int64) * T + m[:, None]) * (HEADS * D) + h * D
+    tl.store(out + d[None, :], y / total[:, None], mask=rows & (d < D)[None, :])
+    if TAIL > 0:
+        tl.store(out + e[None, :], y_tail / total[:, None], mask=rows & (e < D)[None, :])
+
+
+TILES: tuple[tuple[int, int, int, int], ...] = ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 3))
+"""(queries, keys, warps, stages) of a program: what `auto` chooses from on a GPU, the default first."""
+EXACT_TILES: tuple[tuple[int, int, int, int], ...] = ((32, 32, 4, 1),)
+"""For float32, which is multiplied outside the tensor cores."""
+
+
+def _head_pieces(head_dim: int) -> tuple[int, int]:
+    """Powers of two, at least 16 as a matrix product needs them, that hold head_dim; the second is 0 where one does."""
+    main = max(16, next_power_of_2(head_dim + 1) // 2)
+    rest = head_dim - main
+    return main, max(16, next_power_of_2(rest)) if rest > 0 else 0
 
 
 def _check(qkv: Tensor) -> None:
@@ -30,3 +95,34 @@ def attention(qkv: Tensor) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).reshape(B, T, heads * head_dim)
+
+
+def _cannot(qkv: Tensor) -> str | None:
+    head_dim = qkv.shape[-1]
+    return None if head_dim % 8 == 0 and head_dim <= 128 else f"head_dim must be a multiple of 8 up to 128, got {head_dim}"
+
+
+@attention.backend("triton", cannot=_cannot)
+def _attention_triton(qkv: Tensor) -> Tensor:
+    """One of our tiles, or, left to us ("auto"), torch's own attention where it is faster for this shape on this device."""
+    tiles = EXACT_TILES if qkv.dtype == torch.float32 else TILES
+    candidates: dict[str, Callable[[], Tensor]] = {f"{tile}": partial(run_tile, qkv, tile) for tile in tiles}
+    if wanted() == "auto":
+        candidates["torch"] = partial(attention.reference, qkv)
+    return candidates[_tune.fastest(f"attention {tuple(qkv.shape)} {qkv.dtype}", candidates, qkv.device)]()
+
+
+def run_tile(qkv: Tensor, tile: tuple[int, int, int, int]) -> Tensor:
+    """The kernel with one tile (queries, keys, warps, stages), cut down for few tokens."""
+    B, T, _, heads, head_dim = qkv.shape
+    if qkv.stride()[2:] != (heads * head_dim, head_dim, 1):
+        qkv = qkv.contiguous()
+    most = max(16, next_power_of_2(T))
+    queries, keys, warps, stages = min(tile[0], most), min(tile[1], most), *tile[2:]
+    out = torch.empty(B, T, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
+    scale = 1.4426950408889634 / head_dim**0.5
+    _attention_kernel.launch(
+        (-(-T // queries), B * heads), qkv, out, T, *qkv.stride()[:2], scale,
+        heads, head_dim, *_head_pieces(head_dim), dot_precision(qkv), queries, keys, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out

@@ -33,10 +33,10 @@ def _patch_kernel(
         c, i, j = k // (P * P), (k // P) % P, k % P
         inside = (token < tokens)[:, None] & (k < K)[None, :]
         at_x = (b % x_rows) * x_b + c[None, :] * x_c + (row[:, None] + i[None, :]) * x_h + (column[:, None] + j[None, :]) * x_w
-        patches = tl.load(x + at_x, mask=inside & (c < C)[None, :], other=0.0)
+        patches = tl.load(x + at_x, mask=inside & (c < C)[None, :], other=0.0).to(weight.dtype.element_ty)
         if HAS_V:
             at_v = b * v_b + (c - C)[None, :] * v_c + (row[:, None] + i[None, :]) * v_h + (column[:, None] + j[None, :]) * v_w
-            patches += tl.load(v + at_v, mask=inside & (c >= C)[None, :], other=0.0)
+            patches += tl.load(v + at_v, mask=inside & (c >= C)[None, :], other=0.0).to(weight.dtype.element_ty)
         w = tl.load(weight + feature[None, :] * K + k[:, None], mask=(feature < D)[None, :] & (k < K)[:, None], other=0.0)
         total = tl.dot(patches, w, total, input_precision=PRECISION)
     total += tl.load(bias + feature, mask=feature < D, other=0.0).to(tl.float32)[None, :]
@@ -49,12 +49,11 @@ def _patch_kernel(
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None, positions: Tensor | None = None) -> None:
     expect_floating("patch_embed", x=x, weight=weight, bias=bias)
-    expect_one_dtype("patch_embed", x=x, weight=weight, bias=bias)
+    expect_one_dtype("patch_embed", weight=weight, bias=bias)
     expect_shape("patch_embed", "x", x, (None, None, None, None))
     channels = x.shape[1]
     if v is not None:
         expect_floating("patch_embed", x=x, v=v)
-        expect_one_dtype("patch_embed", x=x, v=v)
         expect_shape("patch_embed", "v", v, (None, *x.shape[1:]))
         if not len(x) or len(v) % len(x):
             raise ValueError(f"patch_embed: v must have a multiple of the {len(x)} rows of x, got {len(v)}")
@@ -67,7 +66,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None, pos
         raise ValueError(f"patch_embed: x's height and width must be multiples of the patch {p}, got {tuple(x.shape)}")
     if positions is not None:
         expect_floating("patch_embed", x=x, positions=positions)
-        expect_one_dtype("patch_embed", x=x, positions=positions)
+        expect_one_dtype("patch_embed", weight=weight, positions=positions)
         expect_shape("patch_embed", "positions", positions, ((x.shape[2] // p) * (x.shape[3] // p), weight.shape[0]))
 
 
@@ -86,15 +85,18 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None
     """Cut into p x p patches and project each.
 
     x (B, C, H, W); weight (D, C, p, p), or (D, 2C, p, p) with v as the second C channels; v (k * B, C, H, W), whose k parts all
-    go with x; bias (D,); positions (T, D), T = H/p * W/p, to be added -> (B or k * B, T, D), patches row by row.
+    go with x; bias (D,); positions (T, D), T = H/p * W/p, to be added -> (B or k * B, T, D), patches row by row, in the weight's
+    dtype, to which x and v are rounded.
     """
-    both = x if v is None else torch.cat([x.repeat(len(v) // len(x), 1, 1, 1), v], dim=1)
+    both = x if v is None else torch.cat([x.repeat(len(v) // len(x), 1, 1, 1), v.to(x.dtype)], dim=1)
+    both = both.to(weight.dtype)
     tokens = F.conv2d(both, weight, bias, stride=weight.shape[2]).flatten(2).transpose(1, 2)
     return tokens if positions is None else tokens + positions
 
 
-def _mixed(x: Tensor, *others: Tensor | None) -> str | None:
-    return None if all(t is None or t.dtype == x.dtype for t in others) else "tensors are of several dtypes, under autocast"
+def _mixed(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None) -> str | None:
+    same = weight.dtype == bias.dtype and (positions is None or positions.dtype == weight.dtype)
+    return None if same else "weight, bias and positions are of several dtypes, under autocast"
 
 
 @patch_embed.backend("triton", cannot=_mixed)
@@ -103,14 +105,14 @@ def _patch_triton(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, pos
     B = x_rows if v is None else len(v)
     D, _, p, _ = weight.shape
     tokens, K = (H // p) * (W // p), weight[0].numel()
-    out = torch.empty(B, tokens, D, dtype=x.dtype, device=x.device)
-    most = 32 if x.dtype == torch.float32 else 64  # with more, products of float32 outside the tensor cores spill
+    out = torch.empty(B, tokens, D, dtype=weight.dtype, device=x.device)
+    most = 32 if weight.dtype == torch.float32 else 64  # with more, products of float32 outside the tensor cores spill
     block_t, block_d, block_k = 32, 64, max(16, min(most, next_power_of_2(K)))
     _patch_kernel.launch(
         (-(-tokens // block_t), -(-D // block_d), B),
         x, x if v is None else v, weight.contiguous(), bias.contiguous(),
         bias if positions is None else positions.contiguous(), out, x_rows, tokens, W // p,
         *x.stride(), *(x if v is None else v).stride(),
-        D, K, C, p, v is not None, positions is not None, dot_precision(x), block_t, block_d, block_k, num_warps=4,
+        D, K, C, p, v is not None, positions is not None, dot_precision(weight), block_t, block_d, block_k, num_warps=4,
     )  # fmt: skip
     return out

@@ -281,7 +281,7 @@ def guided_update(
 
     x (N, C, H, W); raw (2N, C, H, W), conditional rows first, or (N, C, H, W) with scale None; scale, channels as in `guide`; base
     of raw's shape, the velocity that a refiner's offset corrects; velocities and weights as in `velocity_update`, none by default
-    -> (x + weight * v + the weighted velocities, in x's dtype; v = guide(raw) + base, of raw's shape, in x's dtype).
+    -> (x + the weighted velocities + weight * v, in x's dtype; v = guide(raw) + base, of raw's shape, in x's dtype).
     x moves by v before v is rounded to x's dtype.
     """
     dtype = wide(x, raw)
@@ -290,7 +290,7 @@ def guided_update(
         v = guide.reference(v, scale, channels)
     if base is not None:
         v = v + base.to(dtype)
-    moved = velocity_update.reference(x.to(dtype), [v, *velocities], [weight, *weights])
+    moved = velocity_update.reference(x.to(dtype), [*velocities, v], [*weights, weight])
     return moved.to(x.dtype), v.to(x.dtype, copy=v is raw)
 
 

@@ -314,8 +314,8 @@ def test_what_does_not_fit_is_refused_by_name(operation, args, kind, argument):
 MIXED = [
     (linear, lambda a, b: (a(2, 8), b(4, 8), a(4)), "weight"),
     (linear, lambda a, b: (a(2, 8), a(4, 8), b(4)), "bias"),
-    (patch_embed, lambda a, b: (a(1, 4, 8, 8), b(16, 4, 2, 2), a(16)), "weight"),
-    (patch_embed, lambda a, b: (a(1, 4, 8, 8), a(16, 8, 2, 2), a(16), b(1, 4, 8, 8)), "v"),
+    (patch_embed, lambda a, b: (a(1, 4, 8, 8), a(16, 4, 2, 2), b(16)), "bias"),
+    (patch_embed, lambda a, b: (a(1, 4, 8, 8), a(16, 4, 2, 2), a(16), None, b(16, 16)), "positions"),
 ]
 
 
@@ -326,7 +326,11 @@ def test_matrix_products_refuse_mixed_dtypes_by_name(operation, make, argument):
 
 
 def test_results_have_the_first_arguments_dtype():
-    """Also where modulations, velocities or scales come in a wider one."""
+    """Also where modulations, velocities or scales come in a wider one. The patch embedding's is that of its weight."""
+    latents = torch.randn(2, 4, 8, 8)
+    weight, bias = torch.randn(16, 8, 2, 2).bfloat16(), torch.randn(16).bfloat16()
+    tokens = patch_embed(latents, weight, bias, latents.double())
+    assert tokens.equal(patch_embed(latents.bfloat16(), weight, bias, latents.bfloat16()))
     x = torch.randn(2, 3, 8).bfloat16()
     wide = [torch.randn(2, 8) for _ in range(3)]
     assert adaln_modulate(x, wide[0], wide[1]).dtype == torch.bfloat16

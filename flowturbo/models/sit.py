@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flowturbo_kernels import adaln_modulate, attention, gated_residual_adaln, linear, patch_embed
 from flowturbo_kernels._place import elementwise, silu
+from flowturbo_kernels.refiner_forward import BlockWeights, Linear, RefinerWeights
 
 from ..checks import positive
 
@@ -129,7 +130,11 @@ class AdaLN(nn.Sequential):
         self.chunks = chunks
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        return super().forward(c).chunk(self.chunks, dim=-1)
+        return self.packed(c).chunk(self.chunks, dim=-1)
+
+    def packed(self, c: Tensor) -> Tensor:
+        """All of them, (B, chunks * D)."""
+        return super().forward(c)
 
 
 class Block(nn.Module):
@@ -209,6 +214,29 @@ class SiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)
         tokens = self.x_embedder(x, v, self.pos_embed[0])
         return self.unpatchify(self._trunk(tokens, c))
+
+    def modulations(self, t: Tensor, y: Tensor) -> list[Tensor]:
+        """adaLN's modulations, which depend on nothing else: (N, 6D) for each block, and (N, 2D) for the final layer."""
+        c = self.t_embedder(t) + self.y_embedder(y)
+        layers = [*(block.adaLN_modulation for block in cast(Sequence[Block], self.blocks)), self.final_layer.adaLN_modulation]
+        return [layer.packed(c) for layer in layers]
+
+    def refiner_weights(self) -> RefinerWeights:
+        """The weights, not copied, as flowturbo_kernels.refiner_forward takes them. ValueError unless this is a refiner."""
+        if not self.config.reads_velocity:
+            raise ValueError("refiner_weights needs a SiT that reads a velocity, and this one is a predictor")
+
+        def pair(layer: nn.Linear | nn.Conv2d) -> Linear:
+            assert layer.bias is not None
+            return Linear(layer.weight, layer.bias)
+
+        blocks = [
+            BlockWeights(pair(block.attn.qkv), pair(block.attn.proj), pair(block.mlp.fc1), pair(block.mlp.fc2))
+            for block in cast(Sequence[Block], self.blocks)
+        ]
+        return RefinerWeights(
+            pair(self.x_embedder.proj), self.pos_embed[0], blocks, pair(self.final_layer.linear), self.config.heads
+        )
 
     def _trunk(self, x: Tensor, c: Tensor) -> Tensor:
         """Blocks and final layer: tokens x (N, T, D), conditioning c (N, D) -> (N, T, p * p * C)."""
