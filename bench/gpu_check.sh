@@ -28,8 +28,8 @@ device=$(python -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_d
 
 export PYTHONPATH=$PWD
 stage build 120 env FLOWTURBO_CUDA_ARCHS="$arch" FLOWTURBO_BUILD_CUDA=1 python setup.py -q build_ext --inplace
-stage info 30 python -m flowturbo info
-stage tests 200 python -m pytest -q -m gpu tests
+stage info 30 python -c 'from flowturbo.info import report; print(report())'
+stage tests 200 python -m pytest -q -m gpu tests/test_gpu.py tests/test_triton.py
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 if [ -n "$sanitizer" ]; then
     stage sanitizer 60 "$sanitizer" --error-exitcode 1 --log-file "$folder/sanitizer.log" \

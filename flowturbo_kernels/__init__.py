@@ -13,8 +13,10 @@ from .adaln import adaln_modulate, gated_residual_adaln
 from .attention import attention
 from .final_update import final_update
 from .group_norm import group_norm_silu
-from .linear import linear
+from .linear import linear, linear_gated_residual
+from .linear_fp8 import linear_fp8, quantize_rows
 from .patch_embed import patch_embed
+from .refiner_forward import refiner_forward
 from .velocity_update import guide, guided_update, velocity_update
 
 __all__ = [
@@ -30,7 +32,11 @@ __all__ = [
     "guide",
     "guided_update",
     "linear",
+    "linear_fp8",
+    "linear_gated_residual",
     "patch_embed",
+    "quantize_rows",
+    "refiner_forward",
     "unavailable",
     "use_backend",
     "velocity_update",

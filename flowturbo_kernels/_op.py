@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from . import _triton
+from . import _cuda, _triton
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -189,12 +189,14 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     """Why this machine can't run the backend on that device, or None."""
     if backend == "triton":
         return _triton.unavailable(device)
+    if backend == "cuda":
+        return _cuda.unavailable(device)
     return None
 
 
 def _wide_or_empty(args: tuple[Any, ...]) -> str | None:
     for tensor in _tensors(args):
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn):
             return f"{tensor.dtype} is none of float32, float16, bfloat16"
         if not tensor.numel():
             return "a tensor is empty"

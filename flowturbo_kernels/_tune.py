@@ -21,7 +21,7 @@ def fastest(key: str, candidates: Mapping[str, Callable[[], Any]], device: torch
     """The name of the candidate that runs fastest on the device.
 
     key: names operation, shapes and dtypes. The first candidate is the default: it is taken, and nothing measured or remembered,
-    while a CUDA graph is being captured, which forbids measuring, and off CUDA. A candidate that fails is never taken unless all do.
+    off CUDA and while a CUDA graph is being captured, which forbids measuring. A candidate that fails is taken only if all do.
     """
     default = next(iter(candidates))
     if device.type != "cuda" or len(candidates) == 1:

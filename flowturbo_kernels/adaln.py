@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _cuda
 from ._op import Make, expect_floating, expect_shape, op, wide
 from ._triton import kernel, pieces, rows, tl
 
@@ -162,4 +164,54 @@ def _seam_triton(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tenso
     _seam_kernel.launch(
         (B * T,), x, y, gate, shift, scale, total, out, T, *strides, eps, D, *pieces(D), num_warps=_warps(D)
     )  # fmt: skip
+    return total, out
+
+
+# CUDA: csrc/adaln.cu, one block a row.
+
+
+class _AdaLN(ctypes.Structure):
+    _fields_: ClassVar[Any] = (
+        [(name, ctypes.c_void_p) for name in ("x", "y", "gate", "shift", "scale", "total", "out")]
+        + [(name, ctypes.c_longlong) for name in ("T", "D", "x_b", "x_t", "y_b", "y_t", "gate_b", "shift_b", "scale_b", "rows")]
+        + [("eps", ctypes.c_float)]
+    )
+
+
+def cuda_call(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, total: Tensor | None, out: Tensor, eps: float
+) -> tuple[str, int, ctypes.Structure]:
+    """(instance, threads, arguments) of csrc's kernel; all last axes dense; y, gate and total together or not at all."""
+    D, given = x.shape[-1], [t for t in (x, y, gate, shift, scale, total, out) if t is not None]
+    V = _cuda.vector(x.dtype, D, *(stride for t in given for stride in t.stride()[:-1]))
+    V = 1 if _cuda.misaligned(*given) else V
+    vectors = -(-D // V)
+    items = next(i for i in ((1, 4) if V > 1 else (1, 4, 16)) if vectors <= 1024 * i or i == 16)
+    threads = min(1024, -(-vectors // (32 * items)) * 32)
+    strides = (*x.stride()[:2], *((0, 0) if y is None else y.stride()[:2]), 0 if gate is None else gate.stride(0))
+    pointers = map(_cuda.pointer, (x, y, gate, shift, scale, total, out))
+    rows = x.shape[0] * x.shape[1]
+    args = _AdaLN(*pointers, x.shape[1], D, *strides, shift.stride(0), scale.stride(0), rows, eps)
+    return f"flowturbo::adaln<{_cuda.NAMES[x.dtype]},{V},{items}>", threads, args
+
+
+def _cannot_cuda(*args: Any) -> str | None:
+    return _width(*args) or _cuda.same_dtype(*args)
+
+
+@adaln_modulate.backend("cuda", cannot=_cannot_cuda)
+def _adaln_cuda(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    x, shift, scale = rows(x), rows(shift), rows(scale)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    name, threads, args = cuda_call(x, None, None, shift, scale, None, out, eps)
+    _cuda.launch(name, (x.shape[0] * x.shape[1],), threads, 0, args)
+    return out
+
+
+@gated_residual_adaln.backend("cuda", cannot=_cannot_cuda)
+def _seam_cuda(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, y, gate, shift, scale = map(rows, (x, y, gate, shift, scale))
+    total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    name, threads, args = cuda_call(x, y, gate, shift, scale, total, out, eps)
+    _cuda.launch(name, (x.shape[0] * x.shape[1],), threads, 0, args)
     return total, out

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _cuda
 from ._op import Make, expect_floating, expect_shape, op, wide
 from ._triton import kernel, next_power_of_2, tl
 
@@ -128,4 +130,55 @@ def _group_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps
     sizes = (C, groups, _PIXELS, block_p, block_g, block_c)
     _statistics_kernel.launch((blocks, N), x, means, squares, H * W, blocks, *sizes, num_warps=4)
     _apply_kernel.launch((blocks, N), x, weight.contiguous(), bias.contiguous(), means, squares, out, H * W, blocks, eps, *sizes)
+    return out
+
+
+# CUDA: csrc/group_norm_silu.cu, the same two passes.
+
+
+class _GroupNorm(ctypes.Structure):
+    _fields_: ClassVar[Any] = (
+        [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "means", "squares", "out")]
+        + [(name, ctypes.c_longlong) for name in ("N", "HW", "C", "G", "blocks", "pixels")]
+        + [("eps", ctypes.c_float)]
+    )
+
+
+def cuda_calls(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, partial: Tensor, out: Tensor
+) -> list[tuple[str, tuple[int, int], int, int, ctypes.Structure]]:
+    """(instance, grid, threads, bytes of shared memory, arguments) of csrc's two kernels.
+
+    x, out (N, C, H, W), channels-last; partial (2, N, blocks, groups), float32.
+    """
+    N, C, H, W = x.shape
+    V = 1 if _cuda.misaligned(x, weight, bias, out) else _cuda.vector(x.dtype, C)
+    pointers = map(_cuda.pointer, (x, weight, bias, partial[0], partial[1], out))
+    args = _GroupNorm(*pointers, N, H * W, C, groups, partial.shape[2], _PIXELS, eps)
+    lanes = max(1, min(_PIXELS, 256 // (C // V)))
+    threads = max(lanes * (C // V), groups)
+    grid = partial.shape[2], N
+    kind = f"<{_cuda.NAMES[x.dtype]},{V}>"
+    return [
+        (f"flowturbo::group_norm_statistics{kind}", grid, threads, 4 * (threads * V + groups), args),
+        (f"flowturbo::group_norm_apply{kind}", grid, 256, 8 * groups, args),
+    ]
+
+
+def _cannot_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> str | None:
+    C = x.shape[1]
+    most = 1024 * (16 // x.dtype.itemsize if C % (16 // x.dtype.itemsize) == 0 else 1)
+    if most < C or groups > 1024:
+        return f"at most {most} channels and 1024 groups, got {C} and {groups}"
+    return _cuda.same_dtype(x, weight, bias)
+
+
+@group_norm_silu.backend("cuda", cannot=_cannot_cuda)
+def _group_norm_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    N, _, H, W = x.shape
+    x, weight, bias = x.contiguous(memory_format=torch.channels_last), weight.contiguous(), bias.contiguous()
+    partial = torch.empty(2, N, -(-H * W // _PIXELS), groups, dtype=torch.float32, device=x.device)
+    out = torch.empty_like(x)
+    for name, grid, threads, shared, args in cuda_calls(x, weight, bias, groups, eps, partial, out):
+        _cuda.launch(name, grid, threads, shared, args)
     return out

@@ -1,14 +1,19 @@
-"""A matrix product with its epilogue: bias, or bias and tanh-GELU."""
+"""A matrix product with its epilogue: bias; bias and tanh-GELU; bias, gate and residual."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op
+from . import _tune
+from ._matmul import EXACT_TILES, SPLITS, TILES, product
+from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op, wanted, wide
 from ._place import gelu_tanh, matmul
+from ._triton import rows
 
 Activation = Literal["gelu_tanh"]
 
@@ -25,7 +30,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | Non
 
 
 def _example(make: Make) -> Iterable[tuple[Any, ...]]:
-    for M, K, N in ((1, 8, 8), (7, 72, 216), (32, 96, 384), (128, 1152, 1152)):
+    for M, K, N in ((1, 8, 8), (7, 72, 216), (32, 96, 384), (40, 1152, 96)):
         for activation in (None, "gelu_tanh"):
             yield make(M, K), make(N, K) / K**0.5, make(N), activation
 
@@ -39,3 +44,82 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | Non
     """x (..., K) times weight (N, K) transposed, plus bias (N,), through tanh-GELU if asked -> (..., N)."""
     y = matmul(x, weight, bias)
     return gelu_tanh(y) if activation == "gelu_tanh" else y
+
+
+def _mixed(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> str | None:
+    return None if x.dtype == weight.dtype == bias.dtype else "x, weight and bias are of several dtypes, under autocast"
+
+
+def _ways(flat: Tensor, weight: Tensor, bias: Tensor, **epilogue: Any) -> dict[str, Callable[[], Tensor]]:
+    """The kernel's candidates for a product of rows `flat` (M, K): tiles, and, where they leave most of a GPU idle, splits of K."""
+    tiles = EXACT_TILES if flat.dtype == torch.float32 else TILES
+    found: dict[str, Callable[[], Tensor]] = {}
+    for tile in tiles:
+        programs = -(-len(flat) // tile.rows) * -(-len(weight) // tile.columns)
+        for split in SPLITS if programs < 132 else SPLITS[:1]:
+            found[f"{tuple(tile)} split {split}"] = partial(product, flat, weight, bias, tile, split, **epilogue)
+    return found
+
+
+def _key(name: str, flat: Tensor, weight: Tensor, rest: object = "") -> str:
+    return f"{name} {len(flat)} {tuple(weight.shape)} {flat.dtype} {rest}"
+
+
+@linear.backend("triton", cannot=_mixed)
+def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
+    """One of our tiles, or, left to us ("auto"), torch's product where it is faster for this shape on this device.
+
+    torch's is cuBLASLt's; its GELU epilogue is torch._addmm_activation's on CUDA.
+    """
+    flat = rows(x.reshape(-1, x.shape[-1]))
+    gelu = activation == "gelu_tanh"
+    candidates = _ways(flat, weight, bias, gelu=gelu)
+    if wanted() == "auto":
+        candidates = {"torch": partial(linear.reference, flat, weight, bias, activation), **candidates}
+        if gelu:
+            fused = partial(torch._addmm_activation, bias, flat, weight.t(), use_gelu=True)
+            candidates = {"cublaslt gelu": fused, **candidates}
+    y = candidates[_tune.fastest(_key("linear", flat, weight, activation), candidates, x.device)]()
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _check_gated(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor) -> None:
+    name = "linear_gated_residual"
+    expect_floating(name, x=x, weight=weight, bias=bias, residual=residual, gate=gate)
+    expect_one_dtype(name, x=x, weight=weight, bias=bias)
+    expect_shape(name, "x", x, (None, None, None))
+    expect_shape(name, "weight", weight, (None, x.shape[2]))
+    expect_shape(name, "bias", bias, (weight.shape[0],))
+    expect_shape(name, "residual", residual, (*x.shape[:2], weight.shape[0]))
+    expect_shape(name, "gate", gate, (x.shape[0], weight.shape[0]))
+
+
+def _example_gated(make: Make) -> Iterable[tuple[Any, ...]]:
+    for B, T, K, N in ((1, 1, 8, 8), (2, 7, 72, 216), (3, 16, 384, 96), (2, 9, 1152, 160)):
+        yield make(B, T, K), make(N, K) / K**0.5, make(N), make(B, T, N), make(B, N)
+
+
+@op(
+    check=_check_gated,
+    example=_example_gated,
+    schema="(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor gate) -> Tensor",
+)
+def linear_gated_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
+    """A branch's last product and its way back into the residual stream: residual + gate * (x times weight transposed, plus bias).
+
+    x (B, T, K), weight (N, K), bias (N,), residual (B, T, N), gate (B, N), rows may be strided -> (B, T, N) in residual's dtype.
+    """
+    y = matmul(x, weight, bias)
+    dtype = wide(residual, y)
+    return (residual.to(dtype) + gate.to(dtype)[:, None] * y.to(dtype)).to(residual.dtype)
+
+
+@linear_gated_residual.backend("triton", cannot=_mixed)
+def _gated_triton(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
+    B, T, K = x.shape
+    flat = rows(x.reshape(-1, K))
+    candidates = _ways(flat, weight, bias, residual=residual.contiguous(), gate=rows(gate), tokens=T)
+    if wanted() == "auto":
+        candidates = {"torch": partial(linear_gated_residual.reference, x, weight, bias, residual, gate), **candidates}
+    y = candidates[_tune.fastest(_key("linear_gated_residual", flat, weight, T), candidates, x.device)]()
+    return y.view(B, T, len(weight))

@@ -73,5 +73,5 @@ def refiner_forward(
         tokens = linear_gated_residual(linear(h, *block.fc1, "gelu_tanh"), *block.fc2, tokens, gate_mlp)
     shift, scale = modulations[-1].chunk(2, dim=-1)
     origin, base = x if origin is None else origin, v if base is None else base
-    update = base, velocities, velocity_weights
-    return final_update(tokens, shift, scale, *weights.final, origin, guidance, channels, weight_v, *update)
+    layer = tokens, shift, scale, *weights.final
+    return final_update(*layer, origin, guidance, channels, weight_v, base, velocities, velocity_weights)

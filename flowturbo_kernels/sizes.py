@@ -23,6 +23,7 @@ def sit(
     yield "attention", (make(R, T, 3, heads, D // heads),)
     for K, M, activation in ((D, 3 * D, None), (D, D, None), (D, 4 * D, "gelu_tanh"), (4 * D, D, None)):
         yield "linear", (make(R, T, K), make(M, K) / K**0.5, make(M), activation)
+    yield "linear_gated_residual", (make(R, T, 4 * D), make(D, 4 * D) / D**0.5, make(D), tokens, modulations[5])
     yield "patch_embed", (make(R, *latents), make(D, C, p, p), make(D), None, make(T, D))
     yield "patch_embed", (make(N, *latents), make(D, 2 * C, p, p), make(D), make(R, *latents), make(T, D))
     x, v, raw = make(N, *latents), make(R, *latents), make(R, *latents)

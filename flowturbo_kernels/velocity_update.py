@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from . import _cuda
 from ._op import Make, expect_floating, expect_shape, op, wide
 from ._triton import kernel, next_power_of_2, tl
 
@@ -320,4 +322,84 @@ def _guided_update_triton(
         x, raw, scales, x if base is None else base.contiguous(), *tensors, out, velocity, float(weight), *numbers,
         N, S, HW, channels, scale is not None, base is not None, len(velocities), block,
     )  # fmt: skip
+    return out, velocity
+
+
+# CUDA: csrc/velocity_update.cu, one pass for all of it.
+
+
+class _VelocityUpdate(ctypes.Structure):
+    _fields_: ClassVar[Any] = (
+        [(name, ctypes.c_void_p) for name in ("x", "raw", "scale", "base")]
+        + [("velocities", ctypes.c_void_p * MOST)]
+        + [(name, ctypes.c_void_p) for name in ("out", "velocity")]
+        + [(name, ctypes.c_longlong) for name in ("N", "S", "HW")]
+        + [("weight", ctypes.c_float), ("weights", ctypes.c_float * MOST)]
+        + [(name, ctypes.c_int) for name in ("count", "channels")]
+    )
+
+
+def cuda_call(
+    x: Tensor,
+    raw: Tensor | None,
+    scale: Tensor | None,
+    base: Tensor | None,
+    velocities: Sequence[Tensor],
+    weights: Sequence[float],
+    out: Tensor,
+    velocity: Tensor | None,
+    weight: float = 0.0,
+    channels: int = 0,
+) -> tuple[str, tuple[int, int], int, ctypes.Structure]:
+    """(instance, grid, threads, arguments) of csrc's kernel; all tensors dense, scale (N,) float32; out may be x."""
+    N, S, HW = len(x), x[0].numel(), x[0, 0].numel() if x.ndim > 2 else x[0].numel()
+    V = 1 if _cuda.misaligned(x, raw, base, *velocities, out, velocity) else _cuda.vector(x.dtype, S, HW)
+    threads = min(256, -(-S // V // 32) * 32)
+    args = _VelocityUpdate(
+        *map(_cuda.pointer, (x, raw, scale, base)),
+        (ctypes.c_void_p * MOST)(*map(_cuda.pointer, velocities)),
+        *map(_cuda.pointer, (out, velocity)),
+        N, S, HW, weight, (ctypes.c_float * MOST)(*weights), len(velocities), channels,
+    )  # fmt: skip
+    kinds = _cuda.NAMES[x.dtype], _cuda.NAMES[x.dtype if raw is None else raw.dtype]
+    return f"flowturbo::velocity_update<{kinds[0]},{kinds[1]},{V}>", (-(-S // (V * threads)), N), threads, args
+
+
+def _cannot_cuda(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> str | None:
+    return _too_many(x, velocities, weights) or _cuda.same_dtype(x, *velocities)
+
+
+@velocity_update.backend("cuda", cannot=_cannot_cuda)
+def _update_cuda(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    name, grid, threads, args = cuda_call(x, None, None, None, [v[: len(x)].contiguous() for v in velocities], weights, out, None)
+    _cuda.launch(name, grid, threads, 0, args)
+    return out
+
+
+def _cannot_guided_cuda(x: Tensor, raw: Tensor, *rest: Any) -> str | None:
+    base, velocities, weights = rest[-3:]
+    mixed = None if x.dtype in (torch.float32, raw.dtype) else f"raw is {raw.dtype} beside x of {x.dtype}"
+    return _too_many(x, velocities, weights) or mixed or _cuda.same_dtype(x, base, *velocities)
+
+
+@guided_update.backend("cuda", cannot=_cannot_guided_cuda)
+def _guided_update_cuda(
+    x: Tensor,
+    raw: Tensor,
+    scale: float | Tensor | None,
+    channels: int,
+    weight: float,
+    base: Tensor | None,
+    velocities: Sequence[Tensor],
+    weights: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    x, raw = x.contiguous(), raw.contiguous()
+    out, velocity = torch.empty_like(x), torch.empty(raw.shape, dtype=x.dtype, device=x.device)
+    scales = None if scale is None else _per_image(raw, scale).float()
+    others = [v[: len(x)].contiguous() for v in velocities]
+    base = None if base is None else base.contiguous()
+    name, grid, threads, args = cuda_call(x, raw, scales, base, others, weights, out, velocity, weight, channels)
+    _cuda.launch(name, grid, threads, 0, args)
     return out, velocity

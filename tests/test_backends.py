@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops import CASES, case, mapped, tensors
+from close import assert_close
+from ops import CASES, NAMES, case, mapped, tensors
+from tiny import CONFIG, HEAD_DIM_72, random_sit
 from torch import Tensor, nn
 
+import flowturbo as ft
 from flowturbo_kernels import OPS, BackendError, adaln_modulate, linear, patch_embed, use_backend, velocity_update
 from flowturbo_kernels._op import Backend, wanted
 
@@ -87,6 +90,29 @@ def test_where_gradients_are_needed_the_reference_runs():
     assert x.grad is not None
 
 
+# Whole models
+
+
+@interpreted
+@pytest.mark.parametrize("config", [CONFIG, HEAD_DIM_72], ids=["24", "72"])
+def test_a_model_on_triton_is_the_reference_model(config):
+    """In float32, through every operation of a guided plan with refiner steps."""
+    networks = random_sit(config, 0), random_sit(config.refiner(), 1)
+    plain, triton = (ft.load(*networks, device="cpu", dtype=torch.float32, backend=b) for b in ("reference", "triton"))
+    a, b = (ft.sample(m, "H1P1R1", [1, 8], guidance=1.5, seed=0) for m in (plain, triton))
+    assert not a.equal(b)
+    assert_close(b, a, 1e-5)
+
+
+def test_a_model_asks_for_its_backend_at_the_door(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for backend in ("triton", "cuda"):
+        with pytest.raises(BackendError, match=f"backend '{backend}' was asked for, but: tensors are on the cpu"):
+            ft.load(random_sit(CONFIG, 0), device="cpu", backend=backend)
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, triton, cuda, got 'fast'"):
+        ft.load(random_sit(CONFIG, 0), backend="fast")
+
+
 # torch.library
 
 
@@ -103,7 +129,7 @@ def test_opcheck(name, index):
     torch.library.opcheck(OPS[name].library, args)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_compiled_operation_is_one_node_of_the_graph(name):
     """With fullgraph, so that a graph break is an error; guards and shapes are torch's business."""
     args = case(name, 1, torch.float32)

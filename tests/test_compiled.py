@@ -60,17 +60,29 @@ def test_products_of_16_bits_run_on_tensor_cores(kernels):
         if k["dtype"] == "float32":
             assert not k["mma"], k
             assert not k["wgmma"], k
-        elif k["arch"] == 90 and PRODUCTS[k["kernel"]]:
+        elif k["arch"] == 90 and PRODUCTS[k["kernel"]] and k["real"]:
             assert k["wgmma"], k
         else:
             assert k["mma"], k
 
 
-PRODUCTS = {"_patch_kernel": False, "_final_kernel": False}
+PRODUCTS = {"_patch_kernel": False, "_final_kernel": False, "_attention_kernel": True, "_product_kernel": True}
 """Kernels that multiply matrices, and whether they must use wgmma: those with few rows or features a program can't."""
 
 
-@pytest.mark.parametrize("name", ["_adaln_kernel", "_seam_kernel", "_guided_update_kernel", "_update_kernel", "_apply_kernel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_adaln_kernel",
+        "_seam_kernel",
+        "_guided_update_kernel",
+        "_update_kernel",
+        "_apply_kernel",
+        "_attention_kernel",
+        "_product_kernel",
+        "_sum_kernel",
+    ],
+)
 def test_memory_bound_kernels_load_16_bytes_at_a_time(kernels, name):
     """At the sizes of real models."""
     real = [k for k in kernels if k["kernel"] == name and k["real"]]

@@ -7,12 +7,13 @@ import itertools
 import pytest
 import torch
 from close import assert_close, relative_error
-from ops import CASES, DTYPES, case, mapped, tensors
+from ops import CASES, DTYPES, NAMES, case, mapped, tensors
 from tiny import CONFIG, HEAD_DIM_72, random_sit
 from torch import Tensor
 
 import flowturbo as ft
-from flowturbo_kernels import OPS, BackendError, sizes, use_backend
+from flowturbo_kernels import OPS, BackendError, linear, linear_fp8, quantize_rows, sizes, use_backend
+from flowturbo_kernels._matmul import FP8_TILES, product
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -67,7 +68,7 @@ def test_real_sizes(index, backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_captured_operation_replays_on_new_inputs(name, backend):
     args = mapped(case(name, 1, torch.float16, seed=22), Tensor.cuda)
     new = mapped(case(name, 1, torch.float16, seed=23), Tensor.cuda)
@@ -86,7 +87,7 @@ def test_a_captured_operation_replays_on_new_inputs(name, backend):
     assert all(a.equal(b) for a, b in zip(captured, eager, strict=True))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", NAMES)
 def test_kernels_run_on_the_current_stream(name):
     """Inputs are written late on a side stream: a launch on any other stream would read them too early."""
     args = mapped(case(name, 1, torch.float32, seed=24), Tensor.cuda)
@@ -101,6 +102,27 @@ def test_kernels_run_on_the_current_stream(name):
         results = tensors(OPS[name](*late))
     torch.cuda.synchronize()
     assert all(a.equal(b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("tile", FP8_TILES)
+def test_fp8_products_are_exact_but_for_their_sums(tile):
+    """On operands that are quantised already; fp8's tensor cores keep fewer bits of their sums than float32 has."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("products in e4m3 need sm_89 or later")
+    (x, x_scale), (weight, weight_scale) = (quantize_rows(torch.randn(rows, 1152, device="cuda")) for rows in (512, 1152))
+    bias = torch.randn(1152, device="cuda")
+    truth = (x.double() * x_scale.double()[:, None]) @ (weight.double() * weight_scale.double()[:, None]).T + bias.double()
+    assert_close(product(x, weight, bias, tile, scales=(x_scale, weight_scale)), truth, 2e-3)
+
+
+def test_fp8_layers_err_as_fp8_does():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("products in e4m3 need sm_89 or later")
+    x, bias = torch.randn(512, 1152, device="cuda").bfloat16(), torch.randn(4608, device="cuda").bfloat16()
+    weight = torch.randn(4608, 1152, device="cuda") / 1152**0.5
+    truth = linear(x.double(), weight.double(), bias.double(), "gelu_tanh")
+    reference = linear_fp8.reference(x, *quantize_rows(weight), bias, "gelu_tanh")
+    assert_close(linear_fp8(x, *quantize_rows(weight), bias, "gelu_tanh"), truth, 1.2 * relative_error(reference, truth))
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "cuda", "reference"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from close import assert_close, relative_error
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from ops import CASES, DTYPES, case, mapped, strided, tensors
 from torch import Tensor
@@ -156,6 +156,7 @@ def test_final_update_of_any_shape(N, C, p, h, w, data):
 @given(N=st.integers(1, 2), groups=st.integers(1, 6), size=st.integers(1, 9), H=st.integers(1, 40), W=st.integers(1, 40))
 def test_group_norm_of_any_shape(N, groups, size, H, W):
     """With a mean that is large beside the deviation, where a sum of squares would cancel."""
+    assume(size * H * W > 1)  # of one number there is no deviation, and torch refuses
     x = (random(N, groups * size, H, W) + 100).to(memory_format=torch.channels_last)
     check(group_norm_silu, (x, random(groups * size), random(groups * size), groups), torch.float32)
 

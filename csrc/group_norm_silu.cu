@@ -1,0 +1,175 @@
+// GroupNorm and SiLU on channels-last images (N, H*W, C), in two kernels over blocks of pixels. The first leaves each block's mean
+// and sum of squared differences of every group; the second joins them (Chan et al. 1983), exactly for any offset of the data.
+#include "common.cuh"
+
+namespace flowturbo {
+
+struct GroupNorm {
+    const void *x, *weight, *bias;  // (N, HW, C), (C,), (C,)
+    float *means, *squares;         // (N, blocks, G)
+    void* out;                      // (N, HW, C)
+    long long N, HW, C, G, blocks, pixels;  // pixels of a block; blocks = ceil(HW / pixels)
+    float eps;
+};
+
+struct Statistics {
+    float count, mean, squares;
+};
+
+FT_SHARED_CODE Statistics joined(Statistics a, float count, float mean, float squares) {
+    const float both = a.count + count, difference = mean - a.mean;
+    return {both, a.mean + difference * (count / both), a.squares + squares + difference * difference * (a.count * count / both)};
+}
+FT_SHARED_CODE long long pixels_of(const GroupNorm& a, long long block) {
+    const long long rest = a.HW - block * a.pixels;
+    return rest < a.pixels ? rest : a.pixels;
+}
+FT_SHARED_CODE float silu(float y) { return y / (1.0f + expf(-y)); }
+
+#ifdef __CUDACC__
+// Per-group sums of what every thread has summed of its V channels, over lanes of threads; `sums`: blockDim.x * V floats.
+template <int V> __device__ float group_sum(const GroupNorm& a, float (&mine)[V], float* sums, int lanes) {
+    const int vectors = a.C / V, size = a.C / a.G;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < V; ++j) sums[threadIdx.x * V + j] = mine[j];
+    __syncthreads();
+    float total = 0;
+    if (threadIdx.x < a.G)
+        for (int lane = 0; lane < lanes; ++lane)
+            for (int c = threadIdx.x * size; c < (static_cast<int>(threadIdx.x) + 1) * size; ++c) total += sums[lane * vectors * V + c];
+    return total;
+}
+#endif
+
+// Grid (blocks, N); threads: lanes * C / V, at least G; shared memory: (threads * V + G) floats.
+template <typename T, int V> __global__ void group_norm_statistics(GroupNorm a) {
+    extern __shared__ float shared[];
+    float *sums = shared, *means = shared + blockDim.x * V;
+    const int vectors = a.C / V, lanes = blockDim.x / vectors, lane = threadIdx.x / vectors, c = threadIdx.x % vectors * V;
+    const long long n = blockIdx.y, first = blockIdx.x * a.pixels, count = pixels_of(a, blockIdx.x);
+    const T* x = static_cast<const T*>(a.x) + (n * a.HW + first) * a.C + c;
+    const float size = static_cast<float>(count) * (a.C / a.G);
+    float mine[V] = {}, v[V];
+    if (lane < lanes)
+        for (long long p = lane; p < count; p += lanes) {
+            load<V>(x + p * a.C, v);
+#pragma unroll
+            for (int j = 0; j < V; ++j) mine[j] += v[j];
+        }
+    const float mean = group_sum<V>(a, mine, sums, lanes) / size;
+    if (threadIdx.x < a.G) means[threadIdx.x] = mean;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < V; ++j) mine[j] = 0;
+    if (lane < lanes)
+        for (long long p = lane; p < count; p += lanes) {
+            load<V>(x + p * a.C, v);
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                const float difference = v[j] - means[(c + j) / (a.C / a.G)];
+                mine[j] += difference * difference;
+            }
+        }
+    const float squares = group_sum<V>(a, mine, sums, lanes);
+    if (threadIdx.x < a.G) {
+        const long long place = (n * a.blocks + blockIdx.x) * a.G + threadIdx.x;
+        a.means[place] = mean;
+        a.squares[place] = squares;
+    }
+}
+
+// Grid (blocks, N); shared memory: 2 * G floats.
+template <typename T, int V> __global__ void group_norm_apply(GroupNorm a) {
+    extern __shared__ float shared[];
+    float *means = shared, *rstds = shared + a.G;
+    const long long n = blockIdx.y;
+    for (int g = threadIdx.x; g < a.G; g += blockDim.x) {
+        Statistics s = {0, 0, 0};
+        for (long long b = 0; b < a.blocks; ++b) {
+            const long long place = (n * a.blocks + b) * a.G + g;
+            s = joined(s, static_cast<float>(pixels_of(a, b)) * (a.C / a.G), a.means[place], a.squares[place]);
+        }
+        means[g] = s.mean;
+        rstds[g] = 1.0f / sqrtf(s.squares / s.count + a.eps);
+    }
+    __syncthreads();
+    const long long first = (n * a.HW + blockIdx.x * a.pixels) * a.C;
+    const int C = a.C, size = a.C / a.G, end = pixels_of(a, blockIdx.x) * a.C;
+    for (int i = threadIdx.x * V; i < end; i += blockDim.x * V) {
+        const int c = i % C;
+        float y[V], weight[V], bias[V];
+        load<V>(static_cast<const T*>(a.x) + first + i, y);
+        load<V>(static_cast<const T*>(a.weight) + c, weight);
+        load<V>(static_cast<const T*>(a.bias) + c, bias);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const int g = (c + j) / size;
+            y[j] = silu((y[j] - means[g]) * rstds[g] * weight[j] + bias[j]);
+        }
+        store<V>(static_cast<T*>(a.out) + first + i, y);
+    }
+}
+
+}  // namespace flowturbo
+
+#ifndef __CUDACC_RTC__
+#include "kernels.h"
+
+namespace flowturbo {
+namespace {
+
+template <typename T> void statistics_on_host(const void* args) {
+    const auto& a = *static_cast<const GroupNorm*>(args);
+    const long long size = a.C / a.G;
+    for (long long n = 0; n < a.N; ++n)
+        for (long long b = 0; b < a.blocks; ++b)
+            for (long long g = 0; g < a.G; ++g) {
+                const T* x = static_cast<const T*>(a.x) + (n * a.HW + b * a.pixels) * a.C + g * size;
+                float sum = 0, squares = 0;
+                for (long long p = 0; p < pixels_of(a, b); ++p)
+                    for (long long c = 0; c < size; ++c) sum += to_float(x[p * a.C + c]);
+                const float mean = sum / (pixels_of(a, b) * size);
+                for (long long p = 0; p < pixels_of(a, b); ++p)
+                    for (long long c = 0; c < size; ++c) squares += (to_float(x[p * a.C + c]) - mean) * (to_float(x[p * a.C + c]) - mean);
+                a.means[(n * a.blocks + b) * a.G + g] = mean;
+                a.squares[(n * a.blocks + b) * a.G + g] = squares;
+            }
+}
+
+template <typename T> void apply_on_host(const void* args) {
+    const auto& a = *static_cast<const GroupNorm*>(args);
+    const long long size = a.C / a.G;
+    for (long long n = 0; n < a.N; ++n)
+        for (long long g = 0; g < a.G; ++g) {
+            Statistics s = {0, 0, 0};
+            for (long long b = 0; b < a.blocks; ++b) {
+                const long long place = (n * a.blocks + b) * a.G + g;
+                s = joined(s, static_cast<float>(pixels_of(a, b)) * size, a.means[place], a.squares[place]);
+            }
+            const float rstd = 1.0f / sqrtf(s.squares / s.count + a.eps);
+            for (long long p = 0; p < a.HW; ++p)
+                for (long long c = g * size; c < (g + 1) * size; ++c) {
+                    const long long at = (n * a.HW + p) * a.C + c;
+                    const float y = (to_float(static_cast<const T*>(a.x)[at]) - s.mean) * rstd;
+                    static_cast<T*>(a.out)[at] = from_float<T>(
+                        silu(y * to_float(static_cast<const T*>(a.weight)[c]) + to_float(static_cast<const T*>(a.bias)[c])));
+                }
+        }
+}
+
+}  // namespace
+
+#define FT_ENTRIES(T, V)                                                                                                             \
+    {"flowturbo::group_norm_statistics<" #T "," #V ">", reinterpret_cast<const void*>(&group_norm_statistics<T, V>),                 \
+     &statistics_on_host<T>, sizeof(GroupNorm)},                                                                                     \
+        {"flowturbo::group_norm_apply<" #T "," #V ">", reinterpret_cast<const void*>(&group_norm_apply<T, V>), &apply_on_host<T>,    \
+         sizeof(GroupNorm)}
+
+std::vector<Entry> group_norm_entries() {
+    return {FT_ENTRIES(float, 4), FT_ENTRIES(float, 1),    FT_ENTRIES(half, 8),
+            FT_ENTRIES(half, 1),  FT_ENTRIES(bfloat16, 8), FT_ENTRIES(bfloat16, 1)};
+}
+
+}  // namespace flowturbo
+#endif

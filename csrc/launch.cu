@@ -1,0 +1,60 @@
+// Launches a kernel by its name with its struct, on a stream of the caller's; errors name the kernel.
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <unordered_map>
+
+#include "kernels.h"
+
+namespace flowturbo {
+namespace {
+
+const std::unordered_map<std::string, Entry>& table() {
+    static const auto entries = [] {
+        std::unordered_map<std::string, Entry> all;
+        for (const auto& part : {adaln_entries(), velocity_update_entries(), group_norm_entries()})
+            for (const Entry& entry : part) all.emplace(entry.name, entry);
+        return all;
+    }();
+    return entries;
+}
+
+const Entry& find(const std::string& name, const std::string& bytes) {
+    const auto found = table().find(name);
+    if (found == table().end()) throw std::invalid_argument("no kernel is called " + name);
+    if (bytes.size() != found->second.size)
+        throw std::invalid_argument(name + ": its arguments take " + std::to_string(found->second.size) + " bytes, got " +
+                                    std::to_string(bytes.size()));
+    return found->second;
+}
+
+}  // namespace
+
+std::vector<std::string> names() {
+    std::vector<std::string> all;
+    for (const auto& entry : table()) all.push_back(entry.first);
+    return all;
+}
+
+void launch(const std::string& name, const std::vector<unsigned>& grid, unsigned threads, unsigned shared, const std::string& bytes,
+            std::size_t stream) {
+    const Entry& entry = find(name, bytes);
+    std::vector<char> args(bytes.begin(), bytes.end());  // aligned as new[] aligns, which is enough for pointers
+    void* pointers[] = {args.data()};
+    const dim3 blocks(grid.at(0), grid.size() > 1 ? grid[1] : 1, grid.size() > 2 ? grid[2] : 1);
+    const cudaError_t status =
+        cudaLaunchKernel(entry.kernel, blocks, dim3(threads), pointers, shared, reinterpret_cast<cudaStream_t>(stream));
+    if (status != cudaSuccess) {
+        cudaGetLastError();  // or the next call, of whomever, would report it again
+        throw std::runtime_error(name + ": " + cudaGetErrorString(status));
+    }
+}
+
+void run_on_host(const std::string& name, const std::string& bytes) {
+    const Entry& entry = find(name, bytes);
+    std::vector<char> args(bytes.begin(), bytes.end());
+    entry.on_host(args.data());
+}
+
+}  // namespace flowturbo

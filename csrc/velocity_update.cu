@@ -1,0 +1,98 @@
+// What surrounds the network in a solver step: guidance, base velocity, cache write and the move of x, in one pass.
+// One thread a vector of one image; grid (vectors of an image / threads, images).
+#include "common.cuh"
+
+namespace flowturbo {
+
+constexpr int kMost = 4;  // velocities: those of Adams-Bashforth of order 4
+
+struct VelocityUpdate {
+    const void* x;                   // (N, S)
+    const void* raw;                 // (2N, S), conditional rows first, or (N, S); null: nothing but the weighted velocities
+    const float* scale;              // (N,); null: no guidance, raw has N rows
+    const void* base;                // of raw's shape and x's type; null: none
+    const void* velocities[kMost];   // (N, S) each, of x's type
+    void* out;                       // (N, S); may be x
+    void* velocity;                  // of raw's shape and x's type
+    long long N, S, HW;              // images, elements of an image, of one channel
+    float weight, weights[kMost];
+    int count, channels;
+};
+
+FT_SHARED_CODE float guided(float c, float u, float scale) { return u + scale * (c - u); }
+
+// Elements i to i + V of image n, which lie in one channel.
+template <typename T, typename R, int V> FT_SHARED_CODE void velocity_update_at(const VelocityUpdate& a, long long n, long long i) {
+    const long long at = n * a.S + i, other = (n + a.N) * a.S + i;
+    float total[V], v[V];
+    load<V>(static_cast<const T*>(a.x) + at, total);
+    for (int k = 0; k < a.count; ++k) {
+        load<V>(static_cast<const T*>(a.velocities[k]) + at, v);
+#pragma unroll
+        for (int j = 0; j < V; ++j) total[j] += a.weights[k] * v[j];
+    }
+    if (a.raw) {
+        float c[V];
+        load<V>(static_cast<const R*>(a.raw) + at, c);
+        if (a.scale) {
+            float u[V];
+            load<V>(static_cast<const R*>(a.raw) + other, u);
+            if (i / a.HW < a.channels) {
+                const float scale = a.scale[n];
+#pragma unroll
+                for (int j = 0; j < V; ++j) c[j] = u[j] = guided(c[j], u[j], scale);
+            }
+            if (a.base) {
+                load<V>(static_cast<const T*>(a.base) + other, v);
+#pragma unroll
+                for (int j = 0; j < V; ++j) u[j] += v[j];
+            }
+            store<V>(static_cast<T*>(a.velocity) + other, u);
+        }
+        if (a.base) {
+            load<V>(static_cast<const T*>(a.base) + at, v);
+#pragma unroll
+            for (int j = 0; j < V; ++j) c[j] += v[j];
+        }
+        store<V>(static_cast<T*>(a.velocity) + at, c);
+#pragma unroll
+        for (int j = 0; j < V; ++j) total[j] += a.weight * c[j];
+    }
+    store<V>(static_cast<T*>(a.out) + at, total);
+}
+
+template <typename T, typename R, int V> __global__ void velocity_update(VelocityUpdate a) {
+    const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+    if (i < a.S) velocity_update_at<T, R, V>(a, blockIdx.y, i);
+}
+
+}  // namespace flowturbo
+
+#ifndef __CUDACC_RTC__
+#include "kernels.h"
+
+namespace flowturbo {
+namespace {
+
+template <typename T, typename R, int V> void on_host(const void* args) {
+    const auto& a = *static_cast<const VelocityUpdate*>(args);
+    for (long long n = 0; n < a.N; ++n)
+        for (long long i = 0; i < a.S; i += V) velocity_update_at<T, R, V>(a, n, i);
+}
+
+template <typename T, typename R, int V> Entry entry(const char* name) {
+    return {name, reinterpret_cast<const void*>(&velocity_update<T, R, V>), &on_host<T, R, V>, sizeof(VelocityUpdate)};
+}
+
+}  // namespace
+
+#define FT_ENTRY(T, R, V) entry<T, R, V>("flowturbo::velocity_update<" #T "," #R "," #V ">")
+#define FT_ENTRIES(T, R, V) FT_ENTRY(T, R, V), FT_ENTRY(T, R, 1)
+
+std::vector<Entry> velocity_update_entries() {
+    return {FT_ENTRIES(float, float, 4), FT_ENTRIES(float, half, 4),         FT_ENTRIES(float, bfloat16, 4),
+            FT_ENTRIES(half, half, 8),   FT_ENTRIES(bfloat16, bfloat16, 8)};
+}
+
+}  // namespace flowturbo
+#endif

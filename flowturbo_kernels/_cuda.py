@@ -1,0 +1,87 @@
+"""When csrc's kernels can run, and how: through the extension, or compiled at first use by CuPy's NVRTC where it was not built."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import re
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import _nvrtc
+
+NAMES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
+"""dtypes as csrc calls them."""
+
+
+class Launcher(Protocol):
+    def __call__(self, name: str, grid: tuple[int, ...], threads: int, shared: int, args: bytes, stream: int) -> None: ...
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why csrc's kernels can't run on tensors of that device, or None."""
+    if device.type != "cuda":
+        return f"tensors are on the {device.type}"
+    return _launcher(torch.cuda.get_device_capability(device))[1]
+
+
+def launch(name: str, grid: tuple[int, ...], threads: int, shared: int, args: ctypes.Structure) -> None:
+    """Run the instance of that name on torch's current stream of the current device. RuntimeError, naming it, if it can't be."""
+    launcher, problem = _launcher(torch.cuda.get_device_capability())
+    if launcher is None:
+        raise RuntimeError(f"{name}: {problem}")
+    launcher(name, grid, threads, shared, bytes(args), torch.cuda.current_stream().cuda_stream)
+
+
+@functools.cache
+def _launcher(capability: tuple[int, int]) -> tuple[Launcher | None, str | None]:
+    """(the way to launch on such a GPU, None), or (None, why there is none)."""
+    try:
+        extension = importlib.import_module("flowturbo_kernels._C")
+    except ImportError as error:
+        missing = f"the extension is not built ({error})"
+    else:
+        built = extension.build_info().architectures.split()
+        if runs_on(built, capability):
+            return extension.launch, None
+        missing = f"the extension holds code for sm_{', sm_'.join(built)}, not for sm_{capability[0]}{capability[1]}"
+    try:
+        return _nvrtc.Launcher(), None
+    except ImportError as error:
+        return None, f"{missing}, and CuPy is not installed ({error})"
+    except OSError as error:
+        return None, f"{missing}, and its sources can't be read ({error})"
+
+
+def runs_on(built: list[str], capability: tuple[int, int]) -> bool:
+    """Machine code runs on its own major version from its minor one on; with an "a", on its own architecture only."""
+    for arch in built:
+        digits, exact = re.fullmatch(r"(\d+)(a?)", arch).groups()  # type: ignore[union-attr]
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if (major, minor) == capability or (not exact and major == capability[0] and minor <= capability[1]):
+            return True
+    return False
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def vector(dtype: torch.dtype, *multiples: int) -> int:
+    """Numbers that a thread loads at once: 16 bytes of them where all of these counts of numbers are multiples, else one."""
+    most = 16 // dtype.itemsize
+    return most if all(m % most == 0 for m in multiples) else 1
+
+
+def misaligned(*tensors: Tensor | None) -> bool:
+    """Whether a tensor's memory does not start at a multiple of 16 bytes."""
+    return any(t is not None and t.data_ptr() % 16 for t in tensors)
+
+
+def same_dtype(*tensors: Any) -> str | None:
+    """Why a kernel of one number type can't take these, or None."""
+    dtypes = {t.dtype for t in tensors if isinstance(t, Tensor)}
+    return None if len(dtypes) <= 1 else f"tensors are of several dtypes, {', '.join(sorted(map(str, dtypes)))}"

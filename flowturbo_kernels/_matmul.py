@@ -1,0 +1,146 @@
+"""The matrix product that linear's kernels share: tiles in an order that reuses the cache, split along K where tiles are few."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._triton import dot_precision, kernel, tl
+
+
+class Tile(NamedTuple):
+    """What one program makes: rows x columns, reading K in pieces of `depth`."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+TILES = (
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 256, 64, 8, 3),
+    Tile(128, 64, 64, 4, 4),
+    Tile(64, 128, 64, 4, 4),
+    Tile(64, 64, 64, 4, 4),
+)
+EXACT_TILES = (Tile(32, 32, 32, 4, 2),)
+"""For float32, which is multiplied outside the tensor cores."""
+FP8_TILES = (Tile(128, 128, 128, 8, 3), Tile(128, 256, 128, 8, 3), Tile(64, 128, 128, 4, 4))
+SPLITS = (1, 2, 4)
+"""Parts of K that programs of their own sum up; a second kernel adds them, always in the same order, and runs the epilogue."""
+_GROUP = 8
+
+
+@kernel
+def _finish(
+    y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, gate_b, SCALED: tl.constexpr, GELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile y at rows m and columns n."""
+    if SCALED:
+        y *= tl.load(x_scale + m, mask=m < M, other=0.0)[:, None] * tl.load(weight_scale + n, mask=n < N, other=0.0)[None, :]
+    y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if GELU:  # 0.5 * y * (1 + tanh(u)) = y * sigmoid(2u)
+        u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+        y = y / (1.0 + tl.exp(-2.0 * u))
+    if RESIDUAL:
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        g = tl.load(gate + (m // T)[:, None] * gate_b + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(residual + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0).to(tl.float32) + g * y
+    return y
+
+
+@kernel
+def _product_kernel(
+    x, weight, x_scale, weight_scale, bias, residual, gate, out, M, N, T, x_m, weight_n, gate_b, K: tl.constexpr,
+    SCALED: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile, part = tl.program_id(0), tl.program_id(1)
+    group = tile // (GROUP * tiles_n)  # GROUP rows of tiles at a time, column by column
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    inner = tile % (GROUP * tiles_n)
+    m = (group * GROUP + inner % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (inner // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    PART: tl.constexpr = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
+    x_rows = x + (m % M).to(tl.int64)[:, None] * x_m  # rows and columns beyond the end wrap around, and are not stored
+    weight_rows = weight + (n % N).to(tl.int64)[None, :] * weight_n
+    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, PART, BLOCK_K):
+        k = part * PART + start + tl.arange(0, BLOCK_K)
+        if K % (BLOCK_K * SPLIT) == 0:
+            a = tl.load(x_rows + k[None, :])
+            b = tl.load(weight_rows + k[:, None])
+        else:
+            a = tl.load(x_rows + k[None, :], mask=(k < K)[None, :], other=0.0)
+            b = tl.load(weight_rows + k[:, None], mask=(k < K)[:, None], other=0.0)
+        y = tl.dot(a, b, y, input_precision=PRECISION)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    if SPLIT > 1:
+        tl.store(out + part.to(tl.int64) * M * N + at, y, mask=inside)
+    else:
+        y = _finish(y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, gate_b, SCALED, GELU, RESIDUAL)
+        tl.store(out + at, y, mask=inside)
+
+
+@kernel
+def _sum_kernel(
+    parts, x_scale, weight_scale, bias, residual, gate, out, M, N, T, gate_b, SCALED: tl.constexpr, GELU: tl.constexpr,
+    RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for _ in tl.static_range(SPLIT):
+        y += tl.load(parts + at, mask=inside, other=0.0)
+        parts += tl.cast(M, tl.int64) * N
+    y = _finish(y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, gate_b, SCALED, GELU, RESIDUAL)
+    tl.store(out + at, y, mask=inside)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tile: Tile,
+    split: int = 1,
+    *,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    tokens: int = 1,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """x (M, K), rows may be strided, times weight (N, K) transposed, with the epilogue -> (M, N) in bias's dtype, or residual's.
+
+    residual (M, N), dense, and gate (M / tokens, N): together or not at all. scales: of the rows of x and of weight, float32 (M,)
+    and (N,), for operands in fp8.
+    """
+    (M, K), N = x.shape, len(weight)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    out = torch.empty(M, N, dtype=bias.dtype if residual is None else residual.dtype, device=x.device)
+    parts = out if split == 1 else torch.empty(split, M, N, dtype=torch.float32, device=x.device)
+    bias = bias.contiguous()
+    with_residual = residual is not None
+    epilogue = *(scales or (bias, bias)), bias, (bias if residual is None else residual), (bias if gate is None else gate)
+    gate_b = 0 if gate is None else gate.stride(0)
+    _product_kernel.launch(
+        (-(-M // tile.rows) * -(-N // tile.columns), split),
+        x, weight, *epilogue, parts, M, N, tokens, x.stride(0), weight.stride(0), gate_b,
+        K, scales is not None, gelu, with_residual, split, _GROUP, dot_precision(x), tile.rows, tile.columns, tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if split > 1:
+        grid = -(-M // 16), -(-N // 128)
+        _sum_kernel.launch(
+            grid, parts, *epilogue, out, M, N, tokens, gate_b, scales is not None, gelu, with_residual, split, 16, 128, num_warps=4
+        )  # fmt: skip
+    return out

@@ -1,0 +1,128 @@
+"""Matrix products in fp8 (e4m3), one scale a row: an option that changes results, never taken unasked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _tune
+from ._matmul import FP8_TILES, product
+from ._op import Make, expect_floating, expect_shape, op, wanted, wide
+from ._place import gelu_tanh
+from ._triton import kernel, next_power_of_2, rows, tl
+from .linear import Activation
+
+LARGEST = 448.0
+"""The largest number of e4m3."""
+_TINY = 1e-12
+"""The least scale: a row of zeros stays zeros."""
+
+
+@kernel
+def _quantize_kernel(x, out, scale, x_m, K: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr):
+    m = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    row = tl.load(x + m * x_m + k, mask=k < K, other=0.0).to(tl.float32)
+    s = tl.maximum(tl.max(tl.abs(row)) / 448.0, TINY)
+    tl.store(scale + m, s)
+    tl.store(out + m * K + k, (row / s).to(out.dtype.element_ty), mask=k < K)
+
+
+def _check_quantize(x: Tensor) -> None:
+    expect_floating("quantize_rows", x=x)
+    expect_shape("quantize_rows", "x", x, (None, None))
+
+
+def _example_quantize(make: Make) -> Iterable[tuple[Any, ...]]:
+    for M, K in ((1, 16), (7, 72), (32, 1152)):
+        yield (make(M, K),)
+
+
+@op(check=_check_quantize, example=_example_quantize, schema="(Tensor x) -> (Tensor, Tensor)")
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, K) -> (q (M, K) in float8_e4m3fn, scale (M,) float32), x ~ q * scale: every row's largest magnitude becomes 448."""
+    values = x.to(wide(x))
+    scale = (values.abs().amax(dim=1) / LARGEST).clamp(min=_TINY)
+    return (values / scale[:, None]).to(torch.float8_e4m3fn), scale.to(torch.float32)
+
+
+@quantize_rows.backend("triton", cannot=lambda x: None if x.shape[1] <= 16384 else f"K must be at most 16384, got {x.shape[1]}")
+def _quantize_triton(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = rows(x)
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    K = x.shape[1]
+    _quantize_kernel.launch((len(x),), x, out, scale, x.stride(0), K, _TINY, next_power_of_2(K), num_warps=4)
+    return out, scale
+
+
+def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None = None) -> None:
+    expect_floating("linear_fp8", x=x, weight=weight, weight_scale=weight_scale, bias=bias)
+    if x.ndim < 1:
+        raise ValueError("linear_fp8: x must have at least one dimension, got a scalar")
+    if weight.dtype != torch.float8_e4m3fn:
+        raise TypeError(f"linear_fp8: weight must be torch.float8_e4m3fn (see quantize_rows), got {weight.dtype}")
+    if weight_scale.dtype != torch.float32:
+        raise TypeError(f"linear_fp8: weight_scale must be torch.float32, got {weight_scale.dtype}")
+    expect_shape("linear_fp8", "weight", weight, (None, x.shape[-1]))
+    expect_shape("linear_fp8", "weight_scale", weight_scale, (weight.shape[0],))
+    expect_shape("linear_fp8", "bias", bias, (weight.shape[0],))
+    if activation not in (None, "gelu_tanh"):
+        raise ValueError(f"linear_fp8: activation must be None or 'gelu_tanh', got {activation!r}")
+
+
+def _example(make: Make) -> Iterable[tuple[Any, ...]]:
+    for M, K, N in ((1, 32, 16), (7, 96, 224), (40, 1152, 96)):
+        for activation in (None, "gelu_tanh"):
+            yield make(M, K), *quantize_rows.reference(make(N, K) / K**0.5), make(N), activation
+
+
+@op(
+    check=_check,
+    example=_example,
+    schema="(Tensor x, Tensor weight, Tensor weight_scale, Tensor bias, str? activation) -> Tensor",
+)
+def linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None = None) -> Tensor:
+    """`linear` with both operands in fp8: x is quantised row by row here, the weight beforehand.
+
+    x (..., K), 16 bits or float32; weight (N, K) float8_e4m3fn and weight_scale (N,) float32, of `quantize_rows`; bias (N,)
+    -> (..., N) in x's dtype. Sums in float32. The relative error of a product is about 4 %: of e4m3's 3 bits of mantissa.
+    """
+    dtype = wide(x)
+    q, scale = quantize_rows.reference(x.reshape(-1, x.shape[-1]))
+    y = (q.to(dtype) @ weight.to(dtype).t()) * scale.to(dtype)[:, None] * weight_scale.to(dtype) + bias.to(dtype)
+    y = gelu_tanh(y) if activation == "gelu_tanh" else y
+    return y.to(x.dtype).view(*x.shape[:-1], len(weight))
+
+
+def _cannot(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None) -> str | None:
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
+        return "products in e4m3 need sm_89 or later"
+    if x.shape[-1] > 16384:
+        return f"K must be at most 16384, got {x.shape[-1]}"
+    return None if x.dtype == bias.dtype else "x and bias are of several dtypes"
+
+
+@linear_fp8.backend("triton", cannot=_cannot)
+def _fp8_triton(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
+    """One of our tiles, or, left to us ("auto"), torch's scaled product where it is faster for this shape on this device."""
+    q, scale = _quantize_triton(x.reshape(-1, x.shape[-1]))
+    gelu = activation == "gelu_tanh"
+    candidates: dict[str, Callable[[], Tensor]] = {
+        f"{tuple(tile)}": partial(product, q, weight, bias, tile, gelu=gelu, scales=(scale, weight_scale)) for tile in FP8_TILES
+    }
+    if wanted() == "auto" and bias.dtype == torch.bfloat16:
+        candidates["torch"] = partial(_scaled_mm, q, weight, scale, weight_scale, bias, gelu)
+    key = f"linear_fp8 {tuple(q.shape)} {tuple(weight.shape)} {x.dtype} {activation}"
+    return candidates[_tune.fastest(key, candidates, x.device)]().view(*x.shape[:-1], len(weight))
+
+
+def _scaled_mm(q: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    y = torch._scaled_mm(
+        q, weight.t(), scale[:, None], weight_scale[None], bias=bias, out_dtype=bias.dtype, use_fast_accum=True
+    )  # fmt: skip
+    return gelu_tanh(y) if gelu else y
