@@ -22,14 +22,17 @@ class Tile(NamedTuple):
 
 TILES = (
     Tile(128, 128, 64, 8, 3),
-    Tile(128, 256, 64, 8, 3),
     Tile(128, 64, 64, 4, 4),
     Tile(64, 128, 64, 4, 4),
     Tile(64, 64, 64, 4, 4),
 )
+WIDE_TILES = (*TILES, Tile(128, 256, 64, 8, 3))
+"""For products without a residual, with which the last one spills."""
+MASKED_TILES = (Tile(32, 64, 32, 4, 2),)
+"""For a K that is no multiple of 64, as no published model has it: masks take registers."""
 EXACT_TILES = (Tile(32, 32, 32, 4, 2),)
 """For float32, which is multiplied outside the tensor cores."""
-FP8_TILES = (Tile(128, 128, 128, 8, 3), Tile(128, 256, 128, 8, 3), Tile(64, 128, 128, 4, 4))
+FP8_TILES = (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4))
 SPLITS = (1, 2, 4)
 """Parts of K that programs of their own sum up; a second kernel adds them, always in the same order, and runs the epilogue."""
 _GROUP = 8
@@ -46,7 +49,8 @@ def _finish(
     y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GELU:  # 0.5 * y * (1 + tanh(u)) = y * sigmoid(2u)
         u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-        y = y / (1.0 + tl.exp(-2.0 * u))
+        e = tl.exp(-2.0 * tl.abs(u))  # never overflows
+        y = y * tl.where(u >= 0, 1.0, e) / (1.0 + e)
     if RESIDUAL:
         inside = (m < M)[:, None] & (n < N)[None, :]
         g = tl.load(gate + (m // T)[:, None] * gate_b + n[None, :], mask=inside, other=0.0).to(tl.float32)

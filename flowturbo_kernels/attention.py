@@ -62,9 +62,9 @@ def _attention_kernel(
         tl.store(out + e[None, :], y_tail / total[:, None], mask=rows & (e < D)[None, :])
 
 
-TILES: tuple[tuple[int, int, int, int], ...] = ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 3))
+TILES: tuple[tuple[int, int, int, int], ...] = ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3))
 """(queries, keys, warps, stages) of a program: what `auto` chooses from on a GPU, the default first."""
-EXACT_TILES: tuple[tuple[int, int, int, int], ...] = ((32, 32, 4, 1),)
+EXACT_TILES: tuple[tuple[int, int, int, int], ...] = ((16, 32, 4, 1),)
 """For float32, which is multiplied outside the tensor cores."""
 
 

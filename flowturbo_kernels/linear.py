@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _tune
-from ._matmul import EXACT_TILES, SPLITS, TILES, product
+from ._matmul import EXACT_TILES, MASKED_TILES, SPLITS, TILES, WIDE_TILES, Tile, product
 from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op, wanted, wide
 from ._place import gelu_tanh, matmul
 from ._triton import rows
@@ -52,7 +52,11 @@ def _mixed(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> str | None:
 
 def _ways(flat: Tensor, weight: Tensor, bias: Tensor, **epilogue: Any) -> dict[str, Callable[[], Tensor]]:
     """The kernel's candidates for a product of rows `flat` (M, K): tiles, and, where they leave most of a GPU idle, splits of K."""
-    tiles = EXACT_TILES if flat.dtype == torch.float32 else TILES
+    tiles: tuple[Tile, ...] = WIDE_TILES if "residual" not in epilogue else TILES
+    if flat.dtype == torch.float32:
+        tiles = EXACT_TILES
+    elif flat.shape[1] % 64:
+        tiles = MASKED_TILES
     found: dict[str, Callable[[], Tensor]] = {}
     for tile in tiles:
         programs = -(-len(flat) // tile.rows) * -(-len(weight) // tile.columns)

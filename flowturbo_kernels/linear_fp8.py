@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _tune
-from ._matmul import FP8_TILES, product
+from ._matmul import FP8_TILES, MASKED_TILES, product
 from ._op import Make, expect_floating, expect_shape, op, wanted, wide
 from ._place import gelu_tanh
 from ._triton import kernel, next_power_of_2, rows, tl
@@ -113,7 +113,8 @@ def _fp8_triton(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, a
     q, scale = _quantize_triton(x.reshape(-1, x.shape[-1]))
     gelu = activation == "gelu_tanh"
     candidates: dict[str, Callable[[], Tensor]] = {
-        f"{tuple(tile)}": partial(product, q, weight, bias, tile, gelu=gelu, scales=(scale, weight_scale)) for tile in FP8_TILES
+        f"{tuple(tile)}": partial(product, q, weight, bias, tile, gelu=gelu, scales=(scale, weight_scale))
+        for tile in (FP8_TILES if q.shape[1] % 64 == 0 else MASKED_TILES)
     }
     if wanted() == "auto" and bias.dtype == torch.bfloat16:
         candidates["torch"] = partial(_scaled_mm, q, weight, scale, weight_scale, bias, gelu)

@@ -107,7 +107,7 @@ def _patch_triton(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, pos
     tokens, K = (H // p) * (W // p), weight[0].numel()
     out = torch.empty(B, tokens, D, dtype=weight.dtype, device=x.device)
     most = 32 if weight.dtype == torch.float32 else 64  # with more, products of float32 outside the tensor cores spill
-    block_t, block_d, block_k = 32, 64, max(16, min(most, next_power_of_2(K)))
+    block_t, block_d, block_k = 32, most, max(16, min(most, next_power_of_2(K)))
     _patch_kernel.launch(
         (-(-tokens // block_t), -(-D // block_d), B),
         x, x if v is None else v, weight.contiguous(), bias.contiguous(),

@@ -39,7 +39,8 @@ def kernels() -> list[dict[str, Any]]:
 def test_every_operation_with_a_triton_kernel_is_compiled(kernels):
     from flowturbo_kernels import OPS
 
-    expected = {(name, arch) for name, op in OPS.items() if "triton" in op.backends for arch in SHARED}
+    fp8 = {("quantize_rows", 80), ("linear_fp8", 80)}  # before sm_89 there is no e4m3
+    expected = {(name, arch) for name, op in OPS.items() if "triton" in op.backends for arch in SHARED} - fp8
     assert {(k["op"], k["arch"]) for k in kernels} == expected
     assert {k["dtype"] for k in kernels} == {"bfloat16", "float32"}
 
@@ -57,13 +58,15 @@ def test_products_of_16_bits_run_on_tensor_cores(kernels):
     products = [k for k in kernels if k["kernel"] in PRODUCTS]
     assert {k["kernel"] for k in products} == set(PRODUCTS)
     for k in products:
-        if k["dtype"] == "float32":
+        if k["op"] == "linear_fp8":
+            assert k["wgmma"], k
+        elif k["dtype"] == "float32":
             assert not k["mma"], k
             assert not k["wgmma"], k
         elif k["arch"] == 90 and PRODUCTS[k["kernel"]] and k["real"]:
             assert k["wgmma"], k
         else:
-            assert k["mma"], k
+            assert k["mma"] or k["wgmma"], k
 
 
 PRODUCTS = {"_patch_kernel": False, "_final_kernel": False, "_attention_kernel": True, "_product_kernel": True}
@@ -77,14 +80,13 @@ PRODUCTS = {"_patch_kernel": False, "_final_kernel": False, "_attention_kernel":
         "_seam_kernel",
         "_guided_update_kernel",
         "_update_kernel",
-        "_apply_kernel",
         "_attention_kernel",
         "_product_kernel",
         "_sum_kernel",
     ],
 )
 def test_memory_bound_kernels_load_16_bytes_at_a_time(kernels, name):
-    """At the sizes of real models."""
+    """At the sizes of real models. (GroupNorm's load what a group has: 8 bytes for 4 channels of 16 bits, of whole lines.)"""
     real = [k for k in kernels if k["kernel"] == name and k["real"]]
     assert real
     assert all(k["wide_loads"] for k in real), real
