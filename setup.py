@@ -57,6 +57,7 @@ class NinjaBuild(build_ext):
         for folder in (target.parent, temp):
             folder.mkdir(parents=True, exist_ok=True)
         lines = [
+            f"builddir = {temp}",
             f"rule compile\n  command = {nvcc} {NVCC_FLAGS} {includes} {code} -DFLOWTURBO_ARCHS='\"{' '.join(archs)}\"' "
             "-MD -MF $out.d -c $in -o $out\n  depfile = $out.d",
             f"rule link\n  command = {nvcc} -shared {code} $in -o $out",
