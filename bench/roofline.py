@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from harness import seconds
-from torch import Tensor
+
+from flowturbo_kernels._op import tensors
 
 
 class Work(NamedTuple):
@@ -16,14 +16,6 @@ class Work(NamedTuple):
 
     bytes: int
     flops: int
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors(item)
 
 
 def work(name: str, args: tuple[Any, ...], results: Any) -> Work:

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from harness import L2_BYTES, Replays
-from roofline import ceilings, floor, tensors, work
+from roofline import ceilings, floor, work
 from torch import Tensor
 
 from flowturbo_kernels import OPS, BackendError, sizes, use_backend
+from flowturbo_kernels._op import tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

@@ -79,19 +79,33 @@ template <typename T, int V> __global__ void group_norm_statistics(GroupNorm a) 
     }
 }
 
-// Grid (blocks, N); shared memory: 2 * G floats.
+// Grid (blocks, N); shared memory: 2 * G floats, and a Statistics a thread.
 template <typename T, int V> __global__ void group_norm_apply(GroupNorm a) {
     extern __shared__ float shared[];
     float *means = shared, *rstds = shared + a.G;
+    Statistics* parts = reinterpret_cast<Statistics*>(shared + 2 * a.G);
     const long long n = blockIdx.y;
-    for (int g = threadIdx.x; g < a.G; g += blockDim.x) {
+    // Every image's blocks are joined by all threads: lanes of one thread a group, then over the lanes.
+    const int width = a.G < blockDim.x ? a.G : blockDim.x, lanes = blockDim.x / width, lane = threadIdx.x / width;
+    for (int start = 0; start < a.G; start += width) {
+        const int g = start + threadIdx.x % width;
         Statistics s = {0, 0, 0};
-        for (long long b = 0; b < a.blocks; ++b) {
-            const long long place = (n * a.blocks + b) * a.G + g;
-            s = joined(s, static_cast<float>(pixels_of(a, b)) * (a.C / a.G), a.means[place], a.squares[place]);
+        if (lane < lanes && g < a.G)
+            for (long long b = lane; b < a.blocks; b += lanes) {
+                const long long place = (n * a.blocks + b) * a.G + g;
+                s = joined(s, static_cast<float>(pixels_of(a, b)) * (a.C / a.G), a.means[place], a.squares[place]);
+            }
+        __syncthreads();
+        parts[threadIdx.x] = s;
+        __syncthreads();
+        if (lane == 0 && g < a.G) {
+            for (int other = 1; other < lanes; ++other) {
+                const Statistics p = parts[other * width + threadIdx.x];
+                if (p.count > 0) s = joined(s, p.count, p.mean, p.squares);
+            }
+            means[g] = s.mean;
+            rstds[g] = 1.0f / sqrtf(s.squares / s.count + a.eps);
         }
-        means[g] = s.mean;
-        rstds[g] = 1.0f / sqrtf(s.squares / s.count + a.eps);
     }
     __syncthreads();
     const long long first = (n * a.HW + blockIdx.x * a.pixels) * a.C;

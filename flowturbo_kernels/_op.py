@@ -105,7 +105,7 @@ class Op(Generic[P, R]):
         return args + tuple(kwargs.get(name, default) for name, default in self._parameters[len(args) :])
 
     def _choose(self, args: tuple[Any, ...]) -> tuple[str, dict[str, str]]:
-        name, device = wanted(), next(_tensors(args)).device
+        name, device = wanted(), next(tensors(args)).device
         refused: dict[str, str] = {}
         if name == "reference" or (name == "auto" and device.type != "cuda"):
             return "reference", {} if name == "reference" else dict.fromkeys(self.backends, f"tensors are on the {device.type}")
@@ -124,7 +124,7 @@ class Op(Generic[P, R]):
         chosen, _ = self._choose(args)
         if chosen == "reference":
             return self.reference(*args)  # type: ignore[call-arg, arg-type]
-        device = next(_tensors(args)).device
+        device = next(tensors(args)).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.backends[chosen].run(*args)
@@ -195,7 +195,7 @@ def unavailable(backend: str, device: torch.device) -> str | None:
 
 
 def _wide_or_empty(args: tuple[Any, ...]) -> str | None:
-    for tensor in _tensors(args):
+    for tensor in tensors(args):
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn):
             return f"{tensor.dtype} is none of float32, float16, bfloat16"
         if not tensor.numel():
@@ -204,15 +204,15 @@ def _wide_or_empty(args: tuple[Any, ...]) -> str | None:
 
 
 def _needs_gradients(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors(args))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

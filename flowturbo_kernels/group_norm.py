@@ -56,22 +56,28 @@ def _statistics_kernel(
 @kernel
 def _apply_kernel(
     x, weight, bias, means, squares, out, HW, blocks, eps, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     n, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     group = tl.arange(0, BLOCK_G)
-    mean = tl.zeros((BLOCK_G,), dtype=tl.float32)
-    square = tl.zeros((BLOCK_G,), dtype=tl.float32)
-    seen = 0.0
-    for b in range(0, blocks):
-        place = (n * blocks + b) * G + group
+    total = tl.zeros((BLOCK_G,), dtype=tl.float32)
+    for first in range(0, blocks, BLOCK_B):
+        b = first + tl.arange(0, BLOCK_B)
+        known = (b < blocks)[:, None] & (group < G)[None, :]
+        share = tl.minimum(HW - b * PIXELS, PIXELS) * 1.0 / HW
+        part = tl.load(means + (n * blocks + b[:, None]) * G + group[None, :], mask=known, other=0.0)
+        total += tl.sum(part * share[:, None], axis=0)
+    mean = total
+    total = tl.zeros((BLOCK_G,), dtype=tl.float32)
+    for first in range(0, blocks, BLOCK_B):
+        b = first + tl.arange(0, BLOCK_B)
+        known = (b < blocks)[:, None] & (group < G)[None, :]
         count = tl.minimum(HW - b * PIXELS, PIXELS) * (C // G) * 1.0
-        difference = tl.load(means + place, mask=group < G, other=0.0) - mean
-        both = seen + count
-        mean += difference * (count / both)
-        square += tl.load(squares + place, mask=group < G, other=0.0) + difference * difference * (seen * count / both)
-        seen = both
-    rstd = 1.0 / tl.sqrt(square / seen + eps)
+        place = (n * blocks + b[:, None]) * G + group[None, :]
+        difference = tl.load(means + place, mask=known, other=0.0) - mean[None, :]
+        square = tl.load(squares + place, mask=known, other=0.0) + count[:, None] * difference * difference
+        total += tl.sum(tl.where(known, square, 0.0), axis=0)
+    rstd = 1.0 / tl.sqrt(total / (HW * (C // G) * 1.0) + eps)
     inner = tl.arange(0, BLOCK_C)
     channel = group[:, None] * (C // G) + inner[None, :]
     known = (group < G)[:, None] & (inner < C // G)[None, :]
@@ -129,7 +135,8 @@ def _group_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps
     block_p = max(1, min(_PIXELS, 4096 // (block_g * block_c)))
     sizes = (C, groups, _PIXELS, block_p, block_g, block_c)
     _statistics_kernel.launch((blocks, N), x, means, squares, H * W, blocks, *sizes, num_warps=4)
-    _apply_kernel.launch((blocks, N), x, weight.contiguous(), bias.contiguous(), means, squares, out, H * W, blocks, eps, *sizes)
+    tensors = x, weight.contiguous(), bias.contiguous(), means, squares, out
+    _apply_kernel.launch((blocks, N), *tensors, H * W, blocks, eps, *sizes, min(64, next_power_of_2(blocks)), num_warps=4)
     return out
 
 
@@ -161,7 +168,7 @@ def cuda_calls(
     kind = f"<{_cuda.NAMES[x.dtype]},{V}>"
     return [
         (f"flowturbo::group_norm_statistics{kind}", grid, threads, 4 * (threads * V + groups), args),
-        (f"flowturbo::group_norm_apply{kind}", grid, 256, 8 * groups, args),
+        (f"flowturbo::group_norm_apply{kind}", grid, 256, 8 * groups + 12 * 256, args),
     ]
 
 
