@@ -53,6 +53,11 @@ def ceilings(device: str) -> dict[str, float]:
     for dtype in (torch.bfloat16, torch.float32) if large else (torch.float32,):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         found[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds(functools.partial(torch.mm, a, b), device)
+    if large and torch.cuda.get_device_capability() >= (8, 9):
+        a, b = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+        one = torch.ones((), device=device)
+        product = functools.partial(torch._scaled_mm, a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+        found["float8_e4m3fn"] = 2 * size**3 / seconds(product, device)
     return found
 
 

@@ -36,6 +36,7 @@ def shapes(batch: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(operation, arguments) of SiT-XL/2 at 256 x 256 and of the SD decoder on a GPU; of a small model elsewhere."""
     if DEVICE == "cuda":
         yield from sizes.sit(make, batch)
+        yield from sizes.sit_fp8(make, batch)
         yield from sizes.vae(make, batch)
     else:
         yield from sizes.sit(make, batch, hidden=96, heads=4, side=8)
@@ -51,7 +52,7 @@ def _meta(*shape: int) -> Tensor:
 
 
 def _count(batch: int) -> int:
-    families = (sizes.sit(_meta, 1), sizes.vae(_meta, 1)) if DEVICE == "cuda" else (sizes.sit(_meta, 1),)
+    families = (sizes.sit(_meta, 1), sizes.sit_fp8(_meta, 1), sizes.vae(_meta, 1)) if DEVICE == "cuda" else (sizes.sit(_meta, 1),)
     return sum(1 for family in families for _ in family)
 
 
@@ -101,7 +102,7 @@ def test_kernel(benchmark, batch, index, which):
         "calls": replays.calls,
         "bytes": needed.bytes,
         "flops": needed.flops,
-        "floor": floor(needed, DTYPE, DEVICE),
+        "floor": floor(needed, torch.float8_e4m3fn if name == "linear_fp8" else DTYPE, DEVICE),
         "ceilings": ceilings(DEVICE),
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "dtype": str(DTYPE),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ._op import Make
+from .linear_fp8 import quantize_rows
 
 
 def sit(
@@ -33,6 +34,14 @@ def sit(
     layer = tokens, *modulations[:2], make(2 * p * p * C, D) / D**0.5, make(2 * p * p * C)
     yield "final_update", (*layer, x, 1.5, 3, 0.05, None, [v], [0.05])
     yield "final_update", (*layer, x, 1.5, 3, 0.05, v, [v], [0.05])
+
+
+def sit_fp8(make: Make, batch: int, *, hidden: int = 1152, tokens: int = 256) -> Iterator[tuple[str, Any]]:
+    """(operation, arguments) of the products of a guided call of a SiT in fp8."""
+    x = make(2 * batch, tokens, hidden)
+    for K, N, activation in ((hidden, 3 * hidden, None), (hidden, 4 * hidden, "gelu_tanh")):
+        yield "linear_fp8", (x, *quantize_rows.reference(make(N, K) / K**0.5), make(N), activation)
+    yield "quantize_rows", (x.flatten(0, 1),)
 
 
 def vae(make: Make, batch: int, side: int = 32) -> Iterator[tuple[str, Any]]:

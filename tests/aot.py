@@ -39,7 +39,9 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, bool, Any, tuple[Any, ..
     def make(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    real = itertools.chain(sizes.sit(make, 1), sizes.sit(make, 8), sizes.sit(make, 2, side=64), sizes.vae(make, 2))
+    real = itertools.chain(
+        sizes.sit(make, 1), sizes.sit(make, 8), sizes.sit(make, 2, side=64), sizes.sit_fp8(make, 8), sizes.vae(make, 2)
+    )
     examples = ((name, args) for name, op in OPS.items() for args in op.example(make))
     for is_real, (name, args) in itertools.chain(zip(itertools.repeat(True), real), zip(itertools.repeat(False), examples)):
         _tune.fastest = every if is_real else first  # type: ignore[assignment]
