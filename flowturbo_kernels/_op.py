@@ -84,21 +84,20 @@ class Op(Generic[P, R]):
         self.check(*args, **kwargs)
         if torch.compiler.is_compiling():
             positional = self._positional(args, kwargs)
-            if _needs_gradients(positional):
+            if _for_torch(positional):
                 return self.reference(*args, **kwargs)
             return self.library(*(self.lower(*positional) if self.lower else positional))  # type: ignore[return-value]
         name = wanted()
         if not self.backends or name == "reference" or (name == "auto" and args and not getattr(args[0], "is_cuda", True)):
             return self.reference(*args, **kwargs)  # by the shortest way: on the CPU small models feel every microsecond
         positional = self._positional(args, kwargs)
-        return self.reference(*args, **kwargs) if _needs_gradients(positional) else self._run(*positional)
+        return self.reference(*args, **kwargs) if _for_torch(positional) else self._run(*positional)
 
     def why(self, *args: P.args, **kwargs: P.kwargs) -> tuple[str, dict[str, str]]:
         """Which backend these arguments get, and why each one before it does not."""
         positional = self._positional(args, kwargs)
-        if _needs_gradients(positional):
-            return "reference", dict.fromkeys(self.backends, "forward only, and gradients are asked for")
-        return self._choose(positional)
+        reason = _for_torch(positional)
+        return ("reference", dict.fromkeys(self.backends, reason)) if reason else self._choose(positional)
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments in order, defaults filled in; `check`, of the same signature, has refused names that are none."""
@@ -170,7 +169,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run operations on one backend: "reference" (plain torch), "triton", "cuda", or "auto", as if none were named.
 
     An operation that has the named backend and can't run on it raises BackendError; one that has none of that name runs its
-    reference, as all do where gradients are needed. ValueError for another name.
+    reference, as all do where gradients are needed and under autocast. ValueError for another name.
     """
     token = _wanted.set(_valid("backend", name))
     try:
@@ -203,8 +202,14 @@ def _wide_or_empty(args: tuple[Any, ...]) -> str | None:
     return None
 
 
-def _needs_gradients(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors(args))
+def _for_torch(args: tuple[Any, ...]) -> str | None:
+    """Why the reference must run whatever was asked for, or None."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors(args)):
+        return "forward only, and gradients are asked for"
+    kind = next(tensors(args)).device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return "under autocast torch chooses the dtypes"
+    return None
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

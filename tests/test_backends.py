@@ -90,6 +90,15 @@ def test_where_gradients_are_needed_the_reference_runs():
     assert x.grad is not None
 
 
+@interpreted
+def test_under_autocast_the_reference_runs():
+    """A kernel would take float32 as it comes, where autocast means 16 bits."""
+    weight, bias = torch.randn(4, 8), torch.randn(4)
+    with use_backend("triton"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert linear.why(X, weight, bias) == ("reference", {"triton": "under autocast torch chooses the dtypes"})
+        assert linear(X, weight, bias).dtype == torch.bfloat16
+
+
 # Whole models
 
 
