@@ -29,7 +29,10 @@ device=$(python -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_d
 export PYTHONPATH=$PWD
 stage build 120 env FLOWTURBO_CUDA_ARCHS="$arch" FLOWTURBO_BUILD_CUDA=1 python setup.py -q build_ext --inplace
 stage info 30 python -c 'from flowturbo.info import report; print(report())'
-stage tests 200 python -m pytest -q -m gpu tests/test_gpu.py tests/test_triton.py
+# Most of the tests' time is Triton compiling, on one core a kernel.
+workers=$(python -c 'import os, xdist; print("-n", min(12, os.cpu_count()))' 2>/dev/null || true)
+# shellcheck disable=SC2086 (two words or none)
+stage tests 200 python -m pytest -q $workers -m gpu tests/test_gpu.py tests/test_triton.py
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 if [ -n "$sanitizer" ]; then
     stage sanitizer 60 "$sanitizer" --error-exitcode 1 --log-file "$folder/sanitizer.log" \
