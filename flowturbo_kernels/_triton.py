@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:
     tl = None  # set in a kernel's module when its first kernel is made
 
-__all__ = ["Kernel", "dot_precision", "kernel", "next_power_of_2", "pieces", "rows", "tl", "unavailable"]
+__all__ = ["Kernel", "dot_precision", "kernel", "next_power_of_2", "pieces", "rows", "tl", "too_many_images", "unavailable"]
 
 
 class Kernel:
@@ -51,7 +51,14 @@ def unavailable(device: torch.device) -> str | None:
         return "tensors are on the cpu, and TRITON_INTERPRET=1 is not set"
     if device.type not in ("cpu", "cuda"):
         return f"tensors are on the {device.type}"
-    return _problem(device)
+    if device.type == "cuda" and device not in _probed and torch.cuda.is_current_stream_capturing():
+        return "it was not tried before this CUDA graph's capture, which forbids trying"
+    reason = _problem(device)
+    _probed.add(device)
+    return reason
+
+
+_probed: set[torch.device] = set()
 
 
 @functools.cache
@@ -75,6 +82,15 @@ def _problem(device: torch.device) -> str | None:
 @kernel
 def _one(ptr):
     tl.store(ptr, 1.0)
+
+
+MOST_IMAGES = 65535
+"""What the second and third axis of a grid may hold."""
+
+
+def too_many_images(n: int) -> str | None:
+    """Why a kernel with images on such an axis can't take n of them, or None."""
+    return None if n <= MOST_IMAGES else f"at most {MOST_IMAGES} images at a time, got {n}"
 
 
 def next_power_of_2(n: int) -> int:

@@ -23,10 +23,12 @@ def _attention_kernel(
     qkv, out, T, qkv_b, qkv_t, scale, HEADS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    blocks = tl.cdiv(T, BLOCK_M)  # all in axis 0: the others end at 65535, which batch times heads may pass
+    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    b, h = head // HEADS, head % HEADS
     q_ptr = qkv + b.to(tl.int64) * qkv_b + h * D
     k_ptr, v_ptr = q_ptr + HEADS * D, q_ptr + 2 * HEADS * D
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     d, e = tl.arange(0, MAIN), MAIN + tl.arange(0, TAIL if TAIL > 0 else 1)
     rows = (m < T)[:, None]
     q = tl.load(q_ptr + m[:, None] * qkv_t + d[None, :], mask=rows & (d < D)[None, :], other=0.0)
@@ -122,7 +124,7 @@ def run_tile(qkv: Tensor, tile: tuple[int, int, int, int]) -> Tensor:
     out = torch.empty(B, T, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     scale = 1.4426950408889634 / head_dim**0.5
     _attention_kernel.launch(
-        (-(-T // queries), B * heads), qkv, out, T, *qkv.stride()[:2], scale,
+        (-(-T // queries) * B * heads,), qkv, out, T, *qkv.stride()[:2], scale,
         heads, head_dim, *_head_pieces(head_dim), dot_precision(qkv), queries, keys, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _cuda
 from ._op import Make, expect_floating, expect_shape, op, wide
-from ._triton import kernel, next_power_of_2, tl
+from ._triton import kernel, next_power_of_2, tl, too_many_images
 
 EPS = 1e-6
 _PIXELS = 256
@@ -124,7 +124,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 32, e
     return F.silu(y).to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
-@group_norm_silu.backend("triton", cannot=lambda *_: None)
+@group_norm_silu.backend("triton", cannot=lambda x, *_: too_many_images(len(x)))
 def _group_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     N, C, H, W = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
@@ -177,7 +177,7 @@ def _cannot_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: floa
     most = 1024 * (16 // x.dtype.itemsize if C % (16 // x.dtype.itemsize) == 0 else 1)
     if most < C or groups > 1024:
         return f"at most {most} channels and 1024 groups, got {C} and {groups}"
-    return _cuda.same_dtype(x, weight, bias)
+    return too_many_images(len(x)) or _cuda.same_dtype(x, weight, bias)
 
 
 @group_norm_silu.backend("cuda", cannot=_cannot_cuda)

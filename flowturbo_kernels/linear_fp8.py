@@ -50,7 +50,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (values / scale[:, None]).to(torch.float8_e4m3fn), scale.to(torch.float32)
 
 
-@quantize_rows.backend("triton", cannot=lambda x: None if x.shape[1] <= 16384 else f"K must be at most 16384, got {x.shape[1]}")
+def _no_fp8(x: Tensor) -> str | None:
+    """Why a kernel can't take the rows of x (..., K), or None."""
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
+        return "e4m3 needs sm_89 or later"
+    return None if x.shape[-1] <= 16384 else f"K must be at most 16384, got {x.shape[-1]}"
+
+
+@quantize_rows.backend("triton", cannot=_no_fp8)
 def _quantize_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     x = rows(x)
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
@@ -100,11 +107,7 @@ def linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, ac
 
 
 def _cannot(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None) -> str | None:
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
-        return "products in e4m3 need sm_89 or later"
-    if x.shape[-1] > 16384:
-        return f"K must be at most 16384, got {x.shape[-1]}"
-    return None if x.dtype == bias.dtype else "x and bias are of several dtypes"
+    return _no_fp8(x) or (None if x.dtype == bias.dtype else "x and bias are of several dtypes")
 
 
 @linear_fp8.backend("triton", cannot=_cannot)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op
-from ._triton import dot_precision, kernel, next_power_of_2, tl
+from ._triton import dot_precision, kernel, next_power_of_2, tl, too_many_images
 
 # Triton: one program a block of tokens by a block of features; feature k = (channel, row, column) of a patch is read where it lies,
 # from x or from v.
@@ -94,12 +94,13 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None
     return tokens if positions is None else tokens + positions
 
 
-def _mixed(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None) -> str | None:
+def _cannot(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None) -> str | None:
     same = weight.dtype == bias.dtype and (positions is None or positions.dtype == weight.dtype)
-    return None if same else "weight, bias and positions are of several dtypes, under autocast"
+    mixed = None if same else "weight, bias and positions are of several dtypes, under autocast"
+    return mixed or too_many_images(len(x if v is None else v))
 
 
-@patch_embed.backend("triton", cannot=_mixed)
+@patch_embed.backend("triton", cannot=_cannot)
 def _patch_triton(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None) -> Tensor:
     x_rows, C, H, W = x.shape
     B = x_rows if v is None else len(v)

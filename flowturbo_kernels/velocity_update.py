@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _cuda
 from ._op import Make, expect_floating, expect_shape, op, wide
-from ._triton import kernel, next_power_of_2, tl
+from ._triton import kernel, next_power_of_2, tl, too_many_images
 
 MOST = 4
 """Velocities that a kernel takes: those of Adams-Bashforth of order 4."""
@@ -197,7 +197,7 @@ def guide(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
     return torch.cat([torch.cat([guided, guided]), v[:, channels:]], dim=1)
 
 
-@guide.backend("triton", cannot=lambda *_: None)
+@guide.backend("triton", cannot=lambda v, *_: too_many_images(len(v) // 2))
 def _guide_triton(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
     v = v.contiguous()
     N, S, HW = len(v) // 2, v[0].numel(), v[0, 0].numel()
@@ -297,7 +297,7 @@ def guided_update(
 
 
 def _too_many_guided(x: Tensor, raw: Tensor, *rest: Any) -> str | None:
-    return _too_many(x, rest[-2], rest[-1])
+    return _too_many(x, rest[-2], rest[-1]) or too_many_images(len(x))
 
 
 @guided_update.backend("triton", cannot=_too_many_guided)
@@ -366,7 +366,7 @@ def cuda_call(
 
 
 def _cannot_cuda(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> str | None:
-    return _too_many(x, velocities, weights) or _cuda.same_dtype(x, *velocities)
+    return _too_many(x, velocities, weights) or too_many_images(len(x)) or _cuda.same_dtype(x, *velocities)
 
 
 @velocity_update.backend("cuda", cannot=_cannot_cuda)
@@ -381,7 +381,7 @@ def _update_cuda(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[floa
 def _cannot_guided_cuda(x: Tensor, raw: Tensor, *rest: Any) -> str | None:
     base, velocities, weights = rest[-3:]
     mixed = None if x.dtype in (torch.float32, raw.dtype) else f"raw is {raw.dtype} beside x of {x.dtype}"
-    return _too_many(x, velocities, weights) or mixed or _cuda.same_dtype(x, base, *velocities)
+    return _too_many(x, velocities, weights) or too_many_images(len(x)) or mixed or _cuda.same_dtype(x, base, *velocities)
 
 
 @guided_update.backend("cuda", cannot=_cannot_guided_cuda)

@@ -9,7 +9,20 @@ from close import assert_close, relative_error
 from ops import CASES, DTYPES, NAMES, case, examples, mapped, strided, tensors
 from torch import Tensor
 
-from flowturbo_kernels import OPS, adaln_modulate, attention, gated_residual_adaln, guide, linear, patch_embed, velocity_update
+from flowturbo_kernels import (
+    OPS,
+    adaln_modulate,
+    attention,
+    final_update,
+    gated_residual_adaln,
+    group_norm_silu,
+    guide,
+    guided_update,
+    linear,
+    linear_gated_residual,
+    patch_embed,
+    velocity_update,
+)
 
 # What each operation means, written out in its formula.
 
@@ -303,6 +316,33 @@ REFUSED: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [
     (guide, (r(4, 4, 8, 8), 2.0, 0), ValueError, "channels"),
     (guide, (r(4, 4, 8, 8), r(4, 1, 1, 1), 3), ValueError, "scale"),
     (guide, (r(4, 4, 8, 8).long(), 2.0, 3), TypeError, "v"),
+    (linear_gated_residual, (r(2, 3, 8), r(4, 7), r(4), r(2, 3, 4), r(2, 4)), ValueError, "weight"),
+    (linear_gated_residual, (r(2, 3, 8), r(4, 8), r(5), r(2, 3, 4), r(2, 4)), ValueError, "bias"),
+    (linear_gated_residual, (r(2, 3, 8), r(4, 8), r(4), r(2, 3, 5), r(2, 4)), ValueError, "residual"),
+    (linear_gated_residual, (r(2, 3, 8), r(4, 8), r(4), r(2, 3, 4), r(3, 4)), ValueError, "gate"),
+    (linear_gated_residual, (r(2, 3, 8), r(4, 8), r(4), r(2, 3, 4).long(), r(2, 4)), TypeError, "residual"),
+    (guided_update, (r(4, 8, 8), r(4, 8, 8), None, 1, 0.1), ValueError, "x"),
+    (guided_update, (r(2, 4, 8, 8), r(2, 4, 8, 8), 1.5, 3, 0.1), ValueError, "raw"),
+    (guided_update, (r(2, 4, 8, 8), r(4, 4, 8, 8), None, 3, 0.1), ValueError, "raw"),
+    (guided_update, (r(2, 4, 8, 8), r(4, 4, 8, 8), 1.5, 5, 0.1), ValueError, "channels"),
+    (guided_update, (r(2, 4, 8, 8), r(4, 4, 8, 8), r(3, 1, 1, 1), 3, 0.1), ValueError, "scale"),
+    (guided_update, (r(2, 4, 8, 8), r(4, 4, 8, 8), 1.5, 3, 0.1, r(2, 4, 8, 8)), ValueError, "base"),
+    (guided_update, (r(2, 4, 8, 8), r(2, 4, 8, 8), None, 3, 0.1, None, [r(2, 4, 8, 8)], []), ValueError, "weights"),
+    (guided_update, (r(2, 4, 8, 8), r(2, 4, 8, 8), None, 3, 0.1, None, [r(1, 4, 8, 8)], [1.0]), ValueError, "velocities[0]"),
+    (final_update, (r(2, 16), r(2, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "tokens"),
+    (final_update, (r(2, 16, 8), r(2, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8, 8), 1.5, 4, 0.1), ValueError, "tokens"),
+    (final_update, (r(2, 16, 8), r(1, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "shift"),
+    (final_update, (r(2, 16, 8), r(2, 8), r(2, 9), r(16, 8), r(16), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "scale"),
+    (final_update, (r(2, 16, 8), r(2, 8), r(2, 8), r(16, 7), r(16), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "weight"),
+    (final_update, (r(2, 16, 8), r(2, 8), r(2, 8), r(20, 8), r(20), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "weight"),
+    (final_update, (r(2, 16, 8), r(2, 8), r(2, 8), r(16, 8), r(15), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "bias"),
+    (final_update, (r(2, 15, 8), r(2, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "tokens"),
+    (final_update, (r(2, 16, 8), r(2, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8), None, 4, 0.1), ValueError, "x"),
+    (group_norm_silu, (r(2, 8, 4), r(8), r(8), 4), ValueError, "x"),
+    (group_norm_silu, (r(2, 8, 4, 4), r(8), r(8), 3), ValueError, "groups"),
+    (group_norm_silu, (r(2, 8, 4, 4), r(7), r(8), 4), ValueError, "weight"),
+    (group_norm_silu, (r(2, 8, 4, 4), r(8), r(9), 4), ValueError, "bias"),
+    (group_norm_silu, (r(2, 8, 4, 4).long(), r(8), r(8), 4), TypeError, "x"),
 ]
 
 
