@@ -523,7 +523,7 @@ def _spread(values: Tensor) -> dict[str, list[float]]:
 @torch.no_grad()
 def trajectory_velocities(model: FlowModel, plan: Plan, labels: Tensor, noise: Tensor, guidance: float) -> Tensor:
     """labels (N,), noise (N, C, H, W), a plan of Heun steps -> (len(plan) + 1, N, C, H, W): the velocity at each grid time."""
-    field = GuidedField(model, plan, labels.to(model.device), guidance, model.guidance_channels)
+    field = GuidedField(model, plan, labels.to(model.device), None if guidance == 1 else guidance, model.guidance_channels)
     calls: list[Tensor] = []
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:

@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 from .checks import finite, numbers_of
-from .steps import STEPS, NoCachedVelocity, State, Step
+from .steps import STEPS, Field, NoCachedVelocity, State, Step
 
 MAX_STEPS = 1000
+
+
+class Call(NamedTuple):
+    """One evaluation of a network: of the predictor or the refiner, at time t, with both halves when guidance is asked or one."""
+
+    refiner: bool
+    t: float
+    guided: bool
 
 
 class Cost(NamedTuple):
@@ -41,7 +49,7 @@ class Plan:
     letters: str
     grid: tuple[float, ...]
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    cost: Cost = field(init=False, compare=False, repr=False)
+    calls: tuple[Call, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.letters, str):
@@ -57,7 +65,7 @@ class Plan:
         _check_grid(self.grid, len(self.letters))
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {interval}")
-        object.__setattr__(self, "cost", self._rehearse())
+        object.__setattr__(self, "calls", self._rehearse())
 
     @classmethod
     def parse(
@@ -100,36 +108,36 @@ class Plan:
         low, high = self.guidance_interval
         return low <= t <= high
 
-    def _rehearse(self) -> Cost:
-        """Run the plan on a field that counts: cost and validity are those of the run itself, said nowhere twice."""
-        counter = _Counter()
+    @property
+    def cost(self) -> Cost:
+        predictor, refiner = ([c for c in self.calls if c.refiner == which] for which in (False, True))
+        return Cost(len(predictor), len(refiner), sum(c.guided for c in predictor), sum(c.guided for c in refiner))
+
+    def _rehearse(self) -> tuple[Call, ...]:
+        """Run the plan on a field that notes its calls: they and validity are those of the run itself, said nowhere twice."""
+        notes = _Notes(self)
         state = State(torch.zeros(1))
         for i, (step, t0, t1) in enumerate(self.schedule()):
             try:
-                state = step(counter, state, t0, t1)
+                state = step(notes, state, t0, t1)
             except NoCachedVelocity as error:
                 raise ValueError(_mark(self.letters, i, str(error))) from None
-        return Cost(
-            len(counter.predicted),
-            len(counter.refined),
-            sum(map(self.is_guided, counter.predicted)),
-            sum(map(self.is_guided, counter.refined)),
-        )
+        return tuple(notes.calls)
 
 
-class _Counter:
+class _Notes(Field):
     """A field that notes when it is called."""
 
-    def __init__(self) -> None:
-        self.predicted: list[float] = []
-        self.refined: list[float] = []
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.calls: list[Call] = []
 
     def predict(self, x: Tensor, t: float) -> Tensor:
-        self.predicted.append(t)
+        self.calls.append(Call(False, t, self.plan.is_guided(t)))
         return x
 
     def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
-        self.refined.append(t)
+        self.calls.append(Call(True, t, self.plan.is_guided(t)))
         return v
 
 

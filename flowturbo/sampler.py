@@ -16,7 +16,7 @@ from flowturbo_kernels import use_backend
 
 from . import rng
 from .checks import finite, positive
-from .field import FunctionField, GuidedField
+from .field import FunctionField, field_of
 from .models import FlowModel, VelocityFunction
 from .path import denoised
 from .plan import Plan, as_plan
@@ -163,7 +163,8 @@ def _class_conditional(
         classes = _labels(labels, model.num_classes)
     start = _noise(noise, seed, (len(classes), *model.latent_shape)).to(model.device)
     classes = classes.to(model.device)
-    return start, lambda rows: GuidedField(model, plan, classes[rows], guidance, guidance_channels)
+    scale = None if guidance == 1 else guidance
+    return start, lambda rows: field_of(model, plan, classes[rows], scale, guidance_channels)
 
 
 def _plain_function(

@@ -6,24 +6,63 @@ Time runs from 0 (noise) to 1 (data), dx/dt = v(x, t). Numerics of H, P and R ar
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from flowturbo_kernels import velocity_update
 
 
-class Field(Protocol):
-    """What a step may ask of a model. Guidance, labels and dtypes are the field's business."""
+class Move(NamedTuple):
+    """How the state moves by a velocity v that is still to be evaluated: to origin + sum(weights * velocities) + weight * v.
 
+    origin (N, ...); of v and of each of velocities the first N rows are read; weights hold the step size.
+    """
+
+    origin: Tensor
+    weight: float
+    velocities: Sequence[Tensor] = ()
+    weights: Sequence[float] = ()
+
+    def by(self, v: Tensor) -> Tensor:
+        return velocity_update(self.origin, [*self.velocities, v], [*self.weights, self.weight])
+
+
+def euler(x: Tensor, dt: float) -> Move:
+    """x + dt * v."""
+    return Move(x, dt)
+
+
+def trapezoid(x: Tensor, v0: Tensor, dt: float) -> Move:
+    """x + dt/2 * (v0 + v)."""
+    return Move(x, dt / 2, [v0], [dt / 2])
+
+
+class Field(ABC):
+    """What a step may ask of a model. Guidance, labels and dtypes are the field's business.
+
+    A model says what predict and refine are; it may fuse evaluation and move by overriding the other two.
+    """
+
+    @abstractmethod
     def predict(self, x: Tensor, t: float) -> Tensor:
         """x (N, ...), t in [0, 1] -> the velocity at (x, t): N rows, or 2N with both guidance halves, conditional first."""
-        ...
 
+    @abstractmethod
     def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
         """x (N, ...), t, v as `predict` gives it -> the refiner's offset, of v's shape, to be added to a velocity."""
-        ...
+
+    def predict_and_move(self, x: Tensor, t: float, move: Move) -> tuple[Tensor, Tensor]:
+        """v = predict(x, t) -> (where the move by v ends, v)."""
+        v = self.predict(x, t)
+        return move.by(v), v
+
+    def refine_and_move(self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move) -> tuple[Tensor, Tensor]:
+        """v = base + refine(x, t, read) -> (where the move by v ends, v)."""
+        v = base + self.refine(x, t, read)
+        return move.by(v), v
 
 
 class Sample(NamedTuple):
@@ -60,16 +99,6 @@ class NoCachedVelocity(ValueError):
     """A step needs a velocity of an earlier step and there is none."""
 
 
-def move(x: Tensor, v: Tensor, dt: float) -> Tensor:
-    """x + dt * v, by the conditional half of v."""
-    return velocity_update(x, [v], [dt])
-
-
-def trapezoid(x: Tensor, v0: Tensor, v1: Tensor, dt: float) -> Tensor:
-    """x + dt/2 * (v0 + v1), by the conditional halves."""
-    return velocity_update(x, [v0, v1], [dt / 2, dt / 2])
-
-
 def remember(past: tuple[Sample, ...], t: float, v: Tensor) -> tuple[Sample, ...]:
     return (*past, Sample(t, v))[-MAX_PAST:]
 
@@ -92,9 +121,9 @@ class Heun(Step):
 
     def __call__(self, field: Field, state: State, t0: float, t1: float) -> State:
         dt = t1 - t0
-        v0 = field.predict(state.x, t0)
-        v1 = field.predict(move(state.x, v0, dt), t1)
-        return State(trapezoid(state.x, v0, v1, dt), v1, remember(state.past, t0, v0))
+        ahead, v0 = field.predict_and_move(state.x, t0, euler(state.x, dt))
+        x, v1 = field.predict_and_move(ahead, t1, trapezoid(state.x, v0, dt))
+        return State(x, v1, remember(state.past, t0, v0))
 
 
 class PseudoCorrector(Step):
@@ -106,10 +135,11 @@ class PseudoCorrector(Step):
     letter, title, order = "P", "pseudo corrector", 2
 
     def __call__(self, field: Field, state: State, t0: float, t1: float) -> State:
-        dt = t1 - t0
-        v0 = field.predict(state.x, t0) if state.v is None else state.v
-        v1 = field.predict(move(state.x, v0, dt), t1)
-        return State(trapezoid(state.x, v0, v1, dt), v1, remember(state.past, t0, v0))
+        if state.v is None:
+            return STEPS["H"](field, state, t0, t1)
+        dt, v0 = t1 - t0, state.v
+        x, v1 = field.predict_and_move(euler(state.x, dt).by(v0), t1, trapezoid(state.x, v0, dt))
+        return State(x, v1, remember(state.past, t0, v0))
 
 
 class Refiner(Step):
@@ -126,9 +156,9 @@ class Refiner(Step):
         dt, cached = t1 - t0, state.newest_velocity
         if cached is None:
             raise NoCachedVelocity("R needs the velocity of an earlier step")
-        v0 = cached + field.refine(state.x, t0, cached)
-        v1 = v0 + field.refine(move(state.x, v0, dt), t1, cached)
-        return State(trapezoid(state.x, v0, v1, dt), v0, remember(state.past, t0, v0))
+        ahead, v0 = field.refine_and_move(state.x, t0, cached, cached, euler(state.x, dt))
+        x, _ = field.refine_and_move(ahead, t1, cached, v0, trapezoid(state.x, v0, dt))
+        return State(x, v0, remember(state.past, t0, v0))
 
 
 class SingleRefiner(Step):
@@ -140,8 +170,8 @@ class SingleRefiner(Step):
         if not state.past:
             raise NoCachedVelocity("S needs the velocity of an earlier step")
         before = state.past[-1].v
-        v0 = before + field.refine(state.x, t0, before)
-        return State(move(state.x, v0, t1 - t0), None, remember(state.past, t0, v0))
+        x, v0 = field.refine_and_move(state.x, t0, before, before, euler(state.x, t1 - t0))
+        return State(x, None, remember(state.past, t0, v0))
 
 
 class AdamsBashforth(Step):
@@ -156,10 +186,9 @@ class AdamsBashforth(Step):
         self.title = "Euler" if k == 1 else f"Adams-Bashforth {k}"  # type: ignore[misc]
 
     def __call__(self, field: Field, state: State, t0: float, t1: float) -> State:
-        v0 = field.predict(state.x, t0)
-        used = (*state.past, Sample(t0, v0))[-self.order :]
-        weights = adams_bashforth_weights([s.t for s in used], t0, t1)
-        x = velocity_update(state.x, [s.v for s in used], weights)
+        earlier = state.past[max(0, len(state.past) + 1 - self.order) :]
+        *weights, weight = adams_bashforth_weights([*(s.t for s in earlier), t0], t0, t1)
+        x, v0 = field.predict_and_move(state.x, t0, Move(state.x, weight, [s.v for s in earlier], weights))
         return State(x, None, remember(state.past, t0, v0))
 
 

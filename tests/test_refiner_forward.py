@@ -28,9 +28,10 @@ def both_ways(config, dtype, guidance, depth=1, backend="reference"):
         offset = guide(offset, guidance, min(3, config.channels))
     refined = v + offset
     moved = velocity_update(x, [cached, refined], [0.05, 0.1])
+    modulations = network.modulations(network.t_embedder(t) + network.y_embedder(y))
     with use_backend(backend):
         fused = refiner_forward(
-            network.refiner_weights(), network.modulations(t, y), x, v, guidance, min(3, config.channels), 0.1,
+            network.refiner_weights(), modulations, x, v, guidance, min(3, config.channels), 0.1,
             velocities=[cached], velocity_weights=[0.05],
         )  # fmt: skip
     return (moved, refined), fused
@@ -72,7 +73,8 @@ def test_another_base_and_origin():
     x, origin, v, base = (torch.randn(2, 4, 8, 8, dtype=torch.float64) for _ in range(4))
     t, y = torch.full((2,), 0.7), torch.tensor([1, 5])
     refined = base + network(x, t, y, v)
-    got = refiner_forward(network.refiner_weights(), network.modulations(t, y), x, v, None, 4, 0.2, origin, base)
+    modulations = network.modulations(network.t_embedder(t) + network.y_embedder(y))
+    got = refiner_forward(network.refiner_weights(), modulations, x, v, None, 4, 0.2, origin, base)
     assert_close(got[0], origin + 0.2 * refined, 1e-14)
     assert_close(got[1], refined, 1e-14)
 

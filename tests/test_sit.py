@@ -322,10 +322,10 @@ def test_heun_and_pseudo_corrector_share_one_predictor():
     model = ft.load(random_sit(config, 17).double(), refiner=random_sit(config.refiner(), 18).double(), device="cpu")
     called = []
     for module in (model.predictor, model.refiner):
-        module.register_forward_hook(lambda m, *_: called.append(m))
+        module.x_embedder.register_forward_hook(lambda m, *_: called.append(m))
     ft.sample(model, "H1P2R1", labels=[1], guidance=2.0, seed=0)
-    assert [m is model.predictor for m in called] == [True] * 4 + [False] * 2
-    assert called[-1] is model.refiner
+    assert [m is model.predictor.x_embedder for m in called] == [True] * 4 + [False] * 2
+    assert called[-1] is model.refiner.x_embedder
 
 
 def test_a_module_is_taken_as_it_is():

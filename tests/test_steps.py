@@ -13,10 +13,10 @@ from oracle import heun_step, pseudo_corrector_step, refiner_step
 from torch import Tensor
 
 from flowturbo import Plan
-from flowturbo.steps import STEPS, Sample, State, adams_bashforth_weights
+from flowturbo.steps import STEPS, Field, Sample, State, adams_bashforth_weights
 
 
-class Ode:
+class Ode(Field):
     """dx/dt = f(x, t) as a field; its refiner is exact: the offset from any velocity to f."""
 
     def __init__(self, f) -> None:
@@ -140,7 +140,7 @@ def random_velocities(seed: int):
 def test_one_step_of_each_kind_is_the_independent_one(seed):
     v, r = random_velocities(seed)
 
-    class Field:
+    class Recording(Field):
         predict, refine = staticmethod(v), staticmethod(r)
 
     generator = torch.Generator().manual_seed(100 + seed)
@@ -154,7 +154,7 @@ def test_one_step_of_each_kind_is_the_independent_one(seed):
         ("P", pseudo_corrector_step(v, x, t0, t1, None), State(x)),
         ("R", refiner_step(r, x, t0, t1, cache), with_cache),
     ):
-        after = STEPS[letter](Field(), state, t0, t1)
+        after = STEPS[letter](Recording(), state, t0, t1)
         torch.testing.assert_close(after.x, expected[0], rtol=1e-14, atol=1e-15)
         torch.testing.assert_close(after.v, expected[1], rtol=1e-14, atol=1e-15)
 
@@ -162,11 +162,11 @@ def test_one_step_of_each_kind_is_the_independent_one(seed):
 def test_equation_7_reads_the_velocity_of_one_grid_time_before():
     v, r = random_velocities(0)
 
-    class Field:
+    class Recording(Field):
         predict, refine = staticmethod(v), staticmethod(r)
 
     x, before, stale = torch.ones(1, 3).double(), torch.full((2, 3), 0.5).double(), torch.full((2, 3), torch.nan).double()
-    after = STEPS["S"](Field(), State(x, stale, (Sample(0.2, before),)), 0.4, 0.6)
+    after = STEPS["S"](Recording(), State(x, stale, (Sample(0.2, before),)), 0.4, 0.6)
     refined = before + r(x, 0.4, before)
     torch.testing.assert_close(after.x, x + (0.6 - 0.4) * refined[:1])
     assert after.past[-1].t == 0.4

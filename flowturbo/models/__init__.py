@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,23 @@ class Network(Protocol):
     """A predictor, called without v, or a refiner, called with it. x (N, C, H, W), t (N,), y (N,), v like x -> like x."""
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class AdaptiveNetwork(Network, Protocol):
+    """A network that time and label enter only by modulations of its layers, so that these can be made apart from x."""
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """t (S,) and y (N,), every time with every label -> (S, N, D)."""
+        ...
+
+    def modulations(self, c: Tensor) -> list[Tensor]:
+        """c (..., D) -> for every layer that is modulated (..., chunks * D)."""
+        ...
+
+    def evaluate(self, x: Tensor, modulations: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
+        """The network on given modulations, whose R rows may be twice those of x: both halves of guidance -> R rows."""
+        ...
 
 
 @dataclass
@@ -74,12 +91,21 @@ class FlowModel:
 class ReversedTime(nn.Module):
     """A predictor whose time runs from data (0) to noise (1), as REPA's, in our convention: -v(x, 1 - t)."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: SiT) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor:
         return -self.network(x, 1 - t, y)
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.network.condition(1 - t, y)
+
+    def modulations(self, c: Tensor) -> list[Tensor]:
+        return self.network.modulations(c)
+
+    def evaluate(self, x: Tensor, modulations: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
+        return -self.network.evaluate(x, modulations)
 
 
 Source = str | os.PathLike[str] | SiT
@@ -129,9 +155,8 @@ def load(
     side = None if refiner is None else _checkpoint(refiner, "refiner", heads, "auto").model
     if side is not None:
         _check_pair(main.model, side)
-    network: nn.Module = main.model.to(place, dtype)
-    if main.convention == "repa":
-        network = ReversedTime(network)
+    sit = main.model.to(place, dtype)
+    network: nn.Module = ReversedTime(sit) if main.convention == "repa" else sit
     chosen_vae = vae if vae is not None else main.vae
     if isinstance(chosen_vae, str | os.PathLike):
         chosen_vae = load_vae(chosen_vae, place, dtype)

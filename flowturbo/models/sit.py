@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowturbo_kernels import adaln_modulate, attention, gated_residual_adaln, linear, patch_embed
-from flowturbo_kernels._place import elementwise, silu
+from flowturbo_kernels._place import elementwise, matmul, silu
 from flowturbo_kernels.refiner_forward import BlockWeights, Linear, RefinerWeights
 
 from ..checks import positive
@@ -74,7 +74,7 @@ class SiTConfig:
         """Multiply-accumulates of one forward of one sample, of all matrix products."""
         D, T = self.hidden, self.tokens
         block = T * 12 * D * D + 2 * T * T * D + 6 * D * D
-        ends = T * self.patch**2 * (self.in_channels + self.channels) * D
+        ends = T * self.patch**2 * (self.in_channels + self.out_channels) * D
         conditioning = TIME_FEATURES * D + D * D + 2 * D * D
         return self.depth * block + ends + conditioning
 
@@ -123,18 +123,14 @@ class SiLU(nn.Module):
 
 
 class AdaLN(nn.Sequential):
-    """c (B, D) -> `chunks` modulations (B, D) each."""
+    """c (..., D) -> `chunks` modulations in one, (..., chunks * D)."""
 
     def __init__(self, hidden: int, chunks: int) -> None:
         super().__init__(SiLU(), nn.Linear(hidden, chunks * hidden))
-        self.chunks = chunks
 
-    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        return self.packed(c).chunk(self.chunks, dim=-1)
-
-    def packed(self, c: Tensor) -> Tensor:
-        """All of them, (B, chunks * D)."""
-        return super().forward(c)
+    def forward(self, c: Tensor) -> Tensor:
+        product = cast(nn.Linear, self[1])
+        return matmul(silu(c), product.weight, product.bias)
 
 
 class Block(nn.Module):
@@ -211,15 +207,25 @@ class SiT(nn.Module):
         """x (N, C, H, W) in the weights' dtype; t (N,) float; y (N,) int64, null_class for no label; v (N, C, H, W) for a refiner
         -> (N, C, H, W): the velocity, or the refiner's offset of it.
         """
-        c = self.t_embedder(t) + self.y_embedder(y)
-        tokens = self.x_embedder(x, v, self.pos_embed[0])
-        return self.unpatchify(self._trunk(tokens, c))
+        return self.evaluate(x, self.modulations(self.t_embedder(t) + self.y_embedder(y)), v)
 
-    def modulations(self, t: Tensor, y: Tensor) -> list[Tensor]:
-        """adaLN's modulations, which depend on nothing else: (N, 6D) for each block, and (N, 2D) for the final layer."""
-        c = self.t_embedder(t) + self.y_embedder(y)
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """t (S,) and y (N,), every time with every label -> (S, N, D): what `modulations` takes."""
+        return self.t_embedder(t)[:, None] + self.y_embedder(y)
+
+    def modulations(self, c: Tensor) -> list[Tensor]:
+        """c (..., D) -> adaLN's modulations, which nothing else enters: (..., 6D) a block, (..., 2D) for the final layer."""
         layers = [*(block.adaLN_modulation for block in cast(Sequence[Block], self.blocks)), self.final_layer.adaLN_modulation]
-        return [layer.packed(c) for layer in layers]
+        return [layer(c) for layer in layers]
+
+    def evaluate(self, x: Tensor, modulations: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
+        """`forward` on given modulations. Their R rows may be twice those of x (N, C, H, W), which is then embedded once for both
+        halves of guidance. v (R, C, H, W) -> (R, C, H, W), in the weights' dtype.
+        """
+        tokens, rows = self.x_embedder(x, v, self.pos_embed[0]), len(modulations[0])
+        if len(tokens) != rows:
+            tokens = tokens.repeat(rows // len(tokens), 1, 1)
+        return self.unpatchify(self._trunk(tokens, modulations))
 
     def refiner_weights(self) -> RefinerWeights:
         """The weights, not copied, as flowturbo_kernels.refiner_forward takes them. ValueError unless this is a refiner."""
@@ -238,30 +244,21 @@ class SiT(nn.Module):
             pair(self.x_embedder.proj), self.pos_embed[0], blocks, pair(self.final_layer.linear), self.config.heads
         )
 
-    def _trunk(self, x: Tensor, c: Tensor) -> Tensor:
-        """Blocks and final layer: tokens x (N, T, D), conditioning c (N, D) -> (N, T, p * p * C)."""
+    def _trunk(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        """Blocks and final layer: tokens x (N, T, D), modulations (N, 6D) and last (N, 2D) -> (N, T, p * p * out_channels)."""
         blocks = cast(Sequence[Block], self.blocks)
-        modulations = [block.adaLN_modulation(c) for block in blocks]
-        ends = [m[:2] for m in modulations[1:]] + [self.final_layer.adaLN_modulation(c)]
-        h = adaln_modulate(x, *modulations[0][:2])
-        for block, (_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp), (shift, scale) in zip(blocks, modulations, ends, strict=True):
+        parts = [m.chunk(6, dim=-1) for m in modulations[:-1]]
+        ends = [m[:2] for m in parts[1:]] + [modulations[-1].chunk(2, dim=-1)]
+        h = adaln_modulate(x, parts[0][0], parts[0][1])
+        for block, (_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp), (shift, scale) in zip(blocks, parts, ends, strict=True):
             x, h = gated_residual_adaln(x, block.attn(h), gate_msa, shift_mlp, scale_mlp)
             x, h = gated_residual_adaln(x, block.mlp(h), gate_mlp, shift, scale)
-        return linear(h, *self._velocity_rows())
-
-    def _velocity_rows(self) -> tuple[Tensor, Tensor]:
-        """The final layer's weight and bias without the learned sigma's rows: its rows are (p * p, out_channels)."""
-        weight, bias, config = self.final_layer.linear.weight, self.final_layer.linear.bias, self.config
-        if not config.learned_sigma:
-            return weight, bias
-        rows = (-1, config.out_channels)
-        weight = weight.unflatten(0, rows)[:, : config.channels].flatten(0, 1)
-        return weight, bias.unflatten(0, rows)[:, : config.channels].flatten()
+        return linear(h, self.final_layer.linear.weight, self.final_layer.linear.bias)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
-        """tokens (N, h * w, p * p * C), channels innermost -> (N, C, h * p, w * p)."""
+        """tokens (N, h * w, p * p * out_channels), channels innermost -> (N, C, h * p, w * p), without a learned sigma."""
         p, side = self.config.patch, self.config.side // self.config.patch
-        grid = tokens.view(len(tokens), side, side, p, p, self.config.channels)
+        grid = tokens.view(len(tokens), side, side, p, p, self.config.out_channels)[..., : self.config.channels]
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.config.channels, side * p, side * p)
 
     @torch.no_grad()
