@@ -5,12 +5,27 @@ model = ft.load("digits")
 images = ft.sample(model, "H1P5R3", labels=[3, 7], guidance=2.0, seed=0, output="uint8")
 """
 
+from .ahead import compile, summary
 from .files import CheckpointError
+from .graph import CaptureError
+from .job import StepInfo
 from .models import FlowModel, load
 from .plan import Plan
 from .rng import noise
-from .sampler import StepInfo, sample
+from .sampler import sample
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "FlowModel", "Plan", "StepInfo", "__version__", "load", "noise", "sample"]
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "FlowModel",
+    "Plan",
+    "StepInfo",
+    "__version__",
+    "compile",
+    "load",
+    "noise",
+    "sample",
+    "summary",
+]

@@ -1,44 +1,23 @@
-"""sample(): from noise to latents by a plan. The only loop over steps."""
+"""sample(): from noise to latents or images by a plan: arguments, seeds and batches."""
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flowturbo_kernels import use_backend
-
 from . import rng
-from .checks import finite, positive
-from .field import FunctionField, field_of
+from .checks import positive
+from .field import FunctionField
+from .job import Callback, Job, Watch, integrate
 from .models import FlowModel, VelocityFunction
-from .path import denoised
 from .plan import Plan, as_plan
-from .steps import Field, State
-
-
-class StepInfo(NamedTuple):
-    """What a callback sees after each step.
-
-    step: how many steps are done, of `steps`. t: the time reached. x: latents (n, C, H, W) of the images from number `first` on.
-    denoised: the data that x heads for, x + (1 - t) * v, a preview that costs nothing.
-    """
-
-    step: int
-    steps: int
-    t: float
-    first: int
-    x: Tensor
-    denoised: Tensor
-
-
-Callback = Callable[[StepInfo], object]
 
 
 @torch.no_grad()
@@ -65,92 +44,72 @@ def sample(
     guidance: the scale s of u + s * (c - u) (classifier-free guidance), 1: none. Needs labels and a null class.
     guidance_channels: guide the first so many channels; None: the checkpoint's convention (3 of 4 for SiT's, else all).
     noise: (N, C, H, W); overrides seed. seed: image i draws its noise from (seed, i) alone; None: a new one every call.
-    batch_size: images at a time; None: all. The last batch is filled up to it, so that for one batch_size, device and machine an
-        image does not depend on which others are made with it; between batch sizes it agrees to rounding.
+    batch_size: images at a time; None: the smallest batch size that `compile` captured and that holds all, else all. The last
+        batch is filled up to it, so that for one batch_size, device and machine an image does not depend on which others are made
+        with it; between batch sizes it agrees to rounding.
     progress: show a bar of steps. callback: called with a StepInfo after each step; returning False ends sampling at once, with
         the latents as they are then, of the batches begun.
     output: "latents", or "uint8" to decode each batch as it is done.
     cond: further arguments for a callable; tensors whose first size is N are cut into batches.
+
+    On CUDA the second batch of a kind is captured as a CUDA graph, from noise to decoded images, and replayed from then on,
+    whatever the labels, seed and guidance scale; a callback turns that off. Threads may sample from one model at once.
 
     Returns latents (N, C, H, W), float32 (float64 for float64 noise), or images (N, height, width, 3), uint8, on the model's
     device.
     Raises ValueError or TypeError, naming the argument, for input that does not fit.
     """
     plan = as_plan(plan)
-    if output not in ("latents", "uint8"):
-        raise ValueError(f"output must be 'latents' or 'uint8', got {output!r}")
-    if output == "uint8" and getattr(model, "vae", None) is None:
-        raise ValueError("output='uint8' needs a model that was loaded with a vae")
     if isinstance(model, FlowModel):
-        start, fields = _class_conditional(model, plan, labels, guidance, guidance_channels, noise, seed, cond)
+        if cond:
+            raise TypeError(f"sample got unexpected arguments {sorted(cond)}: a FlowModel takes labels only")
+        dtype = torch.float64 if isinstance(noise, Tensor) and noise.dtype == torch.float64 else torch.float32
+        job = Job.of(model, plan, guidance, guidance_channels, output, dtype)
+        start, classes = _class_conditional(model, labels, guidance, noise, seed)
+        batches: _Batches = _ModelBatches(model, job, start, classes, guidance)
     else:
         if labels is not None:
             cond["labels"] = labels
-        start, fields = _plain_function(model, plan, guidance, guidance_channels, noise, seed, cond)
+        start = _plain_function(model, plan, guidance, guidance_channels, noise, seed, output)
+        batches = _FunctionBatches(model, plan, start, cond)
 
     N = len(start)
-    size = positive("batch_size", batch_size) if batch_size is not None else N
+    size = batches.size if batch_size is None else positive("batch_size", batch_size)
     done = []
     with tqdm(total=math.ceil(N / size) * len(plan), disable=not progress, unit="step", leave=False) as bar:
         for first in range(0, N, size):
             rows = torch.arange(first, first + size).clamp(max=N - 1)  # the last batch repeats the last image
-            count = min(size, N - first)
-            with use_backend(model.backend if isinstance(model, FlowModel) else "auto"):
-                latents, stopped = _integrate(plan, fields(rows), start[rows], count, first, bar, callback)
-            if output == "uint8":
-                assert isinstance(model, FlowModel)
-                done.append(model.decode(latents)[:count])
-            else:
-                done.append(latents[:count])
-            if stopped:
+            watch = Watch(plan, first, min(size, N - first), bar, callback)
+            done.append(batches.run(rows, watch)[: watch.count])
+            if watch.stopped:
                 break
     return torch.cat(done)
 
 
-def _integrate(
-    plan: Plan, field: Field, x: Tensor, count: int, first: int, bar: Any, callback: Callback | None
-) -> tuple[Tensor, bool]:
-    """The loop: one batch from noise to latents, and whether the callback ended it."""
-    state = State(x)
-    for i, (step, t0, t1) in enumerate(plan.schedule()):
-        state = step(field, state, t0, t1)
-        bar.update()
-        if callback is not None:
-            v = state.newest_velocity
-            assert v is not None
-            info = StepInfo(i + 1, len(plan), t1, first, state.x[:count], denoised(state.x, v, t1)[:count])
-            if callback(info) is False:
-                return state.x, True
-    return state.x, False
+class _Batches(Protocol):
+    size: int
+    """Images at a time unless the caller says."""
+
+    def run(self, rows: Tensor, watch: Watch) -> Tensor:
+        """The images of these numbers."""
+        ...
 
 
-Fields = Callable[[Tensor], Field]
-"""Row numbers of a batch -> its field."""
+class _ModelBatches:
+    """Batches of a FlowModel."""
+
+    def __init__(self, model: FlowModel, job: Job, start: Tensor, classes: Tensor, guidance: float) -> None:
+        self.model, self.job, self.start, self.classes, self.guidance = model, job, start, classes, guidance
+        self.size = model.captures.size_for(job, len(start)) or len(start)
+
+    def run(self, rows: Tensor, watch: Watch) -> Tensor:
+        return self.job.run(self.model, self.start[rows], self.classes[rows], self.guidance, watch)
 
 
 def _class_conditional(
-    model: FlowModel,
-    plan: Plan,
-    labels: Any,
-    guidance: float,
-    guidance_channels: int | None,
-    noise: Tensor | None,
-    seed: int | None,
-    cond: dict[str, Any],
-) -> tuple[Tensor, Fields]:
-    """Check the arguments against the model -> (noise on its device, fields)."""
-    if cond:
-        raise TypeError(f"sample got unexpected arguments {sorted(cond)}: a FlowModel takes labels only")
-    if plan.cost.refiner and model.refiner is None:
-        raise ValueError(f"plan {plan} has refiner steps, but the model was loaded without refiner=")
-    finite("guidance", guidance)
-    if guidance != 1 and model.null_class is None:
-        raise ValueError(f"guidance={guidance} needs a model with a null class, and this one has none")
-    channels = model.latent_shape[0]
-    if guidance_channels is None:
-        guidance_channels = model.guidance_channels
-    elif not 1 <= positive("guidance_channels", guidance_channels) <= channels:
-        raise ValueError(f"guidance_channels must be from 1 to {channels}, got {guidance_channels}")
+    model: FlowModel, labels: Any, guidance: float, noise: Tensor | None, seed: int | None
+) -> tuple[Tensor, Tensor]:
+    """Check the arguments against the model -> (noise, class numbers), both on its device."""
     if labels is None:
         if noise is None:
             raise ValueError("give labels (class numbers) or, for unconditional images, noise")
@@ -162,9 +121,26 @@ def _class_conditional(
     else:
         classes = _labels(labels, model.num_classes)
     start = _noise(noise, seed, (len(classes), *model.latent_shape)).to(model.device)
-    classes = classes.to(model.device)
-    scale = None if guidance == 1 else guidance
-    return start, lambda rows: field_of(model, plan, classes[rows], scale, guidance_channels)
+    return start, classes.to(model.device)
+
+
+class _FunctionBatches:
+    """Batches of a plain function."""
+
+    def __init__(self, function: VelocityFunction, plan: Plan, start: Tensor, cond: dict[str, Any]) -> None:
+        self.function, self.plan, self.start, self.cond = function, plan, start, cond
+        self.size = len(start)
+
+    def run(self, rows: Tensor, watch: Watch) -> Tensor:
+        field = FunctionField(self.function, {k: self._pick(v, rows) for k, v in self.cond.items()})
+        return integrate(self.plan, field, self.start[rows], watch)
+
+    def _pick(self, value: Any, rows: Tensor) -> Any:
+        if isinstance(value, Tensor) and value.ndim and len(value) == len(self.start):
+            return value[rows.to(value.device)]
+        if isinstance(value, list | tuple) and len(value) == len(self.start):
+            return [value[i] for i in rows.tolist()]
+        return value
 
 
 def _plain_function(
@@ -174,27 +150,20 @@ def _plain_function(
     guidance_channels: int | None,
     noise: Tensor | None,
     seed: int | None,
-    cond: dict[str, Any],
-) -> tuple[Tensor, Fields]:
+    output: str,
+) -> Tensor:
+    """Check the arguments -> the noise."""
     if not callable(function):
         raise TypeError(f"model must be a FlowModel or a callable v(x, t, **cond), got {type(function).__name__}")
+    if output != "latents":
+        raise ValueError(f"output must be 'latents' for a plain function, got {output!r}")
     if guidance != 1 or guidance_channels is not None:
         raise ValueError("guidance is not applied to a plain function: guide inside it, or make a FlowModel with a null class")
     if plan.cost.refiner:
         raise ValueError(f"plan {plan} has refiner steps, but a plain function has no refiner")
     if noise is None:
         raise ValueError("a plain function needs noise: the shape of x is not known")
-    start = _noise(noise, seed, None)
-    N = len(start)
-
-    def pick(value: Any, rows: Tensor) -> Any:
-        if isinstance(value, Tensor) and value.ndim and len(value) == N:
-            return value[rows.to(value.device)]
-        if isinstance(value, list | tuple) and len(value) == N:
-            return [value[i] for i in rows.tolist()]
-        return value
-
-    return start, lambda rows: FunctionField(function, {k: pick(v, rows) for k, v in cond.items()})
+    return _noise(noise, seed, None)
 
 
 def _labels(labels: Any, num_classes: int) -> Tensor:

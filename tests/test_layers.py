@@ -14,10 +14,10 @@ PACKAGE, KERNELS = "flowturbo", "flowturbo_kernels"
 
 # Modules of flowturbo from the bottom up; what is not named here is a tool: it stands above the sampler and below the command.
 LAYERS = [
-    {"checks", "files", "path", "steps"},
+    {"checks", "files", "graph", "path", "steps"},
     {"rng", "plan", "models", "images"},
     {"field", "data", "objectives"},
-    {"graph", "sampler"},
+    {"job", "sampler"},
 ]
 TOOLS, COMMAND = len(LAYERS), len(LAYERS) + 1
 OUTSIDE = {"bench", "tests", "tiny", "close", "oracle", "recipe"}
@@ -95,7 +95,7 @@ def test_imports_point_downwards_only():
 def test_training_does_not_know_the_sampler():
     reached = reachable(graph(), "flowturbo.train")
     assert "flowturbo.models.sit" in reached
-    assert not {"flowturbo.sampler", "flowturbo.graph", "flowturbo.field"} & reached
+    assert not {"flowturbo.sampler", "flowturbo.job", "flowturbo.field"} & reached
 
 
 def test_steps_and_plans_know_no_model():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, cast, runtime_checkable
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flowturbo_kernels import BACKENDS, BackendError, unavailable, use_backend
 
 from ..files import CheckpointError
+from ..graph import Captures
 from .checkpoint import CONVENTIONS, Checkpoint, load_sit
 from .sit import SiT
 from .vae import VAE, load_vae
@@ -78,6 +79,8 @@ class FlowModel:
     """Which kernels `sample` and `decode` run: see flowturbo_kernels.use_backend."""
     macs: tuple[int, int] | None = None
     """Multiply-accumulates of one predictor and one refiner forward of one sample, where they are known."""
+    captures: Captures = field(default_factory=Captures, init=False, repr=False, compare=False)
+    """CUDA graphs of whole runs; `captures.limit` bounds them, `captures.clear()` gives up their memory. See flowturbo.summary."""
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

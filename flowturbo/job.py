@@ -1,0 +1,168 @@
+"""A job: what every batch of a FlowModel goes through, step by step or replayed from a capture. The only loop over steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from flowturbo_kernels import use_backend, wanted
+
+from .checks import finite, positive
+from .field import field_of
+from .graph import Key
+from .models import AdaptiveNetwork, FlowModel
+from .models.vae import DiffusersVAE, Pixels
+from .path import denoised
+from .plan import Plan
+from .steps import Field, State
+
+
+class StepInfo(NamedTuple):
+    """What a callback sees after each step.
+
+    step: how many steps are done, of `steps`. t: the time reached. x: latents (n, C, H, W) of the images from number `first` on.
+    denoised: the data that x heads for, x + (1 - t) * v, a preview that costs nothing.
+    """
+
+    step: int
+    steps: int
+    t: float
+    first: int
+    x: Tensor
+    denoised: Tensor
+
+
+Callback = Callable[[StepInfo], object]
+
+
+@dataclass
+class Watch:
+    """What sees a batch go from step to step."""
+
+    plan: Plan
+    first: int
+    count: int
+    bar: tqdm[Any]
+    callback: Callback | None
+    stopped: bool = False
+
+    def step(self, done: int, state: State, t: float) -> bool:
+        """Whether to go on."""
+        self.bar.update()
+        if self.callback is None:
+            return True
+        v = state.newest_velocity
+        assert v is not None
+        x, ahead = state.x[: self.count], denoised(state.x, v, t)[: self.count]
+        self.stopped = self.callback(StepInfo(done, len(self.plan), t, self.first, x, ahead)) is False
+        return not self.stopped
+
+
+def integrate(plan: Plan, field: Field, x: Tensor, watch: Watch | None = None) -> Tensor:
+    """The loop: one batch from noise to latents, or to where the watch ended it."""
+    state = State(x)
+    for i, (step, t0, t1) in enumerate(plan.schedule()):
+        state = step(field, state, t0, t1)
+        if watch is not None and not watch.step(i + 1, state, t1):
+            break
+    return state.x
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides the work of a batch of a FlowModel but the number of its images: what captures of the model are kept under.
+
+    guided: whether both halves run. guidance_channels: 0 where they don't. dtype: of the noise. null_class, backend, precision
+    (of float32 products): as they are now, since they may change between calls.
+    """
+
+    plan: Plan
+    guided: bool
+    guidance_channels: int
+    output: str
+    dtype: torch.dtype
+    null_class: int | None
+    backend: str
+    precision: str
+
+    @classmethod
+    def of(
+        cls, model: FlowModel, plan: Plan, guidance: float, guidance_channels: int | None, output: str, dtype: torch.dtype
+    ) -> Job:
+        """Raises ValueError or TypeError, naming the argument, for what does not fit the model."""
+        if output not in ("latents", "uint8"):
+            raise ValueError(f"output must be 'latents' or 'uint8', got {output!r}")
+        if output == "uint8" and model.vae is None:
+            raise ValueError("output='uint8' needs a model that was loaded with a vae")
+        if plan.cost.refiner and model.refiner is None:
+            raise ValueError(f"plan {plan} has refiner steps, but the model was loaded without refiner=")
+        if finite("guidance", guidance) != 1 and model.null_class is None:
+            raise ValueError(f"guidance={guidance} needs a model with a null class, and this one has none")
+        channels = model.latent_shape[0]
+        if guidance_channels is None:
+            guidance_channels = model.guidance_channels
+        elif not 1 <= positive("guidance_channels", guidance_channels) <= channels:
+            raise ValueError(f"guidance_channels must be from 1 to {channels}, got {guidance_channels}")
+        guided = guidance != 1
+        with use_backend(model.backend):
+            backend = wanted()
+        precision = torch.get_float32_matmul_precision()
+        return cls(plan, guided, guidance_channels if guided else 0, output, dtype, model.null_class, backend, precision)
+
+    def __str__(self) -> str:
+        return f"plan {self.plan} {'with' if self.guided else 'without'} guidance to {self.output}"
+
+    def can_be_captured(self, model: FlowModel) -> bool:
+        """Whether the device can, and the model's parts are known to do the same work whatever the images."""
+        parts = model.predictor, model.refiner, model.vae if self.output == "uint8" else None
+        known = all(part is None or isinstance(part, AdaptiveNetwork | Pixels | DiffusersVAE) for part in parts)
+        return known and model.captures.possible(model.device)
+
+    def run(self, model: FlowModel, noise: Tensor, labels: Tensor, guidance: float, watch: Watch) -> Tensor:
+        """One batch: noise (N, C, H, W), labels (N,), both on the model's device -> latents, or images of the job's output."""
+        try:
+            return self._run(model, noise, labels, guidance, watch)
+        except torch.OutOfMemoryError:
+            if watch.callback is not None or not model.captures.report():
+                raise
+        model.captures.clear()  # what they hold may be what is missing
+        return self._run(model, noise, labels, guidance, watch)
+
+    def _run(self, model: FlowModel, noise: Tensor, labels: Tensor, guidance: float, watch: Watch) -> Tensor:
+        if watch.callback is None and self.can_be_captured(model):
+            out = model.captures.run(*self.capture(model, noise, labels, guidance))
+            watch.bar.update(len(self.plan))
+            return out
+        scale = self._scales(model, len(noise), guidance) if model.device.type == "cuda" else guidance
+        return self.execute(model, noise, labels, scale, watch)
+
+    def capture(
+        self, model: FlowModel, noise: Tensor, labels: Tensor, guidance: float
+    ) -> tuple[Key, Callable[..., Tensor], dict[str, Tensor], list[nn.Module]]:
+        """What `Captures` asks for."""
+        inputs = {"noise": noise, "labels": labels}
+        if self.guided:
+            inputs["guidance"] = self._scales(model, len(noise), guidance)
+        parts = model.predictor, model.refiner, getattr(model.vae, "network", None) if self.output == "uint8" else None
+        modules = [part for part in parts if isinstance(part, nn.Module)]
+        return Key(self, len(noise)), functools.partial(self.execute, model), inputs, modules
+
+    def execute(
+        self, model: FlowModel, noise: Tensor, labels: Tensor, guidance: float | Tensor = 1.0, watch: Watch | None = None
+    ) -> Tensor:
+        field = field_of(model, self.plan, labels, guidance if self.guided else None, self.guidance_channels)
+        with use_backend(model.backend):
+            latents = integrate(self.plan, field, noise, watch)
+        return model.decode(latents) if self.output == "uint8" else latents
+
+    @staticmethod
+    def _scales(model: FlowModel, count: int, guidance: float) -> Tensor:
+        """(count, 1, 1, 1): guidance as a tensor, which no capture bakes in."""
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        return torch.full((count, 1, 1, 1), guidance, dtype=dtype, device=model.device)
