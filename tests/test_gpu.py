@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from tiny import CONFIG, HEAD_DIM_72, random_sit
 from torch import Tensor
 
 import flowturbo as ft
+from flowturbo.job import Job
+from flowturbo.models.vae import Pixels
 from flowturbo_kernels import OPS, BackendError, linear, linear_fp8, quantize_rows, sizes, use_backend
 from flowturbo_kernels._matmul import FP8_TILES, product
 
@@ -147,3 +151,76 @@ def test_bfloat16_errs_as_torchs_own_model_does(backend):
         ft.sample(model(CONFIG, "cuda", torch.bfloat16, b), "H1P2R2", labels, guidance=1.5, seed=0) for b in ("reference", backend)
     )
     assert_close(ours, truth, 1.5 * relative_error(plain, truth))
+
+
+# Whole plans as CUDA graphs
+
+
+def sampled(m: ft.FlowModel, plan: str, seed: int, guidance: float = 1.5, **options: object) -> Tensor:
+    labels = [seed % 10, (seed + 3) % 10]
+    return ft.sample(m, plan, labels, guidance=guidance, seed=seed, **options)
+
+
+def without_graphs(m: ft.FlowModel, plan: str, seed: int, guidance: float = 1.5, **options: object) -> Tensor:
+    return sampled(m, plan, seed, guidance, callback=lambda info: None, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("plan", ["H1P2R2", "E1S1C2"])
+def test_a_replayed_plan_is_the_eager_one(plan, dtype):
+    m = model(CONFIG, "cuda", dtype)
+    for seed, guidance in enumerate((1.5, 2.0, 0.5, 3.0)):
+        assert sampled(m, plan, seed, guidance).equal(without_graphs(m, plan, seed, guidance))
+    [capture] = m.captures.report()
+    assert capture.hits == 3
+    assert capture.replay_seconds > 0
+
+
+def test_replays_from_several_threads_are_those_of_one():
+    m = model(CONFIG, "cuda", None)
+    plans = ["H1P1R1", "H2", "E2"]
+    ft.compile(m, plans, 2)
+    truth = [without_graphs(m, plans[n % 3], n) for n in range(24)]
+
+    def one(n: int) -> Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            result = sampled(m, plans[n % 3], n)
+            torch.cuda.current_stream().synchronize()
+            return result
+
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(one, range(24)))
+    assert all(a.equal(b) for a, b in zip(results, truth, strict=True))
+
+
+def test_weights_that_moved_are_seen():
+    m = model(CONFIG, "cuda", None)
+    ft.compile(m, "H1R1", 2)
+    m.predictor.to("cpu").to("cuda")
+    ballast = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(8)]
+    assert sampled(m, "H1R1", 0).equal(without_graphs(m, "H1R1", 0))
+    m.predictor.final_layer.linear = torch.nn.Linear(CONFIG.hidden, 16, device="cuda", dtype=torch.bfloat16)
+    assert sampled(m, "H1R1", 1).equal(without_graphs(m, "H1R1", 1))
+    assert len(ballast) == 8
+
+
+def test_images_are_decoded_inside_the_graph():
+    m = model(replace(CONFIG, channels=1), "cuda", None)
+    m.vae = Pixels()
+    ft.compile(m, "H1R1", 2, output="uint8")
+    assert sampled(m, "H1R1", 0, output="uint8").equal(without_graphs(m, "H1R1", 0, output="uint8"))
+    assert m.captures.report()[0].hits == 1
+
+
+def test_a_capture_inside_the_callers_own_is_not_made():
+    m = model(CONFIG, "cuda", None)
+    noise = torch.randn(2, *m.latent_shape, device="cuda")
+    labels = torch.tensor([1, 2], device="cuda")
+    expected = ft.sample(m, "E2", labels, noise=noise, callback=lambda info: None)
+    graph = torch.cuda.CUDAGraph()
+    job = Job.of(m, ft.Plan.parse("E2"), 1.0, None, "latents", torch.float32)
+    with torch.no_grad(), torch.cuda.graph(graph):
+        assert not job.can_be_captured(m)
+        result = job.execute(m, noise, labels)
+    graph.replay()
+    assert result.equal(expected)

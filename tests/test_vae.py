@@ -12,7 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowturbo.files import CheckpointError
-from flowturbo.models.vae import VAE, DiffusersVAE, Pixels, load_vae
+from flowturbo.models import fused_vae
+from flowturbo.models import vae as vae_module
+from flowturbo.models.fused_vae import GroupNormSiLU, fuse
+from flowturbo.models.vae import VAE, DiffusersVAE, Pixels, in_slices, load_vae
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -313,3 +316,146 @@ def test_what_was_downloaded_before_needs_no_network(
 def test_pixels_and_diffusers_are_both_vaes(folder: Path) -> None:
     assert isinstance(Pixels(), VAE)
     assert isinstance(load_vae(folder, CPU, torch.float32), VAE)
+
+
+# Kernels in the decoder
+
+
+def test_every_norm_that_silu_follows_is_fused_in_this_instance_only(folder: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    stock = AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+    vae = load_vae(folder, CPU, torch.float32)
+    assert isinstance(vae, DiffusersVAE)
+    fused = [m for m in vae.network.modules() if isinstance(m, GroupNormSiLU)]
+    plain = [m for m in stock.modules() if isinstance(m, torch.nn.GroupNorm)]
+    attention = 2  # whose norms no SiLU follows
+    assert len(fused) == len(plain) - attention > 10
+    assert not any(isinstance(m, GroupNormSiLU) for m in stock.modules())
+    ours, theirs = vae.network.state_dict(), stock.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert vae.network.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_fused_decoder_runs_the_librarys_operation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = fused_vae.group_norm_silu
+    monkeypatch.setattr(fused_vae, "group_norm_silu", lambda x, *rest: calls.append(x) or original(x, *rest))
+    vae = load_vae(folder, CPU, torch.float32)
+    vae.decode(torch.randn(2, 4, 8, 8))
+    assert calls
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in calls)
+
+
+def test_norms_that_other_activations_follow_are_left_alone() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    network = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(8,), norm_num_groups=4,
+        act_fn="gelu",
+    ).eval()  # fmt: skip
+    z = torch.randn(1, 4, 8, 8)
+    before = network.decode(z).sample.detach()
+    fuse(network)
+    assert relative_error(network.decode(z).sample.detach(), before) < 1e-6
+
+
+# Slices
+
+
+def peak_of(limit: int, sizes: list[int]):
+    """A decoder that runs out of memory above `limit` images."""
+
+    def run(x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        if len(x) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 2 * x
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "count, size, limit, expected",
+    [
+        (10, 99, 99, [10]),
+        (10, 4, 99, [4, 4, 2]),
+        (10, 99, 5, [10, 5, 5]),
+        (10, 4, 3, [4, 2, 2, 2, 2, 2]),
+        (3, 99, 1, [3, 2, 1, 1, 1]),
+    ],
+)
+def test_slices_halve_until_they_fit(count: int, size: int, limit: int, expected: list[int]) -> None:
+    x, sizes = torch.randn(count, 3), []
+    assert torch.equal(in_slices(peak_of(limit, sizes), x, size), 2 * x)
+    assert sizes == expected
+
+
+def test_one_image_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        in_slices(peak_of(0, []), torch.randn(4, 3), 4)
+
+
+def test_large_batches_are_decoded_in_slices_of_a_fixed_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = load_vae(folder, CPU, torch.float32)
+    latents = torch.randn(7, 4, 8, 8)
+    whole = vae.decode(latents)
+    sizes = []
+    original = vae.network.decode
+    monkeypatch.setattr(vae.network, "decode", lambda z: sizes.append(len(z)) or original(z))
+    one_image = 3 * 16 * (8 * 2) ** 2 * 4  # 16 channels at 16 x 16 pixels, three times, in float32
+    monkeypatch.setattr(vae_module, "DECODE_BYTES", 3 * one_image)
+    parts = vae.decode(latents)
+    assert sizes == [3, 3, 1]
+    assert (parts.int() - whole.int()).abs().max() <= 1
+
+
+# The tiny autoencoder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random AutoencoderTiny as save_pretrained writes it: 4 channels, an eighth of the side, as TAESD's."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network = diffusers.AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    place = tmp_path_factory.mktemp("taesd")
+    network.save_pretrained(place)
+    return place
+
+
+def test_the_tiny_autoencoder_takes_scaled_latents(tiny: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    vae = load_vae(tiny, CPU, torch.float32)
+    assert isinstance(vae, VAE)
+    truth = AutoencoderTiny.from_pretrained(tiny, low_cpu_mem_usage=False).double()
+    before = images(9, 2, 16, 24)
+    mean, std = vae.encode(before)
+    with torch.no_grad():
+        latents = truth.encode(before.permute(0, 3, 1, 2).double() / 127.5 - 1).latents
+        decoded = truth.decode(latents).sample
+    assert (mean.shape, std) == ((2, 4, 2, 3), None)
+    assert relative_error(mean, latents) < 1e-5
+    levels = (127.5 * decoded + 128).clamp(0, 255).permute(0, 2, 3, 1)
+    assert ((vae.decode(mean) - levels).abs() < 1.001).all()
+    with pytest.raises(ValueError, match="multiples of 8"):
+        vae.encode(images(10, 1, 12, 16))
+
+
+def test_a_tiny_autoencoder_lacking_weights_is_refused(tiny: Path, tmp_path: Path) -> None:
+    state = load_file(tiny / WEIGHTS)
+    del state[name := max(state)]
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"no AutoencoderTiny .* lacks {name}"):
+        load_vae(tmp_path, CPU, torch.float32)
+
+
+def test_another_kind_of_model_is_named(folder: Path, tmp_path: Path) -> None:
+    place = changed(folder, tmp_path / "other", "nothing")
+    config = json.loads((place / "config.json").read_text()) | {"_class_name": "AutoencoderDC"}
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="of the kind AutoencoderDC, not one of AutoencoderKL, AutoencoderTiny"):
+        load_vae(place, CPU, torch.float32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..files import CheckpointError
+from .fused_vae import fuse
 
 SD_LATENT_SCALE = 0.18215
 _HUB_TIMEOUT = 10.0
+DECODE_BYTES = 2 << 30
+"""What decoding takes at most, so that sampling large batches does not fail at their end: slices of this size fill any device."""
 
 
 @runtime_checkable
@@ -42,7 +47,10 @@ class Pixels:
 
 
 class DiffusersVAE:
-    """An AutoencoderKL of diffusers. Its latents z become (z - shift) * scale, by its own factors (SD: 0 and 0.18215)."""
+    """An AutoencoderKL or AutoencoderTiny of diffusers. Its latents z become (z - shift) * scale, by its own factors.
+
+    They are 0 and 0.18215 for SD's. The tiny ones (TAESD) read and write latents as they are after that: 0 and 1.
+    """
 
     def __init__(self, network: Any) -> None:
         config = network.config
@@ -61,20 +69,46 @@ class DiffusersVAE:
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise ValueError(f"latents must have shape (N, {self.channels}, H, W) for this vae, got {tuple(latents.shape)}")
         wide = latents.to(self.network.device, torch.promote_types(latents.dtype, torch.float32))
-        z = (wide / self.scale + self.shift).to(self.network.dtype)
+        z = (wide / self.scale + self.shift).to(self.network.dtype).contiguous(memory_format=torch.channels_last)
+        return in_slices(self._images, z, max(1, DECODE_BYTES // self._decode_bytes(*z.shape[2:])))
+
+    def _images(self, z: Tensor) -> Tensor:
         return to_uint8(self.network.decode(z).sample).permute(0, 2, 3, 1)
+
+    def _decode_bytes(self, height: int, width: int) -> int:
+        """About what decoding one image takes: input, normalised input and output of the widest layer at full size."""
+        widest = max(self.network.config.block_out_channels[:2])
+        return int(3 * widest * height * width * self.factor**2 * self.network.dtype.itemsize)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         height, width = images.shape[1:3]
         if height % self.factor or width % self.factor:
             raise ValueError(f"images must have sides that are multiples of {self.factor} for this vae, got {height} x {width}")
         pixels = to_float(images.to(self.network.device)).to(self.network.dtype)
-        posterior = self.network.encode(pixels).latent_dist
+        encoded = self.network.encode(pixels.contiguous(memory_format=torch.channels_last))
+        if not hasattr(encoded, "latent_dist"):  # a tiny one knows no spread
+            return self.scale * (encoded.latents.float() - self.shift), None
+        posterior = encoded.latent_dist
         return self.scale * (posterior.mean.float() - self.shift), self.scale * posterior.std.float()
 
 
+def in_slices(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
+    """run(x) in slices of at most `size` rows, of half as many wherever memory does not suffice."""
+    done: list[Tensor] = []
+    while (first := sum(map(len, done))) < len(x):
+        try:
+            done.append(run(x[first : first + size]))
+        except torch.OutOfMemoryError:
+            # A capture that fails must fail as a whole: whoever captures gives up memory and tries again.
+            if size == 1 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+                raise
+            size = (min(size, len(x) - first) + 1) // 2
+    return done[0] if len(done) == 1 else torch.cat(done)
+
+
 def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> VAE:
-    """ "pixels", or an AutoencoderKL of diffusers (safetensors only): a folder, or a hub name, "org/name" or "org/name/folder".
+    """ "pixels", or an AutoencoderKL or AutoencoderTiny of diffusers (safetensors only): a folder, or a hub name, "org/name" or
+    "org/name/folder".
 
     A folder may also be that of a whole pipeline, with the VAE in its sub-folder vae. It runs in dtype, but in float32 on the CPU
     and where its configuration says that float16 overflows. Raises ValueError if it can't be had, of the kind
@@ -83,17 +117,19 @@ def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dt
     if name == "pixels":
         return Pixels()
     try:
-        from diffusers import AutoencoderKL
+        from diffusers import AutoencoderKL, AutoencoderTiny
     except ImportError as error:
         raise ValueError(f"vae {str(name)!r} needs diffusers: pip install 'flowturbo[diffusers]' ({error})") from None
+    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
     if _is_path(name):
-        network = _read(AutoencoderKL, name, str(_vae_folder(Path(name).expanduser())), local_files_only=True)
+        network = _read(kinds, name, str(_vae_folder(Path(name).expanduser())), local_files_only=True)
     else:
-        network = _from_hub(AutoencoderKL, str(name))
+        network = _from_hub(kinds, str(name))
     too_narrow = device.type == "cpu" and dtype.itemsize < 4
     overflows = dtype == torch.float16 and getattr(network.config, "force_upcast", False)
     # nn.Module's own way: diffusers' warns of parts to be kept in float32, even where there are none.
     nn.Module.to(network, device, torch.float32 if too_narrow or overflows else dtype)
+    fuse(network)
     return DiffusersVAE(network.eval().requires_grad_(False))
 
 
@@ -128,7 +164,7 @@ def _vae_folder(path: Path) -> Path:
     return folder
 
 
-def _from_hub(kind: Any, name: str) -> Any:
+def _from_hub(kinds: Mapping[str, Any], name: str) -> Any:
     """What was downloaded before is used without asking the hub. Otherwise one question with a time limit comes first: diffusers
     itself would try for half a minute before it said, in other words, that there is no network."""
     import huggingface_hub
@@ -136,20 +172,26 @@ def _from_hub(kind: Any, name: str) -> Any:
     parts = name.split("/")
     repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:]) or None
     with contextlib.suppress(CheckpointError):
-        return _read(kind, name, repository, subfolder=subfolder, local_files_only=True)
+        return _read(kinds, name, repository, subfolder=subfolder, local_files_only=True)
     try:
         huggingface_hub.model_info(repository, timeout=_HUB_TIMEOUT)
     except Exception as error:  # of the network, of the name, or of the right to read it
         raise ValueError(
             f"vae {name!r} is no folder here, was not downloaded before, and can't be had from the hub: {_first_line(error)}"
         ) from error
-    return _read(kind, name, repository, subfolder=subfolder)
+    return _read(kinds, name, repository, subfolder=subfolder)
 
 
-def _read(kind: Any, name: str | os.PathLike[str], source: str, **where: Any) -> Any:
-    """An autoencoder in float32, all of whose weights come from its file."""
+def _read(kinds: Mapping[str, Any], name: str | os.PathLike[str], source: str, **where: Any) -> Any:
+    """An autoencoder in float32, of the kind that its configuration names, all of whose weights come from its file."""
     try:
-        network, found = kind.from_pretrained(
+        # Configurations of files that name no kind are AutoencoderKL's.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers asks the hub's library in a way that this calls outdated
+            what = kinds["AutoencoderKL"].load_config(source, **where).get("_class_name", "AutoencoderKL")
+        if what not in kinds:
+            raise ValueError(f"it is a model of the kind {what}, not one of {', '.join(kinds)}")
+        network, found = kinds[what].from_pretrained(
             source,
             use_safetensors=True,
             torch_dtype=torch.float32,
@@ -162,11 +204,11 @@ def _read(kind: Any, name: str | os.PathLike[str], source: str, **where: Any) ->
     except Exception as error:  # OSError, ValueError, RuntimeError, KeyError: whatever its readers stumble on
         raise CheckpointError(f"vae {str(name)!r} can't be read: {_first_line(error)}") from error
     # Weights that the file lacks would stay random, with no more than a line in the log.
-    for what, keys in (("lacks", found["missing_keys"]), ("has no place for", found["unexpected_keys"])):
+    for verb, keys in (("lacks", found["missing_keys"]), ("has no place for", found["unexpected_keys"])):
         if keys:
             some = ", ".join(sorted(keys)[:4])
             raise CheckpointError(
-                f"vae {str(name)!r} is no AutoencoderKL of its own configuration: it {what} {some} ({len(keys)} keys)"
+                f"vae {str(name)!r} is no {type(network).__name__} of its own configuration: it {verb} {some} ({len(keys)} keys)"
             )
     return network
 

@@ -1,0 +1,47 @@
+"""The library's kernels inside a diffusers autoencoder, without forking it: modules of one instance are exchanged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowturbo_kernels import group_norm_silu
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """silu(GroupNorm(x)) in one operation, with the parameters of the GroupNorm whose place it takes."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__(norm.num_groups, norm.num_channels, norm.eps, device="meta")
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
+def fuse(network: nn.Module) -> int:
+    """Exchange, in this instance of AutoencoderKL, every GroupNorm that a SiLU follows -> how many. Its state keeps its names."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    count = 0
+    for block in network.modules():
+        if (
+            isinstance(block, ResnetBlock2D)
+            and block.time_emb_proj is None
+            and _are_fit(block.nonlinearity, block.norm1, block.norm2)
+        ):
+            block.norm1, block.norm2, block.nonlinearity = GroupNormSiLU(block.norm1), GroupNormSiLU(block.norm2), nn.Identity()
+            count += 2
+    for part in (getattr(network, "encoder", None), getattr(network, "decoder", None)):
+        norm: Any = getattr(part, "conv_norm_out", None)
+        if _are_fit(getattr(part, "conv_act", None), norm):
+            part.conv_norm_out, part.conv_act = GroupNormSiLU(norm), nn.Identity()  # type: ignore[union-attr]
+            count += 1
+    return count
+
+
+def _are_fit(activation: Any, *norms: Any) -> bool:
+    return isinstance(activation, nn.SiLU) and all(type(norm) is nn.GroupNorm and norm.affine for norm in norms)
