@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any, NamedTuple
 
 import torch
 from harness import seconds
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from flowturbo.models.sit import SiTConfig
+from flowturbo.plan import Plan
 from flowturbo_kernels._op import tensors
 
 
@@ -65,3 +70,26 @@ def floor(needed: Work, dtype: torch.dtype, device: str) -> float:
     """Seconds below which the operation can't come on this device: the larger of its two terms."""
     limits = ceilings(device)
     return max(needed.bytes / limits["copy"], needed.flops / limits.get(str(dtype).removeprefix("torch."), limits["float32"]))
+
+
+def plan_floor(plan: Plan, predictor: SiTConfig, refiner: SiTConfig, batch: int, dtype: torch.dtype, device: str) -> float:
+    """Seconds below which guided sampling of a batch can't come: every call's products, or its weights read once, whichever takes
+    longer; adaLN's products once for all times, labels and the null class."""
+    total = 0.0
+    for config, refines in ((predictor, False), (refiner, True)):
+        calls = [call for call in plan.calls if call.refiner == refines]
+        rows = [batch * (2 if call.guided else 1) for call in calls]
+        conditions = len({call.t for call in calls}) * (batch + 1)
+        trunk, conditioning = config.trunk_macs(), config.conditioning_macs()
+        block = config.depth * 12 * config.hidden**2 * dtype.itemsize
+        total += sum(floor(Work(block, 2 * trunk * count), dtype, device) for count in rows)
+        if calls:
+            total += floor(Work(config.depth * 6 * config.hidden**2 * dtype.itemsize, 2 * conditioning * conditions), dtype, device)
+    return total
+
+
+def decode_floor(vae: nn.Module, latents: tuple[int, ...], dtype: torch.dtype, device: str) -> float:
+    """Seconds below which decoding can't come: its products and convolutions at the rate of products."""
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(vae).to("meta").decode(torch.empty(latents, device="meta", dtype=dtype))
+    return floor(Work(0, counter.get_total_flops()), dtype, device)

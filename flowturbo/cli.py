@@ -18,6 +18,7 @@ from .encode import Encode, encode
 from .evaluate import Evaluate, InspectVelocity, evaluate, inspect_velocity
 from .files import atomic_write
 from .grid import labelled_grid
+from .latency import Bench, bench
 from .models import checkpoint, load
 from .plan import Plan
 from .sampler import sample
@@ -35,7 +36,7 @@ class Sample:
     refiner: str | None = None
     """The refiner's file; the bundled model brings its own."""
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL, or "pixels"; left out: what the model's file names."""
+    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels"; left out: what the model's file names."""
     plan: str = "H1P5R3"
     """Steps in order, a letter with a count each: H Heun, P pseudo corrector, R refiner, S refiner after equation 7, E Euler,
     A, B, C Adams-Bashforth of order 2, 3, 4."""
@@ -151,6 +152,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "inspect-velocity": (InspectVelocity, inspect_velocity),
     "encode": (Encode, encode),
     "convert": (Convert, _convert),
+    "bench": (Bench, bench),
     "info": (Info, lambda _: info.report()),
 }
 """Each command: the settings that are its flags, and what it does with them; what that returns is printed."""

@@ -8,7 +8,7 @@ Usable alone:
 Every operation is an `Op` in `OPS`; its `.reference` is plain torch and differentiable.
 """
 
-from ._op import BACKENDS, OPS, BackendError, Op, unavailable, use_backend, wanted
+from ._op import BACKENDS, OPS, BackendError, Op, trusted, unavailable, use_backend, wanted
 from .adaln import adaln_modulate, gated_residual_adaln
 from .attention import attention
 from .final_update import final_update
@@ -37,6 +37,7 @@ __all__ = [
     "patch_embed",
     "quantize_rows",
     "refiner_forward",
+    "trusted",
     "unavailable",
     "use_backend",
     "velocity_update",

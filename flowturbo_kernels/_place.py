@@ -6,6 +6,7 @@ or tile, by another path. So tensors are filled up here until all shares are who
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -23,10 +24,15 @@ def _fills(x: Tensor) -> bool:
 
 
 def _filled(count: int, grain: int, unit: int) -> int:
-    """The least size from `count` on that its threads share in whole units."""
+    """The least size from `count` on that torch's threads share in whole units."""
+    return _whole_shares(count, grain, unit, torch.get_num_threads())
+
+
+@functools.cache
+def _whole_shares(count: int, grain: int, unit: int, threads: int) -> int:
     size = count
     while True:
-        shares = max(1, min(torch.get_num_threads(), -(-size // grain)))
+        shares = max(1, min(threads, -(-size // grain)))
         missing = -size % (unit * shares)
         if not missing:
             return size
@@ -56,8 +62,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (..., K) times weight (N, K) transposed, plus bias (N,) -> (..., N)."""
-    rows = x.reshape(-1, x.shape[-1])
-    size = _filled(len(rows), _ROWS, _ROWS) if _fills(x) else len(rows)
-    if size == len(rows):
+    if not _fills(x):
         return F.linear(x, weight, bias)
-    return F.linear(F.pad(rows, (0, 0, 0, size - len(rows))), weight, bias)[: len(rows)].unflatten(0, x.shape[:-1])
+    count = x.numel() // x.shape[-1]
+    size = _filled(count, _ROWS, _ROWS)
+    if size == count:
+        return F.linear(x, weight, bias)
+    rows = F.pad(x.reshape(count, -1), (0, 0, 0, size - count))
+    return F.linear(rows, weight, bias)[:count].unflatten(0, x.shape[:-1])

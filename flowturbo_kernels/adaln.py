@@ -84,8 +84,10 @@ def _warps(D: int) -> int:
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    normalised = F.layer_norm(x, x.shape[-1:], eps=eps)
-    return normalised * (1 + scale.to(x.dtype)[:, None]) + shift.to(x.dtype)[:, None]
+    normalised, scale, shift = F.layer_norm(x, x.shape[-1:], eps=eps), scale.to(x.dtype)[:, None], shift.to(x.dtype)[:, None]
+    if torch.is_grad_enabled():
+        return normalised * (1 + scale) + shift
+    return normalised.mul_(1 + scale).add_(shift)
 
 
 def _check(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) -> None:
@@ -151,7 +153,8 @@ def gated_residual_adaln(
     x, y (B, T, D); gate, shift, scale (B, D) -> (x + gate*y, adaln_modulate of that), both (B, T, D) in x's dtype.
     The second output is computed from the sum before it is rounded to x's dtype.
     """
-    total = x.to(wide(x)) + gate.to(wide(x))[:, None] * y.to(wide(x))
+    dtype = wide(x)
+    total = x.to(dtype) + gate.to(dtype)[:, None] * y.to(dtype)
     return total.to(x.dtype), _modulated(total, shift, scale, eps).to(x.dtype)
 
 

@@ -23,16 +23,13 @@ class GroupNormSiLU(nn.GroupNorm):
 
 def fuse(network: nn.Module) -> int:
     """Exchange, in this instance of AutoencoderKL, every GroupNorm that a SiLU follows -> how many. Its state keeps its names."""
-    from diffusers.models.resnet import ResnetBlock2D
-
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     count = 0
-    for block in network.modules():
-        if (
-            isinstance(block, ResnetBlock2D)
-            and block.time_emb_proj is None
-            and _are_fit(block.nonlinearity, block.norm1, block.norm2)
-        ):
+    for module in network.modules():
+        block: Any = module
+        if getattr(block, "time_emb_proj", block) is not None:  # only residual blocks have it, and an autoencoder's know no time
+            continue
+        if _are_fit(block.nonlinearity, block.norm1, block.norm2):
             block.norm1, block.norm2, block.nonlinearity = GroupNormSiLU(block.norm1), GroupNormSiLU(block.norm2), nn.Identity()
             count += 2
     for part in (getattr(network, "encoder", None), getattr(network, "decoder", None)):

@@ -72,11 +72,18 @@ class SiTConfig:
 
     def macs(self) -> int:
         """Multiply-accumulates of one forward of one sample, of all matrix products."""
+        return self.trunk_macs() + self.conditioning_macs()
+
+    def trunk_macs(self) -> int:
+        """Those that read x."""
         D, T = self.hidden, self.tokens
-        block = T * 12 * D * D + 2 * T * T * D + 6 * D * D
         ends = T * self.patch**2 * (self.in_channels + self.out_channels) * D
-        conditioning = TIME_FEATURES * D + D * D + 2 * D * D
-        return self.depth * block + ends + conditioning
+        return self.depth * (T * 12 * D * D + 2 * T * T * D) + ends
+
+    def conditioning_macs(self) -> int:
+        """Those that read time and label alone."""
+        D = self.hidden
+        return (6 * self.depth + 2) * D * D + TIME_FEATURES * D + D * D
 
 
 SIT_SIZES: dict[str, dict[str, int]] = {

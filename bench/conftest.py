@@ -1,0 +1,29 @@
+"""What to time: options of `pytest bench`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+ON_CUDA = torch.cuda.is_available()
+OPTIONS = {
+    # name: (on a GPU, elsewhere, what)
+    "batches": ("1 8 32", "1", "batch sizes"),
+    "plans": ("H1P5R3 H2P4R2 H5P7R3 H8P9R5 H8 H15 H24", "H1P1R1 H2", "plans"),
+    "sizes": ("256 512", "64", "heights and widths of images"),
+    "decode": ("yes no", "yes no", "with the VAE, without it, or both"),
+    "rivals": ("ours ours-eager autocast eager compile max-autotune plan-graph diffusers", "ours eager", "ours and rivals"),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for name, (cuda, cpu, what) in OPTIONS.items():
+        parser.addoption(f"--{name}", default=cuda if ON_CUDA else cpu, help=f"{what}, separated by spaces")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    # The first varies slowest: what is compiled for a rival serves all plans.
+    for argument, option in (("rival", "rivals"), ("size", "sizes"), ("batch", "batches"), ("decode", "decode"), ("plan", "plans")):
+        if argument in metafunc.fixturenames:
+            values = metafunc.config.getoption(option).split()
+            metafunc.parametrize(argument, [int(v) if v.isdigit() else v for v in values])
