@@ -12,7 +12,11 @@ OPTIONS = {
     "plans": ("H1P5R3 H2P4R2 H5P7R3 H8P9R5 H8 H15 H24", "H1P1R1 H2", "plans"),
     "sizes": ("256 512", "64", "heights and widths of images"),
     "decode": ("yes no", "yes no", "with the VAE, without it, or both"),
-    "rivals": ("ours ours-eager autocast eager compile max-autotune plan-graph diffusers", "ours eager", "ours and rivals"),
+    "rivals": (
+        "ours ours-fp8 ours-eager autocast eager compile max-autotune plan-graph diffusers",
+        "ours eager",
+        "ours and rivals",
+    ),
 }
 
 

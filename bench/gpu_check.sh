@@ -45,7 +45,7 @@ stage kernels 110 python -m pytest -q bench/test_kernels.py --batches 8 --benchm
     --benchmark-columns=median
 # Every rival compiles, so that one size is all there is time for; the rest of the suite takes hours: python -m pytest bench.
 stage plans 130 python -m pytest -q bench/test_plans.py --sizes 256 --batches 8 --decode yes --plans "H1P5R3 H2P4R2 H8" \
-    --rivals "ours ours-eager eager autocast compile" --benchmark-json="$folder/$device-plans.json" --benchmark-columns=median
+    --rivals "ours ours-fp8 ours-eager eager autocast compile" --benchmark-json="$folder/$device-plans.json" --benchmark-columns=median
 stage profile 40 python -c 'import sys; from pathlib import Path; from flowturbo.latency import Bench, bench
 print(bench(Bench("SiT-XL/2", plans=("H1P5R3",), batch_sizes=(1, 8, 32), repeats=5, profile=Path(sys.argv[1]))))' "$folder/profile"
 stage table 10 python bench/table.py "$folder/$device-plans.json" "$folder/$device-kernels.json" --out "$folder/RESULTS.md"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 KERNEL_COLUMNS = ("eager", "compiled", "triton", "cuda", "auto")
-RIVALS = ("autocast", "eager", "compile", "max-autotune", "plan-graph", "diffusers", "ours-eager", "ours")
+RIVALS = ("autocast", "eager", "compile", "max-autotune", "plan-graph", "diffusers", "ours-eager", "ours", "ours-fp8")
 PAPER_PAIRS = (("H2P4R2", "H8"), ("H5P7R3", "H15"), ("H8P9R5", "H24"))
 """FlowTurbo's plans and the Heun solutions that the paper sets beside them (its table of class-conditional results)."""
 

@@ -66,6 +66,8 @@ class Sample:
     """"cuda" or "cpu"; left out: a GPU if there is one."""
     dtype: Dtype | None = None
     """Left out: bfloat16 on a GPU, float32 on the CPU."""
+    quantize: Literal["fp8"] | None = None
+    """"fp8" for the predictor's products in e4m3: faster on recent GPUs, and slightly other images."""
     out: Path = Path("samples.png")
     """A labelled grid (.png), or an .npz with arr_0 (N, height, width, 3), uint8, and labels."""
 
@@ -84,6 +86,7 @@ def _sample(settings: Sample) -> str:
         device=settings.device,
         dtype=_dtype(settings.dtype),
         convention=settings.convention,
+        quantize=settings.quantize,
     )
     labels = settings.labels or tuple(i % model.num_classes for i in range(settings.num))
     images = sample(

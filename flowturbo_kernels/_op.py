@@ -81,19 +81,23 @@ class Op(Generic[P, R]):
         return register
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return self._compiled(*args, **kwargs)
         if torch.autograd.profiler._is_profiler_enabled:
             with torch.profiler.record_function(f"flowturbo::{self.name}"):
                 return self._call(*args, **kwargs)
         return self._call(*args, **kwargs)
 
+    def _compiled(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        self.check(*args, **kwargs)
+        positional = self._positional(args, kwargs)
+        if _for_torch(positional):
+            return self.reference(*args, **kwargs)
+        return self.library(*(self.lower(*positional) if self.lower else positional))  # type: ignore[return-value]
+
     def _call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if not _trusted.get():
             self.check(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            positional = self._positional(args, kwargs)
-            if _for_torch(positional):
-                return self.reference(*args, **kwargs)
-            return self.library(*(self.lower(*positional) if self.lower else positional))  # type: ignore[return-value]
         name = wanted()
         if not self.backends or name == "reference" or (name == "auto" and args and not getattr(args[0], "is_cuda", True)):
             return self.reference(*args, **kwargs)  # by the shortest way: on the CPU small models feel every microsecond

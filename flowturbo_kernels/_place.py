@@ -25,6 +25,8 @@ def _fills(x: Tensor) -> bool:
 
 def _filled(count: int, grain: int, unit: int) -> int:
     """The least size from `count` on that torch's threads share in whole units."""
+    if not isinstance(count, int):  # a symbol: nothing runs, a shape is being derived
+        return count
     return _whole_shares(count, grain, unit, torch.get_num_threads())
 
 

@@ -343,3 +343,36 @@ def test_a_file_keeps_its_dtype(tmp_path, dtype):
     loaded = load_sit(tmp_path / "m.safetensors", "predictor").model
     assert {v.dtype for v in loaded.state_dict().values()} == {dtype}
     assert ft.load(tmp_path / "m.safetensors", device="cpu").predictor.state_dict()["pos_embed"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("convention", ["sit", "repa"])
+def test_fp8_changes_the_velocity_by_some_percent(convention):
+    config = replace(SMALL["patch 4"], hidden=96, heads=4, depth=4)
+    plain, fp8 = (
+        ft.load(random_sit(config, 21), random_sit(config.refiner(), 22), device="cpu", convention=convention, quantize=quantize)
+        for quantize in (None, "fp8")
+    )
+    x, t, y = torch.randn(4, *plain.latent_shape), torch.rand(4), torch.arange(4)
+    truth = plain.predictor(x, t, y)
+    error = float((fp8.predictor(x, t, y) - truth).norm() / truth.norm())
+    assert 1e-3 < error < 0.1
+    latents = [ft.sample(model, "H1P1R1", [1, 2], guidance=1.5, seed=0) for model in (plain, fp8)]
+    assert 1e-4 < float((latents[1] - latents[0]).norm() / latents[0].norm()) < 0.2
+
+
+def test_only_the_predictors_blocks_are_in_fp8():
+    model = ft.load(random_sit(SMALL["patch 4"], 23), random_sit(SMALL["patch 4"].refiner(), 24), device="cpu", quantize="fp8")
+    kinds = {name: value.dtype for name, value in model.predictor.state_dict().items()}
+    quantised = {name for name, dtype in kinds.items() if dtype == torch.float8_e4m3fn}
+    assert quantised == {
+        f"blocks.{i}.{part}.weight"
+        for i in range(len(model.predictor.blocks))
+        for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
+    assert {value.dtype for value in model.refiner.state_dict().values()} == {torch.float32}
+    assert model.predictor.quantize_() is model.predictor  # again: nothing more to do
+    with pytest.raises(ValueError, match="quantize must be 'fp8' or None, got 'int8'"):
+        ft.load("digits", quantize="int8")
+    refiner = random_sit(SMALL["patch 4"].refiner(), 25).quantize_()
+    with pytest.raises(ValueError, match="not quantised"):
+        refiner.refiner_weights()
