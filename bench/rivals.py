@@ -183,7 +183,7 @@ def plan_graph(s: Subject) -> Sampler:
     @torch.no_grad()
     def run(plan: str) -> Tensor:
         job = Job.of(model, ft.Plan.parse(plan), GUIDANCE, None, s.output, torch.float32)
-        arguments = job.capture(model, noise, labels, GUIDANCE)
+        arguments = job.capture(model, {"noise": noise, "labels": labels}, GUIDANCE)
         if not any(capture.key == arguments[0] for capture in model.captures.report()):
             model.captures.ahead(*arguments)
         return model.captures.run(*arguments)

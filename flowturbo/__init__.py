@@ -6,6 +6,7 @@ images = ft.sample(model, "H1P5R3", labels=[3, 7], guidance=2.0, seed=0, output=
 """
 
 from .ahead import compile, summary
+from .edit import edit, inpaint
 from .files import CheckpointError
 from .graph import CaptureError
 from .job import StepInfo
@@ -24,6 +25,8 @@ __all__ = [
     "StepInfo",
     "__version__",
     "compile",
+    "edit",
+    "inpaint",
     "load",
     "noise",
     "sample",

@@ -49,7 +49,7 @@ def compile(
         noise = torch.zeros(size, *model.latent_shape, device=model.device)
         labels = torch.zeros(size, dtype=torch.int64, device=model.device)
         if job.can_be_captured(model):
-            made.append(model.captures.ahead(*job.capture(model, noise, labels, scale)))
+            made.append(model.captures.ahead(*job.capture(model, {"noise": noise, "labels": labels}, scale)))
         elif model.device.type == "cuda" and model.captures.recorder is None:
             raise CaptureError(f"{job} can't be captured: of this model, under autocast, or while another capture is under way")
         else:

@@ -12,14 +12,17 @@ from typing import Annotated, Any, Literal, Union
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
 
 from . import info
+from .edit import edit, image_size, inpaint
 from .encode import Encode, encode
 from .evaluate import Evaluate, InspectVelocity, evaluate, inspect_velocity
 from .files import atomic_write
 from .grid import labelled_grid
+from .images import box_mask, read_image, read_mask, read_npz, read_transparency
 from .latency import Bench, bench
-from .models import checkpoint, load
+from .models import FlowModel, checkpoint, load
 from .plan import Plan
 from .sampler import sample
 from .train import Distill, Train, distill, train
@@ -28,8 +31,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Sample images by a plan. With no arguments: ten digits by the bundled model, as samples.png."""
+class Model:
+    """Which model runs, and how."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])] = "digits"
     """A .pt, .pth or .safetensors file with SiT's keys, or "digits"."""
@@ -40,10 +43,6 @@ class Sample:
     plan: str = "H1P5R3"
     """Steps in order, a letter with a count each: H Heun, P pseudo corrector, R refiner, S refiner after equation 7, E Euler,
     A, B, C Adams-Bashforth of order 2, 3, 4."""
-    labels: tuple[int, ...] | None = None
-    """Class numbers; left out: the first --num classes, over and over."""
-    num: int = 10
-    """How many images, where --labels does not say it."""
     guidance: Annotated[float, tyro.conf.arg(aliases=["--cfg-scale"])] = 1.5
     """Guidance scale; 1 is none."""
     guidance_channels: int | None = None
@@ -68,15 +67,10 @@ class Sample:
     """Left out: bfloat16 on a GPU, float32 on the CPU."""
     quantize: Literal["fp8"] | None = None
     """"fp8" for the predictor's products in e4m3: faster on recent GPUs, and slightly other images."""
-    out: Path = Path("samples.png")
-    """A labelled grid (.png), or an .npz with arr_0 (N, height, width, 3), uint8, and labels."""
 
 
-def _sample(settings: Sample) -> str:
-    if settings.out.suffix not in (".png", ".npz"):
-        raise ValueError(f"out must end in .png or .npz, got {str(settings.out)!r}")
-    if settings.num < 1:
-        raise ValueError(f"num must be at least 1, got {settings.num}")
+def _loaded(settings: Model) -> tuple[FlowModel, Plan, dict[str, Any]]:
+    """The model, the plan, and what all ways of sampling take."""
     plan = Plan.parse(settings.plan, grid=settings.grid, shift=settings.shift, guidance_interval=settings.guidance_interval)
     model = load(
         settings.model,
@@ -88,11 +82,7 @@ def _sample(settings: Sample) -> str:
         convention=settings.convention,
         quantize=settings.quantize,
     )
-    labels = settings.labels or tuple(i % model.num_classes for i in range(settings.num))
-    images = sample(
-        model,
-        plan,
-        labels,
+    options = dict(
         guidance=settings.guidance,
         guidance_channels=settings.guidance_channels,
         seed=settings.seed,
@@ -100,13 +90,122 @@ def _sample(settings: Sample) -> str:
         progress=sys.stderr.isatty(),
         output="uint8",
     )
-    with atomic_write(settings.out) as file:
-        if settings.out.suffix == ".npz":
+    return model, plan, options
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"out must end in .png or .npz, got {str(out)!r}")
+
+
+def _write(out: Path, images: Tensor, labels: Sequence[int], before: Tensor | None = None) -> None:
+    """A grid, under the images that were there before if any; or the images as numbers."""
+    with atomic_write(out) as file:
+        if out.suffix == ".npz":
             np.savez(file, arr_0=images.cpu().numpy(), labels=np.array(labels))
         else:
-            labelled_grid(images, [str(label) for label in labels]).save(file, format="PNG")
+            names = [str(label) for label in labels]
+            if before is None:
+                picture = labelled_grid(images, names)
+            else:
+                picture = labelled_grid(torch.cat([before.cpu(), images.cpu()]), [*[""] * len(before), *names], columns=len(names))
+            picture.save(file, format="PNG")
+
+
+def _said(out: Path, count: int, plan: Plan) -> str:
     cost = plan.cost
-    return f"{settings.out}: {len(labels)} images by {plan} ({cost.predictor} predictor and {cost.refiner} refiner calls)"
+    return f"{out}: {count} images by {plan} ({cost.predictor} predictor and {cost.refiner} refiner calls)"
+
+
+@dataclass(frozen=True)
+class Sample(Model):
+    """Sample images by a plan. With no arguments: ten digits by the bundled model, as samples.png."""
+
+    labels: tuple[int, ...] | None = None
+    """Class numbers; left out: the first --num classes, over and over."""
+    num: int = 10
+    """How many images, where --labels does not say it."""
+    out: Path = Path("samples.png")
+    """A labelled grid (.png), or an .npz with arr_0 (N, height, width, 3), uint8, and labels."""
+
+
+def _sample(settings: Sample) -> str:
+    _check_out(settings.out)
+    if settings.num < 1:
+        raise ValueError(f"num must be at least 1, got {settings.num}")
+    model, plan, options = _loaded(settings)
+    labels = settings.labels or tuple(i % model.num_classes for i in range(settings.num))
+    _write(settings.out, sample(model, plan, labels, **options), labels)
+    return _said(settings.out, len(labels), plan)
+
+
+@dataclass(frozen=True)
+class Edit(Model):
+    """Change images towards classes: each is mixed with noise and sampled from there."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Image files (cropped to squares of the model's size, on white where transparent), or one .npz as sample writes it."""
+    labels: tuple[int, ...] = ()
+    """What to make of them: one class number, or one an image."""
+    strength: float = 0.6
+    """Above 0, at most 1: how much of the image is forgotten."""
+    out: Path = Path("edited.png")
+    """A grid with the images above and what became of them below (.png), or an .npz as sample writes it."""
+
+
+@dataclass(frozen=True)
+class Inpaint(Edit):
+    """Make a part of images anew and keep the rest: the part in a mask, in a box, or where an image is transparent."""
+
+    strength: float = 1.0
+    """Above 0, at most 1: how much of the part is forgotten."""
+    mask: Path | None = None
+    """An image file of the images' size, bright (or transparent) where they are to be made anew."""
+    box: tuple[float, float, float, float] | None = None
+    """Left, top, right and bottom of the part, as shares of width and height."""
+    out: Path = Path("inpainted.png")
+    """A grid with the images above and what became of them below (.png), or an .npz as sample writes it."""
+
+
+def _edit(settings: Edit) -> str:
+    _check_out(settings.out)
+    if not settings.images or not settings.labels:
+        raise ValueError("images and labels must name at least one each")
+    model, plan, options = _loaded(settings)
+    before = _images(settings.images, image_size(model))
+    chosen: dict[str, Any] = {"strength": settings.strength, **options}
+    if isinstance(settings, Inpaint):
+        made = inpaint(model, plan, before, _mask(settings, before), settings.labels, **chosen)
+    else:
+        made = edit(model, plan, before, settings.labels, **chosen)
+    labels = settings.labels if len(settings.labels) == len(made) else settings.labels * len(made)
+    _write(settings.out, made, labels, torch.from_numpy(before).expand(len(made), -1, -1, -1))
+    return _said(settings.out, len(made), plan)
+
+
+def _images(paths: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
+    if any(path.suffix == ".npz" for path in paths):
+        if len(paths) > 1:
+            raise ValueError(f"images must be image files or one .npz, got {len(paths)} files with an .npz among them")
+        return read_npz(paths[0])
+    return np.stack([read_image(path, size[0]) for path in paths])
+
+
+def _mask(settings: Inpaint, images: np.ndarray) -> np.ndarray:
+    height, width = images.shape[1:3]
+    if settings.mask is not None and settings.box is not None:
+        raise ValueError("give mask or box, not both")
+    if settings.box is not None:
+        return box_mask(settings.box, height, width)
+    files = [path for path in settings.images if path.suffix != ".npz"]
+    if settings.mask is not None:
+        if not files:
+            raise ValueError("mask must go with image files; for an .npz give box")
+        return np.stack([read_mask(settings.mask, height, path) for path in files])
+    masks = [read_transparency(path, height) for path in files]
+    if not masks or any(mask is None for mask in masks):
+        raise ValueError("mask or box must say what to make anew, where images are not transparent there")
+    return np.stack([mask for mask in masks if mask is not None])
 
 
 @dataclass(frozen=True)
@@ -149,6 +248,8 @@ class Info:
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "sample": (Sample, _sample),
+    "edit": (Edit, _edit),
+    "inpaint": (Inpaint, _edit),
     "train": (Train, train),
     "distill": (Distill, distill),
     "evaluate": (Evaluate, evaluate),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,14 +89,76 @@ def read_image(path: str | os.PathLike[str], size: int) -> np.ndarray:
 
     Raises CheckpointError naming the file if it is missing, damaged or no image.
     """
+    with _opened(path) as image:
+        try:
+            return square(_rgb(_upright(image)), size)
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{path} is no whole image: {error or type(error).__name__}") from error
+
+
+def read_mask(path: str | os.PathLike[str], size: int, of: str | os.PathLike[str]) -> np.ndarray:
+    """A file -> (size, size) bool, where it is bright, cropped as `read_image` crops the image `of` which it is the mask.
+
+    A mask with transparency is read by it alone: where it is transparent. ValueError unless it has the image's size.
+    """
+    with _opened(path) as mask, _opened(of) as image:
+        mask, image = _upright(mask), _upright(image)
+        if mask.size != image.size:
+            raise ValueError(f"mask {path} must have the size of {of}, {image.size}, got {mask.size}")
+        clear = transparency(mask)
+        grey = Image.fromarray(clear) if clear is not None else mask.convert("L")
+        return square(grey.convert("RGB"), size)[..., 0] > 127
+
+
+def box_mask(box: Sequence[float], height: int, width: int) -> np.ndarray:
+    """(left, top, right, bottom), shares of width and height -> (height, width) bool: pixels whose centre is inside."""
+    left, top, right, bottom = box
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ValueError(f"box must be left, top, right, bottom with 0 <= left < right <= 1 and 0 <= top < bottom <= 1, got {box}")
+    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
+    return ((y >= top) & (y <= bottom))[:, None] & ((x >= left) & (x <= right))[None]
+
+
+def read_npz(path: str | os.PathLike[str]) -> np.ndarray:
+    """An .npz -> its arr_0, (N, height, width, 3) uint8. CheckpointError naming the file if it can't be read or holds others."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images = file["arr_0"]
+    except MemoryError:
+        raise
+    except Exception as error:  # numpy raises half a dozen kinds for damaged files
+        raise CheckpointError(f"{path} is no .npz with arr_0: {error or type(error).__name__}") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise CheckpointError(f"{path} must hold arr_0 (N, height, width, 3) uint8, got {images.shape} {images.dtype}")
+    return images
+
+
+def read_transparency(path: str | os.PathLike[str], size: int) -> np.ndarray | None:
+    """A file -> (size, size) bool, where it is transparent, cropped as `read_image` does, or None if it is nowhere."""
+    with _opened(path) as image:
+        clear = transparency(_upright(image))
+        return None if clear is None else square(Image.fromarray(clear).convert("RGB"), size)[..., 0] > 127
+
+
+def transparency(image: Image.Image) -> np.ndarray | None:
+    """(height, width) uint8, 255 where the image is transparent, or None where it is opaque all over."""
+    if "transparency" not in image.info and not image.mode.lower().endswith("a"):
+        return None
+    clear = 255 - np.asarray(image.convert("RGBA"))[..., 3]
+    return clear if clear.max() > 127 else None
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """An image in memory. CheckpointError naming the file if it is missing, damaged or no image."""
     try:
         with Image.open(path, formats=_FORMATS) as image:
             image.load()
-            return square(_rgb(_upright(image)), size)
     except MemoryError:
         raise
     except Exception as error:  # pillow raises half a dozen kinds for damaged files
         raise CheckpointError(f"{path} is no whole image: {error or type(error).__name__}") from error
+    yield image
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .field import field_of
 from .graph import Key
 from .models import AdaptiveNetwork, FlowModel
 from .models.vae import DiffusersVAE, Pixels
-from .path import denoised
+from .path import denoised, on_path
 from .plan import Plan
 from .steps import Field, State
 
@@ -64,11 +64,19 @@ class Watch:
         return not self.stopped
 
 
-def integrate(plan: Plan, field: Field, x: Tensor, watch: Watch | None = None) -> Tensor:
-    """The loop: one batch from noise to latents, or to where the watch ended it."""
+def integrate(
+    plan: Plan,
+    field: Field,
+    x: Tensor,
+    watch: Watch | None = None,
+    after: Callable[[Tensor, float], Tensor] | None = None,
+) -> Tensor:
+    """The loop: one batch from noise to latents, or to where the watch ended it. after: (x, t) -> what x becomes after a step."""
     state = State(x)
     for i, (step, t0, t1) in enumerate(plan.schedule()):
         state = step(field, state, t0, t1)
+        if after is not None:
+            state = state._replace(x=after(state.x, t1))
         if watch is not None and not watch.step(i + 1, state, t1):
             break
     return state.x
@@ -78,8 +86,8 @@ def integrate(plan: Plan, field: Field, x: Tensor, watch: Watch | None = None) -
 class Job:
     """All that decides the work of a batch of a FlowModel but the number of its images: what captures of the model are kept under.
 
-    guided: whether both halves run. guidance_channels: 0 where they don't. dtype: of the noise. null_class, backend, precision
-    (of float32 products): as they are now, since they may change between calls.
+    guided: whether both halves run. guidance_channels: 0 where they don't. dtype: of the noise. given: names of further inputs,
+    source and mask. null_class, backend, precision (of float32 products): as they are now, since they may change between calls.
     """
 
     plan: Plan
@@ -90,6 +98,7 @@ class Job:
     null_class: int | None
     backend: str
     precision: str
+    given: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -116,7 +125,8 @@ class Job:
         return cls(plan, guided, guidance_channels if guided else 0, output, dtype, model.null_class, backend, precision)
 
     def __str__(self) -> str:
-        return f"plan {self.plan} {'with' if self.guided else 'without'} guidance to {self.output}"
+        start = f" from t = {self.plan.start:g}" if self.plan.start else ""
+        return f"plan {self.plan}{start} {'with' if self.guided else 'without'} guidance to {self.output}"
 
     def can_be_captured(self, model: FlowModel) -> bool:
         """Whether the device can, and the model's parts are known to do the same work whatever the images."""
@@ -124,41 +134,58 @@ class Job:
         known = all(part is None or isinstance(part, AdaptiveNetwork | Pixels | DiffusersVAE) for part in parts)
         return known and model.captures.possible(model.device)
 
-    def run(self, model: FlowModel, noise: Tensor, labels: Tensor, guidance: float, watch: Watch) -> Tensor:
-        """One batch: noise (N, C, H, W), labels (N,), both on the model's device -> latents, or images of the job's output."""
+    def run(self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, watch: Watch) -> Tensor:
+        """One batch -> latents (N, C, H, W), or images of the job's output.
+
+        inputs, all on the model's device: noise (N, C, H, W), labels (N,), and those given: source (N, C, H, W), latents to start
+        from at the plan's start, on the path between noise and them; mask (N, 1, H, W) bool, where they may change.
+        """
         try:
-            return self._run(model, noise, labels, guidance, watch)
+            return self._run(model, inputs, guidance, watch)
         except torch.OutOfMemoryError:
             if watch.callback is not None or not model.captures.report():
                 raise
         model.captures.clear()  # what they hold may be what is missing
-        return self._run(model, noise, labels, guidance, watch)
+        return self._run(model, inputs, guidance, watch)
 
-    def _run(self, model: FlowModel, noise: Tensor, labels: Tensor, guidance: float, watch: Watch) -> Tensor:
+    def _run(self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, watch: Watch) -> Tensor:
         if watch.callback is None and self.can_be_captured(model):
-            out = model.captures.run(*self.capture(model, noise, labels, guidance))
+            out = model.captures.run(*self.capture(model, inputs, guidance))
             watch.bar.update(len(self.plan))
             return out
-        scale = self._scales(model, len(noise), guidance) if model.device.type == "cuda" else guidance
-        return self.execute(model, noise, labels, scale, watch)
+        scale = self._scales(model, len(inputs["noise"]), guidance) if model.device.type == "cuda" else guidance
+        return self.execute(model, **inputs, guidance=scale, watch=watch)
 
     def capture(
-        self, model: FlowModel, noise: Tensor, labels: Tensor, guidance: float
-    ) -> tuple[Key, Callable[..., Tensor], dict[str, Tensor], list[nn.Module]]:
-        """What `Captures` asks for."""
-        inputs = {"noise": noise, "labels": labels}
+        self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float
+    ) -> tuple[Key, Callable[..., Tensor], Mapping[str, Tensor], list[nn.Module]]:
+        """What `Captures` asks for. inputs: those of `execute` but guidance."""
+        size = len(inputs["noise"])
         if self.guided:
-            inputs["guidance"] = self._scales(model, len(noise), guidance)
+            inputs = {**inputs, "guidance": self._scales(model, size, guidance)}
         parts = model.predictor, model.refiner, getattr(model.vae, "network", None) if self.output == "uint8" else None
         modules = [part for part in parts if isinstance(part, nn.Module)]
-        return Key(self, len(noise)), functools.partial(self.execute, model), inputs, modules
+        return Key(self, size), functools.partial(self.execute, model), inputs, modules
 
     def execute(
-        self, model: FlowModel, noise: Tensor, labels: Tensor, guidance: float | Tensor = 1.0, watch: Watch | None = None
+        self,
+        model: FlowModel,
+        noise: Tensor,
+        labels: Tensor,
+        guidance: float | Tensor = 1.0,
+        watch: Watch | None = None,
+        source: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
+        """`run` as it is, without captures."""
         field = field_of(model, self.plan, labels, guidance if self.guided else None, self.guidance_channels)
+
+        def keep_source(x: Tensor, t: float) -> Tensor:
+            return torch.where(cast(Tensor, mask), x, on_path(cast(Tensor, source), noise, t))
+
+        x = noise if source is None else on_path(source, noise, self.plan.start)
         with use_backend(model.backend):
-            latents = integrate(self.plan, field, noise, watch)
+            latents = integrate(self.plan, field, x, watch, None if mask is None else keep_source)
         return model.decode(latents) if self.output == "uint8" else latents
 
     @staticmethod

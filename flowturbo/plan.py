@@ -42,6 +42,7 @@ class Plan:
         E Euler, A, B, C Adams-Bashforth of order 2, 3, 4.
     grid: the len(letters) + 1 times, strictly rising, from 0 to 1.
     guidance_interval: guidance acts on calls at times in this closed interval; outside, only the conditional half runs.
+    start: where the grid starts: 0 but for editing, which starts on the path between noise and a source (see `starting_at`).
     Raises ValueError, showing the place, for letters that are none, a step that needs a velocity no earlier step left, and grids
     that do not rise from 0 to 1. `Plan.parse` makes one from text.
     """
@@ -49,6 +50,7 @@ class Plan:
     letters: str
     grid: tuple[float, ...]
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    start: float = 0.0
     calls: tuple[Call, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -62,7 +64,7 @@ class Plan:
                 raise ValueError(_mark(self.letters, i, f"no step is called {letter!r}; there are {', '.join(STEPS)}"))
         if not 1 <= len(self.letters) <= MAX_STEPS:
             raise ValueError(f"a plan must have 1 to {MAX_STEPS} steps, got {len(self.letters)}")
-        _check_grid(self.grid, len(self.letters))
+        _check_grid(self.grid, len(self.letters), self.start)
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {interval}")
         object.__setattr__(self, "calls", self._rehearse())
@@ -90,6 +92,14 @@ class Plan:
             raise ValueError(f"give grid or shift, not both; got shift={shift} and a grid")
         times = shifted_grid(len(letters), float(shift)) if grid is None else numbers_of("grid", grid)
         return cls(letters, times, guidance_interval)
+
+    def starting_at(self, t: float) -> Plan:
+        """The same steps on the grid squeezed into [t, 1], 0 <= t < 1. Every step stays: so any plan can start anywhere."""
+        if not 0 <= finite("t", t) < 1:
+            raise ValueError(f"t must be at least 0 and less than 1, got {t}")
+        first, last = self.grid[0], self.grid[-1]
+        grid = [t + (1 - t) * (time - first) / (last - first) for time in self.grid]
+        return Plan(self.letters, (t, *grid[1:-1], 1.0), self.guidance_interval, t)
 
     def __str__(self) -> str:
         """The letters with counts, e.g. 'H1P5R3': what `parse` takes. Grid and interval are in repr."""
@@ -179,14 +189,16 @@ def _expand(text: str) -> str:
     return letters
 
 
-def _check_grid(grid: tuple[float, ...], steps: int) -> None:
+def _check_grid(grid: tuple[float, ...], steps: int, start: float) -> None:
     if len(grid) != steps + 1:
         raise ValueError(f"grid must hold {steps + 1} times, one more than the {steps} steps, got {len(grid)}")
     for i, (t0, t1) in enumerate(itertools.pairwise(grid)):
         if not t0 < t1:  # also catches NaN
             raise ValueError(f"grid must rise strictly, but grid[{i}] = {t0} is followed by grid[{i + 1}] = {t1}")
-    if grid[0] != 0 or grid[-1] != 1:
-        raise ValueError(f"grid must run from 0 to 1, got grid[0] = {grid[0]} and grid[{steps}] = {grid[-1]}")
+    if not 0 <= start < 1:
+        raise ValueError(f"start must be at least 0 and less than 1, got {start}")
+    if grid[0] != start or grid[-1] != 1:
+        raise ValueError(f"grid must run from {start:g} to 1, got grid[0] = {grid[0]} and grid[{steps}] = {grid[-1]}")
 
 
 def _mark(text: str, at: int, message: str) -> str:

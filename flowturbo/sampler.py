@@ -60,20 +60,35 @@ def sample(
     Raises ValueError or TypeError, naming the argument, for input that does not fit.
     """
     plan = as_plan(plan)
+    if plan.start:
+        raise ValueError(f"plan must start at 0, got one that starts at {plan.start:g}: that is for edit, which knows a source")
     if isinstance(model, FlowModel):
         if cond:
             raise TypeError(f"sample got unexpected arguments {sorted(cond)}: a FlowModel takes labels only")
         dtype = torch.float64 if isinstance(noise, Tensor) and noise.dtype == torch.float64 else torch.float32
         job = Job.of(model, plan, guidance, guidance_channels, output, dtype)
-        start, classes = _class_conditional(model, labels, guidance, noise, seed)
-        batches: _Batches = _ModelBatches(model, job, start, classes, guidance)
+        start, classes = class_conditional(model, labels, guidance, noise, seed)
+        batches: Batches = ModelBatches(model, job, {"noise": start, "labels": classes}, guidance)
     else:
         if labels is not None:
             cond["labels"] = labels
         start = _plain_function(model, plan, guidance, guidance_channels, noise, seed, output)
         batches = _FunctionBatches(model, plan, start, cond)
 
-    N = len(start)
+    return in_batches(batches, len(start), plan, batch_size, progress, callback)
+
+
+class Batches(Protocol):
+    size: int
+    """Images at a time unless the caller says."""
+
+    def run(self, rows: Tensor, watch: Watch) -> Tensor:
+        """The images of these numbers."""
+        ...
+
+
+def in_batches(batches: Batches, N: int, plan: Plan, batch_size: int | None, progress: bool, callback: Callback | None) -> Tensor:
+    """N images, batch by batch."""
     size = batches.size if batch_size is None else positive("batch_size", batch_size)
     done = []
     with tqdm(total=math.ceil(N / size) * len(plan), disable=not progress, unit="step", leave=False) as bar:
@@ -86,27 +101,19 @@ def sample(
     return torch.cat(done)
 
 
-class _Batches(Protocol):
-    size: int
-    """Images at a time unless the caller says."""
+class ModelBatches:
+    """Batches of a FlowModel. inputs: what its job takes, of all images."""
+
+    def __init__(self, model: FlowModel, job: Job, inputs: dict[str, Tensor], guidance: float) -> None:
+        self.model, self.job, self.inputs, self.guidance = model, job, inputs, guidance
+        count = len(inputs["noise"])
+        self.size = model.captures.size_for(job, count) or count
 
     def run(self, rows: Tensor, watch: Watch) -> Tensor:
-        """The images of these numbers."""
-        ...
+        return self.job.run(self.model, {name: value[rows] for name, value in self.inputs.items()}, self.guidance, watch)
 
 
-class _ModelBatches:
-    """Batches of a FlowModel."""
-
-    def __init__(self, model: FlowModel, job: Job, start: Tensor, classes: Tensor, guidance: float) -> None:
-        self.model, self.job, self.start, self.classes, self.guidance = model, job, start, classes, guidance
-        self.size = model.captures.size_for(job, len(start)) or len(start)
-
-    def run(self, rows: Tensor, watch: Watch) -> Tensor:
-        return self.job.run(self.model, self.start[rows], self.classes[rows], self.guidance, watch)
-
-
-def _class_conditional(
+def class_conditional(
     model: FlowModel, labels: Any, guidance: float, noise: Tensor | None, seed: int | None
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments against the model -> (noise, class numbers), both on its device."""

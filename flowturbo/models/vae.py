@@ -23,7 +23,9 @@ DECODE_BYTES = 2 << 30
 
 @runtime_checkable
 class VAE(Protocol):
-    """What sampling, training and encoding ask of an autoencoder."""
+    """What sampling, training, encoding and editing ask of an autoencoder. factor: pixels of an image to a side of a latent."""
+
+    factor: int
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents (N, C, H, W) -> images (N, height, width, 3), uint8."""
@@ -37,7 +39,7 @@ class VAE(Protocol):
 class Pixels:
     """Grey images as their own latents: one channel, -1 black, 1 white."""
 
-    scale, shift = 1.0, 0.0
+    scale, shift, factor = 1.0, 0.0, 1
 
     def decode(self, latents: Tensor) -> Tensor:
         return to_uint8(latents).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
