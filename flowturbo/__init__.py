@@ -9,8 +9,10 @@ from .ahead import compile, summary
 from .edit import edit, inpaint
 from .files import CheckpointError
 from .graph import CaptureError
+from .integrations.diffusers import accelerate, accelerated, restore
 from .job import StepInfo
 from .models import FlowModel, load
+from .models.prompted import PromptModel, from_pipeline, refiner_for
 from .plan import Plan
 from .rng import noise
 from .sampler import sample
@@ -22,13 +24,19 @@ __all__ = [
     "CheckpointError",
     "FlowModel",
     "Plan",
+    "PromptModel",
     "StepInfo",
     "__version__",
+    "accelerate",
+    "accelerated",
     "compile",
     "edit",
+    "from_pipeline",
     "inpaint",
     "load",
     "noise",
+    "refiner_for",
+    "restore",
     "sample",
     "summary",
 ]

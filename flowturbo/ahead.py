@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
 
 from .checks import positive
 from .graph import Capture, CaptureError
+from .integrations import diffusers as integrations
 from .job import Job
 from .models import FlowModel
 from .plan import Plan, as_plan
@@ -53,14 +54,17 @@ def compile(
         elif model.device.type == "cuda" and model.captures.recorder is None:
             raise CaptureError(f"{job} can't be captured: of this model, under autocast, or while another capture is under way")
         else:
-            job.execute(model, noise, labels, scale)
+            job.execute(model, noise, scale, labels=labels)
     return made
 
 
-def summary(model: FlowModel) -> str:
-    """A line a capture: what it runs, milliseconds with and without the graph, memory, how often; and what failed, and why."""
+def summary(model: Any) -> str:
+    """A line a capture: what it runs, milliseconds with and without the graph, memory, how often; and what failed, and why.
+
+    model: a FlowModel, or a diffusers pipeline that `accelerate` was called on, of which it tells plan, calls and milliseconds too.
+    """
     if not isinstance(model, FlowModel):
-        raise TypeError(f"model must be a FlowModel, got {type(model).__name__}")
+        return integrations.summary(model)
     lines = []
     for c in model.captures.report():
         gain = c.eager_seconds / c.replay_seconds if c.replay_seconds else float("nan")

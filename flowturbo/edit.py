@@ -15,7 +15,7 @@ from .checks import finite
 from .job import Callback, Job
 from .models import FlowModel
 from .plan import Plan, as_plan
-from .sampler import ModelBatches, class_conditional, in_batches
+from .sampler import ModelBatches, in_batches, inputs_of
 
 Images = np.ndarray | Tensor
 Output = Literal["latents", "uint8"]
@@ -26,7 +26,7 @@ def edit(
     model: FlowModel,
     plan: str | Plan,
     images: Images,
-    labels: int | Sequence[int] | np.ndarray | Tensor,
+    labels: Any,
     *,
     strength: float = 0.6,
     guidance: float = 1.0,
@@ -37,18 +37,20 @@ def edit(
     progress: bool = False,
     callback: Callback | None = None,
     output: Output = "uint8",
+    negative: str | Sequence[str] | None = None,
 ) -> Tensor:
     """Change images towards labels: mix each with noise, and integrate from there.
 
     images: (N, height, width, 3) uint8, of the model's size, or latents (N, C, H, W) floating point; one image serves all labels,
         and one label all images.
+    labels: class numbers, or prompts for a text-to-image model; negative: as in `sample`.
     strength: above 0, at most 1. The integration starts at t = 1 - strength: small keeps the image, 1 forgets it. All of the plan's
         steps run, on its grid squeezed into [1 - strength, 1].
     The rest is as in `sample`. Returns images (N, height, width, 3) uint8, or latents (N, C, H, W) float32.
     Raises ValueError or TypeError, naming the argument, for input that does not fit.
     """
     begun = _strong(as_plan(plan), strength)
-    inputs, job = _prepare(model, begun, images, labels, guidance, guidance_channels, noise, seed, output)
+    inputs, job = _prepare(model, begun, images, labels, guidance, guidance_channels, noise, seed, output, negative)
     job = replace(job, given=("source",))
     return in_batches(ModelBatches(model, job, inputs, guidance), len(inputs["noise"]), begun, batch_size, progress, callback)
 
@@ -59,7 +61,7 @@ def inpaint(
     plan: str | Plan,
     images: Images,
     mask: Images,
-    labels: int | Sequence[int] | np.ndarray | Tensor,
+    labels: Any,
     *,
     strength: float = 1.0,
     guidance: float = 1.0,
@@ -70,6 +72,7 @@ def inpaint(
     progress: bool = False,
     callback: Callback | None = None,
     output: Output = "uint8",
+    negative: str | Sequence[str] | None = None,
 ) -> Tensor:
     """Make the masked part of images anew, and keep the rest; an object is removed by its mask and the label of what lies behind.
 
@@ -82,7 +85,7 @@ def inpaint(
     The rest is as in `edit`. ValueError also for a mask of another size, and for one that covers nothing.
     """
     begun = _strong(as_plan(plan), strength)
-    inputs, job = _prepare(model, begun, images, labels, guidance, guidance_channels, noise, seed, output)
+    inputs, job = _prepare(model, begun, images, labels, guidance, guidance_channels, noise, seed, output, negative)
     N, (H, W) = len(inputs["noise"]), model.latent_shape[1:]
     pixels = torch.as_tensor(images)
     size = (H, W) if pixels.is_floating_point() else tuple(pixels.shape[1:3])
@@ -111,21 +114,21 @@ def _prepare(
     noise: Tensor | None,
     seed: int | None,
     output: str,
+    negative: Any = None,
 ) -> tuple[dict[str, Tensor], Job]:
     """Check the arguments -> (inputs of a job for all images, the job)."""
     if not isinstance(model, FlowModel):
         raise TypeError(f"model must be a FlowModel, got {type(model).__name__}")
     job = Job.of(model, plan, guidance, guidance_channels, output, torch.float32)
     source = _source(model, images)
-    classes = torch.as_tensor(labels).reshape(-1) if labels is not None else None
-    if classes is None:
-        raise ValueError("labels must say what to make: a class number, or one an image")
-    count = max(len(source), len(classes))
-    for name, number in (("images", len(source)), ("labels", len(classes))):
+    if labels is None:
+        raise ValueError("labels must say what to make: a class number or prompt, or one an image")
+    inputs = inputs_of(model, labels, guidance, noise, seed, negative, len(source))
+    count = len(inputs["noise"])
+    for name, number in (("images", len(source)), ("labels", len(next(v for k, v in inputs.items() if k != "noise")))):
         if number not in (1, count):
             raise ValueError(f"{name} must be one or as many as there are of the other ({count}), got {number}")
-    start, numbers = class_conditional(model, classes.expand(count), guidance, noise, seed)
-    return {"noise": start.float(), "labels": numbers, "source": source.expand(count, -1, -1, -1)}, job
+    return {**inputs, "noise": inputs["noise"].float(), "source": source.expand(count, -1, -1, -1)}, job
 
 
 def _source(model: FlowModel, images: Images) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from flowturbo_kernels import guide, guided_update, refiner_forward, trusted
 
 from .models import AdaptiveNetwork, FlowModel, Network, VelocityFunction
+from .models.prompted import Conditions, PromptModel
 from .models.sit import SiT
 from .plan import Plan
 from .steps import Field, Move
@@ -29,8 +30,8 @@ class GuidedField(Field):
 
     def __init__(self, model: FlowModel, plan: Plan, labels: Tensor, guidance: float | Tensor | None, channels: int) -> None:
         self.model, self.plan, self.guidance, self.channels = model, plan, guidance, channels
-        self.labels = labels
-        self.both_labels = labels if guidance is None else torch.cat([labels, torch.full_like(labels, model.null_class or 0)])
+        self.labels: Any = labels
+        self.both_labels: Any = labels if guidance is None else torch.cat([labels, torch.full_like(labels, model.null_class or 0)])
 
     def predict(self, x: Tensor, t: float) -> Tensor:
         return self._whole(x, self._guided(self._run(self.model.predictor, x, t, None), t))
@@ -77,8 +78,8 @@ class GuidedField(Field):
         dtype, wide = self.model.dtype, torch.promote_types(self.model.dtype, torch.float32)
         guided = self._scale(t) is not None
         labels = self.both_labels if guided else self.labels
-        times = torch.full((len(labels),), t, dtype=wide, device=x.device)
         both = torch.cat([x, x]) if guided else x
+        times = torch.full((len(both),), t, dtype=wide, device=x.device)
         out = network(both.to(dtype), times, labels, None if v is None else v.to(dtype))
         return out.to(torch.promote_types(x.dtype, wide))
 
@@ -119,8 +120,24 @@ class HoistedField(GuidedField):
         return out.to(torch.promote_types(x.dtype, torch.promote_types(self.model.dtype, torch.float32)))
 
 
-def field_of(model: FlowModel, plan: Plan, labels: Tensor, guidance: float | Tensor | None, channels: int) -> GuidedField:
-    """The fastest field that the model's networks allow."""
+class PromptField(GuidedField):
+    """The same for text-to-image models, whose labels are conditions by name; those of the second half are named negative_..."""
+
+    def __init__(
+        self, model: FlowModel, plan: Plan, conditions: Conditions, guidance: float | Tensor | None, channels: int
+    ) -> None:
+        self.model, self.plan, self.guidance, self.channels = model, plan, guidance, channels
+        self.labels = {name: value for name, value in conditions.items() if not name.startswith("negative_")}
+        self.both_labels = self.labels
+        if guidance is not None:
+            self.both_labels = {k: torch.cat([v, conditions.get(f"negative_{k}", v)]) for k, v in self.labels.items()}
+
+
+def field_of(model: FlowModel, plan: Plan, conditions: Conditions, guidance: float | Tensor | None, channels: int) -> GuidedField:
+    """The fastest field that the model's networks allow. conditions: labels (N,), or those of a text-to-image model."""
+    if isinstance(model, PromptModel):
+        return PromptField(model, plan, conditions, guidance, channels)
+    labels = conditions["labels"]
     networks = [model.predictor] + ([] if model.refiner is None else [model.refiner])
     hoisted = all(isinstance(network, AdaptiveNetwork) for network in networks)
     return (HoistedField if hoisted else GuidedField)(model, plan, labels, guidance, channels)

@@ -17,6 +17,7 @@ from .checks import finite, positive
 from .field import field_of
 from .graph import Key
 from .models import AdaptiveNetwork, FlowModel
+from .models.prompted import PromptNetwork
 from .models.vae import DiffusersVAE, Pixels
 from .path import denoised, on_path
 from .plan import Plan
@@ -111,14 +112,12 @@ class Job:
             raise ValueError("output='uint8' needs a model that was loaded with a vae")
         if plan.cost.refiner and model.refiner is None:
             raise ValueError(f"plan {plan} has refiner steps, but the model was loaded without refiner=")
-        if finite("guidance", guidance) != 1 and model.null_class is None:
-            raise ValueError(f"guidance={guidance} needs a model with a null class, and this one has none")
+        guided = model.guided(finite("guidance", guidance))
         channels = model.latent_shape[0]
         if guidance_channels is None:
             guidance_channels = model.guidance_channels
         elif not 1 <= positive("guidance_channels", guidance_channels) <= channels:
             raise ValueError(f"guidance_channels must be from 1 to {channels}, got {guidance_channels}")
-        guided = guidance != 1
         with use_backend(model.backend):
             backend = wanted()
         precision = torch.get_float32_matmul_precision()
@@ -131,14 +130,15 @@ class Job:
     def can_be_captured(self, model: FlowModel) -> bool:
         """Whether the device can, and the model's parts are known to do the same work whatever the images."""
         parts = model.predictor, model.refiner, model.vae if self.output == "uint8" else None
-        known = all(part is None or isinstance(part, AdaptiveNetwork | Pixels | DiffusersVAE) for part in parts)
+        known = all(part is None or isinstance(part, AdaptiveNetwork | PromptNetwork | Pixels | DiffusersVAE) for part in parts)
         return known and model.captures.possible(model.device)
 
     def run(self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, watch: Watch) -> Tensor:
         """One batch -> latents (N, C, H, W), or images of the job's output.
 
-        inputs, all on the model's device: noise (N, C, H, W), labels (N,), and those given: source (N, C, H, W), latents to start
-        from at the plan's start, on the path between noise and them; mask (N, 1, H, W) bool, where they may change.
+        inputs, all on the model's device: noise (N, C, H, W); conditions, such as labels (N,); and those given: source
+        (N, C, H, W), latents to start from at the plan's start, on the path between noise and them; mask (N, 1, H, W) bool, where
+        they may change.
         """
         try:
             return self._run(model, inputs, guidance, watch)
@@ -171,14 +171,14 @@ class Job:
         self,
         model: FlowModel,
         noise: Tensor,
-        labels: Tensor,
         guidance: float | Tensor = 1.0,
         watch: Watch | None = None,
         source: Tensor | None = None,
         mask: Tensor | None = None,
+        **conditions: Tensor,
     ) -> Tensor:
         """`run` as it is, without captures."""
-        field = field_of(model, self.plan, labels, guidance if self.guided else None, self.guidance_channels)
+        field = field_of(model, self.plan, conditions, guidance if self.guided else None, self.guidance_channels)
 
         def keep_source(x: Tensor, t: float) -> Tensor:
             return torch.where(cast(Tensor, mask), x, on_path(cast(Tensor, source), noise, t))

@@ -17,6 +17,7 @@ from .checks import positive
 from .field import FunctionField
 from .job import Callback, Job, Watch, integrate
 from .models import FlowModel, VelocityFunction
+from .models.prompted import PromptModel
 from .plan import Plan, as_plan
 
 
@@ -40,7 +41,8 @@ def sample(
 
     model: a FlowModel (from `load`), or any callable v(x, t, **cond) with t a scalar tensor, which needs `noise`.
     plan: a Plan, or text such as "H1P5R3".
-    labels: N class numbers; None: unconditional, as many images as `noise` has. A callable gets them as cond "labels", if given.
+    labels: N class numbers; None: unconditional, as many images as `noise` has. For a text-to-image model N prompts, or what its
+        `encode` made of them. A callable gets them as cond "labels", if given.
     guidance: the scale s of u + s * (c - u) (classifier-free guidance), 1: none. Needs labels and a null class.
     guidance_channels: guide the first so many channels; None: the checkpoint's convention (3 of 4 for SiT's, else all).
     noise: (N, C, H, W); overrides seed. seed: image i draws its noise from (seed, i) alone; None: a new one every call.
@@ -50,7 +52,8 @@ def sample(
     progress: show a bar of steps. callback: called with a StepInfo after each step; returning False ends sampling at once, with
         the latents as they are then, of the batches begun.
     output: "latents", or "uint8" to decode each batch as it is done.
-    cond: further arguments for a callable; tensors whose first size is N are cut into batches.
+    cond: further arguments for a callable; tensors whose first size is N are cut into batches. For a text-to-image model
+        `negative`: the prompts to guide away from.
 
     On CUDA the second batch of a kind is captured as a CUDA graph, from noise to decoded images, and replayed from then on,
     whatever the labels, seed and guidance scale; a callback turns that off. Threads may sample from one model at once.
@@ -63,12 +66,14 @@ def sample(
     if plan.start:
         raise ValueError(f"plan must start at 0, got one that starts at {plan.start:g}: that is for edit, which knows a source")
     if isinstance(model, FlowModel):
-        if cond:
-            raise TypeError(f"sample got unexpected arguments {sorted(cond)}: a FlowModel takes labels only")
+        negative = cond.pop("negative", None)
+        if cond or (negative is not None and not isinstance(model, PromptModel)):
+            raise TypeError(f"sample got unexpected arguments {sorted(cond) or ['negative']}: a FlowModel takes labels only")
         dtype = torch.float64 if isinstance(noise, Tensor) and noise.dtype == torch.float64 else torch.float32
         job = Job.of(model, plan, guidance, guidance_channels, output, dtype)
-        start, classes = class_conditional(model, labels, guidance, noise, seed)
-        batches: Batches = ModelBatches(model, job, {"noise": start, "labels": classes}, guidance)
+        inputs = inputs_of(model, labels, guidance, noise, seed, negative)
+        start = inputs["noise"]
+        batches: Batches = ModelBatches(model, job, inputs, guidance)
     else:
         if labels is not None:
             cond["labels"] = labels
@@ -113,10 +118,24 @@ class ModelBatches:
         return self.job.run(self.model, {name: value[rows] for name, value in self.inputs.items()}, self.guidance, watch)
 
 
-def class_conditional(
-    model: FlowModel, labels: Any, guidance: float, noise: Tensor | None, seed: int | None
-) -> tuple[Tensor, Tensor]:
-    """Check the arguments against the model -> (noise, class numbers), both on its device."""
+def inputs_of(
+    model: FlowModel, labels: Any, guidance: float, noise: Tensor | None, seed: int | None, negative: Any = None, count: int = 1
+) -> dict[str, Tensor]:
+    """Check the arguments against the model -> a job's noise and conditions, on the model's device. One label serves `count`."""
+    if isinstance(model, PromptModel):
+        if labels is None:
+            raise ValueError("labels must be prompts for a text-to-image model: texts, or what encode makes of them")
+        found = model.conditions(labels, guidance, negative)
+    else:
+        found = {"labels": _class_numbers(model, labels, guidance, noise).to(model.device)}
+    rows = len(next(iter(found.values())))
+    if rows == 1 != count:
+        found = {name: value.expand(count, *value.shape[1:]) for name, value in found.items()}
+    start = _noise(noise, seed, (max(rows, count), *model.latent_shape)).to(model.device)
+    return {"noise": start, **found}
+
+
+def _class_numbers(model: FlowModel, labels: Any, guidance: float, noise: Tensor | None) -> Tensor:
     if labels is None:
         if noise is None:
             raise ValueError("give labels (class numbers) or, for unconditional images, noise")
@@ -124,11 +143,8 @@ def class_conditional(
             raise ValueError(f"guidance={guidance} needs labels")
         if model.null_class is None:
             raise ValueError("labels are needed: the model has no null class")
-        classes = torch.full((len(noise),), model.null_class)
-    else:
-        classes = _labels(labels, model.num_classes)
-    start = _noise(noise, seed, (len(classes), *model.latent_shape)).to(model.device)
-    return start, classes.to(model.device)
+        return torch.full((len(noise),), model.null_class)
+    return _labels(labels, model.num_classes)
 
 
 class _FunctionBatches:

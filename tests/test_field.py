@@ -52,7 +52,7 @@ def test_in_lower_precision_they_agree_to_rounding(dtype, bound):
 def test_a_reversed_predictor_is_hoisted_too():
     sit = random_sit(CONFIG, 5)
     model = ft.load(sit, random_sit(CONFIG.refiner(), 6), convention="repa", device="cpu", dtype=torch.float64)
-    assert isinstance(field_of(model, ft.Plan.parse("H1"), torch.tensor([1]), None, 4), HoistedField)
+    assert isinstance(field_of(model, ft.Plan.parse("H1"), {"labels": torch.tensor([1])}, None, 4), HoistedField)
     plain, hoisted = both(model, ft.Plan.parse("H1P1R1"), 1.7)
     assert_close(hoisted, plain, 1e-13)
 
@@ -85,7 +85,7 @@ def test_each_modulation_is_made_once_and_the_null_class_once_for_all_images(mon
 def test_a_network_without_modulations_takes_the_plain_path():
     model = tiny_model()
     model.refiner = lambda x, t, y, v=None: v
-    field = field_of(model, ft.Plan.parse("H1R1"), torch.tensor([1]), 2.0, 3)
+    field = field_of(model, ft.Plan.parse("H1R1"), {"labels": torch.tensor([1])}, 2.0, 3)
     assert type(field) is GuidedField
 
 

@@ -221,6 +221,6 @@ def test_a_capture_inside_the_callers_own_is_not_made():
     job = Job.of(m, ft.Plan.parse("E2"), 1.0, None, "latents", torch.float32)
     with torch.no_grad(), torch.cuda.graph(graph):
         assert not job.can_be_captured(m)
-        result = job.execute(m, noise, labels)
+        result = job.execute(m, noise, labels=labels)
     graph.replay()
     assert result.equal(expected)

@@ -82,6 +82,12 @@ class FlowModel:
     captures: Captures = field(default_factory=Captures, init=False, repr=False, compare=False)
     """CUDA graphs of whole runs; `captures.limit` bounds them, `captures.clear()` gives up their memory. See flowturbo.summary."""
 
+    def guided(self, guidance: float) -> bool:
+        """Whether this scale runs both halves. ValueError where the model can't be guided."""
+        if guidance != 1 and self.null_class is None:
+            raise ValueError(f"guidance={guidance} needs a model with a null class, and this one has none")
+        return guidance != 1
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """latents (N, C, H, W) -> images (N, height, width, 3), uint8, on the model's device. ValueError without a vae."""

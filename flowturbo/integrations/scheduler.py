@@ -1,0 +1,281 @@
+"""A plan as a diffusers scheduler: one "timestep" is one predictor call, so that any flow-matching pipeline runs the plan's steps.
+
+Time here is minus the noise level sigma of diffusers, from -1 to 0: it rises as ours does, a step's length is the difference of two
+sigmas, and the velocity, data - noise, is minus the model's output.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteSchedulerOutput,
+)
+from torch import Tensor
+
+from ..plan import Plan, as_plan
+from ..steps import STEPS, Field, State
+
+Grid = Literal["auto", "pipeline", "corrected", "plan"]
+
+
+class Refine(Protocol):
+    """A refiner that knows what the predictor was told."""
+
+    def __call__(self, x: Tensor, noise_level: float, v: Tensor) -> Tensor:
+        """x (N, ...), velocity like x -> its offset."""
+        ...
+
+    def stepped(self) -> None:
+        """The scheduler has made a step."""
+        ...
+
+
+class Point(NamedTuple):
+    """A predictor call: which step makes it, and at which time."""
+
+    step: int
+    time: float
+
+
+class _Wanted(Exception):
+    """A step asks for the predictor's velocity at x."""
+
+    def __init__(self, x: Tensor, t: float) -> None:
+        super().__init__()
+        self.x, self.t = x, t
+
+
+class _Known(Field):
+    """A field that answers the predictor calls of one step with velocities that are known already."""
+
+    def __init__(self, velocities: Sequence[Tensor], refine: Refine | None) -> None:
+        self._left, self._refine = list(velocities), refine
+
+    def predict(self, x: Tensor, t: float) -> Tensor:
+        if not self._left:
+            raise _Wanted(x, t)
+        return self._left.pop(0)
+
+    def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
+        if self._refine is None:
+            raise ValueError("this plan has refiner steps: give accelerate a refiner")
+        return self._refine(x, -t, v)
+
+
+def predictor_calls(letters: str, times: Sequence[float]) -> list[Point]:
+    """Every predictor call of the steps on this grid, in order."""
+    found: list[Point] = []
+
+    class Noting(Field):
+        def predict(self, x: Tensor, t: float) -> Tensor:
+            found.append(Point(number, t))
+            return x
+
+        def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
+            return v
+
+    state = State(torch.zeros(1))
+    for number, letter in enumerate(letters):
+        state = STEPS[letter](Noting(), state, times[number], times[number + 1])
+    return found
+
+
+class Run:
+    """One pass through the plan, or through its rest: it takes velocities, and says where the next one is wanted."""
+
+    def __init__(self, letters: str, times: Sequence[float], calls: Sequence[Point], first: int, x: Tensor) -> None:
+        self.letters, self.times = letters, times
+        self.step, time = calls[first]
+        # In the middle of a step there is no earlier velocity; the one that comes is that of the state where the next step starts.
+        self._between = time != times[self.step]
+        self.state, self.wanted, self._known = State(x), x, list[Tensor]()
+        self.returned: Tensor | None = None
+
+    def adopt(self, sample: Tensor) -> None:
+        """What a pipeline or callback has done to the latents since they were returned is done to the state."""
+        if sample is not self.returned:
+            change = sample.to(self.wanted.dtype) - self.wanted
+            self.state = self.state._replace(x=self.state.x + change)
+
+    def take(self, v: Tensor, refine: Refine | None) -> Tensor:
+        """The velocity that was wanted -> where the next one is, or the result."""
+        if self._between:
+            self.state, self.step, self._between = State(self.state.x, v), self.step + 1, False
+        else:
+            self._known.append(v)
+        while self.step < len(self.letters):
+            t0, t1 = self.times[self.step], self.times[self.step + 1]
+            try:
+                self.state = STEPS[self.letters[self.step]](_Known(self._known, refine), self.state, t0, t1)
+            except _Wanted as call:
+                self.wanted = call.x
+                return call.x
+            self.step, self._known = self.step + 1, []
+        self.wanted = self.state.x
+        return self.state.x
+
+
+class _Threads:
+    """Values that every thread has for itself, and those that the first one set before any other came."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, Any] = {}
+        self._local = threading.local()
+
+    def mine(self) -> dict[str, Any]:
+        return self._local.__dict__
+
+    def get(self, name: str) -> Any:
+        return self.mine()[name] if name in self.mine() else self.first.get(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Threads:
+        made = _Threads()
+        made.first = copy.deepcopy({**self.first, **self.mine()}, memo)
+        return made
+
+    def __reduce__(self) -> Any:
+        return _restored, ({**self.first, **self.mine()},)
+
+
+def _restored(values: dict[str, Any]) -> _Threads:
+    made = _Threads()
+    made.first = values
+    return made
+
+
+class _PerThread:
+    """An attribute of which every thread has its own value: stock schedulers share theirs, and threads on a pipeline collide."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, scheduler: Any, owner: type) -> Any:
+        return self if scheduler is None else scheduler._threads.get(self.name)
+
+    def __set__(self, scheduler: Any, value: Any) -> None:
+        threads = scheduler.__dict__.setdefault("_threads", _Threads())
+        threads.mine()[self.name] = value
+        threads.first.setdefault(self.name, value)
+
+
+class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+    """FlowMatchEulerDiscreteScheduler whose timesteps are the predictor calls of a plan.
+
+    plan: a Plan, or text such as "H1P5". stock: the configuration of the scheduler whose place it takes.
+    grid: "pipeline": the noise levels that the pipeline would use for as many Euler steps as the plan has steps, its shift
+        included; "corrected": the same with the shift applied once, where a pipeline that gives no sigmas has it applied twice
+        (diffusers' open issue 13243); "plan": the plan's own grid; "auto": the plan's where it is not uniform, else the pipeline's.
+    """
+
+    timesteps, sigmas, num_inference_steps = _PerThread("timesteps"), _PerThread("sigmas"), _PerThread("num_inference_steps")
+    _step_index, _begin_index, _run = _PerThread("_step_index"), _PerThread("_begin_index"), _PerThread("_run")
+    _times = _PerThread("_times")
+
+    def __init__(self, plan: str | Plan = "H1P5", grid: Grid = "auto", **stock: Any) -> None:
+        self._run = None
+        super().__init__(**stock)
+        self.plan = as_plan(plan)
+        if grid not in ("auto", "pipeline", "corrected", "plan"):
+            raise ValueError(f"grid must be 'auto', 'pipeline', 'corrected' or 'plan', got {grid!r}")
+        if self.plan.start:
+            raise ValueError(f"plan must start at 0, got {self.plan.start:g}: pipelines start later by themselves, by strength")
+        for name in ("stochastic_sampling", "invert_sigmas"):
+            if self.config.get(name):
+                raise ValueError(f"a scheduler with {name} can't run a plan")
+        uniform = all(abs(t - i / len(self.plan)) < 1e-12 for i, t in enumerate(self.plan.grid))
+        self.grid = grid if grid != "auto" else "pipeline" if uniform else "plan"
+        self.refiner: Refine | None = None
+        self._warned = False
+        self.register_to_config(plan=str(self.plan), plan_grid=list(self.plan.grid), grid=grid)
+
+    @classmethod
+    def of(cls, scheduler: Any, plan: str | Plan, grid: Grid = "auto") -> PlanScheduler:
+        """In the place of that scheduler. TypeError for a scheduler of another kind."""
+        if type(scheduler) is not FlowMatchEulerDiscreteScheduler:
+            raise TypeError(f"plans take the place of FlowMatchEulerDiscreteScheduler, not of {type(scheduler).__name__}")
+        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+        return cls(plan, grid, **{key: value for key, value in scheduler.config.items() if key in known})
+
+    @property
+    def calls(self) -> int:
+        """Predictor calls of a whole run."""
+        return self.plan.cost.predictor
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Noise levels as for `len(plan)` Euler steps of the stock scheduler: given ones are resampled to that number."""
+        asked = num_inference_steps if num_inference_steps is not None else len(sigmas if sigmas is not None else timesteps or ())
+        if asked not in (len(self.plan), self.calls) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{asked} steps were asked for: plan {self.plan} has {len(self.plan)} and makes {self.calls} predictor calls, "
+                "whatever num_inference_steps says",
+                stacklevel=2,
+            )
+        if self.grid == "plan":
+            levels = 1 - torch.tensor(self.plan.grid, dtype=torch.float64)
+            self.sigmas = levels.float().to(device)
+        else:
+            count = len(self.plan)
+            if timesteps is not None and sigmas is None:
+                super().set_timesteps(device=device, mu=mu, timesteps=_resampled(timesteps, count))
+            elif sigmas is not None:
+                super().set_timesteps(device=device, mu=mu, sigmas=_resampled(sigmas, count))
+            elif self.grid == "corrected":
+                super().set_timesteps(device=device, mu=mu, sigmas=list(np.linspace(1, 1 / count, count)))
+            else:
+                super().set_timesteps(count, device=device, mu=mu)
+        levels = self.sigmas
+        self._times = [-s for s in levels.tolist()]
+        at = [p.time for p in predictor_calls(self.plan.letters, self._times)]
+        self.sigmas = torch.tensor([*(-t for t in at), float(levels[-1])], dtype=torch.float32, device=levels.device)
+        self.timesteps = self.sigmas[:-1] * self.config["num_train_timesteps"]
+        self.num_inference_steps = len(self.timesteps)
+        self._step_index = self._begin_index = self._run = None
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, *args: Any, return_dict: bool = True, **options: Any
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
+        """Take the output of one predictor call -> where the next one is to be made; after the last, the result."""
+        unused = {"generator", "s_churn", "s_tmin", "s_tmax", "s_noise"}
+        if args or any(value is not None for name, value in options.items() if name not in unused):
+            raise ValueError(f"a plan's steps take no further arguments, got {[*args, *options]}")
+        wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        run = self._run
+        if run is None:
+            self._init_step_index(timestep)  # type: ignore[arg-type]
+            calls = predictor_calls(self.plan.letters, self._times)
+            run = self._run = Run(self.plan.letters, self._times, calls, self._step_index, wide)
+        else:
+            run.adopt(sample)
+        x = run.take(-model_output.to(wide.dtype), self.refiner)
+        if self.refiner is not None:
+            self.refiner.stepped()
+        self._step_index += 1
+        run.returned = x.to(model_output.dtype)
+        if self._step_index == len(self.timesteps):
+            self._run = None
+        return (run.returned,) if not return_dict else FlowMatchEulerDiscreteSchedulerOutput(prev_sample=run.returned)
+
+
+def _resampled(levels: Sequence[float], count: int) -> list[float]:
+    """Noise levels or timesteps of any number of steps, which end at 0, as those of `count` steps."""
+    given = np.append(np.asarray(levels, dtype=np.float64), 0.0)
+    if len(given) == count + 1:
+        return [float(level) for level in given[:-1]]
+    return [float(level) for level in np.interp(np.linspace(0, len(given) - 1, count + 1), np.arange(len(given)), given)[:-1]]
