@@ -14,7 +14,9 @@ from .graph import Capture, CaptureError
 from .integrations import diffusers as integrations
 from .job import Job
 from .models import FlowModel
+from .models.prompted import PromptModel
 from .plan import Plan, as_plan
+from .sampler import inputs_of
 
 
 @torch.no_grad()
@@ -27,10 +29,12 @@ def compile(
     guidance_channels: int | None = None,
     output: Literal["latents", "uint8"] = "latents",
     progress: bool = False,
+    prompts: Any = "",
 ) -> list[Capture]:
     """Capture as CUDA graphs, ahead of time, what `sample` will ask for: every plan with every batch size.
 
     guided: whether guidance will be asked for (any scale but 1). guidance_channels, output: as in `sample`. progress: show a bar.
+    prompts: for text-to-image models, one prompt as in `sample`: the shapes of its encoding are the graph's, and no more of it is.
     Afterwards a `sample` of as many images, or of fewer, replays the capture of the smallest batch size that holds them, for any
     labels, seed or noise and guidance scale. At most `model.captures.limit` are kept.
     Returns the captures, with their times and memory. On a device without CUDA graphs every run is executed once, which loads and
@@ -43,18 +47,18 @@ def compile(
     if not given or not sizes:
         raise ValueError("plans and batch_sizes must name at least one each")
     scale = 1.5 if guided else 1.0  # any scale: it is an input of the graph
-    jobs = [Job.of(model, as_plan(p), scale, guidance_channels, output, torch.float32) for p in given]
+    jobs = [Job.of(model, as_plan(p, model.shift), scale, guidance_channels, output, torch.float32) for p in given]
     work = list(itertools.product(jobs, [positive("batch_sizes", size) for size in sizes]))
     made = []
     for job, size in tqdm(work, disable=not progress, unit="capture", leave=False):
-        noise = torch.zeros(size, *model.latent_shape, device=model.device)
-        labels = torch.zeros(size, dtype=torch.int64, device=model.device)
+        noise = torch.zeros(size, *model.latent_shape)
+        inputs = inputs_of(model, prompts if isinstance(model, PromptModel) else [0] * size, scale, noise, None, count=size)
         if job.can_be_captured(model):
-            made.append(model.captures.ahead(*job.capture(model, {"noise": noise, "labels": labels}, scale)))
+            made.append(model.captures.ahead(*job.capture(model, inputs, scale)))
         elif model.device.type == "cuda" and model.captures.recorder is None:
             raise CaptureError(f"{job} can't be captured: of this model, under autocast, or while another capture is under way")
         else:
-            job.execute(model, noise, scale, labels=labels)
+            job.execute(model, guidance=scale, **inputs)
     return made
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .checks import positive
 from .files import CheckpointError, load_tensors
 from .images import scan
+from .models.prompted import Labels
 from .models.vae import VAE
 from .rng import Draws, stream
 
@@ -27,7 +28,7 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: np.ndarray, draws: Draws) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray, draws: Draws) -> tuple[Tensor, Labels]:
         """indices (N,) -> latents (N, C, H, W) float32 and labels (N,) int64. Anything random comes from draws."""
         ...
 
@@ -84,11 +85,11 @@ class Latents:
         mean = self.mean[chosen]
         std = None if self.std is None else self.std[chosen]
         if self.latents_flipped is not None:
-            flip = _flips(draws)
+            flip = flips(draws)
             mean = torch.where(flip, self.latents_flipped[chosen], mean)
             if std is not None and self.std_flipped is not None:
                 std = torch.where(flip, self.std_flipped[chosen], std)
-        return _drawn(mean, std, draws), self.labels[chosen]
+        return drawn(mean, std, draws), self.labels[chosen]
 
 
 class ImageFolder:
@@ -113,17 +114,17 @@ class ImageFolder:
     def batch(self, indices: np.ndarray, draws: Draws) -> tuple[Tensor, Tensor]:
         """As Data.batch; the latents are on the VAE's device."""
         images = torch.from_numpy(self.files.read(indices, self.image_size))
-        images = torch.where(_flips(draws), images.flip(2), images)
+        images = torch.where(flips(draws), images.flip(2), images)
         mean, std = self.vae.encode(images)
-        return _drawn(mean, std, draws), torch.from_numpy(self.files.labels[indices])
+        return drawn(mean, std, draws), torch.from_numpy(self.files.labels[indices])
 
 
-def _flips(draws: Draws) -> Tensor:
+def flips(draws: Draws) -> Tensor:
     """Which rows are mirrored, (rows, 1, 1, 1)."""
     return (draws.uniform() < 0.5).view(-1, 1, 1, 1)
 
 
-def _drawn(mean: Tensor, std: Tensor | None, draws: Draws) -> Tensor:
+def drawn(mean: Tensor, std: Tensor | None, draws: Draws) -> Tensor:
     """One draw of the encoder's posterior, float32."""
     if std is None:
         return mean.float()
@@ -170,7 +171,7 @@ def load_data(source: str | os.PathLike[str], vae: VAE | None = None, image_size
             "data must be 'digits', an .npz file, a folder of .safetensors shards or a folder of images with a sub-folder a class, "
             f"got {str(source)!r}"
         )
-    shards = _shards(path)
+    shards = shards_of(path)
     if shards:
         return _from_shards(shards)
     if not any(entry.is_dir() for entry in path.iterdir()):
@@ -185,10 +186,10 @@ def load_data(source: str | os.PathLike[str], vae: VAE | None = None, image_size
 def needs_vae(source: str | os.PathLike[str]) -> bool:
     """Whether load_data will take this for a folder of images."""
     path = Path(source)
-    return source != "digits" and path.is_dir() and not _shards(path)
+    return source != "digits" and path.is_dir() and not shards_of(path)
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
 
 
@@ -215,7 +216,9 @@ def _from_npz(path: Path) -> Latents:
 def _from_shards(paths: list[Path]) -> Latents:
     loaded = {path: load_tensors(path) for path in paths}
     descriptions = {path: description for path, (_, description) in loaded.items()}
-    num_classes = _check_set(descriptions)
+    num_classes = check_set(descriptions)
+    if any("embeds" in tensors for tensors, _ in loaded.values()):
+        raise ValueError(f"data {paths[0].parent} holds latents with prompts, which are for the refiner of a text-to-image model")
     parts = {path: {k: v for k, v in tensors.items() if k in _NAMES} for path, (tensors, _) in loaded.items()}
     del loaded
     first = paths[0]
@@ -239,7 +242,7 @@ def _latents(path: Path, part: Parts, num_classes: int | None, found: list[str])
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _check_set(descriptions: Mapping[Path, Mapping[str, Any] | None]) -> int | None:
+def check_set(descriptions: Mapping[Path, Mapping[str, Any] | None]) -> int | None:
     """That shards with a description belong together and are all there -> their number of classes, if they say."""
     (first, described), *others = descriptions.items()
     for path, other in others:

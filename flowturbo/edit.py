@@ -49,7 +49,7 @@ def edit(
     The rest is as in `sample`. Returns images (N, height, width, 3) uint8, or latents (N, C, H, W) float32.
     Raises ValueError or TypeError, naming the argument, for input that does not fit.
     """
-    begun = _strong(as_plan(plan), strength)
+    begun = _begun(model, plan, strength)
     inputs, job = _prepare(model, begun, images, labels, guidance, guidance_channels, noise, seed, output, negative)
     job = replace(job, given=("source",))
     return in_batches(ModelBatches(model, job, inputs, guidance), len(inputs["noise"]), begun, batch_size, progress, callback)
@@ -84,7 +84,7 @@ def inpaint(
     with the source's own pixels outside the mask.
     The rest is as in `edit`. ValueError also for a mask of another size, and for one that covers nothing.
     """
-    begun = _strong(as_plan(plan), strength)
+    begun = _begun(model, plan, strength)
     inputs, job = _prepare(model, begun, images, labels, guidance, guidance_channels, noise, seed, output, negative)
     N, (H, W) = len(inputs["noise"]), model.latent_shape[1:]
     pixels = torch.as_tensor(images)
@@ -98,10 +98,13 @@ def inpaint(
     return torch.where(chosen[: len(made), ..., None], made, pixels.to(made.device).expand(N, -1, -1, -1)[: len(made)])
 
 
-def _strong(plan: Plan, strength: float) -> Plan:
+def _begun(model: FlowModel, plan: str | Plan, strength: float) -> Plan:
+    """The plan, on the model's own grid where it is text, squeezed into what strength leaves of the way."""
+    if not isinstance(model, FlowModel):
+        raise TypeError(f"model must be a FlowModel, got {type(model).__name__}")
     if not 0 < finite("strength", strength) <= 1:
         raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
-    return plan.starting_at(1 - strength)
+    return as_plan(plan, model.shift).starting_at(1 - strength)
 
 
 def _prepare(
@@ -117,8 +120,6 @@ def _prepare(
     negative: Any = None,
 ) -> tuple[dict[str, Tensor], Job]:
     """Check the arguments -> (inputs of a job for all images, the job)."""
-    if not isinstance(model, FlowModel):
-        raise TypeError(f"model must be a FlowModel, got {type(model).__name__}")
     job = Job.of(model, plan, guidance, guidance_channels, output, torch.float32)
     source = _source(model, images)
     if labels is None:

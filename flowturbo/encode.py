@@ -1,4 +1,4 @@
-"""Images to latents, once, for all trainings: shards of a VAE's posteriors, and of those of the mirrored images."""
+"""Images to latents, once, for all trainings: shards of a VAE's posteriors, of those of the mirrored images, and of captions."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checks import positive
 from .files import CheckpointError, load_tensors, save_tensors
-from .images import scan, square
+from .images import ImageFiles, scan, scan_captions, square
 from .models import choose_device
-from .models.vae import VAE, load_vae
+from .models.prompted import encode_prompts, load_pipeline
+from .models.vae import VAE, DiffusersVAE, load_vae
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,31 @@ class Encode:
     """Settings of an encoding.
 
     source: a folder of images with a sub-folder a class; or an .npz of images (N, height, width, 3) uint8 in "arr_0", with their
-        labels in "labels" or "arr_1" (without: all of class 0), which is held in memory.
+        labels in "labels" or "arr_1" (without: all of class 0), which is held in memory. With `model`: a folder of images with
+        captions, in metadata.jsonl ("file_name" and "text" a line) or in a .txt beside each image.
     out: folder for the shards. One that holds shards of the same encoding is gone on with.
     vae: as for `load`. image_size: side of the square that images are cropped to.
-    flips: encode the mirrored images too. shard_size: images a shard. dtype: of the stored latents.
+    model: a diffusers text-to-image pipeline, folder or hub name, whose VAE and text encoders are used: for its refiner's training.
+    flips: encode the mirrored images too. shard_size: images a shard; None: 4096, with captions 256, whose encodings are large.
+    dtype: of the stored latents and captions.
     """
 
     source: Path
     out: Path
     vae: str = "stabilityai/sd-vae-ft-ema"
+    model: str | None = None
     image_size: int = 256
     batch_size: int = 32
     flips: bool = True
-    shard_size: int = 4096
+    shard_size: int | None = None
     dtype: Literal["float16", "float32"] = "float16"
     device: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("source", "out"):
             object.__setattr__(self, name, Path(getattr(self, name)))
+        if self.shard_size is None:
+            object.__setattr__(self, "shard_size", 256 if self.model else 4096)
         for name in ("image_size", "batch_size", "shard_size"):
             positive(name, getattr(self, name))
         if self.dtype not in _DTYPES:
@@ -61,15 +68,11 @@ class _Source(Protocol):
     """Images to encode, by number."""
 
     @property
-    def labels(self) -> np.ndarray: ...
-
-    @property
     def names(self) -> list[str]:
         """What an image is known by when an encoding goes on."""
         ...
 
-    @property
-    def classes(self) -> list[str] | None: ...
+    def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int], size: int) -> np.ndarray:
         """(N, size, size, 3) uint8."""
@@ -80,59 +83,133 @@ def encode(settings: Encode) -> Path:
     """Write the shards that are not there yet; returns their folder, for load_data.
 
     Shard k is latents-0000k-of-0000n.safetensors, with latents, std (unless the VAE is exact), labels and, with flips,
-    latents_flipped and std_flipped: latents (N, C, H, W) as a model sees them, labels (N,) int64. Its description says which
+    latents_flipped and std_flipped: latents (N, C, H, W) as a model sees them, labels (N,) int64. Of captioned images it holds, in
+    place of labels, what the pipeline's networks are told: embeds (N, L, D), perhaps pooled (N, P), and the same of the empty
+    caption, null_embeds (1, L, D) and null_pooled, for load_prompts. Its description says which
     images and settings it was made from. Shards appear whole or not at all, so that a stopped run can be started again; for one
     batch_size and device they hold the same values as those of a run that was not stopped.
     """
     device = choose_device(settings.device)
     if settings.out.exists() and not settings.out.is_dir():
         raise ValueError(f"out must be a folder, but {settings.out} is a file")
-    source = _open(settings.source, settings.out)
-    vae = load_vae(settings.vae, device, torch.float32)
-    wanted = _plan(settings, source, vae)
+    images, labels, vae = _opened(settings, device)
+    wanted = _plan(settings, images, labels, vae)
     there = _there(settings.out, wanted)
     settings.out.mkdir(parents=True, exist_ok=True)
     for torn in settings.out.glob(".latents-*.tmp"):  # what a killed run was writing
         torn.unlink()
-    with tqdm(total=len(source.labels), disable=None, unit="image") as bar:
+    with tqdm(total=len(images), disable=None, unit="image") as bar:
         for name, description in wanted.items():
-            images = _images(description["shard"], settings.shard_size, len(source.labels))
+            rows = _rows(description["shard"], settings, len(images))
             if name not in there:
-                save_tensors(settings.out / name, _encoded(source, images, vae, settings, bar), description)
+                tensors = _encoded(images, rows, vae, settings, bar) | labels.encoded(rows)
+                save_tensors(settings.out / name, tensors, description)
             else:
-                bar.update(len(images))
+                bar.update(len(rows))
     return settings.out
 
 
-def _images(shard: int, shard_size: int, count: int) -> range:
-    return range(shard * shard_size, min((shard + 1) * shard_size, count))
+class _Labels(Protocol):
+    """What is known of the images beside their pixels."""
+
+    description: dict[str, Any]
+    """Of all shards; "settings" are those of its settings that decide the values."""
+
+    def known(self, image: int) -> str:
+        """What tells one label from another when an encoding goes on."""
+        ...
+
+    def encoded(self, rows: range) -> dict[str, Tensor]:
+        """The tensors of these images."""
+        ...
 
 
-def _plan(settings: Encode, source: _Source, vae: VAE) -> dict[str, dict[str, Any]]:
+class _Classes:
+    def __init__(self, numbers: np.ndarray, names: list[str] | None, settings: Encode) -> None:
+        self.numbers = numbers
+        self.description = {
+            "num_classes": len(names) if names else int(numbers.max()) + 1,
+            "settings": {"vae": settings.vae, "classes": names},
+        }
+
+    def known(self, image: int) -> str:
+        return str(self.numbers[image])
+
+    def encoded(self, rows: range) -> dict[str, Tensor]:
+        return {"labels": torch.from_numpy(self.numbers[rows.start : rows.stop])}
+
+
+class _Captions:
+    """Prompts, encoded by a pipeline; and the empty one, as null_..., in the place of a class that is no class."""
+
+    def __init__(self, captions: list[str], pipe: Any, settings: Encode, device: torch.device) -> None:
+        self.captions, self.pipe, self.settings, self.device = captions, pipe, settings, device
+        self.description = {"settings": {"model": settings.model}}
+
+    def known(self, image: int) -> str:
+        return repr(self.captions[image])
+
+    def encoded(self, rows: range) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {}
+        for start in range(rows.start, rows.stop, self.settings.batch_size):
+            texts = self.captions[start : min(start + self.settings.batch_size, rows.stop)]
+            for name, values in self._stored(texts).items():
+                parts.setdefault(name, []).append(values)
+        empty = {f"null_{name}": values for name, values in self._stored([""]).items()}
+        return {**{name: torch.cat(values) for name, values in parts.items()}, **empty}
+
+    def _stored(self, texts: list[str]) -> dict[str, Tensor]:
+        found = encode_prompts(self.pipe, texts, None, self.device)
+        stored = {name: values.to(_DTYPES[self.settings.dtype]).cpu() for name, values in found.items()}
+        for values in stored.values():
+            _check_finite(values, texts, f"model {self.settings.model!r}", self.settings)
+        return stored
+
+
+def _opened(settings: Encode, device: torch.device) -> tuple[_Source, _Labels, VAE]:
+    if settings.model is None:
+        source = _open(settings.source, settings.out)
+        return source, _Classes(source.labels, source.classes, settings), load_vae(settings.vae, device, torch.float32)
+    _check_outside(settings.source, settings.out)
+    images = scan_captions(settings.source)
+    pipe = load_pipeline(settings.model, ("text", "vae"))
+    missing = [name for name in ("vae", "text_encoder") if getattr(pipe, name, None) is None]
+    if missing:
+        raise ValueError(f"model {settings.model!r} must be a pipeline with {' and '.join(missing)} to encode with")
+    wide = torch.float32 if device.type == "cpu" else torch.bfloat16
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, device, torch.float32 if name == "vae" else wide).eval().requires_grad_(False)
+    return images, _Captions(images.captions, pipe, settings, device), DiffusersVAE(pipe.vae)
+
+
+def _rows(shard: int, settings: Encode, count: int) -> range:
+    size = cast(int, settings.shard_size)
+    return range(shard * size, min((shard + 1) * size, count))
+
+
+def _plan(settings: Encode, source: _Source, labels: _Labels, vae: VAE) -> dict[str, dict[str, Any]]:
     """File names of all shards, with their descriptions."""
-    count = len(source.labels)
-    shards = -(-count // settings.shard_size)
+    shards = -(-len(source) // cast(int, settings.shard_size))
     shared = {
         "kind": "latents",
         "format": FORMAT,
+        **labels.description,
         # What decides the values. batch_size and device touch their last bits alone.
         "settings": {
-            "vae": settings.vae,
             "scale": getattr(vae, "scale", 1.0),
             "shift": getattr(vae, "shift", 0.0),
             "image_size": settings.image_size,
             "flips": settings.flips,
             "shard_size": settings.shard_size,
             "dtype": settings.dtype,
-            "classes": source.classes,
+            **labels.description["settings"],
         },
-        "num_classes": len(source.classes) if source.classes else int(source.labels.max()) + 1,
         "shards": shards,
     }
     wanted = {}
     for k in range(shards):
-        images = _images(k, settings.shard_size, count)
-        known = "\n".join(f"{source.labels[i]} {source.names[i]}" for i in images)
+        known = "\n".join(f"{labels.known(i)} {source.names[i]}" for i in _rows(k, settings, len(source)))
         digest = hashlib.sha256(known.encode(errors="surrogateescape")).hexdigest()
         wanted[f"latents-{k:05d}-of-{shards:05d}.safetensors"] = {**shared, "shard": k, "images": digest}
     return json.loads(json.dumps(wanted))
@@ -186,27 +263,30 @@ def _encoded(source: _Source, images: range, vae: VAE, settings: Encode, bar: An
             for name, values in (("latents", mean), ("std", std)):
                 if values is not None:
                     stored = values.to(_DTYPES[settings.dtype]).cpu()
-                    _check_finite(stored, [source.names[i] for i in rows], settings)
+                    _check_finite(stored, [source.names[i] for i in rows], f"vae {settings.vae!r}", settings)
                     parts.setdefault(name + suffix, []).append(stored)
         bar.update(len(rows))
-    labels = torch.from_numpy(source.labels[images.start : images.stop])
-    return {**{name: torch.cat(values) for name, values in parts.items()}, "labels": labels}
+    return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def _check_finite(values: Tensor, names: list[str], settings: Encode) -> None:
+def _check_finite(values: Tensor, names: list[str], who: str, settings: Encode) -> None:
     bad = ~values.flatten(1).isfinite().all(dim=1)
     if bad.any():
         name = names[int(bad.nonzero()[0])]
-        raise ValueError(f"vae {settings.vae!r} gives NaN, or values beyond {settings.dtype}, for {name}")
+        raise ValueError(f"{who} gives NaN, or values beyond {settings.dtype}, for {name}")
 
 
-def _open(path: Path, out: Path) -> _Source:
+def _open(path: Path, out: Path) -> _Arrays | ImageFiles:
     """The images of a folder or an .npz. ValueError for anything else, or where `out` would become one of its classes."""
     if path.suffix == ".npz":
         return _Arrays(path)
+    _check_outside(path, out)
+    return scan(path)
+
+
+def _check_outside(path: Path, out: Path) -> None:
     if path.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"out must lie outside the folder of images {path}, got {out}")
-    return scan(path)
 
 
 class _Arrays:
@@ -236,6 +316,9 @@ class _Arrays:
             raise ValueError(f"{path} must hold a label from 0 on for each of its {len(self.images)} images in {name}")
         self.labels = labels.astype(np.int64)
         self.names = [f"image {i} of {checksum:08x}" for i in range(len(self.images))]
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def read(self, indices: Sequence[int], size: int) -> np.ndarray:
         return np.stack([square(Image.fromarray(self.images[i]), size) for i in indices])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,9 +46,7 @@ class ImageFiles:
 
     def read(self, indices: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
         """(N, size, size, 3) uint8."""
-        # Pillow decodes and resizes without the interpreter's lock.
-        with ThreadPoolExecutor(_THREADS) as pool:
-            return np.stack(list(pool.map(lambda i: read_image(self.root / self.names[i], size), indices)))
+        return _read_all([self.root / self.names[i] for i in indices], size)
 
 
 def scan(folder: str | os.PathLike[str]) -> ImageFiles:
@@ -75,6 +74,63 @@ def scan(folder: str | os.PathLike[str]) -> ImageFiles:
     return ImageFiles(root, names, np.repeat(np.arange(len(classes)), counts), classes)
 
 
+@dataclass(frozen=True)
+class CaptionedImages:
+    """Image i is root / names[i], and captions[i] says what it shows."""
+
+    root: Path
+    names: list[str]
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, indices: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
+        """(N, size, size, 3) uint8."""
+        return _read_all([self.root / self.names[i] for i in indices], size)
+
+
+def scan_captions(folder: str | os.PathLike[str]) -> CaptionedImages:
+    """The images of a folder with captions: a line each of metadata.jsonl ("file_name", "text"), or a .txt beside each image.
+
+    ValueError naming the file where there are none, or an image has no caption.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"images must be a folder of images with captions, but {root} {_what(root)}")
+    table = root / "metadata.jsonl"
+    if table.is_file():
+        pairs = [_caption_of(table, number, line) for number, line in enumerate(table.read_text().splitlines(), 1) if line.strip()]
+    else:
+        with os.scandir(root) as entries:
+            names = sorted(entry.name for entry in entries if _is_image(entry))
+        pairs = [(name, _text_beside(root / name)) for name in names]
+    if not pairs:
+        raise ValueError(f"images must be a folder of images ({', '.join(EXTENSIONS)}) with captions, but {root} has none")
+    return CaptionedImages(root, [name for name, _ in pairs], [text for _, text in pairs])
+
+
+def _caption_of(table: Path, number: int, line: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+        name, text = row["file_name"], row["text"]
+        known = isinstance(name, str) and isinstance(text, str)
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"{table}, line {number}, must be JSON with file_name and text, got {line[:80]!r}")
+    if not (table.parent / name).is_file():
+        raise ValueError(f"{table}, line {number}: {name} does not exist")
+    return name, text
+
+
+def _text_beside(image: Path) -> str:
+    path = image.with_suffix(".txt")
+    if not path.is_file():
+        raise ValueError(f"{image} has no caption: {path.name} beside it, or a line of metadata.jsonl")
+    return path.read_text().strip()
+
+
 def _what(path: Path) -> str:
     return "is a file" if path.exists() else "does not exist"
 
@@ -82,6 +138,12 @@ def _what(path: Path) -> str:
 def _is_image(entry: os.DirEntry[str]) -> bool:
     """Links that lead nowhere count: better an error that names the file than an image fewer."""
     return not entry.name.startswith(".") and entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir()
+
+
+def _read_all(paths: Sequence[Path], size: int) -> np.ndarray:
+    # Pillow decodes and resizes without the interpreter's lock.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return np.stack(list(pool.map(lambda path: read_image(path, size), paths)))
 
 
 def read_image(path: str | os.PathLike[str], size: int) -> np.ndarray:

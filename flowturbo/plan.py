@@ -151,9 +151,9 @@ class _Notes(Field):
         return v
 
 
-def as_plan(plan: str | Plan) -> Plan:
-    """The plan itself, or what its text says."""
-    return plan if isinstance(plan, Plan) else Plan.parse(plan)
+def as_plan(plan: str | Plan, shift: float = 1.0) -> Plan:
+    """The plan itself, or what its text says, on a grid shifted so."""
+    return plan if isinstance(plan, Plan) else Plan.parse(plan, shift=shift)
 
 
 def shifted_grid(steps: int, shift: float = 1.0) -> tuple[float, ...]:

@@ -40,7 +40,7 @@ def sample(
     """Integrate dx/dt = v(x, t) from noise at t = 0 to data at t = 1 by a plan.
 
     model: a FlowModel (from `load`), or any callable v(x, t, **cond) with t a scalar tensor, which needs `noise`.
-    plan: a Plan, or text such as "H1P5R3".
+    plan: a Plan, or text such as "H1P5R3", whose grid is uniform but for models with a shift of their own (SD3, FLUX).
     labels: N class numbers; None: unconditional, as many images as `noise` has. For a text-to-image model N prompts, or what its
         `encode` made of them. A callable gets them as cond "labels", if given.
     guidance: the scale s of u + s * (c - u) (classifier-free guidance), 1: none. Needs labels and a null class.
@@ -62,7 +62,7 @@ def sample(
     device.
     Raises ValueError or TypeError, naming the argument, for input that does not fit.
     """
-    plan = as_plan(plan)
+    plan = as_plan(plan, model.shift if isinstance(model, FlowModel) else 1.0)
     if plan.start:
         raise ValueError(f"plan must start at 0, got one that starts at {plan.start:g}: that is for edit, which knows a source")
     if isinstance(model, FlowModel):

@@ -1,108 +1,34 @@
-"""The training engine: AdamW, EMA, checkpoints that survive a kill, and data parallelism under torchrun."""
+"""Training a predictor by flow matching, and a refiner by a predictor."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm.auto import tqdm
+from torch import nn
 
-from .checks import natural
-from .data import Data, load_data, needs_vae, order
-from .files import load_tensors, save_tensors, write_text
-from .models import Network, choose_device
+from .data import Data, load_data, needs_vae
+from .engine import Objective, Settings, Weights, fit, provenance, workers
 from .models.checkpoint import save_sit
+from .models.pretrained import WEIGHTS, write_pretrained
+from .models.prompted import (
+    Conditions,
+    PromptNetwork,
+    guidance_style,
+    is_pipeline,
+    load_pipeline,
+    network_of,
+    refiner_for,
+)
 from .models.sit import SIT_CONFIGS, SiT, SiTConfig
 from .models.vae import load_vae
 from .objectives import FlowMatching, Refinement
-from .rng import Draws, stream
-
-Objective = Callable[[Network, Tensor, Tensor, Draws], Tensor]
-
-# May differ between a run and its resumption: they do not touch what is learnt up to a given step.
-_FREE = {"steps", "save_every", "log_every", "tensorboard"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of every training run."""
-
-    out: Path
-    """Folder for model.safetensors (EMA weights), state.safetensors (to resume) and log.jsonl; a run that it holds goes on."""
-    data: str = "digits"
-    """"digits", an .npz or a folder of shards as `flowturbo encode` writes, or a folder of images with a folder a class."""
-    vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL, or "pixels": encodes a folder of images; named in the model's file."""
-    image_size: int = 256
-    """To which images of a folder are cropped and resized."""
-    steps: int = 100_000
-    """Updates in all."""
-    batch_size: int = 256
-    """Rows of an update, over all processes."""
-    lr: float = 1e-4
-    """AdamW's learning rate."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay."""
-    warmup: int = 0
-    """Steps over which the learning rate rises from 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or a cosine that falls to zero at the last step."""
-    clip: float = 0.0
-    """Largest norm of the gradient; 0 is no limit."""
-    ema: float = 0.9999
-    """Decay of the average of the weights."""
-    label_drop: float = 0.1
-    """Probability with which a label becomes the null class."""
-    seed: int = 0
-    """Row j of step k draws from (seed, k, j) alone."""
-    save_every: int = 1000
-    """Steps between checkpoints."""
-    log_every: int = 50
-    """Steps between lines of the log."""
-    device: str | None = None
-    """"cuda" or "cpu"; left out: a GPU if there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """"bf16" is autocast, on CUDA only; "auto" is bf16 there, else fp32."""
-    tensorboard: bool = False
-    """Write TensorBoard's event files into the folder too."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "log_every", "image_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        natural("seed", self.seed)
-        for name, known in (("schedule", ("constant", "cosine")), ("precision", ("auto", "fp32", "bf16"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name, low, high in (
-            ("lr", 0, math.inf),
-            ("weight_decay", 0, math.inf),
-            ("warmup", 0, math.inf),
-            ("clip", 0, math.inf),
-            ("ema", 0, 1),
-            ("label_drop", 0, 1),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, a function of its number alone."""
-        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        if self.schedule == "constant":
-            return self.lr * warm
-        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+from .prompt_data import load_prompts
+from .rng import stream
 
 
 @dataclass(frozen=True)
@@ -141,11 +67,12 @@ class Distill(Settings):
     """Train a refiner for a frozen predictor, by default by the objective and values of FlowTurbo's public code."""
 
     teacher: str
-    """The predictor's file, or "digits"."""
+    """The predictor's file, or "digits"; or the folder or hub name of a text-to-image pipeline (2-RF, SD3, FLUX), whose refiner is
+    trained on latents and prompts as `flowturbo encode --model` writes them."""
     heads: int | None = None
     """The teacher's attention heads, where its width does not tell."""
-    convention: Literal["auto", "sit", "repa"] = "auto"
-    """"repa" for a teacher whose time runs backwards."""
+    convention: Literal["auto", "sit", "repa", "2-rf"] = "auto"
+    """"repa" for a teacher whose time runs backwards, "2-rf" for a pipeline with 2-RF's UNet."""
     depth: int = 1
     """Blocks of the refiner."""
     steps: int = 30_000
@@ -163,7 +90,8 @@ class Distill(Settings):
     drop_before: bool = False
     """Drop the label for the cached velocity too, as in the paper; the public code gives it the true label always."""
     guidance: tuple[float, float] = (1.0, 1.0)
-    """Low and high of the scale by which the cached velocity is guided; 1 1 is not at all, as in the public code."""
+    """Low and high of the scale by which the cached velocity is guided; 1 1 is not at all, as in the public code. Of FLUX.1-dev,
+    the scale that both networks are told."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,40 +103,66 @@ class Distill(Settings):
 
 def train(settings: Train) -> Path:
     """Train a predictor; returns the path of its weights."""
-    with _workers(settings.device) as device:
+    with workers(settings.device) as device:
         data = _data(settings, device)
         config = settings.config(data)
         network = SiT(config).reset_parameters(_seeded(settings.seed))
         objective = FlowMatching(config.null_class, settings.label_drop)
-        return _fit(network, objective, data, settings, device)
+        return fit(network, objective, data, settings, device, _SIT)
 
 
 def distill(settings: Distill) -> Path:
-    """Train a refiner for a frozen predictor; returns the path of its weights."""
+    """Train a refiner for a frozen predictor; returns the path of its weights, for a text-to-image teacher beside a config.json."""
+    prompted = is_pipeline(settings.teacher)
+    with workers(settings.device) as device:
+        network, objective, data = (_for_prompts if prompted else _for_classes)(settings, device)
+        return fit(network, objective, data, settings, device, _PROMPTED if prompted else _SIT)
+
+
+def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Objective, Data]:
     from .models import load
 
-    with _workers(settings.device) as device:
-        data = _data(settings, device)
-        teacher = load(settings.teacher, heads=settings.heads, device=device, dtype=torch.float32, convention=settings.convention)
-        if teacher.latent_shape != data.shape or teacher.num_classes < data.num_classes:
-            raise ValueError(
-                f"data has latents {data.shape} of {data.num_classes} classes, the teacher wants {teacher.latent_shape} "
-                f"of {teacher.num_classes}"
-            )
-        config = _teacher_config(teacher.predictor).refiner(settings.depth)
-        network = SiT(config).reset_parameters(_seeded(settings.seed))
-        objective = Refinement(
-            teacher.predictor,
-            config.null_class,
-            teacher.guidance_channels,
-            label_drop=settings.label_drop,
-            delta_max=settings.delta_max,
-            inside=settings.inside,
-            delta_per_row=settings.delta_per_row,
-            drop_before=settings.drop_before,
-            guidance=settings.guidance,
+    if settings.convention == "2-rf":
+        raise ValueError("convention='2-rf' is for a text-to-image pipeline as teacher")
+    data = _data(settings, device)
+    teacher = load(settings.teacher, heads=settings.heads, device=device, dtype=torch.float32, convention=settings.convention)
+    if teacher.latent_shape != data.shape or teacher.num_classes < data.num_classes:
+        raise ValueError(
+            f"data has latents {data.shape} of {data.num_classes} classes, the teacher wants {teacher.latent_shape} "
+            f"of {teacher.num_classes}"
         )
-        return _fit(network, objective, data, settings, device)
+    config = _teacher_config(teacher.predictor).refiner(settings.depth)
+    network = SiT(config).reset_parameters(_seeded(settings.seed))
+    return network, _refinement(settings, teacher.predictor, config.null_class, teacher.guidance_channels), data
+
+
+def _for_prompts(settings: Distill, device: torch.device) -> tuple[nn.Module, Objective, Data]:
+    data = load_prompts(settings.data)
+    teacher = network_of(load_pipeline(settings.teacher, ("network",)), settings.convention)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seeded(settings.seed).initial_seed())
+        refiner = refiner_for(teacher, settings.depth)
+    predictor = PromptNetwork(teacher.to(device, torch.float32).eval().requires_grad_(False))
+    if predictor.channels != data.shape[0]:
+        raise ValueError(f"data has latents of {data.shape[0]} channels, the teacher wants {predictor.channels}")
+    null = {name: value.to(device) for name, value in data.null.items()}
+    embedded = guidance_style(teacher) == "embedded"
+    return PromptNetwork(refiner), _refinement(settings, predictor, null, data.shape[0], embedded=embedded), data
+
+
+def _refinement(settings: Distill, teacher: Any, null: int | Conditions, channels: int, embedded: bool = False) -> Refinement:
+    return Refinement(
+        teacher,
+        null,
+        channels,
+        label_drop=settings.label_drop,
+        delta_max=settings.delta_max,
+        inside=settings.inside,
+        delta_per_row=settings.delta_per_row,
+        drop_before=settings.drop_before,
+        guidance=settings.guidance,
+        embedded=embedded,
+    )
 
 
 def _data(settings: Settings, device: torch.device) -> Data:
@@ -216,184 +170,16 @@ def _data(settings: Settings, device: torch.device) -> Data:
     return load_data(settings.data, vae=vae, image_size=settings.image_size)
 
 
-def _fit(
-    network: SiT,
-    objective: Objective,
-    data: Data,
-    settings: Settings,
-    device: torch.device,
-) -> Path:
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if settings.batch_size % world:
-        raise ValueError(f"batch_size must be a multiple of the {world} processes, got {settings.batch_size}")
-    if settings.precision == "bf16" and device.type != "cuda":
-        raise ValueError(f"precision 'bf16' is autocast on CUDA, but the device is {device}")
-    network.to(device).train().requires_grad_(True)
-    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    run = _Run(settings, network, ema, optimizer)
-    first = run.resume()
-    share = settings.batch_size // world
-    rows = range(rank * share, (rank + 1) * share)
-    parallel = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False) if world > 1 else network
-    autocast = device.type == "cuda" and settings.precision != "fp32"
-    log = _Log(settings, first) if rank == 0 else None
-    with tqdm(total=settings.steps, initial=first, disable=None if rank == 0 else True, unit="step") as bar:
-        for step in range(first, settings.steps):
-            draws = Draws(settings.seed, step, rows)
-            indices = order(len(data), settings.seed, step * settings.batch_size + rows.start, share)
-            latents, labels = data.batch(indices, draws)
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                loss = objective(cast(Network, parallel), latents.to(device), labels.to(device), draws)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip or math.inf)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update_parameters(network)
-            average = _mean_over_workers(loss.detach())
-            done = step + 1
-            if log is not None:
-                log.add(done, average, norm, settings.rate(step), bar)
-                if done % settings.save_every == 0 or done == settings.steps:
-                    _check_finite(average, done)
-                    run.save(done)
-    if log is not None:
-        log.close()
-    return run.weights
+def _save_sit(settings: Settings, network: nn.Module, step: int) -> None:
+    save_sit(settings.out / _SIT.name, cast(SiT, network), vae=settings.vae, provenance=provenance(settings, step))
 
 
-def _check_finite(loss: Tensor, step: int) -> None:
-    if not math.isfinite(float(loss)):
-        raise FloatingPointError(f"the loss is {float(loss)} at step {step}: try a lower lr, or clip")
+def _save_prompted(settings: Settings, network: nn.Module, step: int) -> None:
+    write_pretrained(settings.out, cast(PromptNetwork, network).module, provenance(settings, step))
 
 
-class _Run:
-    """What a run must keep to go on: weights, EMA, optimiser and the number of steps done. Random numbers need no state."""
-
-    def __init__(self, settings: Settings, network: SiT, ema: AveragedModel, optimizer: torch.optim.Optimizer) -> None:
-        self.settings, self.network, self.ema, self.optimizer = settings, network, ema, optimizer
-        self.path, self.weights = settings.out / "state.safetensors", settings.out / "model.safetensors"
-
-    def save(self, step: int) -> None:
-        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
-        for index, entries in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{k}": v for k, v in entries.items()}
-        settings = _plain(self.settings)
-        # The state last: a run that is killed between the two makes these steps, and both files, again.
-        save_sit(
-            self.weights,
-            cast(SiT, self.ema.module),
-            vae=self.settings.vae,
-            provenance={"settings": settings, "steps": step, "torch": torch.__version__},
-        )
-        save_tensors(self.path, tensors, {"kind": "training state", "step": step, "settings": settings})
-
-    def resume(self) -> int:
-        """Load the saved state if there is one -> the number of steps done."""
-        if not self.path.exists():
-            return 0
-        tensors, described = load_tensors(self.path)
-        if described is None or described.get("kind") != "training state":
-            raise ValueError(f"{self.path} is no training state of this library: choose another folder as out")
-        self._check_settings(described["settings"])
-        parts: dict[str, dict[str, Tensor]] = {"network": {}, "ema": {}, "optimizer": {}}
-        for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = value
-        self.network.load_state_dict(parts["network"])
-        self.ema.load_state_dict(parts["ema"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts["optimizer"].items():
-            index, _, entry = name.partition(".")
-            moments.setdefault(int(index), {})[entry] = value
-        state = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({**state, "state": moments})
-        return int(described["step"])
-
-    def _check_settings(self, before: Mapping[str, Any]) -> None:
-        now = _plain(self.settings)
-        free = _FREE if now["schedule"] == "constant" else _FREE - {"steps"}
-        changed = [k for k in now.keys() | before.keys() if k not in free and now.get(k) != before.get(k)]
-        if changed:
-            what = ", ".join(f"{k} was {before.get(k)!r} and is now {now.get(k)!r}" for k in sorted(changed))
-            raise ValueError(f"{self.path} belongs to a run with other settings ({what}): choose another folder as out")
-
-
-class _Log:
-    """log.jsonl: a line every `log_every` steps with step, loss (mean since the last line), grad_norm, lr and seconds a step."""
-
-    def __init__(self, settings: Settings, first: int) -> None:
-        self.every, self.path = settings.log_every, settings.out / "log.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        # A killed run may have logged steps that are made again, and cut its last line short.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
-        write_text(self.path, "".join(f"{line}\n" for line in kept))
-        self.file = open(self.path, "a")  # noqa: SIM115
-        self.losses: list[Tensor] = []
-        self.since = time.perf_counter()
-        self.board: Any = None
-        if settings.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(settings.out), purge_step=first)
-
-    def add(self, step: int, loss: Tensor, norm: Tensor, rate: float, bar: Any) -> None:
-        self.losses.append(loss)
-        bar.update()
-        if step % self.every:
-            return
-        mean = torch.stack(self.losses).mean()
-        _check_finite(mean, step)
-        values = {
-            "step": step,
-            "loss": float(mean),
-            "grad_norm": float(norm),
-            "lr": rate,
-            "seconds_per_step": (time.perf_counter() - self.since) / len(self.losses),
-        }
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
-        bar.set_postfix(loss=f"{values['loss']:.4f}")
-        if self.board is not None:
-            for name in ("loss", "grad_norm", "lr"):
-                self.board.add_scalar(name, values[name], step)
-        self.losses, self.since = [], time.perf_counter()
-
-    def close(self) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-
-@contextlib.contextmanager
-def _workers(device: str | None) -> Iterator[torch.device]:
-    """The device of this process; under torchrun, in a process group for as long as the block lasts."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield choose_device(device)
-        return
-    place = choose_device(device)
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(place)
-    if dist.is_initialized():  # the caller's group: a second one in a process meets the first one's addresses and may hang
-        yield place
-        return
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
-        yield place
-    finally:
-        dist.destroy_process_group()
-
-
-def _mean_over_workers(value: Tensor) -> Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value
+_SIT = Weights("model.safetensors", _save_sit)
+_PROMPTED = Weights(WEIGHTS, _save_prompted)
 
 
 def _seeded(seed: int) -> torch.Generator:
@@ -403,12 +189,3 @@ def _seeded(seed: int) -> torch.Generator:
 def _teacher_config(predictor: Any) -> SiTConfig:
     """Of a SiT, or of the SiT inside ReversedTime."""
     return cast(SiT, getattr(predictor, "network", predictor)).config
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    """The settings as files keep them: of paths only the names, since files travel and folders are nobody else's business."""
-    plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "device")}
-    for name in ("data", "teacher", "vae"):
-        if isinstance(plain.get(name), str) and Path(plain[name]).exists():
-            plain[name] = Path(plain[name]).name
-    return json.loads(json.dumps(plain))

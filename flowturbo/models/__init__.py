@@ -79,6 +79,8 @@ class FlowModel:
     """Which kernels `sample` and `decode` run: see flowturbo_kernels.use_backend."""
     macs: tuple[int, int] | None = None
     """Multiply-accumulates of one predictor and one refiner forward of one sample, where they are known."""
+    shift: float = 1.0
+    """Of the time grid on which plans given as text run: see Plan.parse."""
     captures: Captures = field(default_factory=Captures, init=False, repr=False, compare=False)
     """CUDA graphs of whole runs; `captures.limit` bounds them, `captures.clear()` gives up their memory. See flowturbo.summary."""
 

@@ -5,20 +5,28 @@ diffusers is imported where it is needed, not here.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import positive
+from ..files import CheckpointError
 from . import FlowModel, choose_device
+from .fused_vae import fuse
+from .pretrained import first_line, is_path, read_pretrained
 from .vae import DiffusersVAE
 
 Conditions = Mapping[str, Tensor]
 """What a network is told of its rows: embeds (N, L, D), pooled (N, P) where the kind has it, embedded_guidance (N,) likewise."""
+
+Labels = Tensor | Conditions
+"""Class numbers (N,), or conditions."""
 
 
 class Kind(NamedTuple):
@@ -89,6 +97,9 @@ class PromptNetwork(nn.Module):
         if name not in KINDS:
             raise TypeError(f"a text-to-image network must be one of {', '.join(KINDS)}, got {name}")
         self.module, self.kind = module, KINDS[name]
+        config: Any = module.config
+        self.channels: int = (config.out_channels or config.in_channels) // (4 if name == "FluxTransformer2DModel" else 1)
+        """Of the latents."""
 
     def forward(self, x: Tensor, t: Tensor, y: Any, v: Tensor | None = None) -> Tensor:
         x = x if v is None else torch.cat([x, v], dim=1)
@@ -158,19 +169,7 @@ class PromptModel(FlowModel):
         against = [negative or ""] * len(texts) if negative is None or isinstance(negative, str) else list(negative)
         if len(against) != len(texts):
             raise ValueError(f"negative must be one text or one a prompt ({len(texts)}), got {len(against)}")
-        halves = self.guidance_style == "halves"
-        names = ("embeds", "negative_embeds", "pooled", "negative_pooled")
-        name = type(self.pipe).__name__
-        if name.startswith("StableDiffusion3"):
-            found = self.pipe.encode_prompt(
-                texts, None, None, device=self.device, negative_prompt=against, do_classifier_free_guidance=halves
-            )
-        elif name.startswith("Flux"):
-            embeds, pooled, _ = self.pipe.encode_prompt(texts, None, device=self.device)
-            found = (embeds, None, pooled, None)
-        else:
-            found = self.pipe.encode_prompt(texts, self.device, 1, halves, against)
-        return {key: value for key, value in zip(names, found, strict=False) if value is not None}
+        return encode_prompts(self.pipe, texts, against if self.guidance_style == "halves" else None, self.device)
 
     def conditions(
         self, prompts: str | Sequence[str] | Mapping[str, Tensor], guidance: float, negative: str | Sequence[str] | None = None
@@ -203,6 +202,30 @@ class PromptModel(FlowModel):
         return isinstance(self.predictor, PromptNetwork) and self.predictor.kind.pooled
 
 
+@torch.no_grad()
+def encode_prompts(
+    pipe: Any, texts: Sequence[str], negative: Sequence[str] | None, device: torch.device | str
+) -> dict[str, Tensor]:
+    """A pipeline's encoding of texts: embeds, pooled where its kind has it, and the same of the negative ones, as negative_..."""
+    given, halves = list(texts), negative is not None
+    name = type(pipe).__name__
+    found: Sequence[Tensor | None]
+    if name.startswith("StableDiffusion3"):
+        found = pipe.encode_prompt(
+            given, None, None, device=device, negative_prompt=negative and list(negative), do_classifier_free_guidance=halves
+        )
+    elif name.startswith("Flux"):
+        embeds, pooled, _ = pipe.encode_prompt(given, None, device=device)
+        found = (embeds, None, pooled, None)
+        if negative is not None:
+            embeds, pooled, _ = pipe.encode_prompt(list(negative), None, device=device)
+            found = (found[0], embeds, found[2], pooled)
+    else:
+        found = pipe.encode_prompt(given, device, 1, halves, negative and list(negative))
+    names = ("embeds", "negative_embeds", "pooled", "negative_pooled")
+    return {key: value for key, value in zip(names, found, strict=False) if value is not None}
+
+
 def from_pipeline(
     pipe: Any,
     refiner: nn.Module | str | os.PathLike[str] | None = None,
@@ -222,18 +245,15 @@ def from_pipeline(
     Raises ValueError or TypeError for what is no flow model, or does not fit.
     """
     if isinstance(pipe, str | os.PathLike):
-        pipe = _pipeline(pipe)
-    module = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
-    if module is None:
-        raise TypeError(f"pipe must be a pipeline with a transformer or a unet, got {type(pipe).__name__}")
+        pipe = load_pipeline(pipe)
+        if getattr(pipe, "vae", None) is not None:
+            fuse(pipe.vae)
+    module: Any = network_of(pipe, convention)
     network = PromptNetwork(module)
-    name = type(module).__name__
-    if name == "UNet2DConditionModel" and convention != "2-rf":
-        raise ValueError("convention='2-rf' must be given for a UNet: that of Stable Diffusion itself would give noise")
     place = module.device if device is None else choose_device(device)
     dtype = dtype or module.dtype
     side = None if refiner is None else PromptNetwork(check_refiner(refiner, module))
-    flux = name == "FluxTransformer2DModel"
+    flux = type(module).__name__ == "FluxTransformer2DModel"
     channels = module.config.in_channels // (4 if flux else 1)
     vae = None if getattr(pipe, "vae", None) is None else DiffusersVAE(pipe.vae)
     factor = vae.factor if vae else 8
@@ -245,7 +265,6 @@ def from_pipeline(
     for part in (network, side, vae.network if vae else None):
         if part is not None:
             nn.Module.to(part, place, dtype).eval().requires_grad_(False)
-    embedded = flux and module.config.guidance_embeds
     return PromptModel(
         predictor=network,
         refiner=side,
@@ -256,29 +275,94 @@ def from_pipeline(
         device=torch.device(place),
         dtype=dtype,
         vae=vae,
-        guidance_style="embedded" if embedded else "none" if flux else "halves",
+        guidance_style=guidance_style(module),
+        shift=_shift(getattr(pipe, "scheduler", None), height * width // step**2),
         pipe=pipe if getattr(pipe, "text_encoder", None) is not None else None,
     )
 
 
-def _pipeline(name: str | os.PathLike[str]) -> Any:
+Part = Literal["network", "text", "vae"]
+
+
+def load_pipeline(name: str | os.PathLike[str], parts: Sequence[Part] = ("network", "text", "vae")) -> Any:
+    """A diffusers pipeline of which only these parts are loaded, in float32 on the CPU. ValueError where it can't be had.
+
+    name: a folder as save_pretrained writes it, or a hub name.
+    """
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
-        raise ValueError(f"pipe {str(name)!r} needs diffusers: pip install 'flowturbo[diffusers]' ({error})") from None
+        raise ValueError(f"model {str(name)!r} needs diffusers: pip install 'flowturbo[diffusers]' ({error})") from None
+    where = str(Path(name).expanduser()) if is_path(name) else str(name)
+    if is_path(name) and not (Path(where) / "model_index.json").is_file():
+        raise CheckpointError(f"model {str(name)!r} is no folder of a diffusers pipeline: it has no model_index.json")
     try:
-        return DiffusionPipeline.from_pretrained(str(name), use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"pipe {str(name)!r} can't be loaded: {str(error).splitlines()[0]}") from error
+        config = DiffusionPipeline.load_config(where)
+        left_out = {key: None for key in config if _part(key) is not None and _part(key) not in parts}
+        # Of the checks of Stable Diffusion's pipelines, one asks for the safety checker to be left on.
+        return DiffusionPipeline.from_pretrained(where, use_safetensors=True, **left_out)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever its readers stumble on
+        raise CheckpointError(f"model {str(name)!r} can't be loaded: {first_line(error)}") from error
 
 
-def check_refiner(given: Any, teacher: Any) -> nn.Module:
+def _part(component: str) -> Part | None:
+    """Which part a component of a pipeline belongs to; None: it is small, and always loaded."""
+    if component in ("transformer", "unet"):
+        return "network"
+    if component.startswith(("text_encoder", "tokenizer")):
+        return "text"
+    return "vae" if component == "vae" else None
+
+
+def is_pipeline(name: str | os.PathLike[str]) -> bool:
+    """Whether a model's name means a pipeline: a folder with its index, or a hub name such as "org/name"."""
+    if (Path(name).expanduser() / "model_index.json").is_file():
+        return True
+    checkpoint = Path(name).suffix in (".pt", ".pth", ".safetensors")
+    return not checkpoint and not is_path(name) and str(name).count("/") == 1
+
+
+def network_of(pipe: Any, convention: str) -> nn.Module:
+    """The velocity network of a pipeline. TypeError and ValueError for what is no flow model, or may be none."""
+    module = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    if module is None:
+        raise TypeError(f"pipe must be a pipeline with a transformer or a unet, got {type(pipe).__name__}")
+    if type(module).__name__ == "UNet2DConditionModel" and convention != "2-rf":
+        raise ValueError("convention='2-rf' must be given for a UNet: that of Stable Diffusion itself would give noise")
+    return module
+
+
+def guidance_style(module: Any) -> Literal["halves", "embedded", "none"]:
+    if type(module).__name__ != "FluxTransformer2DModel":
+        return "halves"
+    return "embedded" if module.config.guidance_embeds else "none"
+
+
+def _shift(scheduler: Any, tokens: int) -> float:
+    """The shift of the time grid that a pipeline's scheduler applies, for images of so many tokens (SD3: fixed; FLUX: by size)."""
+    config = getattr(scheduler, "config", {})
+    if not str(config.get("_class_name", type(scheduler).__name__)).startswith("FlowMatch"):
+        return 1.0
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift", 1.0))
+    first, last = config["base_image_seq_len"], config["max_image_seq_len"]
+    low, high = config["base_shift"], config["max_shift"]
+    mu = low + (high - low) * (tokens - first) / (last - first)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def check_refiner(given: nn.Module | str | os.PathLike[str], teacher: Any) -> nn.Module:
+    """A refiner, or the folder or hub name of one -> the network, if it fits the teacher."""
     kind: Any = type(teacher)
-    module = kind.from_pretrained(str(given), use_safetensors=True) if isinstance(given, str | os.PathLike) else given
+    module: Any = given
+    if isinstance(given, str | os.PathLike):
+        where = str(Path(given).expanduser()) if is_path(given) else str(given)
+        module = read_pretrained("refiner", {kind.__name__: kind}, given, where)
     if type(module) is not kind:
         raise TypeError(f"refiner must be a {kind.__name__} as the predictor is, got {type(module).__name__}")
-    wanted, got = (part.config.in_channels for part in (teacher, module))
-    wanted *= 2
-    if got != wanted:
-        raise ValueError(f"refiner must read {wanted} channels, x and v, got {got}")
+    wanted, got = teacher.config.in_channels, module.config.in_channels
+    if got != 2 * wanted:
+        raise ValueError(f"refiner must read {2 * wanted} channels, x and v, got {got}")
     return module

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ..files import CheckpointError
 from .fused_vae import fuse
+from .pretrained import first_line, is_path, read_pretrained
 
 SD_LATENT_SCALE = 0.18215
 _HUB_TIMEOUT = 10.0
@@ -123,8 +123,8 @@ def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dt
     except ImportError as error:
         raise ValueError(f"vae {str(name)!r} needs diffusers: pip install 'flowturbo[diffusers]' ({error})") from None
     kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
-    if _is_path(name):
-        network = _read(kinds, name, str(_vae_folder(Path(name).expanduser())), local_files_only=True)
+    if is_path(name):
+        network = read_pretrained("vae", kinds, name, str(_vae_folder(Path(name).expanduser())), local_files_only=True)
     else:
         network = _from_hub(kinds, str(name))
     too_narrow = device.type == "cpu" and dtype.itemsize < 4
@@ -133,14 +133,6 @@ def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dt
     nn.Module.to(network, device, torch.float32 if too_narrow or overflows else dtype)
     fuse(network)
     return DiffusersVAE(network.eval().requires_grad_(False))
-
-
-def _is_path(name: str | os.PathLike[str]) -> bool:
-    """Whether a name means a place here rather than one on the hub: a mistyped path must not become a question to the network."""
-    path = Path(name)
-    if not isinstance(name, str) or name.startswith((".", "/", "~")) or path.is_absolute() or path.exists():
-        return True
-    return path.parent.exists()
 
 
 def _vae_folder(path: Path) -> Path:
@@ -174,49 +166,14 @@ def _from_hub(kinds: Mapping[str, Any], name: str) -> Any:
     parts = name.split("/")
     repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:]) or None
     with contextlib.suppress(CheckpointError):
-        return _read(kinds, name, repository, subfolder=subfolder, local_files_only=True)
+        return read_pretrained("vae", kinds, name, repository, subfolder=subfolder, local_files_only=True)
     try:
         huggingface_hub.model_info(repository, timeout=_HUB_TIMEOUT)
     except Exception as error:  # of the network, of the name, or of the right to read it
         raise ValueError(
-            f"vae {name!r} is no folder here, was not downloaded before, and can't be had from the hub: {_first_line(error)}"
+            f"vae {name!r} is no folder here, was not downloaded before, and can't be had from the hub: {first_line(error)}"
         ) from error
-    return _read(kinds, name, repository, subfolder=subfolder)
-
-
-def _read(kinds: Mapping[str, Any], name: str | os.PathLike[str], source: str, **where: Any) -> Any:
-    """An autoencoder in float32, of the kind that its configuration names, all of whose weights come from its file."""
-    try:
-        # Configurations of files that name no kind are AutoencoderKL's.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # diffusers asks the hub's library in a way that this calls outdated
-            what = kinds["AutoencoderKL"].load_config(source, **where).get("_class_name", "AutoencoderKL")
-        if what not in kinds:
-            raise ValueError(f"it is a model of the kind {what}, not one of {', '.join(kinds)}")
-        network, found = kinds[what].from_pretrained(
-            source,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-            **where,
-        )
-    except MemoryError:
-        raise
-    except Exception as error:  # OSError, ValueError, RuntimeError, KeyError: whatever its readers stumble on
-        raise CheckpointError(f"vae {str(name)!r} can't be read: {_first_line(error)}") from error
-    # Weights that the file lacks would stay random, with no more than a line in the log.
-    for verb, keys in (("lacks", found["missing_keys"]), ("has no place for", found["unexpected_keys"])):
-        if keys:
-            some = ", ".join(sorted(keys)[:4])
-            raise CheckpointError(
-                f"vae {str(name)!r} is no {type(network).__name__} of its own configuration: it {verb} {some} ({len(keys)} keys)"
-            )
-    return network
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return read_pretrained("vae", kinds, name, repository, subfolder=subfolder)
 
 
 def to_uint8(images: Tensor) -> Tensor:
