@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from torch import Tensor
 
 from . import info
@@ -23,6 +24,7 @@ from .grid import labelled_grid
 from .images import box_mask, read_image, read_mask, read_npz, read_transparency
 from .latency import Bench, bench
 from .models import FlowModel, checkpoint, load
+from .models.prompted import from_pipeline, is_pipeline
 from .plan import Plan
 from .sampler import sample
 from .train import Distill, Train, distill, train
@@ -35,9 +37,10 @@ class Model:
     """Which model runs, and how."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])] = "digits"
-    """A .pt, .pth or .safetensors file with SiT's keys, or "digits"."""
+    """A .pt, .pth or .safetensors file with SiT's keys, or "digits"; or folder or hub name of a diffusers pipeline of SD3, FLUX or
+    2-RF, which makes images from --prompts."""
     refiner: str | None = None
-    """The refiner's file; the bundled model brings its own."""
+    """The refiner's file, for a pipeline its folder; the bundled model brings its own."""
     vae: str | None = None
     """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels"; left out: what the model's file names."""
     plan: str = "H1P5R3"
@@ -49,8 +52,8 @@ class Model:
     """Guide the first so many channels; left out: 3 of 4 for SiT's checkpoints, else all."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times between which guidance is on."""
-    shift: float = 1.0
-    """Shift of the time grid as in SD3; 1 is uniform."""
+    shift: float | None = None
+    """Shift of the time grid as in SD3, 1 is uniform; left out: 1, and a pipeline's own."""
     grid: tuple[float, ...] | None = None
     """Own times, rising from 0 to 1, one more than there are steps."""
     seed: int = 0
@@ -59,8 +62,14 @@ class Model:
     """Images at a time; left out: all."""
     heads: int | None = None
     """Attention heads, for checkpoints of an unpublished width."""
-    convention: Literal["auto", "sit", "repa"] = "auto"
-    """"repa" for checkpoints whose time runs backwards."""
+    convention: Literal["auto", "sit", "repa", "2-rf"] = "auto"
+    """"repa" for checkpoints whose time runs backwards, "2-rf" for a Stable Diffusion pipeline with 2-RF's UNet."""
+    prompts: tuple[str, ...] = ()
+    """What to show, of models that read text."""
+    negative: str | None = None
+    """What not to show, of models guided by it (SD3, 2-RF)."""
+    image_size: int | None = None
+    """Height and width, of models that read text; left out: the model's own."""
     device: str | None = None
     """"cuda" or "cpu"; left out: a GPU if there is one."""
     dtype: Dtype | None = None
@@ -71,8 +80,31 @@ class Model:
 
 def _loaded(settings: Model) -> tuple[FlowModel, Plan, dict[str, Any]]:
     """The model, the plan, and what all ways of sampling take."""
-    plan = Plan.parse(settings.plan, grid=settings.grid, shift=settings.shift, guidance_interval=settings.guidance_interval)
-    model = load(
+
+    def plan(shift: float) -> Plan:
+        return Plan.parse(settings.plan, grid=settings.grid, shift=shift, guidance_interval=settings.guidance_interval)
+
+    asked = plan(settings.shift or 1.0)
+    model = _pipeline(settings) if is_pipeline(settings.model) else _checkpoint(settings)
+    own_shift = settings.shift is None and settings.grid is None
+    options = dict(
+        guidance=settings.guidance,
+        guidance_channels=settings.guidance_channels,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        progress=sys.stderr.isatty(),
+        output="uint8",
+    )
+    if settings.negative is not None:
+        options["negative"] = settings.negative
+    return model, plan(model.shift) if own_shift else asked, options
+
+
+def _checkpoint(settings: Model) -> FlowModel:
+    _only("a text-to-image pipeline", settings, "prompts", "negative", "image_size")
+    if settings.convention == "2-rf":
+        raise ValueError("convention '2-rf' is for a pipeline as model")
+    return load(
         settings.model,
         settings.refiner,
         settings.vae,
@@ -82,15 +114,29 @@ def _loaded(settings: Model) -> tuple[FlowModel, Plan, dict[str, Any]]:
         convention=settings.convention,
         quantize=settings.quantize,
     )
-    options = dict(
-        guidance=settings.guidance,
-        guidance_channels=settings.guidance_channels,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        progress=sys.stderr.isatty(),
-        output="uint8",
+
+
+def _pipeline(settings: Model) -> FlowModel:
+    _only("a model of classes", settings, "labels", "heads", "quantize")
+    if settings.convention not in ("auto", "2-rf"):
+        raise ValueError(f"convention must be 'auto' or '2-rf' for a pipeline, got {settings.convention!r}")
+    if not settings.prompts:
+        raise ValueError("prompts must be at least one text for a text-to-image model")
+    return from_pipeline(
+        settings.model,
+        settings.refiner,
+        settings.vae,
+        convention=settings.convention,
+        image_size=settings.image_size,
+        device=settings.device,
+        dtype=_dtype(settings.dtype),
     )
-    return model, plan, options
+
+
+def _only(what: str, settings: Model, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name, None) not in (None, ()):
+            raise ValueError(f"{name} is for {what}, which {settings.model!r} is not")
 
 
 def _check_out(out: Path) -> None:
@@ -98,11 +144,13 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"out must end in .png or .npz, got {str(out)!r}")
 
 
-def _write(out: Path, images: Tensor, labels: Sequence[int], before: Tensor | None = None) -> None:
+def _write(out: Path, images: Tensor, labels: Sequence[int] | Sequence[str], before: Tensor | None = None) -> None:
     """A grid, under the images that were there before if any; or the images as numbers."""
     with atomic_write(out) as file:
         if out.suffix == ".npz":
             np.savez(file, arr_0=images.cpu().numpy(), labels=np.array(labels))
+        elif len(images) == 1 and before is None and isinstance(labels[0], str):
+            Image.fromarray(images[0].cpu().numpy()).save(file, format="PNG")
         else:
             names = [str(label) for label in labels]
             if before is None:
@@ -123,18 +171,21 @@ class Sample(Model):
 
     labels: tuple[int, ...] | None = None
     """Class numbers; left out: the first --num classes, over and over."""
-    num: int = 10
-    """How many images, where --labels does not say it."""
+    num: int | None = None
+    """How many images, of the labels or prompts over and over; left out: one of each, and ten where --labels says nothing."""
     out: Path = Path("samples.png")
-    """A labelled grid (.png), or an .npz with arr_0 (N, height, width, 3), uint8, and labels."""
+    """A labelled grid (.png; the image itself where a prompt makes one), or an .npz with arr_0 (N, height, width, 3), uint8, and
+    labels."""
 
 
 def _sample(settings: Sample) -> str:
     _check_out(settings.out)
-    if settings.num < 1:
+    if settings.num is not None and settings.num < 1:
         raise ValueError(f"num must be at least 1, got {settings.num}")
     model, plan, options = _loaded(settings)
-    labels = settings.labels or tuple(i % model.num_classes for i in range(settings.num))
+    given: Sequence[Any] = settings.prompts or settings.labels or range(model.num_classes)
+    count = settings.num or (10 if given == range(model.num_classes) else len(given))
+    labels = [given[i % len(given)] for i in range(count)]
     _write(settings.out, sample(model, plan, labels, **options), labels)
     return _said(settings.out, len(labels), plan)
 
@@ -146,7 +197,7 @@ class Edit(Model):
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Image files (cropped to squares of the model's size, on white where transparent), or one .npz as sample writes it."""
     labels: tuple[int, ...] = ()
-    """What to make of them: one class number, or one an image."""
+    """What to make of them: one class number, or one an image. A model that reads text takes --prompts likewise."""
     strength: float = 0.6
     """Above 0, at most 1: how much of the image is forgotten."""
     out: Path = Path("edited.png")
@@ -169,16 +220,17 @@ class Inpaint(Edit):
 
 def _edit(settings: Edit) -> str:
     _check_out(settings.out)
-    if not settings.images or not settings.labels:
-        raise ValueError("images and labels must name at least one each")
+    if not settings.images or not (settings.labels or settings.prompts):
+        raise ValueError("images and labels (or prompts) must name at least one each")
     model, plan, options = _loaded(settings)
+    given: Sequence[Any] = settings.prompts or settings.labels
     before = _images(settings.images, image_size(model))
     chosen: dict[str, Any] = {"strength": settings.strength, **options}
     if isinstance(settings, Inpaint):
-        made = inpaint(model, plan, before, _mask(settings, before), settings.labels, **chosen)
+        made = inpaint(model, plan, before, _mask(settings, before), given, **chosen)
     else:
-        made = edit(model, plan, before, settings.labels, **chosen)
-    labels = settings.labels if len(settings.labels) == len(made) else settings.labels * len(made)
+        made = edit(model, plan, before, given, **chosen)
+    labels = given if len(given) == len(made) else list(given) * len(made)
     _write(settings.out, made, labels, torch.from_numpy(before).expand(len(made), -1, -1, -1))
     return _said(settings.out, len(made), plan)
 

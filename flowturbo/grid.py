@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,7 +14,10 @@ _SMALLEST = 96
 
 
 def labelled_grid(images: Tensor, labels: Sequence[str], columns: int | None = None) -> Image.Image:
-    """images (N, height, width, 3) uint8, one label each -> one picture; images under 96 pixels are enlarged by whole factors."""
+    """images (N, height, width, 3) uint8, one label each -> one picture; images under 96 pixels are enlarged by whole factors.
+
+    Labels wider than an image are cut short.
+    """
     pixels: np.ndarray = images.cpu().numpy()
     if len(pixels) != len(labels):
         raise ValueError(f"labels must be {len(pixels)}, one an image, got {len(labels)}")
@@ -29,5 +32,14 @@ def labelled_grid(images: Tensor, labels: Sequence[str], columns: int | None = N
         x, y = (i % columns) * cell[0] + _MARGIN, (i // columns) * cell[1] + _MARGIN
         enlarged = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
         picture.paste(enlarged, (x, y))
-        draw.text((x + width * factor / 2, y + height * factor + 1), label, fill="black", font=font, anchor="ma")
+        fitting = _cut(label, lambda text: font.getlength(text) <= width * factor)
+        draw.text((x + width * factor / 2, y + height * factor + 1), fitting, fill="black", font=font, anchor="ma")
     return picture
+
+
+def _cut(label: str, fits: Callable[[str], bool]) -> str:
+    """One line, with dots for what does not fit."""
+    label = " ".join(label.split())
+    if fits(label):
+        return label
+    return next((text for end in range(len(label), 0, -1) if fits(text := f"{label[:end].rstrip()}...")), "")

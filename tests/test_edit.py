@@ -276,7 +276,7 @@ def test_the_command_edits_and_inpaints_an_npz(tmp_path, capsys):
     assert np.array_equal(after[:, :, :4], before[:, :, :4])
     assert not np.array_equal(after[:, :, 4:], before[:, :, 4:])
     assert main(["edit", str(tmp_path / "d.npz")]) == 2
-    assert "images and labels must name at least one each" in capsys.readouterr().err
+    assert "images and labels (or prompts) must name at least one each" in capsys.readouterr().err
 
 
 def test_the_command_takes_image_files_of_any_size_and_masks_of_theirs(tmp_path, capsys):

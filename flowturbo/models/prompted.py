@@ -20,7 +20,7 @@ from ..files import CheckpointError
 from . import FlowModel, choose_device
 from .fused_vae import fuse
 from .pretrained import first_line, is_path, read_pretrained
-from .vae import DiffusersVAE
+from .vae import VAE, DiffusersVAE, load_vae
 
 Conditions = Mapping[str, Tensor]
 """What a network is told of its rows: embeds (N, L, D), pooled (N, P) where the kind has it, embedded_guidance (N,) likewise."""
@@ -98,8 +98,15 @@ class PromptNetwork(nn.Module):
             raise TypeError(f"a text-to-image network must be one of {', '.join(KINDS)}, got {name}")
         self.module, self.kind = module, KINDS[name]
         config: Any = module.config
-        self.channels: int = (config.out_channels or config.in_channels) // (4 if name == "FluxTransformer2DModel" else 1)
+        packs = name == "FluxTransformer2DModel"
+        unet = name == "UNet2DConditionModel"
+        self.channels: int = (config.out_channels or config.in_channels) // (4 if packs else 1)
         """Of the latents."""
+        self.multiple: int = 2 ** (len(config.block_out_channels) - 1) if unet else 2 if packs else config.patch_size
+        """Of this the sides of the latents must be."""
+        self.side: int = 128 if packs else config.sample_size
+        """Of the latents, unless told otherwise."""
+        self.longest: int = self.multiple * (config.pos_embed_max_size if name == "SD3Transformer2DModel" else 2**20)
 
     def forward(self, x: Tensor, t: Tensor, y: Any, v: Tensor | None = None) -> Tensor:
         x = x if v is None else torch.cat([x, v], dim=1)
@@ -229,6 +236,7 @@ def encode_prompts(
 def from_pipeline(
     pipe: Any,
     refiner: nn.Module | str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | VAE | None = None,
     *,
     convention: Literal["auto", "2-rf"] = "auto",
     image_size: int | tuple[int, int] | None = None,
@@ -239,46 +247,64 @@ def from_pipeline(
 
     pipe: a pipeline, or its folder or hub name. refiner: as `refiner_for` makes and `flowturbo distill` trains it: a module, or the
         folder it was saved to.
+    vae: as for `load`, in the place of the pipeline's own.
     convention: "2-rf" must be said for a UNet: those of Stable Diffusion itself look just the same, and are no flow models.
     image_size: height and width in pixels, or both in one; None: the network's own.
-    device, dtype: None: where the pipeline is, and in what.
+    device, dtype: None: where the pipeline is, and in what; for a folder or hub name as for `load`. The whole pipeline is moved.
     Raises ValueError or TypeError for what is no flow model, or does not fit.
     """
-    if isinstance(pipe, str | os.PathLike):
-        pipe = load_pipeline(pipe)
-        if getattr(pipe, "vae", None) is not None:
-            fuse(pipe.vae)
+    named = isinstance(pipe, str | os.PathLike)
+    if named:
+        pipe = load_pipeline(pipe, ("network", "text") if vae is not None else ("network", "text", "vae"))
     module: Any = network_of(pipe, convention)
     network = PromptNetwork(module)
-    place = module.device if device is None else choose_device(device)
-    dtype = dtype or module.dtype
+    place = torch.device(module.device) if device is None and not named else choose_device(device)
+    if dtype is None:
+        dtype = module.dtype if not named else torch.bfloat16 if place.type == "cuda" else torch.float32
     side = None if refiner is None else PromptNetwork(check_refiner(refiner, module))
-    flux = type(module).__name__ == "FluxTransformer2DModel"
-    channels = module.config.in_channels // (4 if flux else 1)
-    vae = None if getattr(pipe, "vae", None) is None else DiffusersVAE(pipe.vae)
-    factor = vae.factor if vae else 8
-    own = 128 if flux else module.config.sample_size
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or (own * factor, own * factor)
-    step = factor * (2 if flux else 1) * int(getattr(module.config, "patch_size", 1) or 1)
-    if positive("image_size", height) % step or positive("image_size", width) % step:
-        raise ValueError(f"image_size must be multiples of {step} for this model, got {height} x {width}")
-    for part in (network, side, vae.network if vae else None):
-        if part is not None:
-            nn.Module.to(part, place, dtype).eval().requires_grad_(False)
+    if vae is None and getattr(pipe, "vae", None) is not None:
+        codec: VAE | None = DiffusersVAE(pipe.vae)
+    else:
+        codec = load_vae(vae, place, dtype) if isinstance(vae, str | os.PathLike) else vae
+    factor = codec.factor if codec else 8
+    height, width = _size(network, factor, image_size)
+    parts = [
+        module,
+        *(part for part in getattr(pipe, "components", {}).values() if isinstance(part, nn.Module) and part is not module),
+    ]
+    if named or device is not None or dtype != module.dtype:
+        for part in parts:
+            nn.Module.to(part, place, dtype)
+    if side is not None:
+        parts.append(nn.Module.to(side, place, dtype))
+    for part in parts:
+        part.eval().requires_grad_(False)
+    if named and vae is None and codec is not None:
+        fuse(pipe.vae)
     return PromptModel(
         predictor=network,
         refiner=side,
-        latent_shape=(channels, height // factor, width // factor),
+        latent_shape=(network.channels, height // factor, width // factor),
         num_classes=0,
         null_class=None,
-        guidance_channels=channels,
-        device=torch.device(place),
+        guidance_channels=network.channels,
+        device=place,
         dtype=dtype,
-        vae=vae,
+        vae=codec,
         guidance_style=guidance_style(module),
-        shift=_shift(getattr(pipe, "scheduler", None), height * width // step**2),
+        shift=_shift(getattr(pipe, "scheduler", None), height * width // (factor * network.multiple) ** 2),
         pipe=pipe if getattr(pipe, "text_encoder", None) is not None else None,
     )
+
+
+def _size(network: PromptNetwork, factor: int, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width in pixels that the network can make."""
+    own = network.side * factor
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or (own, own)
+    step, most = network.multiple * factor, network.longest * factor
+    if any(positive("image_size", side) % step or side > most for side in (height, width)):
+        raise ValueError(f"image_size must be multiples of {step}, at most {most}, for this model, got {height} x {width}")
+    return height, width
 
 
 Part = Literal["network", "text", "vae"]
