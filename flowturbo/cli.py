@@ -261,6 +261,14 @@ def _mask(settings: Inpaint, images: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class EncodeFiles(Encode):
+    """Encode images, and captions if they have them, into shards of latents, once for all trainings."""
+
+    source: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Path]
+
+
+@dataclass(frozen=True)
 class Convert:
     """Turn a published checkpoint into a checked safetensors file with only the weights that sample."""
 
@@ -306,7 +314,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "distill": (Distill, distill),
     "evaluate": (Evaluate, evaluate),
     "inspect-velocity": (InspectVelocity, inspect_velocity),
-    "encode": (Encode, encode),
+    "encode": (EncodeFiles, encode),
     "convert": (Convert, _convert),
     "bench": (Bench, bench),
     "info": (Info, lambda _: info.report()),

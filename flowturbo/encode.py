@@ -26,28 +26,31 @@ from .models.vae import VAE, DiffusersVAE, load_vae
 
 @dataclass(frozen=True)
 class Encode:
-    """Settings of an encoding.
-
-    source: a folder of images with a sub-folder a class; or an .npz of images (N, height, width, 3) uint8 in "arr_0", with their
-        labels in "labels" or "arr_1" (without: all of class 0), which is held in memory. With `model`: a folder of images with
-        captions, in metadata.jsonl ("file_name" and "text" a line) or in a .txt beside each image.
-    out: folder for the shards. One that holds shards of the same encoding is gone on with.
-    vae: as for `load`. image_size: side of the square that images are cropped to.
-    model: a diffusers text-to-image pipeline, folder or hub name, whose VAE and text encoders are used: for its refiner's training.
-    flips: encode the mirrored images too. shard_size: images a shard; None: 4096, with captions 256, whose encodings are large.
-    dtype: of the stored latents and captions.
-    """
+    """Encode images, and captions if they have them, into shards of latents, once for all trainings."""
 
     source: Path
+    """A folder of images with a sub-folder a class; or an .npz of images (N, height, width, 3) uint8 in "arr_0", with their labels
+    in "labels" or "arr_1" (without: all of class 0), which is held in memory. With a model: a folder of images with captions, in
+    metadata.jsonl (a line each with "file_name" and "text") or in a .txt beside each image."""
     out: Path
+    """Folder for the shards. One that holds shards of the same encoding is gone on with."""
     vae: str = "stabilityai/sd-vae-ft-ema"
+    """Folder or hub name of a diffusers AutoencoderKL, or "pixels"; with a model, its own is used."""
     model: str | None = None
+    """Folder or hub name of a diffusers text-to-image pipeline, by whose VAE and text encoders images and captions are encoded, for
+    the training of its refiner."""
     image_size: int = 256
+    """Side of the square that images are cropped to."""
     batch_size: int = 32
+    """Images at a time."""
     flips: bool = True
+    """Encode the mirrored images too."""
     shard_size: int | None = None
+    """Images a shard; left out: 4096, with captions 256, since their encodings are large."""
     dtype: Literal["float16", "float32"] = "float16"
+    """Of the stored latents and captions."""
     device: str | None = None
+    """"cuda" or "cpu"; left out: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("source", "out"):
@@ -178,7 +181,7 @@ def _opened(settings: Encode, device: torch.device) -> tuple[_Source, _Labels, V
         raise ValueError(f"model {settings.model!r} must be a pipeline with {' and '.join(missing)} to encode with")
     wide = torch.float32 if device.type == "cpu" else torch.bfloat16
     for name, part in pipe.components.items():
-        if isinstance(part, nn.Module):
+        if isinstance(part, nn.Module) and name != "transformer":  # it is a shell, without weights
             nn.Module.to(part, device, torch.float32 if name == "vae" else wide).eval().requires_grad_(False)
     return images, _Captions(images.captions, pipe, settings, device), DiffusersVAE(pipe.vae)
 

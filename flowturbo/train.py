@@ -142,7 +142,7 @@ def _for_prompts(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seeded(settings.seed).initial_seed())
         refiner = refiner_for(teacher, settings.depth)
-    predictor = PromptNetwork(teacher.to(device, torch.float32).eval().requires_grad_(False))
+    predictor = PromptNetwork(nn.Module.to(teacher, device, torch.float32).eval().requires_grad_(False))
     if predictor.channels != data.shape[0]:
         raise ValueError(f"data has latents of {data.shape[0]} channels, the teacher wants {predictor.channels}")
     null = {name: value.to(device) for name, value in data.null.items()}

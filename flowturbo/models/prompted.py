@@ -311,34 +311,47 @@ Part = Literal["network", "text", "vae"]
 
 
 def load_pipeline(name: str | os.PathLike[str], parts: Sequence[Part] = ("network", "text", "vae")) -> Any:
-    """A diffusers pipeline of which only these parts are loaded, in float32 on the CPU. ValueError where it can't be had.
+    """A diffusers pipeline of which only these parts are loaded, in float32 on the CPU. CheckpointError where it can't be had.
 
     name: a folder as save_pretrained writes it, or a hub name.
     """
     try:
-        from diffusers import DiffusionPipeline
+        import diffusers
     except ImportError as error:
         raise ValueError(f"model {str(name)!r} needs diffusers: pip install 'flowturbo[diffusers]' ({error})") from None
     where = str(Path(name).expanduser()) if is_path(name) else str(name)
     if is_path(name) and not (Path(where) / "model_index.json").is_file():
         raise CheckpointError(f"model {str(name)!r} is no folder of a diffusers pipeline: it has no model_index.json")
     try:
-        config = DiffusionPipeline.load_config(where)
-        left_out = {key: None for key in config if _part(key) is not None and _part(key) not in parts}
-        # Of the checks of Stable Diffusion's pipelines, one asks for the safety checker to be left on.
-        return DiffusionPipeline.from_pretrained(where, use_safetensors=True, **left_out)
+        config = diffusers.DiffusionPipeline.load_config(where)
+        # A pipeline saved without one of its text encoders wants to be told so again.
+        left_out = {key: None for key, kind in config.items() if _part(key) not in (None, *parts) or kind == [None, None]}
+        for key in left_out.keys() & {"transformer"}:  # encoding asks for its configuration
+            kind: Any = getattr(diffusers, config[key][1])
+            with torch.device("meta"):
+                left_out[key] = kind.from_config(kind.load_config(where, subfolder=key))
+        # 2-RF was published as a pipeline of a class of its own, with the parts of this one.
+        base = diffusers.StableDiffusionPipeline if "unet" in config else diffusers.DiffusionPipeline
+        return base.from_pretrained(where, use_safetensors=True, **left_out)
     except MemoryError:
         raise
     except Exception as error:  # whatever its readers stumble on
-        raise CheckpointError(f"model {str(name)!r} can't be loaded: {first_line(error)}") from error
+        hint = ""
+        if "safetensors" in str(error):
+            hint = (
+                "; pickled weights are not read: if you trust them, load them once with use_safetensors=False and save_pretrained"
+            )
+        raise CheckpointError(f"model {str(name)!r} can't be loaded: {first_line(error)}{hint}") from error
 
 
-def _part(component: str) -> Part | None:
+def _part(component: str) -> Part | Literal["unused"] | None:
     """Which part a component of a pipeline belongs to; None: it is small, and always loaded."""
     if component in ("transformer", "unet"):
         return "network"
     if component.startswith(("text_encoder", "tokenizer")):
         return "text"
+    if component in ("safety_checker", "feature_extractor", "image_encoder"):
+        return "unused"
     return "vae" if component == "vae" else None
 
 
