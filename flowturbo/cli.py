@@ -43,9 +43,9 @@ class Model:
     """The refiner's file, for a pipeline its folder; the bundled model brings its own."""
     vae: str | None = None
     """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels"; left out: what the model's file names."""
-    plan: str = "H1P5R3"
+    plan: str | None = None
     """Steps in order, a letter with a count each: H Heun, P pseudo corrector, R refiner, S refiner after equation 7, E Euler,
-    A, B, C Adams-Bashforth of order 2, 3, 4."""
+    A, B, C Adams-Bashforth of order 2, 3, 4. Left out: H1P5R3, or H1P5 where there is no refiner."""
     guidance: Annotated[float, tyro.conf.arg(aliases=["--cfg-scale"])] = 1.5
     """Guidance scale; 1 is none."""
     guidance_channels: int | None = None
@@ -81,12 +81,14 @@ class Model:
 def _loaded(settings: Model) -> tuple[FlowModel, Plan, dict[str, Any]]:
     """The model, the plan, and what all ways of sampling take."""
 
-    def plan(shift: float) -> Plan:
-        return Plan.parse(settings.plan, grid=settings.grid, shift=shift, guidance_interval=settings.guidance_interval)
+    def plan(text: str, shift: float) -> Plan:
+        return Plan.parse(text, grid=settings.grid, shift=shift, guidance_interval=settings.guidance_interval)
 
-    asked = plan(settings.shift or 1.0)
+    if settings.plan is not None:  # nonsense is told before anything is loaded
+        plan(settings.plan, 1.0 if settings.shift is None else settings.shift)
     model = _pipeline(settings) if is_pipeline(settings.model) else _checkpoint(settings)
-    own_shift = settings.shift is None and settings.grid is None
+    text = settings.plan or ("H1P5" if model.refiner is None else "H1P5R3")
+    own = 1.0 if settings.grid is not None else model.shift
     options = dict(
         guidance=settings.guidance,
         guidance_channels=settings.guidance_channels,
@@ -97,7 +99,7 @@ def _loaded(settings: Model) -> tuple[FlowModel, Plan, dict[str, Any]]:
     )
     if settings.negative is not None:
         options["negative"] = settings.negative
-    return model, plan(model.shift) if own_shift else asked, options
+    return model, plan(text, own if settings.shift is None else settings.shift), options
 
 
 def _checkpoint(settings: Model) -> FlowModel:
