@@ -328,22 +328,26 @@ def _dtype(name: Dtype | None) -> torch.dtype | None:
     return getattr(torch, name) if name else None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status. Errors are one line unless --debug is given."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+def parse(words: Sequence[str]) -> Any:
+    """The settings that a command line means. SystemExit, with the reason on standard error, where it means none."""
     subcommands = [
         Annotated[settings, tyro.conf.subcommand(name, prefix_name=False)]  # type: ignore[valid-type]
         for name, (settings, _) in COMMANDS.items()
     ]
     choices: Any = Union[tuple(subcommands)]  # noqa: UP007  (made from a table)
-    settings: Any = tyro.cli(
+    return tyro.cli(
         choices,
         prog="flowturbo",
         description="Few-call sampling of flow-matching models. Add --debug to any command for a full traceback.",
-        args=words,
+        args=list(words),
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Errors are one line unless --debug is given."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    settings = parse([word for word in words if word != "--debug"])
     run = next(run for kind, run in COMMANDS.values() if type(settings) is kind)
     try:
         result = run(settings)
