@@ -7,8 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from flowturbo.cli import parse
+from flowturbo.cli import main, parse
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "bench").glob("*.md")])
@@ -42,3 +43,32 @@ def test_every_command_can_be_read(document):
 
 def test_the_readme_has_commands():
     assert len(commands((ROOT / "README.md").read_text())) > 20
+
+
+NAMES = {
+    "stabilityai/stable-diffusion-3.5-medium": "sd3",
+    "black-forest-labs/FLUX.1-dev": "flux",
+    "XCLiu/2_rectified_flow_from_sd_1_5": "2rf",
+}
+SMALLER = {"1024": "32", "512": "32", "10000": "2"}
+"""Sizes in pixels, and steps of a training."""
+
+
+def test_the_commands_for_text_to_image_run_on_small_models_in_the_same_folders(tmp_path, monkeypatch):
+    complete = pytest.importorskip("complete", exc_type=ImportError)
+    for kind in NAMES.values():
+        getattr(complete, f"complete_{kind}")().save_pretrained(tmp_path / kind)
+    monkeypatch.chdir(tmp_path)
+    Path("captioned").mkdir()
+    Image.effect_noise((40, 36), 80).convert("RGB").save("captioned/a.png")
+    Path("captioned/a.txt").write_text("noise")
+    section = re.search(r"^## Text to image\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert section is not None
+    found = commands(section[1])
+    assert {words[0] for words in found} == {"sample", "edit", "inpaint", "encode", "distill"}
+    for words in found:
+        chosen = [NAMES.get(word, SMALLER.get(word, word)) for word in words]
+        assert main([*chosen, "--device", "cpu"]) == 0, shlex.join(words)
+    for name in ("fox.png", "samples.png", "edited.png", "inpainted.png"):
+        with Image.open(name) as picture:
+            assert min(picture.size) >= 32

@@ -20,7 +20,7 @@ LAYERS = [
     {"job", "sampler"},
 ]
 TOOLS, COMMAND = len(LAYERS), len(LAYERS) + 1
-OUTSIDE = {"bench", "tests", "tiny", "close", "oracle", "recipe"}
+OUTSIDE = {"bench", "tests", "tiny", "close", "oracle", "recipe", "pipelines", "complete"}
 
 
 def layer(module: str) -> int:

@@ -356,8 +356,8 @@ def _part(component: str) -> Part | Literal["unused"] | None:
 
 
 def is_pipeline(name: str | os.PathLike[str]) -> bool:
-    """Whether a model's name means a pipeline: a folder with its index, or a hub name such as "org/name"."""
-    if (Path(name).expanduser() / "model_index.json").is_file():
+    """Whether a model's name means a pipeline: a folder, or a hub name such as "org/name"."""
+    if Path(name).expanduser().is_dir():
         return True
     checkpoint = Path(name).suffix in (".pt", ".pth", ".safetensors")
     return not checkpoint and not is_path(name) and str(name).count("/") == 1
