@@ -12,7 +12,8 @@ from .graph import CaptureError
 from .integrations.diffusers import accelerate, accelerated, restore
 from .job import StepInfo
 from .models import FlowModel, load
-from .models.prompted import PromptModel, from_pipeline, refiner_for
+from .models.pipelines import from_pipeline
+from .models.prompted import PromptModel, refiner_for
 from .plan import Plan
 from .rng import noise
 from .sampler import sample

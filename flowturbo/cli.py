@@ -24,7 +24,7 @@ from .grid import labelled_grid
 from .images import box_mask, read_image, read_mask, read_npz, read_transparency
 from .latency import Bench, bench
 from .models import FlowModel, checkpoint, load
-from .models.prompted import from_pipeline, is_pipeline
+from .models.pipelines import from_pipeline, is_pipeline
 from .plan import Plan
 from .sampler import sample
 from .train import Distill, Train, distill, train

@@ -20,7 +20,8 @@ from .checks import positive
 from .files import CheckpointError, load_tensors, save_tensors
 from .images import ImageFiles, scan, scan_captions, square
 from .models import choose_device
-from .models.prompted import encode_prompts, load_pipeline
+from .models.pipelines import load_pipeline
+from .models.prompted import encode_prompts
 from .models.vae import VAE, DiffusersVAE, load_vae
 
 

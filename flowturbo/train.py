@@ -14,16 +14,9 @@ from torch import nn
 from .data import Data, load_data, needs_vae
 from .engine import Objective, Settings, Weights, fit, provenance, workers
 from .models.checkpoint import save_sit
+from .models.pipelines import is_pipeline, load_pipeline, network_of
 from .models.pretrained import WEIGHTS, write_pretrained
-from .models.prompted import (
-    Conditions,
-    PromptNetwork,
-    guidance_style,
-    is_pipeline,
-    load_pipeline,
-    network_of,
-    refiner_for,
-)
+from .models.prompted import Conditions, PromptNetwork, guidance_style, refiner_for
 from .models.sit import SIT_CONFIGS, SiT, SiTConfig
 from .models.vae import load_vae
 from .objectives import FlowMatching, Refinement

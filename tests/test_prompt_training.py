@@ -19,7 +19,8 @@ import flowturbo as ft
 from flowturbo.encode import Encode, encode
 from flowturbo.files import CheckpointError, load_tensors, save_tensors
 from flowturbo.images import scan_captions
-from flowturbo.models.prompted import PromptNetwork, encode_prompts, load_pipeline, network_of, packed, unpacked
+from flowturbo.models.pipelines import load_pipeline, network_of
+from flowturbo.models.prompted import PromptNetwork, encode_prompts, packed, unpacked
 from flowturbo.objectives import Refinement
 from flowturbo.prompt_data import load_prompts
 from flowturbo.rng import Draws
