@@ -201,7 +201,7 @@ def test_entering_in_the_middle_runs_the_rest_of_the_plan(first):
 
 def test_what_a_callback_does_to_the_latents_is_done_to_the_state():
     """Between two calls of one step, the change moves the step's start too."""
-    scheduler, x, change = made("H2"), latents(7), 0.1 * latents(8)
+    scheduler, x, change = made("H2", "corrected"), latents(7), 0.1 * latents(8)
     scheduler.set_timesteps(2)
     first, second, *rest = scheduler.timesteps
     y = scheduler.step(network(x, float(first) / 1000), first, x, return_dict=False)[0]
@@ -265,12 +265,8 @@ def test_copies_and_configurations_make_the_same_scheduler(tmp_path):
     scheduler.save_pretrained(tmp_path)
     again = PlanScheduler.from_pretrained(tmp_path)
     again.set_timesteps(4)
-    for other in (
-        copy.deepcopy(scheduler),
-        pickle.loads(pickle.dumps(scheduler)),
-        PlanScheduler.from_config(scheduler.config),
-        again,
-    ):
+    copies = [copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler)), PlanScheduler.from_config(scheduler.config)]
+    for other in (*copies, again):
         assert str(other.plan) == "H1P3"
         if other.timesteps is None or other.num_inference_steps is None:
             other.set_timesteps(4)
