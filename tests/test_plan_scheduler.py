@@ -258,8 +258,9 @@ def test_threads_share_a_scheduler():
     assert len(found) == len(starts)
 
 
-def test_copies_and_configurations_make_the_same_scheduler(tmp_path):
-    scheduler, x = made(Plan.parse("H1P3", shift=2.0)), latents(4)
+@pytest.mark.parametrize("grid", ["auto", "pipeline", "corrected"])
+def test_copies_and_configurations_make_the_same_scheduler(tmp_path, grid):
+    scheduler, x = made(Plan.parse("H1P3", shift=2.0), grid, shift=3.0, base_shift=0.4), latents(4)
     scheduler.set_timesteps(4)
     expected = through(scheduler, x)
     scheduler.save_pretrained(tmp_path)
@@ -267,7 +268,8 @@ def test_copies_and_configurations_make_the_same_scheduler(tmp_path):
     again.set_timesteps(4)
     copies = [copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler)), PlanScheduler.from_config(scheduler.config)]
     for other in (*copies, again):
-        assert str(other.plan) == "H1P3"
+        assert (other.plan, other.grid) == (scheduler.plan, scheduler.grid)
+        assert (other.config["shift"], other.config["base_shift"]) == (3.0, 0.4)
         if other.timesteps is None or other.num_inference_steps is None:
             other.set_timesteps(4)
         assert_close(through(other, x), expected, 1e-12)
@@ -282,6 +284,8 @@ def test_arguments():
         PlanScheduler("H1", "uniform")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must start at 0"):
         PlanScheduler(Plan.parse("H1").starting_at(0.5))
+    with pytest.raises(ValueError, match="no guidance interval"):
+        PlanScheduler(Plan.parse("H1", guidance_interval=(0.1, 0.9)))
     with pytest.raises(ValueError, match="stochastic_sampling"):
         PlanScheduler("H1", stochastic_sampling=True)
     scheduler = PlanScheduler("H1R1")

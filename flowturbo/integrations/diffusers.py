@@ -54,7 +54,8 @@ def accelerate(
     plan: a Plan, or text such as "H1P5". num_inference_steps then means nothing.
     refiner: for plans with R or S steps, a network as `refiner_for` makes it, or the folder it was saved to; prompts, guidance and
         whatever else the transformer is told are taken from its last call.
-    graph: run the transformer with fused adaLN kernels, and on CUDA as a graph for each shape of its inputs.
+    graph: run the transformer with fused adaLN kernels, and on CUDA as a graph for each shape of its inputs, at most eight. What is
+        changed in a LoRA later, other than its weights (set_adapters), is not noticed: restore, and accelerate again.
     grid: which noise levels: see integrations.scheduler.PlanScheduler.
     LoRAs, ControlNets, callbacks, generators, image-to-image and inpainting work as before; threads may share the pipeline.
     Returns the pipeline. Raises ValueError where it is accelerated already, TypeError where its scheduler is no flow matching's.

@@ -170,7 +170,8 @@ class _PerThread:
 class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     """FlowMatchEulerDiscreteScheduler whose timesteps are the predictor calls of a plan.
 
-    plan: a Plan, or text such as "H1P5". stock: the configuration of the scheduler whose place it takes.
+    plan: a Plan, or text such as "H1P5", whose own grid plan_grid then is. stock: the configuration of the scheduler whose place
+        it takes.
     grid: "pipeline": the noise levels that the pipeline would use for as many Euler steps as the plan has steps, its shift
         included; "corrected": the same with the shift applied once, where a pipeline that gives no sigmas has it applied twice
         (diffusers' open issue 13243); "plan": the plan's own grid; "auto": the plan's where it is not uniform, else the pipeline's.
@@ -180,14 +181,18 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     _step_index, _begin_index, _run = _PerThread("_step_index"), _PerThread("_begin_index"), _PerThread("_run")
     _times = _PerThread("_times")
 
-    def __init__(self, plan: str | Plan = "H1P5", grid: Grid = "auto", **stock: Any) -> None:
+    def __init__(
+        self, plan: str | Plan = "H1P5", grid: Grid = "auto", plan_grid: Sequence[float] | None = None, **stock: Any
+    ) -> None:
         self._run = None
         super().__init__(**stock)
-        self.plan = as_plan(plan)
+        self.plan = as_plan(plan) if plan_grid is None else Plan.parse(str(plan), grid=plan_grid)
         if grid not in ("auto", "pipeline", "corrected", "plan"):
             raise ValueError(f"grid must be 'auto', 'pipeline', 'corrected' or 'plan', got {grid!r}")
         if self.plan.start:
             raise ValueError(f"plan must start at 0, got {self.plan.start:g}: pipelines start later by themselves, by strength")
+        if self.plan.guidance_interval != (0.0, 1.0):
+            raise ValueError(f"plan must have no guidance interval, got {self.plan.guidance_interval}: a pipeline guides by itself")
         for name in ("stochastic_sampling", "invert_sigmas"):
             if self.config.get(name):
                 raise ValueError(f"a scheduler with {name} can't run a plan")
@@ -202,8 +207,7 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         """In the place of that scheduler. TypeError for a scheduler of another kind."""
         if type(scheduler) is not FlowMatchEulerDiscreteScheduler:
             raise TypeError(f"plans take the place of FlowMatchEulerDiscreteScheduler, not of {type(scheduler).__name__}")
-        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
-        return cls(plan, grid, **{key: value for key, value in scheduler.config.items() if key in known})
+        return cls(plan, grid, **{key: value for key, value in scheduler.config.items() if key in _STOCK})
 
     @property
     def calls(self) -> int:
@@ -271,6 +275,13 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         if self._step_index == len(self.timesteps):
             self._run = None
         return (run.returned,) if not return_dict else FlowMatchEulerDiscreteSchedulerOutput(prev_sample=run.returned)
+
+
+# By the names in a signature diffusers tells what of a saved configuration is an argument.
+_OURS, _STOCK = (inspect.signature(kind.__init__).parameters for kind in (PlanScheduler, FlowMatchEulerDiscreteScheduler))
+PlanScheduler.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [*(p for p in _OURS.values() if p.kind is not p.VAR_KEYWORD), *(p for name, p in _STOCK.items() if name != "self")]
+)
 
 
 def _resampled(levels: Sequence[float], count: int) -> list[float]:
