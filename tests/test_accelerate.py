@@ -1,4 +1,4 @@
-"""accelerate(): a plan inside diffusers' own pipelines, with a refiner, fused adaLN and captures; and restore() undoes all of it."""
+"""accelerate(): a plan inside diffusers' own pipelines, with a refiner, fused adaLN, captures; restore() undoes all of it."""
 
 from __future__ import annotations
 
@@ -147,32 +147,23 @@ def test_image_to_image_enters_in_the_middle(kind):
     handle.remove()
 
 
-@pytest.mark.parametrize("plan", ["E6", "H1P5"])
-def test_inpainting_leaves_the_outside_as_it_was(plan):
+def test_inpainting_leaves_the_outside_as_it_was():
+    """The source's own latents, one draw of the encoder's posterior, whatever the plan and the mask."""
     pipe = sd3("StableDiffusion3InpaintPipeline", sd3_transformer(in_channels=16, out_channels=16))
     pipe.vae = pipelines.vae(16)
     image = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
-    mask = torch.zeros(1, 1, SIZE, SIZE)
-    mask[..., : SIZE // 2] = 1
-    source = (pipe.vae.encode(2 * image - 1).latent_dist.mode() - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-    seen = []
-
-    def note(_: Any, index: int, timestep: Any, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen.append(kept["latents"].clone())
-        return kept
-
-    options = dict(image=image, mask_image=mask, strength=0.7, padding_mask_crop=None)
-    with ft.accelerated(pipe, plan):
-        made = call(pipe, callback_on_step_end=note, **options)
-    half = SIZE // 4
-    # The pipeline encodes with one draw of the posterior: what lies outside is one and the same in the end, close to its mode.
-    assert relative_error(made[..., half:], source[..., half:]) < 0.5
-    again_options = options | {"mask_image": torch.zeros(1, 1, SIZE, SIZE)}
-    with ft.accelerated(pipe, plan):
-        untouched = call(pipe, **again_options)
-    assert made[..., half:].equal(untouched[..., half:])
-    assert not made[..., :half].equal(untouched[..., :half])
-    assert len(seen) == 4
+    nothing, left = torch.zeros(1, 1, SIZE, SIZE), torch.zeros(1, 1, SIZE, SIZE)
+    left[..., : SIZE // 2] = 1
+    options: dict[str, Any] = dict(image=image, strength=0.7, padding_mask_crop=None)
+    source = call(pipe, mask_image=nothing, num_inference_steps=6, **options)
+    half, made = SIZE // 4, {}
+    for plan in ("E6", "H1P5", "H2P2"):
+        with ft.accelerated(pipe, plan):
+            made[plan] = call(pipe, mask_image=left, **options)
+            assert call(pipe, mask_image=nothing, **options).equal(source)
+        assert made[plan][..., half:].equal(source[..., half:])
+        assert relative_error(made[plan][..., :half], source[..., :half]) > 0.1
+    assert relative_error(made["E6"], made["H1P5"]) > 1e-3
 
 
 def test_a_generator_for_each_image():
@@ -285,10 +276,9 @@ def test_restore_leaves_no_trace(kind):
     of_calls = ("_guidance", "_joint", "_interrupt", "_num_timesteps", "_skip", "_clip", "_current")  # what calling leaves behind
     for name, values in traces.items():
         kept = after[name]
-        changed = {
-            key for key in values.keys() | kept.keys() if key not in values or key not in kept or values[key] is not kept[key]
-        }
-        assert not {key for key in changed if not str(key).startswith(of_calls) and values.get(key) != kept.get(key)}, name
+        assert values.keys() <= kept.keys(), name
+        changed = {key for key, value in kept.items() if key not in values or values[key] is not value}
+        assert not {key for key in changed if not str(key).startswith(of_calls) and values.get(key) != kept[key]}, name
     assert call(pipe, num_inference_steps=3).equal(before)
 
 
