@@ -46,7 +46,8 @@ def compile(
     sizes = [batch_sizes] if isinstance(batch_sizes, int) else list(batch_sizes)
     if not given or not sizes:
         raise ValueError("plans and batch_sizes must name at least one each")
-    scale = 1.5 if guided else 1.0  # any scale: it is an input of the graph
+    guidable = not (isinstance(model, PromptModel) and model.guidance_style == "none")
+    scale = 1.5 if guided and guidable else 1.0  # any scale: it is an input of the graph
     jobs = [Job.of(model, as_plan(p, model.shift), scale, guidance_channels, output, torch.float32) for p in given]
     work = list(itertools.product(jobs, [positive("batch_sizes", size) for size in sizes]))
     made = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -51,7 +50,6 @@ def edit(
     """
     begun = _begun(model, plan, strength)
     inputs, job = _prepare(model, begun, images, labels, guidance, guidance_channels, noise, seed, output, negative)
-    job = replace(job, given=("source",))
     return in_batches(ModelBatches(model, job, inputs, guidance), len(inputs["noise"]), begun, batch_size, progress, callback)
 
 
@@ -91,7 +89,6 @@ def inpaint(
     size = (H, W) if pixels.is_floating_point() else tuple(pixels.shape[1:3])
     chosen = _mask(mask, N, size).to(model.device)
     inputs["mask"] = F.max_pool2d(chosen[:, None].float(), (size[0] // H, size[1] // W)) > 0
-    job = replace(job, given=("source", "mask"))
     made = in_batches(ModelBatches(model, job, inputs, guidance), N, begun, batch_size, progress, callback)
     if output == "latents" or pixels.is_floating_point():
         return made

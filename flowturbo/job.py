@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -87,8 +87,9 @@ def integrate(
 class Job:
     """All that decides the work of a batch of a FlowModel but the number of its images: what captures of the model are kept under.
 
-    guided: whether both halves run. guidance_channels: 0 where they don't. dtype: of the noise. given: names of further inputs,
-    source and mask. null_class, backend, precision (of float32 products): as they are now, since they may change between calls.
+    guided: whether both halves run. guidance_channels: 0 where they don't. dtype: of the noise. null_class, backend, precision (of
+    float32 products): as they are now, since they may change between calls. taken: names and shapes of a row of the inputs beside
+    the noise: source, mask, and what text-to-image networks are told, which may be longer or shorter.
     """
 
     plan: Plan
@@ -99,7 +100,7 @@ class Job:
     null_class: int | None
     backend: str
     precision: str
-    given: tuple[str, ...] = ()
+    taken: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @classmethod
     def of(
@@ -127,6 +128,11 @@ class Job:
         start = f" from t = {self.plan.start:g}" if self.plan.start else ""
         return f"plan {self.plan}{start} {'with' if self.guided else 'without'} guidance to {self.output}"
 
+    def taking(self, inputs: Mapping[str, Tensor]) -> Job:
+        """The same for inputs of these shapes."""
+        rows = ((name, tuple(value.shape[1:])) for name, value in inputs.items() if name not in ("noise", "guidance"))
+        return replace(self, taken=tuple(sorted(rows)))
+
     def can_be_captured(self, model: FlowModel) -> bool:
         """Whether the device can, and the model's parts are known to do the same work whatever the images."""
         parts = model.predictor, model.refiner, model.vae if self.output == "uint8" else None
@@ -136,7 +142,7 @@ class Job:
     def run(self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, watch: Watch) -> Tensor:
         """One batch -> latents (N, C, H, W), or images of the job's output.
 
-        inputs, all on the model's device: noise (N, C, H, W); conditions, such as labels (N,); and those given: source
+        inputs, all on the model's device: noise (N, C, H, W); conditions, such as labels (N,); and perhaps source
         (N, C, H, W), latents to start from at the plan's start, on the path between noise and them; mask (N, 1, H, W) bool, where
         they may change.
         """
@@ -165,7 +171,7 @@ class Job:
             inputs = {**inputs, "guidance": self._scales(model, size, guidance)}
         parts = model.predictor, model.refiner, getattr(model.vae, "network", None) if self.output == "uint8" else None
         modules = [part for part in parts if isinstance(part, nn.Module)]
-        return Key(self, size), functools.partial(self.execute, model), inputs, modules
+        return Key(self.taking(inputs), size), functools.partial(self.execute, model), inputs, modules
 
     def execute(
         self,

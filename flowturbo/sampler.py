@@ -112,7 +112,7 @@ class ModelBatches:
     def __init__(self, model: FlowModel, job: Job, inputs: dict[str, Tensor], guidance: float) -> None:
         self.model, self.job, self.inputs, self.guidance = model, job, inputs, guidance
         count = len(inputs["noise"])
-        self.size = model.captures.size_for(job, count) or count
+        self.size = model.captures.size_for(job.taking(inputs), count) or count
 
     def run(self, rows: Tensor, watch: Watch) -> Tensor:
         return self.job.run(self.model, {name: value[rows] for name, value in self.inputs.items()}, self.guidance, watch)

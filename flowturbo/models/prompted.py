@@ -185,6 +185,8 @@ class PromptModel(FlowModel):
 
         negative: one text or one a prompt; None: the empty text. ValueError where the model came without text encoders.
         """
+        if not isinstance(prompts, str | Sequence):
+            raise TypeError(f"prompts must be texts for a text-to-image model, got {type(prompts).__name__}")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"prompts must be at least one text, got {prompts!r}")
