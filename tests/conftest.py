@@ -1,8 +1,30 @@
 """Without a GPU, Triton's kernels run in its interpreter; the variable must be set before Triton is imported."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Products of tiny matrices gain nothing from threads, and sums in another order would not be equal to the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def pipeline_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small text-to-image pipeline of each kind, saved: 2rf, sd3 and flux."""
+    complete = pytest.importorskip("complete", exc_type=ImportError)
+    root = tmp_path_factory.mktemp("pipelines")
+    for kind in ("2rf", "sd3", "flux"):
+        getattr(complete, f"complete_{kind}")().save_pretrained(root / kind)
+    return {kind: root / kind for kind in ("2rf", "sd3", "flux")}

@@ -54,10 +54,7 @@ SMALLER = {"1024": "32", "512": "32", "10000": "2"}
 """Sizes in pixels, and steps of a training."""
 
 
-def test_the_commands_for_text_to_image_run_on_small_models_in_the_same_folders(tmp_path, monkeypatch):
-    complete = pytest.importorskip("complete", exc_type=ImportError)
-    for kind in NAMES.values():
-        getattr(complete, f"complete_{kind}")().save_pretrained(tmp_path / kind)
+def test_the_commands_for_text_to_image_run_on_small_models_in_the_same_folders(tmp_path, monkeypatch, pipeline_folders):
     monkeypatch.chdir(tmp_path)
     Path("captioned").mkdir()
     Image.effect_noise((40, 36), 80).convert("RGB").save("captioned/a.png")
@@ -67,7 +64,7 @@ def test_the_commands_for_text_to_image_run_on_small_models_in_the_same_folders(
     found = commands(section[1])
     assert {words[0] for words in found} == {"sample", "edit", "inpaint", "encode", "distill"}
     for words in found:
-        chosen = [NAMES.get(word, SMALLER.get(word, word)) for word in words]
+        chosen = [str(pipeline_folders[NAMES[word]]) if word in NAMES else SMALLER.get(word, word) for word in words]
         assert main([*chosen, "--device", "cpu"]) == 0, shlex.join(words)
     for name in ("fox.png", "samples.png", "edited.png", "inpainted.png"):
         with Image.open(name) as picture:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import complete
 import numpy as np
 import pipelines
 import pytest
@@ -29,22 +28,7 @@ from flowturbo.train import Distill, distill
 KINDS = {"2rf": "2-rf", "sd3": "auto", "flux": "auto"}
 SIZE = pipelines.SIZE
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A complete small pipeline of each kind, saved."""
-    root = tmp_path_factory.mktemp("models")
-    for kind in KINDS:
-        getattr(complete, f"complete_{kind}")().save_pretrained(root / kind)
-    return {kind: root / kind for kind in KINDS}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 CAPTIONS = ["a cat", "two dogs", "", "a cat", "snow, snow"]
@@ -60,9 +44,9 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def encoding(kind: str, folders: dict[str, Path], source: Path, out: Path, **changes: Any) -> Encode:
+def encoding(kind: str, pipeline_folders: dict[str, Path], source: Path, out: Path, **changes: Any) -> Encode:
     values: dict[str, Any] = dict(image_size=SIZE, batch_size=2, shard_size=3, dtype="float32", device="cpu")
-    return Encode(source=source, out=out, model=str(folders[kind]), **values | changes)
+    return Encode(source=source, out=out, model=str(pipeline_folders[kind]), **values | changes)
 
 
 # Captions.
@@ -104,11 +88,11 @@ def test_images_without_captions_are_refused(tmp_path, files, message):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shards_hold_what_the_pipeline_makes_of_images_and_captions(kind, folders, captioned, tmp_path):
-    out = encode(encoding(kind, folders, captioned, tmp_path / "out"))
+def test_shards_hold_what_the_pipeline_makes_of_images_and_captions(kind, pipeline_folders, captioned, tmp_path):
+    out = encode(encoding(kind, pipeline_folders, captioned, tmp_path / "out"))
     data = load_prompts(out)
     assert (len(data), sorted(path.name for path in out.iterdir())[1]) == (5, "latents-00001-of-00002.safetensors")
-    pipe = load_pipeline(folders[kind])
+    pipe = load_pipeline(pipeline_folders[kind])
     expected = encode_prompts(pipe, CAPTIONS, [""] * 5, "cpu")
     latents, told = data.batch(np.array([4, 0, 3]), Draws(0, 0, range(3)))
     assert {"embeds"} <= told.keys() == {name for name in expected if not name.startswith("negative_")}
@@ -124,8 +108,8 @@ def test_shards_hold_what_the_pipeline_makes_of_images_and_captions(kind, folder
     assert latents.shape == (3, *data.shape)
 
 
-def test_an_encoding_goes_on_and_is_not_mixed_with_another(folders, captioned, tmp_path):
-    settings = encoding("2rf", folders, captioned, tmp_path / "out")
+def test_an_encoding_goes_on_and_is_not_mixed_with_another(pipeline_folders, captioned, tmp_path):
+    settings = encoding("2rf", pipeline_folders, captioned, tmp_path / "out")
     whole = encode(settings)
     first, second = (whole / f"latents-0000{i}-of-00002.safetensors" for i in range(2))
     before = second.read_bytes()
@@ -146,8 +130,8 @@ def test_an_encoding_goes_on_and_is_not_mixed_with_another(folders, captioned, t
         encode(replace(settings, source=other))
 
 
-def test_each_use_draws_anew_and_mirrors(folders, captioned, tmp_path):
-    data = load_prompts(encode(encoding("2rf", folders, captioned, tmp_path / "out")))
+def test_each_use_draws_anew_and_mirrors(pipeline_folders, captioned, tmp_path):
+    data = load_prompts(encode(encoding("2rf", pipeline_folders, captioned, tmp_path / "out")))
     row, tensors = np.array([0, 0]), load_tensors(tmp_path / "out/latents-00000-of-00002.safetensors")[0]
     draws = Draws(0, 0, range(2))
     flip = (draws.uniform() < 0.5).tolist()
@@ -159,8 +143,8 @@ def test_each_use_draws_anew_and_mirrors(folders, captioned, tmp_path):
     assert any(data.batch(row, Draws(s, 0, range(2)))[0][0].equal(latents[0]) is False for s in range(1, 3))
 
 
-def test_data_that_is_not_whole_is_refused(folders, captioned, tmp_path):
-    out = encode(encoding("sd3", folders, captioned, tmp_path / "out"))
+def test_data_that_is_not_whole_is_refused(pipeline_folders, captioned, tmp_path):
+    out = encode(encoding("sd3", pipeline_folders, captioned, tmp_path / "out"))
     path = out / "latents-00000-of-00002.safetensors"
     tensors, described = load_tensors(path)
     assert described is not None
@@ -182,8 +166,8 @@ def test_data_that_is_not_whole_is_refused(folders, captioned, tmp_path):
         load_prompts(tmp_path / "nothing")
 
 
-def test_prompts_are_no_data_of_a_class_conditional_teacher(folders, captioned, tmp_path):
-    out = encode(encoding("2rf", folders, captioned, tmp_path / "out"))
+def test_prompts_are_no_data_of_a_class_conditional_teacher(pipeline_folders, captioned, tmp_path):
+    out = encode(encoding("2rf", pipeline_folders, captioned, tmp_path / "out"))
     with pytest.raises(ValueError, match="refiner of a text-to-image model"):
         distill(Distill(out=tmp_path / "run", teacher="digits", data=str(out), device="cpu"))
 
@@ -193,10 +177,10 @@ def test_prompts_are_no_data_of_a_class_conditional_teacher(folders, captioned, 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guidance", [(1.0, 1.0), (2.0, 4.0)])
-def test_the_objective_told_prompts_is_the_formula(kind, guidance, folders, captioned, tmp_path):
+def test_the_objective_told_prompts_is_the_formula(kind, guidance, pipeline_folders, captioned, tmp_path):
     """Row by row and by hand: dropped rows are told the empty prompt, guided ones a velocity of both halves."""
-    data = load_prompts(encode(encoding(kind, folders, captioned, tmp_path / "out")))
-    module = network_of(load_pipeline(folders[kind], ("network",)), KINDS[kind]).requires_grad_(False)
+    data = load_prompts(encode(encoding(kind, pipeline_folders, captioned, tmp_path / "out")))
+    module = network_of(load_pipeline(pipeline_folders[kind], ("network",)), KINDS[kind]).requires_grad_(False)
     student_module = ft.refiner_for(module)
     for parameter in student_module.parameters():
         parameter.data.normal_(0, 0.05)
@@ -236,22 +220,22 @@ def test_the_objective_told_prompts_is_the_formula(kind, guidance, folders, capt
 # Distilling.
 
 
-def distillation(kind: str, folders: dict[str, Path], data: Path, out: Path, **changes: Any) -> Distill:
+def distillation(kind: str, pipeline_folders: dict[str, Path], data: Path, out: Path, **changes: Any) -> Distill:
     values: dict[str, Any] = dict(
         convention=KINDS[kind], steps=6, batch_size=2, lr=1e-3, warmup=2, clip=1.0, ema=0.5, save_every=3, log_every=1, device="cpu"
     )
-    return Distill(out=out, teacher=str(folders[kind]), data=str(data), **values | changes)
+    return Distill(out=out, teacher=str(pipeline_folders[kind]), data=str(data), **values | changes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_refiner_is_trained_and_runs_in_plans(kind, folders, captioned, tmp_path):
-    data = encode(encoding(kind, folders, captioned, tmp_path / "data"))
-    path = distill(distillation(kind, folders, data, tmp_path / "run"))
+def test_a_refiner_is_trained_and_runs_in_plans(kind, pipeline_folders, captioned, tmp_path):
+    data = encode(encoding(kind, pipeline_folders, captioned, tmp_path / "data"))
+    path = distill(distillation(kind, pipeline_folders, data, tmp_path / "run"))
     assert path == tmp_path / "run/diffusion_pytorch_model.safetensors"
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert len(losses) == 6
     assert np.isfinite(losses).all()
-    model = ft.from_pipeline(folders[kind], tmp_path / "run", convention=KINDS[kind], image_size=SIZE, device="cpu")
+    model = ft.from_pipeline(pipeline_folders[kind], tmp_path / "run", convention=KINDS[kind], image_size=SIZE, device="cpu")
     assert isinstance(model.refiner, PromptNetwork)
     refined, plain = (ft.sample(model, plan, ["a cat"], seed=1) for plan in ("H1R1", "H1P1"))
     assert refined.isfinite().all()
@@ -263,14 +247,14 @@ def test_a_refiner_is_trained_and_runs_in_plans(kind, folders, captioned, tmp_pa
 
 
 @pytest.mark.parametrize(("kind", "guidance"), [("sd3", 2.5), ("flux", 3.0)])
-def test_a_pipeline_with_the_trained_folder_makes_what_the_model_makes(kind, guidance, folders, captioned, tmp_path):
+def test_a_pipeline_with_the_trained_folder_makes_what_the_model_makes(kind, guidance, pipeline_folders, captioned, tmp_path):
     run = tmp_path / "run"
-    distill(distillation(kind, folders, encode(encoding(kind, folders, captioned, tmp_path / "data")), run))
+    distill(distillation(kind, pipeline_folders, encode(encoding(kind, pipeline_folders, captioned, tmp_path / "data")), run))
     plan = ft.Plan.parse("H1P1R1", shift=1.7)
-    model = ft.from_pipeline(folders[kind], run, image_size=SIZE, device="cpu")
+    model = ft.from_pipeline(pipeline_folders[kind], run, image_size=SIZE, device="cpu")
     noise = ft.noise(model.latent_shape, 5, range(1))
     expected = ft.sample(model, plan, ["a fox"], guidance=guidance, noise=noise)
-    pipe = load_pipeline(folders[kind])
+    pipe = load_pipeline(pipeline_folders[kind])
     pipe.set_progress_bar_config(disable=True)
     latents = packed(noise) if kind == "flux" else noise
     length = {} if kind == "sd3" else {"max_sequence_length": 512}
@@ -281,12 +265,12 @@ def test_a_pipeline_with_the_trained_folder_makes_what_the_model_makes(kind, gui
     assert_close(unpacked(made, *noise.shape[2:]) if kind == "flux" else made, expected, 1e-5)
 
 
-def test_a_stopped_distillation_goes_on_to_the_same_weights(folders, captioned, tmp_path):
-    data = encode(encoding("flux", folders, captioned, tmp_path / "data"))
+def test_a_stopped_distillation_goes_on_to_the_same_weights(pipeline_folders, captioned, tmp_path):
+    data = encode(encoding("flux", pipeline_folders, captioned, tmp_path / "data"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    distill(distillation("flux", folders, data, whole))
-    distill(distillation("flux", folders, data, parts, steps=3))
-    distill(distillation("flux", folders, data, parts))
+    distill(distillation("flux", pipeline_folders, data, whole))
+    distill(distillation("flux", pipeline_folders, data, parts, steps=3))
+    distill(distillation("flux", pipeline_folders, data, parts))
     for name in ("diffusion_pytorch_model.safetensors", "state.safetensors"):
         a, b = (load_tensors(folder / name)[0] for folder in (whole, parts))
         assert a.keys() == b.keys()
@@ -294,14 +278,14 @@ def test_a_stopped_distillation_goes_on_to_the_same_weights(folders, captioned, 
     assert (whole / "config.json").read_text() == (parts / "config.json").read_text()
 
 
-def test_a_teacher_and_data_that_do_not_fit_are_refused(folders, captioned, tmp_path):
-    data = encode(encoding("2rf", folders, captioned, tmp_path / "data"))
+def test_a_teacher_and_data_that_do_not_fit_are_refused(pipeline_folders, captioned, tmp_path):
+    data = encode(encoding("2rf", pipeline_folders, captioned, tmp_path / "data"))
     with pytest.raises(ValueError, match="convention='2-rf' must be given"):
-        distill(distillation("2rf", folders, data, tmp_path / "run", convention="auto"))
+        distill(distillation("2rf", pipeline_folders, data, tmp_path / "run", convention="auto"))
     with pytest.raises(ValueError, match="convention='2-rf' is for"):
         distill(Distill(out=tmp_path / "run", teacher="digits", data="digits", convention="2-rf", device="cpu"))
     with pytest.raises(ValueError, match="wrote, got"):
-        distill(distillation("2rf", folders, tmp_path / "none", tmp_path / "run"))
+        distill(distillation("2rf", pipeline_folders, tmp_path / "none", tmp_path / "run"))
     with pytest.raises(CheckpointError, match=r"no model_index\.json"):
-        distill(replace(distillation("2rf", folders, data, tmp_path / "run"), teacher=str(tmp_path)))
+        distill(replace(distillation("2rf", pipeline_folders, data, tmp_path / "run"), teacher=str(tmp_path)))
     assert not (tmp_path / "run").exists()

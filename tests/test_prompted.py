@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import complete
 import numpy as np
 import pipelines
 import pytest
@@ -302,24 +301,17 @@ def test_refiners_that_do_not_fit_are_refused():
 # From pipelines, with text.
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    for kind in KINDS:
-        getattr(complete, f"complete_{kind}")().save_pretrained(root / kind)
-    return {kind: root / kind for kind in KINDS}
-
-
-def loaded(folders: dict[str, Path], kind: str, **options: Any) -> ft.PromptModel:
-    return ft.from_pipeline(folders[kind], convention="2-rf" if kind == "2rf" else "auto", image_size=SIZE, device="cpu", **options)
+def loaded(pipeline_folders: dict[str, Path], kind: str, **options: Any) -> ft.PromptModel:
+    convention: Any = "2-rf" if kind == "2rf" else "auto"
+    return ft.from_pipeline(pipeline_folders[kind], convention=convention, image_size=SIZE, device="cpu", **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_are_encoded_as_the_pipeline_does(kind, folders):
-    model = loaded(folders, kind)
+def test_texts_are_encoded_as_the_pipeline_does(kind, pipeline_folders):
+    model = loaded(pipeline_folders, kind)
     texts, against = ["a cat", "two dogs, one cat"], ["", "blurry"]
     found = model.encode(texts, against)
-    pipe = load_pipeline(folders[kind])
+    pipe = load_pipeline(pipeline_folders[kind])
     if kind == "sd3":
         expected = pipe.encode_prompt(texts, None, None, negative_prompt=against)
         names = ["embeds", "negative_embeds", "pooled", "negative_pooled"]
@@ -340,8 +332,8 @@ def test_texts_are_encoded_as_the_pipeline_does(kind, folders):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_are_edited_and_inpainted_by_prompts(kind, folders):
-    model = loaded(folders, kind)
+def test_images_are_edited_and_inpainted_by_prompts(kind, pipeline_folders):
+    model = loaded(pipeline_folders, kind)
     images = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
     changed = ft.edit(model, "H1P2", images, "a cat", strength=0.5, guidance=1.5, seed=1)
     assert changed.shape == (2, SIZE, SIZE, 3)
@@ -358,25 +350,25 @@ def test_images_are_edited_and_inpainted_by_prompts(kind, folders):
         ft.edit(model, "H1", images, ["a", "b", "c"])
 
 
-def test_a_pipeline_is_loaded_by_folder_part_by_part(folders, tmp_path):
-    assert load_pipeline(folders["2rf"], ("text",)).unet is None
-    shell = load_pipeline(folders["sd3"], ("text", "vae"))
+def test_a_pipeline_is_loaded_by_folder_part_by_part(pipeline_folders, tmp_path):
+    assert load_pipeline(pipeline_folders["2rf"], ("text",)).unet is None
+    shell = load_pipeline(pipeline_folders["sd3"], ("text", "vae"))
     assert shell.transformer.device.type == "meta"
-    assert load_pipeline(folders["flux"], ("network",)).text_encoder is None
-    assert is_pipeline(folders["sd3"])
+    assert load_pipeline(pipeline_folders["flux"], ("network",)).text_encoder is None
+    assert is_pipeline(pipeline_folders["sd3"])
     assert is_pipeline("stabilityai/stable-diffusion-3.5-medium")
     assert not any(map(is_pipeline, ("digits", "model.pt", "SiT-XL/2.pt", str(tmp_path / "model.safetensors"))))
     with pytest.raises(CheckpointError, match=r"no model_index\.json"):
         ft.from_pipeline(tmp_path)
-    model = loaded(folders, "sd3", dtype=torch.float64)
+    model = loaded(pipeline_folders, "sd3", dtype=torch.float64)
     assert {p.dtype for p in model.predictor.parameters()} == {torch.float64}  # type: ignore[attr-defined]
     assert ft.sample(model, "E1", "a cat", noise=noise_of(model, 1).double()).dtype == torch.float64
 
 
-def test_weights_in_pickles_or_damaged_are_refused(folders, tmp_path):
+def test_weights_in_pickles_or_damaged_are_refused(pipeline_folders, tmp_path):
     import shutil
 
-    shutil.copytree(folders["2rf"], tmp_path / "m")
+    shutil.copytree(pipeline_folders["2rf"], tmp_path / "m")
     weights = tmp_path / "m/unet/diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -387,19 +379,19 @@ def test_weights_in_pickles_or_damaged_are_refused(folders, tmp_path):
         ft.from_pipeline(tmp_path / "m", convention="2-rf")
 
 
-def test_what_is_no_flow_model_or_does_not_fit_is_refused(folders):
+def test_what_is_no_flow_model_or_does_not_fit_is_refused(pipeline_folders):
     with pytest.raises(ValueError, match="convention='2-rf' must be given for a UNet"):
-        ft.from_pipeline(folders["2rf"])
+        ft.from_pipeline(pipeline_folders["2rf"])
     with pytest.raises(TypeError, match="with a transformer or a unet, got int"):
         ft.from_pipeline(3)
     for kind, size in (("2rf", SIZE + 2), ("sd3", SIZE + 2), ("flux", (SIZE, SIZE + 2)), ("sd3", 4096)):
         with pytest.raises(ValueError, match="image_size must be multiples of 4, at most"):
-            ft.from_pipeline(folders[kind], convention="2-rf" if kind == "2rf" else "auto", image_size=size, device="cpu")
+            ft.from_pipeline(pipeline_folders[kind], convention="2-rf" if kind == "2rf" else "auto", image_size=size, device="cpu")
 
 
-def test_prompts_that_do_not_fit_are_refused(folders):
+def test_prompts_that_do_not_fit_are_refused(pipeline_folders):
     model, c = model_of("sd3"), told("sd3")
-    text = loaded(folders, "sd3")
+    text = loaded(pipeline_folders, "sd3")
     for prompts, options, kind, message in (
         ({k: v for k, v in c.items() if k != "pooled"}, {}, ValueError, "lack pooled"),
         (
