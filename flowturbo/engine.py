@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -22,7 +20,7 @@ from tqdm.auto import tqdm
 from .checks import natural
 from .data import Data, order
 from .files import load_tensors, save_tensors, write_text
-from .models import Network, choose_device
+from .models import Network
 from .models.prompted import Labels, PromptNetwork
 from .rng import Draws
 
@@ -271,26 +269,6 @@ class _Log:
         self.file.close()
         if self.board is not None:
             self.board.close()
-
-
-@contextlib.contextmanager
-def workers(device: str | None) -> Iterator[torch.device]:
-    """The device of this process; under torchrun, in a process group for as long as the block lasts."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield choose_device(device)
-        return
-    place = choose_device(device)
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(place)
-    if dist.is_initialized():  # the caller's group: a second one in a process meets the first one's addresses and may hang
-        yield place
-        return
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
-        yield place
-    finally:
-        dist.destroy_process_group()
 
 
 def _mean_over_workers(value: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from .data import Data, load_data, needs_vae
-from .engine import Objective, Settings, Weights, fit, provenance, workers
+from .distributed import workers
+from .engine import Objective, Settings, Weights, fit, provenance
 from .models.checkpoint import save_sit
 from .models.pipelines import is_pipeline, load_pipeline, network_of
 from .models.pretrained import WEIGHTS, write_pretrained
