@@ -1,9 +1,11 @@
-"""Files that are whole or absent: atomic writes, and tensors in safetensors with a digest over every byte."""
+"""Files that are whole or absent: atomic writes, tensors and arrays with a digest over every byte, and locks that die with
+their holder."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,10 +16,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
 
 
 class CheckpointError(ValueError):
@@ -115,6 +123,66 @@ def _ordered(data: bytes) -> bytearray:
 
 def _header_end(data: bytes | bytearray) -> int:
     return 8 + int.from_bytes(data[:8], "little")
+
+
+_TAIL = len(_BLANK + '"}')
+"""What stands from the digest on, at the end of an .npz that `save_arrays` writes."""
+
+
+def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+    """Write arrays as an .npz, atomically, with a JSON-able description and a digest that `load_arrays` checks.
+
+    Both are the comment of the zip, which readers of .npz files pass over. Equal content is equal bytes.
+    """
+    comment = json.dumps({_MARK: dict(metadata), "sha256": _BLANK}, sort_keys=True, separators=(",", ":")).encode()
+    if len(comment) > zipfile.ZIP_MAX_COMMENT:
+        raise ValueError(f"the description of {path} must fit into {zipfile.ZIP_MAX_COMMENT} bytes, got {len(comment)}")
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = comment
+    data = buffer.getbuffer()
+    data[-_TAIL : len(data) - 2] = hashlib.sha256(data).hexdigest().encode()
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and description of an .npz that `save_arrays` wrote. Raises CheckpointError for any other and for any changed byte."""
+    path = _existing(path)
+    with _as_checkpoint_error(path, "is no whole .npz with a digest"):
+        data = path.read_bytes()
+        if hashlib.sha256(data[:-_TAIL] + (_BLANK + '"}').encode()).hexdigest().encode() != data[-_TAIL:-2]:
+            raise CheckpointError(f"{path} is damaged: its bytes do not match the digest at its end")
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            description = json.loads(archive.comment)[_MARK]
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return dict(arrays), description
+
+
+class Lock:
+    """A lock on a file among processes, of one machine or, where the file system knows locks, of several.
+
+    A process gives it up when it closes it or ends, however it ends. Where there are no locks, nobody is kept out.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = open(path, "ab")  # noqa: SIM115
+
+    def take(self, *, alone: bool) -> bool:
+        """Whether it could be had at once, alone or together with others who share it, in exchange for how it was held."""
+        if fcntl is None:
+            return True
+        try:
+            fcntl.flock(self._file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def load_torch_file(path: str | os.PathLike[str]) -> Any:

@@ -30,6 +30,15 @@ def noise(shape: Sequence[int], seed: int, images: Iterable[int]) -> Tensor:
     return torch.from_numpy(rows)
 
 
+_CLASSES = 2**62  # a lane apart from those of noise and of training
+
+
+def random_classes(num_classes: int, seed: int, images: Iterable[int]) -> np.ndarray:
+    """A class number for each image, uniform, (number of images,) int64: a function of (seed, images[k]) alone, as its noise."""
+    key = natural("seed", seed)
+    return np.array([stream(key, natural("images", i), _CLASSES).integers(num_classes) for i in images], dtype=np.int64)
+
+
 class Draws:
     """The random numbers of some rows of one training step. Row j of step k draws from (seed, k, j) alone, so that how a batch is
     split over processes changes nothing, and a resumed run needs no stored generator state."""
