@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -16,10 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from . import info
+from .distributed import workers
 from .edit import edit, image_size, inpaint
 from .encode import Encode, encode
 from .evaluate import Evaluate, InspectVelocity, evaluate, inspect_velocity
 from .files import atomic_write
+from .generate import LabelRule, class_labels, generate
 from .grid import labelled_grid
 from .images import box_mask, read_image, read_mask, read_npz, read_transparency
 from .latency import Bench, bench
@@ -27,6 +29,7 @@ from .models import FlowModel, checkpoint, load
 from .models.pipelines import from_pipeline, is_pipeline
 from .plan import Plan
 from .sampler import sample
+from .shards import join, verify
 from .train import Distill, Train, distill, train
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -56,7 +59,7 @@ class Model:
     """Shift of the time grid as in SD3, 1 is uniform; left out: 1, and a pipeline's own."""
     grid: tuple[float, ...] | None = None
     """Own times, rising from 0 to 1, one more than there are steps."""
-    seed: int = 0
+    seed: Annotated[int, tyro.conf.arg(aliases=["--global-seed"])] = 0
     """Image i draws its noise from (seed, i) alone."""
     batch_size: Annotated[int | None, tyro.conf.arg(aliases=["--per-proc-batch-size"])] = None
     """Images at a time; left out: all."""
@@ -172,24 +175,69 @@ class Sample(Model):
     """Sample images by a plan. With no arguments: ten digits by the bundled model, as samples.png."""
 
     labels: tuple[int, ...] | None = None
-    """Class numbers; left out: the first --num classes, over and over."""
-    num: int | None = None
-    """How many images, of the labels or prompts over and over; left out: one of each, and ten where --labels says nothing."""
-    out: Path = Path("samples.png")
-    """A labelled grid (.png; the image itself where a prompt makes one), or an .npz with arr_0 (N, height, width, 3), uint8, and
-    labels."""
+    """Class numbers; left out: all of the model's."""
+    label_rule: LabelRule = "cycle"
+    """Image i gets: "cycle": of the labels or prompts number i, from the first again after the last; "random": one drawn from
+    (seed, i)."""
+    num: Annotated[int | None, tyro.conf.arg(aliases=["--num-fid-samples"])] = None
+    """How many images; left out: one of each label or prompt, and ten where --labels says nothing."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["--sample-dir"])] = Path("samples.png")
+    """A labelled grid (.png; the image itself where a prompt makes one); an .npz with arr_0 (N, height, width, 3), uint8, and
+    labels; or, without a suffix, a folder of such files, with a manifest: for large sets, also under torchrun, which go on from
+    what is there."""
+    shard_size: int | None = None
+    """Images a file of a folder, a multiple of --batch-size; left out: the first from 256 on (--batch-size is then 64)."""
 
 
 def _sample(settings: Sample) -> str:
-    _check_out(settings.out)
     if settings.num is not None and settings.num < 1:
         raise ValueError(f"num must be at least 1, got {settings.num}")
+    if settings.out.is_dir() or settings.out.suffix[1:].isdigit() or not settings.out.suffix:  # a folder may be called cfg1.5
+        return _sample_set(settings)
+    _check_out(settings.out)
     model, plan, options = _loaded(settings)
-    given: Sequence[Any] = settings.prompts or settings.labels or range(model.num_classes)
-    count = settings.num or (10 if given == range(model.num_classes) else len(given))
-    labels = [given[i % len(given)] for i in range(count)]
+    labels = _labels(settings, model)
     _write(settings.out, sample(model, plan, labels, **options), labels)
     return _said(settings.out, len(labels), plan)
+
+
+def _labels(settings: Sample, model: FlowModel) -> list[Any]:
+    given: Sequence[Any] = settings.prompts or settings.labels or range(model.num_classes)
+    count = settings.num or (10 if given == range(model.num_classes) else len(given))
+    return [given[k] for k in class_labels(settings.label_rule, count, len(given), settings.seed)]
+
+
+def _sample_set(settings: Sample) -> str:
+    if settings.prompts:
+        raise ValueError(f"out must end in .png or .npz for prompts, got {str(settings.out)!r}: folders are made of classes")
+    with workers(settings.device) as device:
+        model, plan, options = _loaded(replace(settings, device=str(device)))
+        labels = _labels(settings, model)
+        names = {"model": settings.model, "refiner": settings.refiner, "vae": settings.vae}
+        about = {name: Path(value).name if value and Path(value).exists() else value for name, value in names.items()}
+        about |= {"label_rule": settings.label_rule, "labels": "given" if settings.labels else "all"}
+        del options["output"]
+        manifest = generate(model, plan, labels, settings.out, shard_size=settings.shard_size, about=about, **options)
+    return f"{_said(settings.out, len(labels), plan)}, {_proved(manifest)}"
+
+
+def _proved(manifest: Mapping[str, Any]) -> str:
+    return f"each once and whole in {len(manifest['shards'])} shards, images_sha256 {manifest['images_sha256']}"
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check a folder of images that sample wrote: each image once and in its place, every byte as it was written."""
+
+    folder: tyro.conf.Positional[Path]
+    """The folder."""
+    npz: Path | None = None
+    """Write all its images as one .npz too, with arr_0 and labels, as ADM's evaluator reads it."""
+
+
+def _verify(settings: Verify) -> str:
+    manifest = verify(settings.folder) if settings.npz is None else join(settings.folder, settings.npz)
+    return f"{settings.npz or settings.folder}: images {manifest['first']} to {manifest['last']}, {_proved(manifest)}"
 
 
 @dataclass(frozen=True)
@@ -310,6 +358,7 @@ class Info:
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "sample": (Sample, _sample),
+    "verify": (Verify, _verify),
     "edit": (Edit, _edit),
     "inpaint": (Inpaint, _edit),
     "train": (Train, train),

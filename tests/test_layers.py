@@ -16,7 +16,7 @@ PACKAGE, KERNELS = "flowturbo", "flowturbo_kernels"
 LAYERS = [
     {"checks", "files", "graph", "path", "steps"},
     {"rng", "plan", "models", "images"},
-    {"field", "data", "objectives", "distributed"},
+    {"field", "data", "objectives", "distributed", "shards"},
     {"job", "sampler"},
 ]
 TOOLS, COMMAND = len(LAYERS), len(LAYERS) + 1
