@@ -650,6 +650,23 @@ def test_what_process_0_refuses_all_refuse(alone: Path, tmp_path: Path) -> None:
     assert contents(out) == contents(alone)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_on_cuda_process_0_chooses_kernels_and_captures_before_the_others(rank: int) -> None:
+    """Or several would measure at once, and choose each for itself."""
+    seen: list[str] = []
+
+    class Member(module.Team):
+        def __init__(self) -> None:
+            self.rank = rank
+
+        def told(self, find: Any) -> Any:
+            seen.append("told")
+            return find() if rank == 0 else None
+
+    module._warm_up(Member(), lambda: seen.append("run"))
+    assert seen == ["told", "run", "run"]
+
+
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 
 
