@@ -30,8 +30,8 @@ class Shard(NamedTuple):
 
 
 def cut(num: int, size: int) -> list[Shard]:
-    count = -(-num // size)
     """0 to num - 1 in shards of `size`, the last as large as is left."""
+    count = -(-num // size)
     return [Shard(f"images-{k:05d}-of-{count:05d}.npz", range(k * size, min((k + 1) * size, num))) for k in range(count)]
 
 
