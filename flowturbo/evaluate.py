@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
-import os
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import __version__, rng
+from . import rng
 from .checks import finite, natural, positive
+from .circumstances import changes, environment, file_digest
 from .data import digits
 from .field import GuidedField
 from .files import CheckpointError, load_tensors, save_tensors, write_text
@@ -144,22 +141,17 @@ def _begin(path: Path, settings: Evaluate, model: FlowModel) -> dict[str, Any]:
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE},
         "seed_rule": "noise of image i: flowturbo.noise(latent_shape, seed, [i]); class of image i: i % 10",
         "model": {
-            "predictor_sha256": _digest(bundled.predictor if bundled else settings.model),
-            "refiner_sha256": _digest(bundled.refiner if bundled and settings.refiner is None else settings.refiner),
+            "predictor_sha256": file_digest(bundled.predictor if bundled else settings.model),
+            "refiner_sha256": file_digest(bundled.refiner if bundled and settings.refiner is None else settings.refiner),
             "predictor_macs": model.macs[0],
             "refiner_macs": model.macs[1],
         },
-        "environment": _environment(model),
+        "environment": environment(model.device, model.dtype),
     }
     if not path.exists():
         return {**ours, "rows": []}
     before = _read(path)
-    changed = [
-        f"{part}.{key} was {before[part].get(key)!r} and is now {value!r}"
-        for part in ("settings", "model", "environment")
-        for key, value in ours[part].items()
-        if before[part].get(key) != value
-    ]
+    changed = changes(before, ours, ("settings", "model", "environment"))
     if changed:
         raise ValueError(
             f"{path} belongs to an evaluation with other settings ({'; '.join(changed)}): choose another folder as out"
@@ -177,30 +169,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not known:
         raise ValueError(f"{path} holds no results of an evaluation of format {FORMAT}")
     return results
-
-
-def _digest(path: str | os.PathLike[str] | None) -> str | None:
-    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _environment(model: FlowModel) -> dict[str, Any]:
-    """What milliseconds, and last bits, depend on."""
-    return {
-        "device": _device_name(model.device),
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "flowturbo": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def _measure(results: dict[str, Any], path: Path, settings: Evaluate, model: FlowModel, plans: Sequence[Plan]) -> None:
@@ -500,7 +468,7 @@ def inspect_velocity(settings: InspectVelocity) -> Path:
     change, cosine = torch.cat(changes, dim=1), torch.cat(cosines, dim=2).mean(dim=2)
     results = {
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE},
-        "environment": _environment(model),
+        "environment": environment(model.device, model.dtype),
         "times": list(plan.grid),
         "change": _spread(change),
         "rate": _spread(change * settings.steps),
