@@ -20,6 +20,7 @@ from .distributed import workers
 from .edit import edit, image_size, inpaint
 from .encode import Encode, encode
 from .evaluate import Evaluate, InspectVelocity, evaluate, inspect_velocity
+from .fidelity import Fidelity, fidelity
 from .files import atomic_write
 from .generate import LabelRule, class_labels, generate
 from .grid import labelled_grid
@@ -372,6 +373,11 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
 }
 """Each command: the settings that are its flags, and what it does with them; what that returns is printed."""
 
+WITH_FLAG: dict[tuple[str, str], tuple[type, Callable[[Any], object]]] = {
+    ("evaluate", "--metrics"): (Fidelity, fidelity),
+}
+"""What a command is where a flag is given: other settings, another function."""
+
 
 def _dtype(name: Dtype | None) -> torch.dtype | None:
     return getattr(torch, name) if name else None
@@ -379,9 +385,11 @@ def _dtype(name: Dtype | None) -> torch.dtype | None:
 
 def parse(words: Sequence[str]) -> Any:
     """The settings that a command line means. SystemExit, with the reason on standard error, where it means none."""
+    flags = {word.split("=")[0] for word in words}
+    commands = COMMANDS | {name: entry for (name, flag), entry in WITH_FLAG.items() if flag in flags}
     subcommands = [
         Annotated[settings, tyro.conf.subcommand(name, prefix_name=False)]  # type: ignore[valid-type]
-        for name, (settings, _) in COMMANDS.items()
+        for name, (settings, _) in commands.items()
     ]
     choices: Any = Union[tuple(subcommands)]  # noqa: UP007  (made from a table)
     return tyro.cli(
@@ -397,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     settings = parse([word for word in words if word != "--debug"])
-    run = next(run for kind, run in COMMANDS.values() if type(settings) is kind)
+    run = next(run for kind, run in [*COMMANDS.values(), *WITH_FLAG.values()] if type(settings) is kind)
     try:
         result = run(settings)
     except KeyboardInterrupt:

@@ -54,6 +54,8 @@ class Evaluate:
     """Measure plans of a model of the digits: quality against cost, as a table (Markdown, JSON) and a plot.
 
     About 20 minutes with the defaults on two idle cores. Whatever else runs on the machine falsifies the milliseconds.
+
+    With --metrics, images of any kind are scored instead, as published figures are: evaluate --metrics fid --help has those flags.
     """
 
     out: Path = Path("evaluation")

@@ -146,6 +146,17 @@ def _read_all(paths: Sequence[Path], size: int) -> np.ndarray:
         return np.stack(list(pool.map(lambda path: read_image(path, size), paths)))
 
 
+def read_whole(paths: Sequence[Path]) -> list[np.ndarray]:
+    """Files -> (height, width, 3) uint8 each, of their own sizes: as `read_image`, but not cropped."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(_whole, paths))
+
+
+def _whole(path: Path) -> np.ndarray:
+    with _opened(path) as image:
+        return np.asarray(_rgb(_upright(image)))
+
+
 def read_image(path: str | os.PathLike[str], size: int) -> np.ndarray:
     """A file -> (size, size, 3) uint8: upright by its EXIF orientation, on white where it is transparent, cropped by `square`.
 

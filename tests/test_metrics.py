@@ -1,13 +1,28 @@
-"""Distances against closed forms and SciPy; the classifier of digits."""
+"""Distances against closed forms and SciPy; scores against formulas written long-hand; the classifier of digits."""
 
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+
+import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowturbo import metrics
 from flowturbo.data import Latents, digits
-from flowturbo.metrics import FEATURES, frechet_distance, pareto_front, rms_distance, train_classifier
+from flowturbo.metrics import (
+    FEATURES,
+    Gaussian,
+    frechet_distance,
+    inception_score,
+    pareto_front,
+    precision_recall,
+    rms_distance,
+    train_classifier,
+)
 
 SEEDS = (0, 1, 2)
 
@@ -169,3 +184,146 @@ def test_classifier_refuses():
         train_classifier(other)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         train_classifier(digits(), steps=0)
+
+
+def gaussians(seed: int = 0, n: int = 300, d: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(2, d, d, generator=generator)
+    return tuple(torch.randn(n, d, generator=generator) @ m + k for k, m in enumerate(mix))
+
+
+def test_gaussians_are_summed_in_float64(monkeypatch):
+    monkeypatch.setattr(metrics, "ROWS", 64)  # so that 300 rows are no multiple
+    x = gaussians()[0] + 3000  # float32 sums of squares would lose the covariance
+    found = Gaussian.of(x)
+    assert found.mean.dtype == found.covariance.dtype == torch.float64
+    np.testing.assert_allclose(found.mean, np.mean(x.double().numpy(), axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(x.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
+
+
+def test_distance_of_gaussians_in_closed_form():
+    """With common eigenvectors: |m|^2 + sum (sqrt a - sqrt b)^2, zero eigenvalues included."""
+    generator = torch.Generator().manual_seed(1)
+    q = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+    a, b = torch.tensor([4.0, 1, 0.25, 9, 0, 2]).double(), torch.tensor([1.0, 1, 4, 0, 0, 1e-6]).double()
+    m = torch.arange(6).double()
+    one, other = Gaussian(m, q @ a.diag() @ q.T), Gaussian(torch.zeros(6).double(), q @ b.diag() @ q.T)
+    expected = m.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    assert one.distance(other) == pytest.approx(float(expected), rel=1e-10)
+    assert other.distance(one) == pytest.approx(float(expected), rel=1e-10)
+    assert one.distance(one) == pytest.approx(0, abs=1e-10)
+
+
+@pytest.mark.parametrize("n", [300, 8], ids=["full rank", "singular"])
+def test_distance_of_gaussians_is_that_of_their_features(n):
+    a, b = gaussians(n=n)
+    expected = frechet_distance(a, b)
+    assert Gaussian.of(a).distance(Gaussian.of(b)) == pytest.approx(expected, rel=1e-8)
+    assert expected == pytest.approx(scipy_frechet(a.double(), b.double()), rel=1e-5)
+
+
+def test_gaussians_of_too_few_or_broken_features_are_refused():
+    with pytest.raises(ValueError, match="N at least 2"):
+        Gaussian.of(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="finite"):
+        Gaussian.of(torch.tensor([[0.0], [float("nan")]]))
+
+
+def score_by_hand(logits: np.ndarray) -> float:
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    return float(np.exp(np.mean(np.sum(p * (np.log(p) - np.log(p.mean(0))), axis=1))))
+
+
+def test_inception_score_by_hand():
+    logits = torch.randn(23, 5, generator=torch.Generator().manual_seed(0)) * 3
+    runs = [score_by_hand(logits[rows].double().numpy()) for rows in (slice(0, 10), slice(10, 20), slice(20, 23))]
+    mean, deviation = inception_score(logits, split=10)
+    assert mean == pytest.approx(np.mean(runs), rel=1e-12)
+    assert deviation == pytest.approx(np.std(runs), rel=1e-9)
+    assert inception_score(logits)[0] == pytest.approx(score_by_hand(logits.double().numpy()), rel=1e-12)
+    assert inception_score(logits)[1] == 0
+
+
+def test_inception_score_of_sure_and_of_unsure_classifiers():
+    """As many classes as are seen, evenly and without doubt; 1 where nothing is told apart. No NaN where a class is impossible."""
+    assert inception_score(5000 * torch.eye(7).repeat(3, 1))[0] == pytest.approx(7, rel=1e-12)
+    assert inception_score(torch.zeros(9, 4))[0] == pytest.approx(1, rel=1e-12)
+
+
+def brute_force(reference: np.ndarray, samples: np.ndarray, k: int) -> tuple[float, float]:
+    def inside(points: np.ndarray, manifold: np.ndarray) -> float:
+        count = 0
+        for x in points:
+            for i, centre in enumerate(manifold):
+                others = sorted(float(np.sum((centre - y) ** 2)) for j, y in enumerate(manifold) if j != i)
+                if np.sum((x - centre) ** 2) <= others[k - 1]:
+                    count += 1
+                    break
+        return count / len(points)
+
+    return inside(samples, reference), inside(reference, samples)
+
+
+@pytest.mark.parametrize("rows", [7, 1000])
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_by_brute_force(monkeypatch, rows, k):
+    monkeypatch.setattr(metrics, "ROWS", rows)
+    generator = torch.Generator().manual_seed(k)
+    reference = torch.randn(40, 3, generator=generator)
+    samples = 0.8 * torch.randn(29, 3, generator=generator) + 1.3
+    expected = brute_force(reference.double().numpy(), samples.double().numpy(), k)
+    assert precision_recall(reference, samples, k) == pytest.approx(expected, abs=1e-12)
+    assert len({0.0, 1.0, *expected}) == 4  # neither trivial nor equal
+
+
+def test_precision_and_recall_of_sets_that_are_equal_far_apart_or_a_part():
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    assert precision_recall(x, x) == (1, 1)
+    assert precision_recall(x, x + 100) == (0, 0)
+    two_modes = torch.cat([x, x + 100])
+    assert precision_recall(two_modes, x) == (1, 0.5)
+    assert precision_recall(x, two_modes) == (0.5, 1)
+
+
+def test_precision_and_recall_need_more_images_than_neighbours():
+    with pytest.raises(ValueError, match="more than 3 images"):
+        precision_recall(torch.randn(9, 2), torch.randn(3, 2))
+    with pytest.raises(ValueError, match="same width"):
+        precision_recall(torch.randn(9, 2), torch.randn(9, 3))
+
+
+@pytest.fixture
+def torch_fidelity(monkeypatch):
+    """Its modules import torchvision, for other networks: a stand-in suffices for its functions of features."""
+    if find_spec("torch_fidelity") is None:
+        pytest.skip("torch-fidelity is not installed")
+    if find_spec("torchvision") is None:
+        parts: dict[str, ModuleType] = {}
+        for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
+            parts[name] = ModuleType(name)
+            parts[name].__getattr__ = lambda attribute: type(attribute, (), {})
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(parts[parent], child, parts[name])
+            monkeypatch.setitem(sys.modules, name, parts[name])
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "torch_fidelity"]:
+        del sys.modules[name]
+
+
+def test_they_are_torch_fidelitys_figures(torch_fidelity):
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    a, b = (x.double() for x in gaussians())
+    b = 0.5 * (a[:150] + b[:150])
+    theirs = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), False)
+    assert Gaussian.of(a).distance(Gaussian.of(b)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-9)
+    theirs = isc_features_to_metric(a, splits=3, shuffle=False)
+    assert inception_score(a, split=100) == pytest.approx((theirs["inception_score_mean"], theirs["inception_score_std"]), rel=1e-9)
+    theirs = prc_features_to_metric(b, a, prc_neighborhood=3, prc_batch_size=64, save_cpu_ram=False, verbose=False)
+    assert precision_recall(a, b) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-9)
+    assert 0 < theirs["precision"] < 1
+    assert 0 < theirs["recall"] < 1
