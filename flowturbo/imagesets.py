@@ -136,7 +136,7 @@ class _Array:
         except KeyError:
             raise CheckpointError(f"{path} has no arr_0, the images (N, height, width, 3) uint8 of ADM's layout") from None
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{path} is no .npz of images: {error or type(error).__name__}") from error
+            raise CheckpointError(f"{path} is no whole .npz of images: {error or type(error).__name__}") from error
 
     def rows(self, first: int, count: int) -> np.ndarray:
         row = math.prod(self.shape[1:])
@@ -169,7 +169,7 @@ def _digest_of_arrays(paths: Sequence[Path]) -> str:
                                 hashed.update(piece)
                         bar.update(member.compress_size)
             except (OSError, EOFError, zipfile.BadZipFile) as error:
-                raise CheckpointError(f"{path} is damaged: {error}") from error
+                raise CheckpointError(f"{path} is no whole .npz of images: {error}") from error
     return hashed.hexdigest()
 
 

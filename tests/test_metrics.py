@@ -324,6 +324,6 @@ def test_they_are_torch_fidelitys_figures(torch_fidelity):
     theirs = isc_features_to_metric(a, splits=3, shuffle=False)
     assert inception_score(a, split=100) == pytest.approx((theirs["inception_score_mean"], theirs["inception_score_std"]), rel=1e-9)
     theirs = prc_features_to_metric(b, a, prc_neighborhood=3, prc_batch_size=64, save_cpu_ram=False, verbose=False)
-    assert precision_recall(a, b) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-9)
+    assert precision_recall(a, b) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
     assert 0 < theirs["precision"] < 1
     assert 0 < theirs["recall"] < 1
