@@ -144,8 +144,13 @@ def test_pool_features_and_logits_are_the_librarys(inception, weights):
     assert inception.description["widths"] == [pool.shape[1], found.spatial.shape[1]]
 
 
-def test_reading_leaves_nothing_behind(inception):
+def test_reading_is_in_float32_and_leaves_nothing_behind(inception, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    tf32 = []
+    inception.network.register_forward_pre_hook(lambda *_: tf32.append(torch.backends.cudnn.allow_tf32))
     one, two = inception.read(IMAGES), inception.read(IMAGES)
+    assert tf32 == [False, False]
+    assert torch.backends.cudnn.allow_tf32
     assert one.pool.equal(two.pool)
     assert one.spatial.equal(two.spatial)
     assert not inception.network.Mixed_6d.branch1x1._forward_hooks
