@@ -287,7 +287,7 @@ def family(plan: Plan) -> str:
     """What a plan is called in tables, by its most particular steps."""
     if plan.cost.refiner:
         return "FlowTurbo" if set(plan.letters) <= set("HPRS") else "Adams-Bashforth + refiner"
-    for letters, name in (("P", "pseudo corrector"), ("ABC", "Adams-Bashforth"), ("H", "Heun")):
+    for letters, name in (("P", "pseudo corrector"), ("ABCL", "Adams-Bashforth"), ("H", "Heun")):
         if set(letters) & set(plan.letters):
             return name
     return "Euler"

@@ -27,7 +27,7 @@ from .checks import finite, positive
 from .files import write_text
 from .models import FlowModel, ReversedTime, choose_device, load
 from .models.sit import SIT_CONFIGS, SiT, SiTConfig
-from .plan import Plan
+from .plan import as_plan
 from .sampler import sample
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -73,7 +73,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         for plan in self.plans:
-            Plan.parse(plan)
+            as_plan(plan)
         for size in self.batch_sizes:
             positive("batch_sizes", size)
         if not self.plans or not self.batch_sizes:
@@ -217,7 +217,7 @@ def profile_run(model: FlowModel, plan: str, batch: int, guidance: float, output
                 torch.cuda.synchronize(model.device)
     finally:
         model.captures.limit = limit
-    name = f"{plan}-batch{batch}"
+    name = f"{Path(plan).stem}-batch{batch}"
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         written = Path(temporary) / "trace.json"
         trace.export_chrome_trace(str(written))

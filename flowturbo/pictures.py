@@ -22,7 +22,7 @@ from .grid import labelled_grid
 from .images import box_mask, read_image, read_mask, read_npz, read_transparency
 from .models import FlowModel, load
 from .models.pipelines import from_pipeline, is_pipeline
-from .plan import Plan
+from .plan import Plan, as_plan
 from .sampler import sample
 from .shards import join, verify
 
@@ -42,7 +42,8 @@ class Model:
     """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels"; left out: what the model's file names."""
     plan: str | None = None
     """Steps in order, a letter with a count each: H Heun, P pseudo corrector, R refiner, S refiner after equation 7, E Euler,
-    A, B, C Adams-Bashforth of order 2, 3, 4. Left out: H1P5R3, or H1P5 where there is no refiner."""
+    A, B, C Adams-Bashforth of order 2, 3, 4. Or a .json file with a plan that `tune` found. Left out: H1P5R3, or H1P5 where there
+    is no refiner."""
     guidance: Annotated[float, tyro.conf.arg(aliases=["--cfg-scale"])] = 1.5
     """Guidance scale; 1 is none."""
     guidance_channels: int | None = None
@@ -78,14 +79,10 @@ class Model:
 def _loaded(settings: Model) -> tuple[FlowModel, Plan, dict[str, Any]]:
     """The model, the plan, and what all ways of sampling take."""
 
-    def plan(text: str, shift: float) -> Plan:
-        return Plan.parse(text, grid=settings.grid, shift=shift, guidance_interval=settings.guidance_interval)
-
     if settings.plan is not None:  # nonsense is told before anything is loaded
-        plan(settings.plan, 1.0 if settings.shift is None else settings.shift)
+        _plan(settings, settings.plan, 1.0)
     model = _pipeline(settings) if is_pipeline(settings.model) else _checkpoint(settings)
     text = settings.plan or ("H1P5" if model.refiner is None else "H1P5R3")
-    own = 1.0 if settings.grid is not None else model.shift
     options = dict(
         guidance=settings.guidance,
         guidance_channels=settings.guidance_channels,
@@ -96,7 +93,16 @@ def _loaded(settings: Model) -> tuple[FlowModel, Plan, dict[str, Any]]:
     )
     if settings.negative is not None:
         options["negative"] = settings.negative
-    return model, plan(text, own if settings.shift is None else settings.shift), options
+    return model, _plan(settings, text, model.shift), options
+
+
+def _plan(settings: Model, text: str, own_shift: float) -> Plan:
+    if text.endswith(".json"):
+        if settings.grid is not None or settings.shift is not None or settings.guidance_interval != (0.0, 1.0):
+            raise ValueError("a plan's file holds its grid and guidance interval: leave out grid, shift and guidance_interval")
+        return as_plan(text)
+    shift = settings.shift if settings.shift is not None else 1.0 if settings.grid is not None else own_shift
+    return Plan.parse(text, grid=settings.grid, shift=shift, guidance_interval=settings.guidance_interval)
 
 
 def _checkpoint(settings: Model) -> FlowModel:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .checks import finite, numbers_of
-from .steps import STEPS, Field, NoCachedVelocity, State, Step
+from .files import write_text
+from .steps import FITTED, MAX_PAST, STEPS, Field, Multistep, NoCachedVelocity, State, Step
 
 MAX_STEPS = 1000
 
@@ -39,18 +45,21 @@ class Plan:
     """A sequence of steps on a time grid from 0 (noise) to 1 (data).
 
     letters: one letter a step, each in STEPS: H Heun, P pseudo corrector, R refiner, S refiner after the paper's equation 7,
-        E Euler, A, B, C Adams-Bashforth of order 2, 3, 4.
+        E Euler, A, B, C Adams-Bashforth of order 2, 3, 4, L and M linear multistep with the plan's weights, M on refined velocities.
     grid: the len(letters) + 1 times, strictly rising, from 0 to 1.
     guidance_interval: guidance acts on calls at times in this closed interval; outside, only the conditional half runs.
     start: where the grid starts: 0 but for editing, which starts on the path between noise and a source (see `starting_at`).
+    weights: for each L and M step in order, of its own velocity and of those before it, newest first, with the step size in them;
+        none at all for Adams-Bashforth's of order 4. `flowturbo tune` finds them.
     Raises ValueError, showing the place, for letters that are none, a step that needs a velocity no earlier step left, and grids
-    that do not rise from 0 to 1. `Plan.parse` makes one from text.
+    that do not rise from 0 to 1. `Plan.parse` makes one from text, `Plan.load` from a file.
     """
 
     letters: str
     grid: tuple[float, ...]
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     start: float = 0.0
+    weights: tuple[tuple[float, ...], ...] = ()
     calls: tuple[Call, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -67,6 +76,7 @@ class Plan:
         _check_grid(self.grid, len(self.letters), self.start)
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {interval}")
+        object.__setattr__(self, "weights", _checked_weights(self.weights, sum(letter in FITTED for letter in self.letters)))
         object.__setattr__(self, "calls", self._rehearse())
 
     @classmethod
@@ -94,15 +104,47 @@ class Plan:
         return cls(letters, times, guidance_interval)
 
     def starting_at(self, t: float) -> Plan:
-        """The same steps on the grid squeezed into [t, 1], 0 <= t < 1. Every step stays: so any plan can start anywhere."""
+        """The same steps on the grid squeezed into [t, 1], 0 <= t < 1. Every step stays: so any plan can start anywhere.
+
+        Weights shrink with the steps, although they were fitted to the whole way.
+        """
         if not 0 <= finite("t", t) < 1:
             raise ValueError(f"t must be at least 0 and less than 1, got {t}")
         first, last = self.grid[0], self.grid[-1]
         grid = [t + (1 - t) * (time - first) / (last - first) for time in self.grid]
-        return Plan(self.letters, (t, *grid[1:-1], 1.0), self.guidance_interval, t)
+        share = (1 - t) / (last - first)
+        weights = tuple(tuple(share * weight for weight in row) for row in self.weights)
+        return Plan(self.letters, (t, *grid[1:-1], 1.0), self.guidance_interval, t, weights)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """The plan of a file that `save` wrote. ValueError, naming the file and what is wrong in it, for any other."""
+        try:
+            found = _read(Path(path))
+            return cls(_expand(found["plan"]), found["grid"], found["guidance_interval"], weights=found["weights"])
+        except OSError as error:
+            raise ValueError(f"{path} can't be read: {error.strerror or error}") from None
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{path} is no plan file: {error}") from None
+
+    def save(self, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:
+        """Write the plan as a .json file, whole or not at all. about: what to say of it there, for people."""
+        if Path(path).suffix != ".json":
+            raise ValueError(f"path must end in .json, got {str(path)!r}")
+        if self.start:
+            raise ValueError(f"a plan must start at 0 to be saved, got one that starts at {self.start:g}")
+        lines = {
+            "format": _FORMAT,
+            "plan": str(self),
+            "grid": self.grid,
+            "guidance_interval": self.guidance_interval,
+            "weights": self.weights,
+            "about": dict(about or {}),
+        }
+        write_text(path, json.dumps(lines, indent=1, allow_nan=False) + "\n")
 
     def __str__(self) -> str:
-        """The letters with counts, e.g. 'H1P5R3': what `parse` takes. Grid and interval are in repr."""
+        """The letters with counts, e.g. 'H1P5R3': what `parse` takes. Grid, interval and weights are in repr."""
         return "".join(f"{letter}{len(list(run))}" for letter, run in itertools.groupby(self.letters))
 
     def __len__(self) -> int:
@@ -110,8 +152,16 @@ class Plan:
 
     def schedule(self) -> Iterator[tuple[Step, float, float]]:
         """(step, t0, t1) in order."""
-        for letter, t0, t1 in zip(self.letters, self.grid, self.grid[1:], strict=False):
-            yield STEPS[letter], t0, t1
+        yield from zip(self.steps, self.grid, self.grid[1:], strict=False)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps in order, with the plan's weights."""
+        weights = iter(self.weights)
+        return tuple(
+            STEPS[letter] if letter not in FITTED or not self.weights else cast(Multistep, STEPS[letter]).weighted(next(weights))
+            for letter in self.letters
+        )
 
     def is_guided(self, t: float) -> bool:
         """Whether a call at time t runs with guidance, if guidance is asked at all."""
@@ -152,8 +202,10 @@ class _Notes(Field):
 
 
 def as_plan(plan: str | Plan, shift: float = 1.0) -> Plan:
-    """The plan itself, or what its text says, on a grid shifted so."""
-    return plan if isinstance(plan, Plan) else Plan.parse(plan, shift=shift)
+    """The plan itself, or what its text says: letters, on a grid shifted so, or the name of a .json file."""
+    if isinstance(plan, Plan):
+        return plan
+    return Plan.load(plan) if isinstance(plan, str) and plan.endswith(".json") else Plan.parse(plan, shift=shift)
 
 
 def shifted_grid(steps: int, shift: float = 1.0) -> tuple[float, ...]:
@@ -199,6 +251,52 @@ def _check_grid(grid: tuple[float, ...], steps: int, start: float) -> None:
         raise ValueError(f"start must be at least 0 and less than 1, got {start}")
     if grid[0] != start or grid[-1] != 1:
         raise ValueError(f"grid must run from {start:g} to 1, got grid[0] = {grid[0]} and grid[{steps}] = {grid[-1]}")
+
+
+def _checked_weights(weights: Iterable[Iterable[float]], steps: int) -> tuple[tuple[float, ...], ...]:
+    if isinstance(weights, str | bytes) or not isinstance(weights, Iterable):
+        raise TypeError(f"weights must be a list of lists of numbers, got {weights!r}")
+    rows = tuple(numbers_of(f"weights[{i}]", row) for i, row in enumerate(weights))
+    if rows and len(rows) != steps:
+        raise ValueError(
+            f"weights must be given for each of the {steps} steps of {' and '.join(FITTED)}, or for none, got {len(rows)}"
+        )
+    for i, row in enumerate(rows):
+        if not 1 <= len(row) <= MAX_PAST + 1 or not all(map(math.isfinite, row)):
+            raise ValueError(f"weights[{i}] must be 1 to {MAX_PAST + 1} finite numbers, got {row}")
+    return rows
+
+
+_FORMAT = "flowturbo plan 1"
+_MOST_BYTES = 1 << 20
+_ENTRIES = {"format": str, "plan": str, "grid": list, "guidance_interval": list, "weights": list, "about": dict}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The entries of a plan file, each of its type."""
+    with open(path, "rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+
+    def entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if twice:
+            raise ValueError(f"{twice[0]!r} stands there twice")
+        return dict(pairs)
+
+    def no_number(text: str) -> float:
+        raise ValueError(f"{text} is no number")
+
+    found = json.loads(data.decode(), object_pairs_hook=entries, parse_constant=no_number)
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        raise ValueError(f"its format must be {_FORMAT!r}")
+    if found.keys() != _ENTRIES.keys():
+        raise ValueError(f"it must hold {', '.join(_ENTRIES)}, and holds {', '.join(map(repr, found))}")
+    for key, kind in _ENTRIES.items():
+        if not isinstance(found[key], kind):
+            raise ValueError(f"{key} must be a {kind.__name__}, got {type(found[key]).__name__}")
+    return found
 
 
 def _mark(text: str, at: int, message: str) -> str:

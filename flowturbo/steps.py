@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from flowturbo_kernels import velocity_update
+from flowturbo_kernels.velocity_update import MOST
 
 
 class Move(NamedTuple):
@@ -92,7 +93,8 @@ class State(NamedTuple):
         return self.past[-1].v if self.past else None
 
 
-MAX_PAST = 3
+MAX_PAST = 15
+"""Adams-Bashforth reads three at most; fitted steps may read all."""
 
 
 class NoCachedVelocity(ValueError):
@@ -174,21 +176,45 @@ class SingleRefiner(Step):
         return State(x, None, remember(state.past, t0, v0))
 
 
-class AdamsBashforth(Step):
-    """k-step Adams-Bashforth on the velocities at the last k grid times: one predictor call; k = 1 is Euler's method.
+class Multistep(Step):
+    """x plus weighted velocities of this step and of steps before it: one call, of the predictor or, where it refines, the refiner.
 
-    The grid may be uneven: the weights integrate the interpolating polynomial over the step. With fewer than k velocities at
-    hand it starts at the order they allow, which for a whole solution leaves order 2 at most unless other steps come first.
+    A refined velocity is the newest one of before plus the refiner's offset from it. weights: of the step's own velocity and of
+    those before it, newest first, with the step size in them: what `flowturbo tune` fits. None: k-step Adams-Bashforth, which
+    integrates the polynomial through the last k velocities over the step, on uneven grids too; k = 1 is Euler's method. With
+    fewer than k velocities at hand it starts at the order they allow, which for a whole solution leaves order 2 at most unless
+    other steps come first.
     """
 
-    def __init__(self, letter: str, k: int) -> None:
-        self.letter, self.order = letter, k  # type: ignore[misc]
-        self.title = "Euler" if k == 1 else f"Adams-Bashforth {k}"  # type: ignore[misc]
+    def __init__(self, letter: str, title: str, k: int, *, refines: bool = False, weights: tuple[float, ...] | None = None) -> None:
+        self.letter, self.title, self.order = letter, title, k  # type: ignore[misc]
+        self.refines, self.weights = refines, weights
+
+    def weighted(self, weights: tuple[float, ...]) -> Multistep:
+        """The same with these weights."""
+        return Multistep(self.letter, self.title, self.order, refines=self.refines, weights=weights)
 
     def __call__(self, field: Field, state: State, t0: float, t1: float) -> State:
-        earlier = state.past[max(0, len(state.past) + 1 - self.order) :]
-        *weights, weight = adams_bashforth_weights([*(s.t for s in earlier), t0], t0, t1)
-        x, v0 = field.predict_and_move(state.x, t0, Move(state.x, weight, [s.v for s in earlier], weights))
+        wanted = self.order if self.weights is None else len(self.weights)
+        earlier = state.past[max(0, len(state.past) + 1 - wanted) :]
+        if self.weights is None:
+            *weights, weight = adams_bashforth_weights([*(s.t for s in earlier), t0], t0, t1)
+        elif len(earlier) < wanted - 1:
+            raise NoCachedVelocity(f"{self.letter} has weights of {wanted - 1} earlier velocities, but there are {len(earlier)}")
+        else:
+            *weights, weight = reversed(self.weights)
+        origin, velocities = state.x, [s.v for s in earlier]
+        while len(velocities) > MOST:  # kernels take so many at a time
+            origin = velocity_update(origin, velocities[:MOST], weights[:MOST])
+            velocities, weights = velocities[MOST:], weights[MOST:]
+        move = Move(origin, weight, velocities, weights)
+        if not self.refines:
+            x, v0 = field.predict_and_move(state.x, t0, move)
+        else:
+            newest = state.newest_velocity
+            if newest is None:
+                raise NoCachedVelocity(f"{self.letter} needs the velocity of an earlier step")
+            x, v0 = field.refine_and_move(state.x, t0, newest, newest, move)
         return State(x, None, remember(state.past, t0, v0))
 
 
@@ -218,9 +244,14 @@ STEPS: dict[str, Step] = {
         PseudoCorrector(),
         Refiner(),
         SingleRefiner(),
-        AdamsBashforth("E", 1),
-        AdamsBashforth("A", 2),
-        AdamsBashforth("B", 3),
-        AdamsBashforth("C", 4),
+        Multistep("E", "Euler", 1),
+        Multistep("A", "Adams-Bashforth 2", 2),
+        Multistep("B", "Adams-Bashforth 3", 3),
+        Multistep("C", "Adams-Bashforth 4", 4),
+        Multistep("L", "fitted multistep", 4),
+        Multistep("M", "fitted multistep, refined", 4, refines=True),
     )
 }
+
+FITTED = "LM"
+"""Letters of the steps that take their weights from the plan, if it has any."""

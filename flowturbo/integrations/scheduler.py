@@ -22,7 +22,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from torch import Tensor
 
 from ..plan import Plan, as_plan
-from ..steps import STEPS, Field, State
+from ..steps import Field, State, Step
 
 Grid = Literal["auto", "pipeline", "corrected", "plan"]
 
@@ -71,7 +71,7 @@ class _Known(Field):
         return self._refine(x, -t, v)
 
 
-def predictor_calls(letters: str, times: Sequence[float]) -> list[Point]:
+def predictor_calls(steps: Sequence[Step], times: Sequence[float]) -> list[Point]:
     """Every predictor call of the steps on this grid, in order."""
     found: list[Point] = []
 
@@ -84,16 +84,16 @@ def predictor_calls(letters: str, times: Sequence[float]) -> list[Point]:
             return v
 
     state = State(torch.zeros(1))
-    for number, letter in enumerate(letters):
-        state = STEPS[letter](Noting(), state, times[number], times[number + 1])
+    for number, step in enumerate(steps):
+        state = step(Noting(), state, times[number], times[number + 1])
     return found
 
 
 class Run:
     """One pass through the plan, or through its rest: it takes velocities, and says where the next one is wanted."""
 
-    def __init__(self, letters: str, times: Sequence[float], calls: Sequence[Point], first: int, x: Tensor) -> None:
-        self.letters, self.times = letters, times
+    def __init__(self, steps: Sequence[Step], times: Sequence[float], calls: Sequence[Point], first: int, x: Tensor) -> None:
+        self.steps, self.times = steps, times
         self.step, time = calls[first]
         # In the middle of a step there is no earlier velocity; the one that comes is that of the state where the next step starts.
         self._between = time != times[self.step]
@@ -112,10 +112,10 @@ class Run:
             self.state, self.step, self._between = State(self.state.x, v), self.step + 1, False
         else:
             self._known.append(v)
-        while self.step < len(self.letters):
+        while self.step < len(self.steps):
             t0, t1 = self.times[self.step], self.times[self.step + 1]
             try:
-                self.state = STEPS[self.letters[self.step]](_Known(self._known, refine), self.state, t0, t1)
+                self.state = self.steps[self.step](_Known(self._known, refine), self.state, t0, t1)
             except _Wanted as call:
                 self.wanted = call.x
                 return call.x
@@ -197,7 +197,9 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
             if self.config.get(name):
                 raise ValueError(f"a scheduler with {name} can't run a plan")
         uniform = all(abs(t - i / len(self.plan)) < 1e-12 for i, t in enumerate(self.plan.grid))
-        self.grid = grid if grid != "auto" else "pipeline" if uniform else "plan"
+        if self.plan.weights and grid not in ("auto", "plan"):
+            raise ValueError(f"grid must be 'plan' for a plan with fitted weights, which hold on its own grid alone, got {grid!r}")
+        self.grid = "plan" if self.plan.weights else grid if grid != "auto" else "pipeline" if uniform else "plan"
         self.refiner: Refine | None = None
         self._warned = False
         self.register_to_config(plan=str(self.plan), plan_grid=list(self.plan.grid), grid=grid)
@@ -246,7 +248,7 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
                 super().set_timesteps(count, device=device, mu=mu)
         levels = self.sigmas
         self._times = [-s for s in levels.tolist()]
-        at = [p.time for p in predictor_calls(self.plan.letters, self._times)]
+        at = [p.time for p in predictor_calls(self.plan.steps, self._times)]
         self.sigmas = torch.tensor([*(-t for t in at), float(levels[-1])], dtype=torch.float32, device=levels.device)
         self.timesteps = self.sigmas[:-1] * self.config["num_train_timesteps"]
         self.num_inference_steps = len(self.timesteps)
@@ -263,8 +265,8 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         run = self._run
         if run is None:
             self._init_step_index(timestep)  # type: ignore[arg-type]
-            calls = predictor_calls(self.plan.letters, self._times)
-            run = self._run = Run(self.plan.letters, self._times, calls, self._step_index, wide)
+            calls = predictor_calls(self.plan.steps, self._times)
+            run = self._run = Run(self.plan.steps, self._times, calls, self._step_index, wide)
         else:
             run.adopt(sample)
         x = run.take(-model_output.to(wide.dtype), self.refiner)
