@@ -19,6 +19,7 @@ from .latency import Bench, bench
 from .models import checkpoint
 from .pictures import Dtype, Edit, Inpaint, Sample, Verify, dtype_of, run_edit, run_sample, run_verify
 from .train import Distill, Train, distill, train
+from .tune import Tune, tune
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "inspect-velocity": (InspectVelocity, inspect_velocity),
     "encode": (EncodeFiles, encode),
     "convert": (Convert, _convert),
+    "tune": (Tune, tune),
     "bench": (Bench, bench),
     "info": (Info, lambda _: info.report()),
 }

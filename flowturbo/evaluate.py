@@ -197,7 +197,7 @@ def _measure(results: dict[str, Any], path: Path, settings: Evaluate, model: Flo
         first = slice(settings.reference_images)
         fine = _fine_solution(results, settings, model, reference, noise[first], labels[first], bar)
         results["fine"] = {"plan": str(reference), "cost": cost(reference), "images": len(fine)}
-        results["fine"] |= _read_images(classifier, fine, labels[first], held_out)
+        results["fine"] |= read_images(classifier, fine, labels[first], held_out)
         for plan in pending:
             bar.set_postfix_str(str(plan))
             latents, milliseconds = _timed_run(model, plan, noise, labels, settings, bar, cost(plan))
@@ -210,26 +210,26 @@ def _measure(results: dict[str, Any], path: Path, settings: Evaluate, model: Flo
                 "refiner_calls": plan.cost.refiner,
                 "cost": cost(plan),
                 "ms_per_image": milliseconds,
-                **_read_images(classifier, latents, labels, held_out),
+                **read_images(classifier, latents, labels, held_out),
                 "frechet_first": frechet_distance(classifier.read(latents[first])[0], held_out),
                 "rms": rms_distance(latents[first], fine),
-                "rms_blocks": [rms_distance(latents[kept], fine[kept]) for kept in _without_blocks(len(fine))],
+                "rms_blocks": [rms_distance(latents[kept], fine[kept]) for kept in without_blocks(len(fine))],
             }
             results["rows"].append(row)
             write_text(path, _json(results))
 
 
-def _read_images(classifier: DigitClassifier, latents: Tensor, labels: Tensor, held_out: Tensor) -> dict[str, Any]:
+def read_images(classifier: DigitClassifier, latents: Tensor, labels: Tensor, held_out: Tensor) -> dict[str, Any]:
     """What the classifier says of images."""
     features, classes = classifier.read(latents)
     return {
         "frechet": frechet_distance(features, held_out),
-        "frechet_blocks": [frechet_distance(features[kept], held_out) for kept in _without_blocks(len(latents))],
+        "frechet_blocks": [frechet_distance(features[kept], held_out) for kept in without_blocks(len(latents))],
         "label_share": float((classes == labels).double().mean()),
     }
 
 
-def _without_blocks(count: int) -> list[Tensor]:
+def without_blocks(count: int) -> list[Tensor]:
     """The numbers 0 .. count - 1, with each of BLOCKS runs of neighbours left out in turn."""
     blocks = torch.arange(count).tensor_split(BLOCKS)
     return [torch.cat([*blocks[:i], *blocks[i + 1 :]]) for i in range(BLOCKS)]

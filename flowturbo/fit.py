@@ -20,9 +20,9 @@ from .steps import FITTED, MAX_PAST, Field, State, adams_bashforth_weights
 
 
 class Batch(NamedTuple):
-    """Images to fit to. field: what the steps ask, for these images; noise (N, ...); fine: where the fine solution ends."""
+    """Images to fit to. field: plan -> what its steps ask, for these images; noise (N, ...); fine: where the fine solution ends."""
 
-    field: Field
+    field: Callable[[Plan], Field]
     noise: Tensor
     fine: Tensor
 
@@ -107,9 +107,9 @@ _TIME, _WEIGHT = 2e-3, 2e-3
 
 def _states(plan: Plan, batch: Batch, first: int = 0, start: State | None = None) -> list[State]:
     """The states before step `first` and after every step from there on."""
-    states = [State(batch.noise) if start is None else start]
+    states, field = [State(batch.noise) if start is None else start], batch.field(plan)
     for step, t0, t1 in itertools.islice(plan.schedule(), first, None):
-        states.append(step(batch.field, states[-1], t0, t1))
+        states.append(step(field, states[-1], t0, t1))
     return states
 
 

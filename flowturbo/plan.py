@@ -45,7 +45,8 @@ class Plan:
     """A sequence of steps on a time grid from 0 (noise) to 1 (data).
 
     letters: one letter a step, each in STEPS: H Heun, P pseudo corrector, R refiner, S refiner after the paper's equation 7,
-        E Euler, A, B, C Adams-Bashforth of order 2, 3, 4, L and M linear multistep with the plan's weights, M on refined velocities.
+        E Euler, A, B, C Adams-Bashforth of order 2, 3, 4, L and M linear multistep with the plan's weights, M on
+        refined velocities.
     grid: the len(letters) + 1 times, strictly rising, from 0 to 1.
     guidance_interval: guidance acts on calls at times in this closed interval; outside, only the conditional half runs.
     start: where the grid starts: 0 but for editing, which starts on the path between noise and a source (see `starting_at`).
