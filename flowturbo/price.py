@@ -46,7 +46,7 @@ def call_prices(model: FlowModel) -> dict[str, float]:
 def step_costs(model: FlowModel, guidance: float, batch_size: int, refiner: bool) -> dict[str, float]:
     """Milliseconds an image of each kind of step, and "fixed", of a plan without its steps: medians of runs that take turns."""
     labels = [i % model.num_classes for i in range(batch_size)]
-    few, more = 1, 4
+    few, more = 1, 3
     refined = "RSM" if refiner else ""
     plans = {"E": "E", **{letter: "H" if letter == "H" else "H1" + letter for letter in "HPABCL" + refined}}
     runs = {}
@@ -61,7 +61,7 @@ def step_costs(model: FlowModel, guidance: float, batch_size: int, refiner: bool
             run()
             run()  # the second of a kind is captured where that is possible
     times: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
-    for _ in range(5):
+    for _ in range(3):
         for key, run in runs.items():
             times[key].append(1e3 * seconds(run, model.device) / batch_size)
     median = {key: statistics.median(values) for key, values in times.items()}

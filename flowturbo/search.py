@@ -52,11 +52,11 @@ def searched(
 ) -> list[Plan]:
     """The best plans without weights, one for each whole `unit` of the price, by successive halving.
 
-    All sequences on the uniform grid on the first batch; of each price the best fifth on all grids; of those the best four on all
+    All sequences on the uniform grid on the first batch; of each price the best tenth on all grids; of those the best four on all
     batches.
     """
     first = batches[:1]
-    kept = _best(affordable(price, refiner, intervals), price, unit, first, advance, lambda count: max(4, count // 5))
+    kept = _best(affordable(price, refiner, intervals), price, unit, first, advance, lambda count: max(3, count // 10))
     on_grids = [Plan(plan.letters, grid, plan.guidance_interval) for plan in kept for grid in grids(len(plan))]
     kept = _best(on_grids, price, unit, first, advance, lambda count: 4)
     return _best(kept, price, unit, batches, advance, lambda count: 1)
@@ -83,14 +83,14 @@ def fitted(plan: Plan, batches: Sequence[Batch], iterations: int, advance: Advan
 def multistep(
     n: int, shorter: Plan | None, batches: Sequence[Batch], iterations: int, interval: tuple[float, float], advance: Advance
 ) -> Plan:
-    """The best fitted plan of n L steps that is found from Adams-Bashforth on several grids, and from the plan of n - 1 steps."""
+    """The best fitted plan of n L steps that is found from Adams-Bashforth on the best grid, and from the plan of n - 1 steps."""
     first = batches[:1]
     starts = [weighted(Plan("L" * n, grid, interval), order) for grid in grids(n) for order in range(1, min(n, 3) + 1)]
-    starts = sorted(starts, key=lambda plan: error(plan, first, advance))[:2]
+    starts = sorted(starts, key=lambda plan: error(plan, first, advance))[:1]
     if shorter is not None:
         gaps = [b - a for a, b in zip(shorter.grid, shorter.grid[1:], strict=False)]
         starts.append(inserted(shorter, 1 + gaps.index(max(gaps)), "L"))
-    begun = [fit(plan, first, iterations=4, advance=advance) for plan in starts]
+    begun = [fit(plan, first, iterations=3, advance=advance) for plan in starts]
     return fitted(min(begun, key=lambda plan: error(plan, first, advance)), batches, iterations, advance)
 
 

@@ -128,6 +128,9 @@ def tune(settings: Tune) -> Path:
         price = Price(steps, settings.budget_ms, results["costs"]["fixed"])
     else:
         price = Price(call_prices(model), cast(float, settings.budget_calls))
+    one = Plan.parse("E1")
+    if not price.allows(one):
+        raise ValueError(f"the budget must allow one predictor call, which costs {price.of(one):.4g}, got {price.budget:g}")
     with tqdm(unit="call", unit_scale=True, disable=None) as bar:
         found = find(settings, fitting, price, keep, bar.update)
         errors = keep("calibration errors", lambda: _errors(settings, fitting, [plan for plan, _ in found], bar.update))
