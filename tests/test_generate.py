@@ -459,6 +459,29 @@ def test_two_runs_do_not_write_one_folder(digits: ft.FlowModel, reference: Path,
     assert contents(out) == contents(reference)
 
 
+def test_every_process_of_a_run_keeps_others_out(tmp_path: Path) -> None:
+    """One may live on when process 0 is killed."""
+    pytest.importorskip("fcntl")
+
+    class Member(module.Team):
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def told(self, find: Any) -> Any:
+            return find() if self.rank == 0 else ({"num": 5}, shards)
+
+    shards = cut(5, 2)
+    for rank in (0, 1):
+        with contextlib.closing(Lock(tmp_path / ".lock")) as lock:
+            with module._writing(tmp_path, Member(rank), shards, {"num": 5}) as missing:
+                assert missing == shards
+                assert not lock.take(alone=True)
+                assert lock.take(alone=False)
+            assert lock.take(alone=True)
+    with pytest.raises(ValueError, match="process 1 is not as process 0: num was 5 and is now 6"):
+        module._writing(tmp_path, Member(1), shards, {"num": 6}).__enter__()
+
+
 def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     code = "import sys, time; from flowturbo.files import Lock; lock = Lock(sys.argv[1]); print(lock.take(alone=True), flush=True)"
