@@ -77,7 +77,7 @@ def test_what_is_timed_is_replayed_where_there_are_graphs():
 
 
 def test_untrained_weights_are_of_the_published_size_and_bounded():
-    predictor, refiner = untrained("SiT-S/8", 128, torch.device("cpu"))
+    predictor, refiner, extrapolator = untrained("SiT-S/8", 128, torch.device("cpu"))
     assert predictor.config.side == 16
     assert (predictor.config.hidden, refiner.config.depth, refiner.config.reads_velocity) == (384, 1, True)
     model = ft.load(predictor, refiner, device="cpu", dtype=torch.float32)

@@ -15,6 +15,7 @@ from flowturbo_kernels import BACKENDS, BackendError, unavailable, use_backend
 
 from ..files import CheckpointError
 from ..graph import Captures
+from ..plan import Part, Plan
 from .checkpoint import CONVENTIONS, Checkpoint, load_sit
 from .sit import SiT
 from .vae import VAE, load_vae
@@ -28,15 +29,19 @@ class Bundled:
 
     predictor: Path
     refiner: Path
+    extrapolator: Path
 
 
 MODELS: dict[str, Bundled] = {
-    "digits": Bundled(_BUNDLED / "digits.safetensors", _BUNDLED / "digits-refiner.safetensors"),
+    "digits": Bundled(*(_BUNDLED / f"digits{part}.safetensors" for part in ("", "-refiner", "-extrapolator"))),
 }
 
 
 class Network(Protocol):
-    """A predictor, called without v, or a refiner, called with it. x (N, C, H, W), t (N,), y (N,), v like x -> like x."""
+    """A predictor, called without v, or a refiner, called with it. x (N, C, H, W), t (N,), y (N,), v like x -> like x.
+
+    An extrapolating refiner's v has 2C channels: the last velocity, and what the line through the last two adds to it until t.
+    """
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor: ...
 
@@ -74,11 +79,13 @@ class FlowModel:
     device: torch.device
     dtype: torch.dtype
     refiner: Network | None = None
+    extrapolator: Network | None = None
+    """The extrapolating refiner, of X steps."""
     vae: VAE | None = None
     backend: str = "auto"
     """Which kernels `sample` and `decode` run: see flowturbo_kernels.use_backend."""
-    macs: tuple[int, int] | None = None
-    """Multiply-accumulates of one predictor and one refiner forward of one sample, where they are known."""
+    macs: tuple[int, int, int] | None = None
+    """Multiply-accumulates of one forward of one sample of predictor, refiner and extrapolator, where they are known."""
     shift: float = 1.0
     """Of the time grid on which plans given as text run: see Plan.parse."""
     captures: Captures = field(default_factory=Captures, init=False, repr=False, compare=False)
@@ -89,6 +96,19 @@ class FlowModel:
         if guidance != 1 and self.null_class is None:
             raise ValueError(f"guidance={guidance} needs a model with a null class, and this one has none")
         return guidance != 1
+
+    def networks(self) -> list[Network]:
+        """Predictor, refiner and extrapolator, as far as they are there."""
+        return [network for network in (self.predictor, self.refiner, self.extrapolator) if network is not None]
+
+    def allow(self, plan: Plan) -> None:
+        """ValueError where the plan has steps of a network that is not there."""
+        for part, calls, what in (
+            ("refiner", plan.cost.refiner, "refiner steps"),
+            ("extrapolator", plan.cost.extrapolator, "X steps, of an extrapolating refiner"),
+        ):
+            if calls and getattr(self, part) is None:
+                raise ValueError(f"plan {plan} has {what}, but the model was loaded without {part}=")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -133,12 +153,13 @@ def load(
     backend: Literal["auto", "reference", "triton", "cuda"] = "auto",
     convention: Literal["auto", "sit", "repa"] = "auto",
     quantize: Literal["fp8"] | None = None,
+    extrapolator: Source | None = None,
 ) -> FlowModel:
     """A flow model from checkpoints.
 
-    predictor, refiner: a .pt, .pth or .safetensors file with SiT's keys (see checkpoint.load_sit), a bundled name ("digits", which
-        brings its refiner), or a SiT, which is moved and cast in place. The refiner must read and return latents of the
-        predictor's shape.
+    predictor, refiner, extrapolator: a .pt, .pth or .safetensors file with SiT's keys (see checkpoint.load_sit), a bundled name
+        ("digits", which brings its refiners), or a SiT, which is moved and cast in place. Refiners must read and return latents of
+        the predictor's shape; extrapolator is the extrapolating one, of X steps.
     vae: a folder or hub name of a diffusers AutoencoderKL (needs the extra "diffusers"), "pixels", or an object with decode and
         encode; None: what the predictor's file names, else no decoding.
     heads: attention heads, where the width does not tell (the published widths do).
@@ -167,12 +188,14 @@ def load(
         raise TypeError(f"dtype must be a floating point type, got {dtype!r}")
     if isinstance(predictor, str) and predictor in MODELS:
         bundled = MODELS[predictor]
-        predictor, refiner = bundled.predictor, refiner or bundled.refiner
+        predictor, refiner, extrapolator = bundled.predictor, refiner or bundled.refiner, extrapolator or bundled.extrapolator
     main = _checkpoint(predictor, "predictor", heads, convention)
     config = main.model.config
-    side = None if refiner is None else _checkpoint(refiner, "refiner", heads, "auto").model
-    if side is not None:
-        _check_pair(main.model, side)
+
+    def side(source: Source | None, role: Part) -> SiT | None:
+        return None if source is None else _side(main.model, _checkpoint(source, role, heads, "auto").model, role)
+
+    sides = side(refiner, "refiner"), side(extrapolator, "extrapolator")
     sit = main.model.to(place, dtype)
     if quantize:
         sit.quantize_()
@@ -184,7 +207,8 @@ def load(
     three = config.channels == 4 and main.convention == "sit"
     return FlowModel(
         predictor=cast(Network, network),
-        refiner=None if side is None else cast(Network, side.to(place, dtype)),
+        refiner=None if sides[0] is None else cast(Network, sides[0].to(place, dtype)),
+        extrapolator=None if sides[1] is None else cast(Network, sides[1].to(place, dtype)),
         latent_shape=(config.channels, config.side, config.side),
         num_classes=config.num_classes,
         null_class=config.null_class,
@@ -193,7 +217,7 @@ def load(
         dtype=dtype,
         vae=chosen_vae,
         backend=backend,
-        macs=(config.macs(), 0 if side is None else side.config.macs()),
+        macs=(config.macs(), _macs(sides[0]), _macs(sides[1])),
     )
 
 
@@ -210,12 +234,10 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return place
 
 
-def _checkpoint(
-    source: Source, role: Literal["predictor", "refiner"], heads: int | None, convention: Literal["auto", "sit", "repa"]
-) -> Checkpoint:
+def _checkpoint(source: Source, role: Part, heads: int | None, convention: Literal["auto", "sit", "repa"]) -> Checkpoint:
     if isinstance(source, SiT):
-        if source.config.reads_velocity != (role == "refiner"):
-            raise ValueError(f"{role} must be a SiT with config.reads_velocity={role == 'refiner'}")
+        if source.config.role != role:
+            raise ValueError(f"{role} must be a SiT of that role, got one whose config makes it a {source.config.role}")
         return Checkpoint(source, "repa" if convention == "repa" else "sit")
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"{role} must be a path, a bundled name or a SiT, got {type(source).__name__}")
@@ -224,11 +246,16 @@ def _checkpoint(
             f"{role} {source!r} is neither a bundled model ({', '.join(MODELS)}) nor a .safetensors, .pt or .pth file"
         )
     if isinstance(source, str) and source in MODELS:
-        source = MODELS[source].refiner
+        source = cast(Path, getattr(MODELS[source], role))
     return load_sit(source, role, heads=heads, convention=convention)
 
 
-def _check_pair(predictor: SiT, refiner: SiT) -> None:
+def _macs(network: SiT | None) -> int:
+    return 0 if network is None else network.config.macs()
+
+
+def _side(predictor: SiT, refiner: SiT, role: Part) -> SiT:
+    """The refiner, if it fits."""
     p, r = predictor.config, refiner.config
     for what, ours, theirs in (
         ("latent channels", p.channels, r.channels),
@@ -236,7 +263,8 @@ def _check_pair(predictor: SiT, refiner: SiT) -> None:
         ("classes", p.num_classes, r.num_classes),
     ):
         if ours != theirs:
-            raise ValueError(f"refiner does not fit the predictor: it has {what} {theirs}, the predictor {ours}")
+            raise ValueError(f"{role} does not fit the predictor: it has {what} {theirs}, the predictor {ours}")
+    return refiner
 
 
 VelocityFunction = Callable[..., Tensor]
