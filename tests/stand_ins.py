@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import complete
 import numpy as np
 import pipelines
 import torch
@@ -18,7 +19,7 @@ import flowturbo as ft
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 1000  # as many as the examples' labels need
-SIDE = pipelines.SIZE  # of images
+SIDE = 16  # of images of the SiT, latents are half; those of the pipelines have 32
 
 
 def write(folder: Path, pipeline_folders: dict[str, Path]) -> None:
@@ -35,6 +36,7 @@ def write(folder: Path, pipeline_folders: dict[str, Path]) -> None:
         "2rf": "XCLiu/2_rectified_flow_from_sd_1_5",
     }.items():
         shutil.copytree(pipeline_folders[kind], folder / name)
+    _third_text_encoder(folder / "stabilityai/stable-diffusion-3.5-medium")
     _refiner(folder / "runs" / "2rf-refiner", pipelines.unet())
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", **reference())
     for place in ("imagenet/train/n01440764", "imagenet/train/n01443537", "captioned", "coco-reference"):
@@ -50,6 +52,14 @@ def write(folder: Path, pipeline_folders: dict[str, Path]) -> None:
     Image.fromarray(mask).save(folder / "mask.png")
     for name in ("bench", "tests", "pyproject.toml"):  # commands may stand in a checkout
         (folder / name).symlink_to(ROOT / name)
+
+
+def _third_text_encoder(folder: Path) -> None:
+    """The small SD3 has none, which its class wants to be told; the published one has it."""
+    pipe = complete.complete_sd3()
+    tokenizer, encoder = complete._t5(9)
+    pipe.register_modules(tokenizer_3=tokenizer, text_encoder_3=encoder)
+    pipe.save_pretrained(folder)
 
 
 def _refiner(folder: Path, teacher: nn.Module) -> None:
