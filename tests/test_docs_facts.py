@@ -7,7 +7,6 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from documents import ROOT, blocks
@@ -62,7 +61,12 @@ def said(tree: ast.AST) -> Iterator[str]:
 def test_the_messages_in_troubleshooting_are_those_of_the_library():
     sources = [*(ROOT / "flowturbo").rglob("*.py"), *(ROOT / "flowturbo_kernels").glob("*.py"), ROOT / "setup.py"]
     texts = {text for path in sources for text in said(ast.parse(path.read_text()))}
-    messages = [line.strip() for b in blocks((DOCS / "troubleshooting.md").read_text()) if b.language == "text" for line in b.text.splitlines()]
+    messages = [
+        line.strip()
+        for b in blocks((DOCS / "troubleshooting.md").read_text())
+        if b.language == "text"
+        for line in b.text.splitlines()
+    ]
     assert len(messages) > 40
     unknown = [message for message in messages if not any(message in text for text in texts)]
     assert not unknown
@@ -73,7 +77,9 @@ def test_figures_of_the_bundled_model_are_those_that_were_measured(document):
     """Rows such as | `H1P5R3` | 7 + 6 | 7.52 | 8.1 | 5.00 | 0.094 |, and plans with a distance behind them, as in `H6` (4.85)."""
     measured = {row["plan"]: row for row in json.loads((DOCS / "quality.json").read_text())["rows"]}
     text = document.read_text()
-    rows = re.findall(r"^\| `([A-Z0-9]+)` \| (\d+) \+ (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([A-Z0-9]+)` \| (\d+) \+ (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE
+    )
     for plan, *figures in rows:
         row = measured[plan]
         wanted = [row["predictor_calls"], row["refiner_calls"], f"{row['cost']:.2f}", f"{row['ms_per_image']:.1f}"]
