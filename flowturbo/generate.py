@@ -129,6 +129,7 @@ def _settings(
         "guidance": float(guidance),
         "guidance_channels": job.guidance_channels,
         "guidance_interval": job.plan.guidance_interval,
+        "weights": job.plan.weights,
         "batch_size": batch_size,
         "shard_size": shard_size,
         "predictor": _digest(model.predictor),
