@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from documents import DOCUMENTS, ROOT, Block, blocks, commands, flowturbo_words
 from feature_network import RandomNetwork
 
@@ -69,13 +70,13 @@ NOT_RUN = {
 }
 """Beginnings of the commands that no test runs, and why."""
 
+NO_GPU = {'.to("cuda")': '.to("cpu")', 'device="cuda"': 'device="cpu"'}
 IN_PYTHON = {
-    '.to("cuda")': '.to("cpu")',
-    'device="cuda"': 'device="cpu"',
+    **({} if torch.cuda.is_available() else NO_GPU),
     "image_size=1024": "image_size=32",
     "B, T, D, heads = 8, 256, 1152, 16": "B, T, D, heads = 1, 16, 144, 2",
 }
-"""What is changed in examples, for the CPU and its patience."""
+"""What is changed in examples."""
 
 
 def kind_of(command: list[str]) -> str:
