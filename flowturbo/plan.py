@@ -294,7 +294,7 @@ def _checked_weights(weights: Iterable[Iterable[float]], steps: int) -> tuple[tu
     rows = tuple(numbers_of(f"weights[{i}]", row) for i, row in enumerate(weights))
     if rows and len(rows) != steps:
         raise ValueError(
-            f"weights must be given for each of the {steps} steps of {', '.join(FITTED[:-1])} and {FITTED[-1]}, or for none, got {len(rows)}"
+            f"weights must be given for each of the {steps} steps of {', '.join(FITTED)}, or for none, got {len(rows)}"
         )
     for i, row in enumerate(rows):
         if not 1 <= len(row) <= MAX_PAST + 1 or not all(map(math.isfinite, row)):

@@ -95,6 +95,17 @@ def test_published_forms_load(tmp_path, wrapper, make, role, suffix):
     assert not agrees(loaded.model, other)
 
 
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
+def test_weights_stand_where_torch_would_put_them(tmp_path, name):
+    """In a file they stand anywhere, and products of what lies elsewhere round otherwise."""
+    path = tmp_path / name
+    state = predictor_state()
+    torch.save(state, path) if name.endswith(".pt") else safetensors.torch.save_file(state, path)
+    model = ft.load(path, device="cpu", heads=HEADS)
+    assert {weight.data_ptr() % 64 for weight in model.predictor.state_dict().values()} == {0}
+    assert all(weight.equal(state[key]) for key, weight in model.predictor.state_dict().items())
+
+
 @pytest.mark.parametrize("make, role", [(predictor_state, "predictor"), (refiner_state, "refiner")], ids=["predictor", "refiner"])
 def test_safetensors_of_others_load(tmp_path, make, role):
     state = make(13)

@@ -288,6 +288,13 @@ def test_sets_of_other_models_or_machines_are_not_touched(tmp_path: Path, monkey
     assert contents(tmp_path) == before
 
 
+def test_sets_of_a_fitted_plan_with_other_weights_are_not_touched(digits: ft.FlowModel, tmp_path: Path) -> None:
+    """The letters and the grid may be the same."""
+    make(digits, tmp_path, plan=ft.Plan("L", (0, 1), weights=[[1.0]]))
+    with pytest.raises(ValueError, match=r"other settings \(weights was \[\[1\.0\]\] and is now \[\[0\.9\]\]\)"):
+        make(digits, tmp_path, plan=ft.Plan("L", (0, 1), weights=[[0.9]]))
+
+
 class Thumbnails:
     """The first three of four channels, as they are."""
 

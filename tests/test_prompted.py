@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,17 @@ def test_a_pipeline_is_loaded_by_folder_part_by_part(pipeline_folders, tmp_path)
     model = loaded(pipeline_folders, "sd3", dtype=torch.float64)
     assert {p.dtype for p in model.predictor.parameters()} == {torch.float64}  # type: ignore[attr-defined]
     assert ft.sample(model, "E1", "a cat", noise=noise_of(model, 1).double()).dtype == torch.float64
+
+
+def test_a_name_without_a_network_fails_soon_and_says_so(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub.hf_api.api, "endpoint", "http://127.0.0.1:9")  # where nobody answers
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=r"model 'org/name' .* can't be had from the hub: .*\w"):
+        load_pipeline("org/name")
+    assert time.perf_counter() - began < 12
 
 
 def test_weights_in_pickles_or_damaged_are_refused(pipeline_folders, tmp_path):

@@ -168,7 +168,7 @@ def test_sampling_uses_the_weights_with_both_halves_and_the_refiners(letters, gu
 @pytest.mark.parametrize(
     "letters, weights, said",
     [
-        ("LL", ((0.5,),), "weights must be given for each of the 2 steps of L, M and X, or for none, got 1"),
+        ("LL", ((0.5,),), "weights must be given for each of the 2 steps of L, M, X, or for none, got 1"),
         ("LE", ((0.5,), (0.5,)), "weights must be given for each of the 1 steps"),
         ("LL", ((0.5,), ()), r"weights\[1\] must be 1 to 16 finite numbers"),
         ("LL", ((0.5,), (0.5, float("nan"))), r"weights\[1\] must be 1 to 16 finite numbers"),

@@ -15,7 +15,7 @@ from ..checks import positive
 from ..files import CheckpointError
 from . import choose_device
 from .fused_vae import fuse
-from .pretrained import first_line, is_path
+from .pretrained import ask_hub, first_line, is_path
 from .prompted import PromptModel, PromptNetwork, check_refiner, guidance_style
 from .vae import VAE, DiffusersVAE, load_vae
 
@@ -121,8 +121,9 @@ Part = Literal["network", "text", "vae"]
 
 
 def load_pipeline(name: str | os.PathLike[str], parts: Sequence[Part] = ("network", "text", "vae")) -> Any:
-    """A diffusers pipeline of which only these parts are loaded, in float32 on the CPU. CheckpointError where it can't be had.
+    """A diffusers pipeline of which only these parts are loaded, in float32 on the CPU.
 
+    ValueError where it can't be had, of the kind CheckpointError where its files can't be used.
     name: a folder as save_pretrained writes it, or a hub name.
     """
     try:
@@ -132,6 +133,11 @@ def load_pipeline(name: str | os.PathLike[str], parts: Sequence[Part] = ("networ
     where = str(Path(name).expanduser()) if is_path(name) else str(name)
     if is_path(name) and not (Path(where) / "model_index.json").is_file():
         raise CheckpointError(f"model {str(name)!r} is no folder of a diffusers pipeline: it has no model_index.json")
+    if not is_path(name):
+        try:
+            diffusers.DiffusionPipeline.load_config(where, local_files_only=True)
+        except OSError:  # not downloaded before
+            ask_hub("model", str(name), where)
     try:
         config = diffusers.DiffusionPipeline.load_config(where)
         # A pipeline saved without one of its text encoders wants to be told so again.

@@ -65,5 +65,21 @@ def write_pretrained(folder: Path, network: Any, provenance: Mapping[str, Any]) 
     return weights
 
 
+_HUB_TIMEOUT = 10.0
+
+
+def ask_hub(role: str, name: str, repository: str) -> None:
+    """One question with a time limit: diffusers itself would try for half a minute before it said, in other words, that there is no
+    network. ValueError where there is none, or no such repository that may be read."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.model_info(repository, timeout=_HUB_TIMEOUT)
+    except Exception as error:  # of the network, of the name, or of the right to read it
+        raise ValueError(
+            f"{role} {name!r} is no folder here, was not downloaded before, and can't be had from the hub: {first_line(error)}"
+        ) from error
+
+
 def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from ..files import CheckpointError
 from .fused_vae import fuse
-from .pretrained import first_line, is_path, read_pretrained
+from .pretrained import ask_hub, is_path, read_pretrained
 
 SD_LATENT_SCALE = 0.18215
-_HUB_TIMEOUT = 10.0
 DECODE_BYTES = 2 << 30
 """What decoding takes at most, so that sampling large batches does not fail at their end: slices of this size fill any device."""
 
@@ -159,20 +158,12 @@ def _vae_folder(path: Path) -> Path:
 
 
 def _from_hub(kinds: Mapping[str, Any], name: str) -> Any:
-    """What was downloaded before is used without asking the hub. Otherwise one question with a time limit comes first: diffusers
-    itself would try for half a minute before it said, in other words, that there is no network."""
-    import huggingface_hub
-
+    """What was downloaded before is used without asking the hub."""
     parts = name.split("/")
     repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:]) or None
     with contextlib.suppress(CheckpointError):
         return read_pretrained("vae", kinds, name, repository, subfolder=subfolder, local_files_only=True)
-    try:
-        huggingface_hub.model_info(repository, timeout=_HUB_TIMEOUT)
-    except Exception as error:  # of the network, of the name, or of the right to read it
-        raise ValueError(
-            f"vae {name!r} is no folder here, was not downloaded before, and can't be had from the hub: {first_line(error)}"
-        ) from error
+    ask_hub("vae", name, repository)
     return read_pretrained("vae", kinds, name, repository, subfolder=subfolder)
 
 
