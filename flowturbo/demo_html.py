@@ -111,7 +111,7 @@ def summary(found: Comparison) -> str:
     ratio = found.b.speed.seconds / found.a.speed.seconds
     level = 0.95 < ratio < 1.05  # closer is nothing that so few runs tell
     faster, slower = ("A", "B") if ratio > 1 else ("B", "A")
-    speed = "Both take about the same time" if level else f"{faster} is {max(ratio, 1 / ratio):.2g} times as fast as {slower}"
+    speed = "Both take about the same time" if level else f"{faster} is {max(ratio, 1 / ratio):.1f} times as fast as {slower}"
     runs, count = found.a.speed.runs, len(found.labels)
     return (
         f'<div class="ft-sum">From the same noise, the images of A and B differ by <b>{_figures(found.rms)}</b> of 255 levels '

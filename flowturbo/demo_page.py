@@ -173,11 +173,10 @@ def _controls(studio: Studio, guidance: float) -> list[Any]:
         [("each in turn", "cycle"), ("at random", "random"), *numbers], value="cycle", label="Class", elem_id="class"
     )
     count = gr.Slider(1, studio.most_images, min(10, studio.most_images), step=1, label="Images", elem_id="images")
-    with gr.Row(equal_height=True):
-        seed = gr.Number(0, label="Seed", precision=0, min_width=100, elem_id="seed")
-        gr.Button("Next", min_width=60, elem_id="next").click(
-            lambda seed: (seed or 0) + 1, seed, seed, queue=False, api_visibility="private", show_progress="hidden"
-        )
+    seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
+    gr.Button("Next seed", size="sm", elem_id="next").click(
+        lambda seed: (seed or 0) + 1, seed, seed, queue=False, api_visibility="private", show_progress="hidden"
+    )
     scale = gr.Slider(
         1,
         max(6.0, guidance),

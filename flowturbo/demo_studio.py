@@ -203,7 +203,7 @@ class Studio:
         """paint (any height, any width) uint8, the opacity of what was drawn over an image -> (height, width) bool: the image's
         pixels of which at least a quarter is covered."""
         share = Image.fromarray(paint).resize((self.width, self.height), Image.Resampling.BOX)
-        return np.asarray(share) >= 64
+        return np.asarray(share) >= 63
 
     def _plans(self, asked: Asked) -> list[Plan]:
         interval = (finite("guidance_interval", asked.low), finite("guidance_interval", asked.high))
