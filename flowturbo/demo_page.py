@@ -82,14 +82,14 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
         tab, source, number = gr.State("sample"), gr.State(None), gr.State(0)
         with gr.Row():
             with gr.Column(scale=1, min_width=250):
-                controls = _controls(studio, guidance)
+                controls, after = _controls(studio, guidance)
             with gr.Column(scale=4, min_width=640):
                 error = gr.HTML(visible=False, elem_id="error")
                 with gr.Tab("Sample") as sample_tab:
                     with gr.Row():
                         sampled = _sides("sampled")
                     sampled.append(gr.HTML(elem_id="sampled-summary"))
-                with gr.Tab("Inpaint") as inpaint_tab, gr.Row():
+                with gr.Tab("Inpaint", elem_id="inpaint") as inpaint_tab, gr.Row():
                     with gr.Column(scale=2, min_width=330):
                         editor = _editor(studio, factor)
                         with gr.Row():
@@ -123,8 +123,7 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
 
         def pose(image: np.ndarray) -> tuple[Any, ...]:
             """An image to paint on, each of its pixels a square where it is small."""
-            large = np.kron(image, np.ones((factor, factor, 1), np.uint8))
-            return image, {"background": large, "layers": [], "composite": None}, _no_error()
+            return image, {"background": _enlarged(image, factor), "layers": [], "composite": None}, _no_error()
 
         def draw(number: int, *asked: Any) -> tuple[Any, ...]:
             return number + 1, *_or_error(lambda: pose(studio.picture(Asked(*asked), number)), 3)
@@ -132,8 +131,12 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
         def first(image: np.ndarray | None, number: int, *asked: Any) -> tuple[Any, ...]:
             return draw(number, *asked) if image is None else (gr.skip(),) * 4
 
-        def bring(painted: dict[str, Any]) -> tuple[Any, ...]:
-            return _or_error(lambda: pose(studio.fitted(Image.fromarray(painted["background"]))), 3)
+        def bring(painted: dict[str, Any], image: np.ndarray | None) -> tuple[Any, ...]:
+            background = painted["background"]
+            # The editor also says "upload" of what it was given from here.
+            if background is None or (image is not None and np.array_equal(background[..., :3], _enlarged(image, factor))):
+                return (gr.skip(),) * 3
+            return _or_error(lambda: pose(studio.fitted(Image.fromarray(background))), 3)
 
         def inspect(at: str, guidance: float) -> tuple[Any, ...]:
             if at != "velocity":
@@ -145,24 +148,23 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
         told: dict[str, Any] = dict(queue=False, api_visibility="private", show_progress="hidden")
         live = (sample, [tab, *controls], [*sampled, error])
         posed = [source, editor, error]
-        guidance_scale = controls[GUIDANCE]
-        gr.on([blocks.load, *(control.change for control in controls)], *live, trigger_mode="always_last", **asks)
+        seed, guidance_scale = (controls[Asked._fields.index(name)] for name in ("seed", "guidance"))
+        # Not `change`, which also tells of what the page begins with.
+        gr.on([blocks.load, *(control.input for control in controls)], *live, trigger_mode="always_last", **asks)
+        after.click(lambda seed: (seed or 0) + 1, seed, seed, **told).then(*live, trigger_mode="always_last", **asks)
         sample_tab.select(lambda: "sample", None, tab, **told).then(*live, **asks)
         inpaint_tab.select(lambda: "inpaint", None, tab, **told).then(first, [source, number, *controls], [number, *posed], **asks)
         another.click(draw, [number, *controls], [number, *posed], trigger_mode="once", **asks)
-        editor.upload(bring, editor, posed, **asks)
+        editor.upload(bring, [editor, source], posed, **asks)
         editor.clear(lambda: None, None, source, **told)
         change.click(alter, [editor, source, part, strength, *controls], [*changed, error], trigger_mode="once", **asks)
         velocity_tab.select(lambda: "velocity", None, tab, **told).then(inspect, [tab, guidance_scale], [curve, error], **asks)
-        guidance_scale.change(inspect, [tab, guidance_scale], [curve, error], trigger_mode="always_last", **asks)
+        guidance_scale.input(inspect, [tab, guidance_scale], [curve, error], trigger_mode="always_last", **asks)
     return blocks.queue(max_size=WAITING, api_open=False)
 
 
-GUIDANCE = Asked._fields.index("guidance")
-
-
-def _controls(studio: Studio, guidance: float) -> list[Any]:
-    """One a field of Asked, in its order."""
+def _controls(studio: Studio, guidance: float) -> tuple[list[Any], gr.Button]:
+    """One a field of Asked, in its order; and the button for the next seed."""
     names = list(studio.plans)
     numbers = [(str(i), i) for i in range(studio.model.num_classes)]
     plans = [
@@ -174,9 +176,7 @@ def _controls(studio: Studio, guidance: float) -> list[Any]:
     )
     count = gr.Slider(1, studio.most_images, min(10, studio.most_images), step=1, label="Images", elem_id="images")
     seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-    gr.Button("Next seed", size="sm", elem_id="next").click(
-        lambda seed: (seed or 0) + 1, seed, seed, queue=False, api_visibility="private", show_progress="hidden"
-    )
+    after = gr.Button("Next seed", size="sm", elem_id="next")
     scale = gr.Slider(
         1,
         max(6.0, guidance),
@@ -189,7 +189,7 @@ def _controls(studio: Studio, guidance: float) -> list[Any]:
     with gr.Accordion("When guidance is on", open=False):
         low = gr.Slider(0, 1, 0, step=0.05, label="from t (0 is noise)")
         high = gr.Slider(0, 1, 1, step=0.05, label="to t (1 is the image)")
-    return [*plans, classes, count, seed, scale, low, high]
+    return [*plans, classes, count, seed, scale, low, high], after
 
 
 def _sides(name: str) -> list[gr.HTML]:
@@ -211,6 +211,11 @@ def _editor(studio: Studio, factor: int) -> gr.ImageEditor:
         canvas_size=(studio.width * factor, studio.height * factor),
         elem_id="editor",
     )
+
+
+def _enlarged(image: np.ndarray, factor: int) -> np.ndarray:
+    """Each pixel as a square of so many."""
+    return np.kron(image, np.ones((factor, factor, 1), np.uint8))
 
 
 def _opacity(painted: dict[str, Any] | None) -> np.ndarray:
