@@ -198,7 +198,7 @@ def _sides(name: str) -> list[gr.HTML]:
 
 
 def _editor(studio: Studio, factor: int) -> gr.ImageEditor:
-    return gr.ImageEditor(
+    editor = gr.ImageEditor(
         show_label=False,
         type="numpy",
         image_mode="RGBA",
@@ -211,6 +211,16 @@ def _editor(studio: Studio, factor: int) -> gr.ImageEditor:
         canvas_size=(studio.width * factor, studio.height * factor),
         elem_id="editor",
     )
+    keep = editor.async_move_resource_to_block_cache
+
+    async def keep_what_is_here(name: Any) -> str | None:
+        """gradio would fetch what a request names by an address."""
+        if "://" in str(name):
+            raise ValueError("image must be uploaded, got an address")
+        return await keep(name)
+
+    editor.async_move_resource_to_block_cache = keep_what_is_here  # type: ignore[method-assign, assignment]
+    return editor
 
 
 def _enlarged(image: np.ndarray, factor: int) -> np.ndarray:

@@ -5,6 +5,7 @@ FLOWTURBO_SCREENSHOT=docs/demo.png writes the picture of the documents.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import os
@@ -15,7 +16,10 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -179,6 +183,14 @@ def test_work_that_nobody_waits_for_ends(studio, monkeypatch):
     assert not timed
 
 
+def test_visitors_are_served_one_after_the_other_each_with_the_own_wish(studio):
+    wishes = [ASKED._replace(seed=seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as visitors:
+        at_once = list(visitors.map(lambda wish: last(studio.sample(wish)).a.images, wishes))
+    for wish, images in zip(wishes, at_once, strict=True):
+        assert images.equal(last(studio.sample(wish)).a.images)
+
+
 def test_what_is_painted_is_a_pixel_by_a_quarter_of_it(studio):
     paint = np.zeros((384, 384), np.uint8)
     paint[:48, :48] = 255  # all of the first
@@ -276,8 +288,20 @@ def test_what_cannot_be_served_is_said_in_one_line(words, said, capsys, monkeypa
 
 def test_a_missing_gradio_is_named_with_its_cure(monkeypatch, capsys):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(demo, "serve", lambda *_: pytest.fail("it was served"))
     assert main(["demo"]) == 2
     assert capsys.readouterr().err == "flowturbo: error: the demo needs gradio: pip install 'flowturbo[demo]'\n"
+
+
+def test_a_name_in_a_request_makes_the_server_fetch_nothing(studio, tmp_path):
+    pytest.importorskip("gradio")
+    from flowturbo.demo_page import page
+
+    editors = [block for block in page(studio, 1.5).blocks.values() if block.get_block_name() == "imageeditor"]
+    assert len(editors) == 1
+    for name in ("https://127.0.0.1:1/a.png", "HTTP://127.0.0.1:1/a.png"):
+        with pytest.raises(ValueError, match="image must be uploaded, got an address"):
+            asyncio.run(editors[0].async_move_resource_to_block_cache(name))
 
 
 CHROMIUM = os.environ.get("FLOWTURBO_CHROMIUM") or shutil.which("chromium")
@@ -410,6 +434,9 @@ def test_a_visitors_way_through_the_page(model, page, tmp_path):
     choose(page, "plan-b", "E2")
     shown(page, "sampled-b", "E2", [3] * 10)
     assert page.locator("#error").count() == 0 or not page.locator("#error").inner_text()
+
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{page.url}gradio_api/file={tmp_path / 'said'}")
 
     # Paint over the middle of an image, and have it made anew.
     page.get_by_role("tab", name="Inpaint").click()
