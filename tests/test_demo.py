@@ -322,8 +322,8 @@ def served(folder: Path) -> Iterator[str]:
     ):
         try:
             assert process.stdout is not None
-            found = re.search(r"http://127\.0\.0\.1:\d+", line := process.stdout.readline())
-            assert found, line + (folder / "said").read_text()
+            found = next(filter(None, (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stdout)), None)
+            assert found, (folder / "said").read_text()
             yield found[0]
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30) == 0
@@ -341,7 +341,7 @@ def page(tmp_path):
         pytest.skip("chromium is not installed: apt-get install chromium")
     with served(tmp_path) as address, playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=CHROMIUM_FLAGS.split())
-        opened = browser.new_page(viewport={"width": 1280, "height": 640})
+        opened = browser.new_page(viewport={"width": 1280, "height": 720})
         opened.set_default_timeout(PATIENCE)
         asked: list[str] = []
         opened.on("request", lambda request: asked.append(request.url))
