@@ -309,6 +309,8 @@ CHROMIUM_FLAGS = """--headless --no-sandbox --disable-gpu --no-first-run --disab
     --disable-sync --disable-quic"""
 PATIENCE = 120_000
 """Milliseconds: for machines that do much else. Nothing waits so long but what fails."""
+TRIES = 5
+"""To paint: the page does not say when the editor has taken up an image, nor when it has sent what was painted."""
 
 
 @contextmanager
@@ -380,6 +382,7 @@ def choose(page, control: str, text: str) -> None:
 
 def kept_outside(page, image: np.ndarray, label: int) -> bool:
     """Paint over the middle and have it made anew: whether it is, by both plans, and all far from it is the image's own."""
+    page_errors = pytest.importorskip("playwright.sync_api")
     canvas = page.locator("#editor canvas").first
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
@@ -389,8 +392,12 @@ def kept_outside(page, image: np.ndarray, label: int) -> bool:
     page.mouse.move(box["x"] + 0.7 * box["width"], middle, steps=20)
     page.mouse.up()
     page.wait_for_timeout(1000)  # the editor sends what was painted a moment later
+    page.evaluate("document.querySelectorAll('#inpaint .ft-side').forEach(card => card.dataset.done = 'before')")
     page.locator("#change").click()
-    page.wait_for_function("document.querySelectorAll('#inpaint [data-done=true]').length < 2")
+    try:
+        page.wait_for_function("document.querySelectorAll('#inpaint [data-done=true]').length == 2", timeout=PATIENCE / TRIES)
+    except page_errors.TimeoutError:  # nothing was painted yet, says the page
+        return False
     far = []
     for side, plan in (("changed-a", "H1P5R3"), ("changed-b", "E2")):
         differs = (shown(page, side, plan, [label] * 10) != image).any(axis=(0, 3))
@@ -444,7 +451,7 @@ def test_a_visitors_way_through_the_page(model, page, tmp_path):
     page.locator("#editor canvas").first.wait_for()
     page.locator("#change").click()
     page.wait_for_function("document.querySelector('#error')?.textContent.includes('mask must choose at least one pixel')")
-    assert kept_outside(page, image, 3)
+    assert any(kept_outside(page, image, 3) for _ in range(TRIES))
 
     # The same of a photo, of which the model's size is cut.
     photo = tmp_path / "photo.png"
@@ -452,8 +459,8 @@ def test_a_visitors_way_through_the_page(model, page, tmp_path):
     page.locator("#editor input[type=file]").first.set_input_files(photo)
     with Image.open(photo) as opened:
         image = fitted(opened, 8)
-    page.wait_for_timeout(3000)
-    assert kept_outside(page, image, 3)
+    page.wait_for_timeout(3000)  # mostly enough, and quicker than another try
+    assert any(kept_outside(page, image, 3) for _ in range(TRIES))
 
     # The velocity.
     page.get_by_role("tab", name="Velocity").click()
