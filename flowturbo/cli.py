@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from . import info
+from .demo import Demo, run_demo
 from .encode import Encode, encode
 from .evaluate import Evaluate, InspectVelocity, evaluate, inspect_velocity
 from .fidelity import Fidelity, fidelity
@@ -74,6 +75,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "verify": (Verify, run_verify),
     "edit": (Edit, run_edit),
     "inpaint": (Inpaint, run_edit),
+    "demo": (Demo, run_demo),
     "train": (Train, train),
     "distill": (Distill, distill),
     "evaluate": (Evaluate, evaluate),

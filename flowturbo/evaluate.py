@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -445,37 +446,51 @@ class InspectVelocity:
 def inspect_velocity(settings: InspectVelocity) -> Path:
     """Measure the velocity along fine trajectories; returns the path of the plot, velocity.png.
 
-    velocity.json holds times (steps + 1); for each step the relative change |v(t + dt) - v(t)| / |v(t)|, and its rate (divided by
-    dt), each as mean and 10th and 90th percentile over the images; and for each of some reference times s the mean cosine of the
-    angle between v(t) and v(s).
+    velocity.json holds what `velocity_curve` finds.
     """
     need_matplotlib()
     model = load(settings.model, device=settings.device)
-    plan = Plan.parse(f"H{settings.steps}")
-    references = [round(s * settings.steps) for s in REFERENCE_TIMES]
-    changes, cosines = [], []
-    for first in tqdm(range(0, settings.images, settings.batch_size), disable=None, unit="batch"):
-        numbers = range(first, min(first + settings.batch_size, settings.images))
-        noise = rng.noise(model.latent_shape, settings.seed, numbers)
-        labels = torch.tensor(numbers) % model.num_classes
-        v = trajectory_velocities(model, plan, labels, noise, settings.guidance).flatten(2).double().cpu()
-        sizes = v.norm(dim=2)
-        if not sizes.all():
-            raise ValueError(f"model {settings.model!r} has a velocity of zero: is it trained?")
-        changes.append((v[1:] - v[:-1]).norm(dim=2) / sizes[:-1])
-        cosines.append(torch.stack([torch.cosine_similarity(v, v[k : k + 1], dim=2) for k in references]))
-    change, cosine = torch.cat(changes, dim=1), torch.cat(cosines, dim=2).mean(dim=2)
+    asked = dataclasses.asdict(settings)
+    measured = {name: asked[name] for name in ("guidance", "steps", "images", "batch_size", "seed")}
     results = {
-        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE},
+        "settings": {k: v for k, v in asked.items() if k not in _FREE},
         "environment": environment(model.device, model.dtype),
-        "times": list(plan.grid),
-        "change": _spread(change),
-        "rate": _spread(change * settings.steps),
-        "cosine": {f"{plan.grid[k]:g}": row.tolist() for k, row in zip(references, cosine, strict=True)},
+        **velocity_curve(model, **measured, progress=sys.stderr.isatty()),
     }
     write_text(settings.out / "velocity.json", json.dumps(results, indent=1) + "\n")
     plot_velocity(results, settings.out / "velocity.png")
     return settings.out / "velocity.png"
+
+
+def velocity_curve(
+    model: FlowModel, *, guidance: float, steps: int, images: int, batch_size: int, seed: int = 0, progress: bool = False
+) -> dict[str, Any]:
+    """How the velocity changes along trajectories of `steps` Heun steps, as `plot_velocity` draws it.
+
+    times (steps + 1); for each step change, |v(t + dt) - v(t)| / |v(t)|, and rate, that divided by dt, each as mean and 10th and
+    90th percentile over the images; and cosine: for each of some reference times s the mean cosine of the angle between v(t) and
+    v(s). Image i is of class i % (number of classes), and its noise a function of (seed, i). ValueError where a velocity is zero.
+    """
+    plan = Plan.parse(f"H{steps}")
+    references = [round(s * steps) for s in REFERENCE_TIMES]
+    changes, cosines = [], []
+    for first in tqdm(range(0, images, batch_size), disable=not progress, unit="batch"):
+        numbers = range(first, min(first + batch_size, images))
+        noise = rng.noise(model.latent_shape, seed, numbers)
+        labels = torch.tensor(numbers) % model.num_classes
+        v = trajectory_velocities(model, plan, labels, noise, guidance).flatten(2).double().cpu()
+        sizes = v.norm(dim=2)
+        if not sizes.all():
+            raise ValueError("the model has a velocity of zero: is it trained?")
+        changes.append((v[1:] - v[:-1]).norm(dim=2) / sizes[:-1])
+        cosines.append(torch.stack([torch.cosine_similarity(v, v[k : k + 1], dim=2) for k in references]))
+    change, cosine = torch.cat(changes, dim=1), torch.cat(cosines, dim=2).mean(dim=2)
+    return {
+        "times": list(plan.grid),
+        "change": _spread(change),
+        "rate": _spread(change * steps),
+        "cosine": {f"{plan.grid[k]:g}": row.tolist() for k, row in zip(references, cosine, strict=True)},
+    }
 
 
 def _spread(values: Tensor) -> dict[str, list[float]]:

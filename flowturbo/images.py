@@ -164,9 +164,14 @@ def read_image(path: str | os.PathLike[str], size: int) -> np.ndarray:
     """
     with _opened(path) as image:
         try:
-            return square(_rgb(_upright(image)), size)
+            return fitted(image, size)
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{path} is no whole image: {error or type(error).__name__}") from error
+
+
+def fitted(image: Image.Image, size: int) -> np.ndarray:
+    """An image of any kind and size -> (size, size, 3) uint8, as `read_image` makes it."""
+    return square(_rgb(_upright(image)), size)
 
 
 def read_mask(path: str | os.PathLike[str], size: int, of: str | os.PathLike[str]) -> np.ndarray:

@@ -30,8 +30,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class Model:
-    """Which model runs, and how."""
+class Weights:
+    """Which model is loaded, and how."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])] = "digits"
     """A .pt, .pth or .safetensors file with SiT's keys, or "digits"; or folder or hub name of a diffusers pipeline of SD3, FLUX or
@@ -42,6 +42,22 @@ class Model:
     """The extrapolating refiner's file, for plans with X steps; the bundled model brings its own."""
     vae: str | None = None
     """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels"; left out: what the model's file names."""
+    heads: int | None = None
+    """Attention heads, for checkpoints of an unpublished width."""
+    convention: Literal["auto", "sit", "repa", "2-rf"] = "auto"
+    """"repa" for checkpoints whose time runs backwards, "2-rf" for a Stable Diffusion pipeline with 2-RF's UNet."""
+    device: str | None = None
+    """"cuda" or "cpu"; left out: a GPU if there is one."""
+    dtype: Dtype | None = None
+    """Left out: bfloat16 on a GPU, float32 on the CPU."""
+    quantize: Literal["fp8"] | None = None
+    """"fp8" for the predictor's products in e4m3: faster on recent GPUs, and slightly other images."""
+
+
+@dataclass(frozen=True)
+class Model(Weights):
+    """Which model runs, and how."""
+
     plan: str | None = None
     """Steps in order, a letter with a count each: H Heun, P pseudo corrector, R refiner, S refiner after equation 7, E Euler,
     A, B, C Adams-Bashforth of order 2, 3, 4. Or a .json file with a plan that `tune` found, of L, M and X steps. Left out: H1P5R3,
@@ -60,22 +76,12 @@ class Model:
     """Image i draws its noise from (seed, i) alone."""
     batch_size: Annotated[int | None, tyro.conf.arg(aliases=["--per-proc-batch-size"])] = None
     """Images at a time; left out: all."""
-    heads: int | None = None
-    """Attention heads, for checkpoints of an unpublished width."""
-    convention: Literal["auto", "sit", "repa", "2-rf"] = "auto"
-    """"repa" for checkpoints whose time runs backwards, "2-rf" for a Stable Diffusion pipeline with 2-RF's UNet."""
     prompts: tuple[str, ...] = ()
     """What to show, of models that read text."""
     negative: str | None = None
     """What not to show, of models guided by it (SD3, 2-RF)."""
     image_size: int | None = None
     """Height and width, of models that read text; left out: the model's own."""
-    device: str | None = None
-    """"cuda" or "cpu"; left out: a GPU if there is one."""
-    dtype: Dtype | None = None
-    """Left out: bfloat16 on a GPU, float32 on the CPU."""
-    quantize: Literal["fp8"] | None = None
-    """"fp8" for the predictor's products in e4m3: faster on recent GPUs, and slightly other images."""
 
 
 def _loaded(settings: Model) -> tuple[FlowModel, Plan, dict[str, Any]]:
@@ -83,7 +89,7 @@ def _loaded(settings: Model) -> tuple[FlowModel, Plan, dict[str, Any]]:
 
     if settings.plan is not None:  # nonsense is told before anything is loaded
         _plan(settings, settings.plan, 1.0)
-    model = _pipeline(settings) if is_pipeline(settings.model) else _checkpoint(settings)
+    model = _pipeline(settings) if is_pipeline(settings.model) else load_checkpoint(settings)
     text = settings.plan or ("H1P5" if model.refiner is None else "H1P5R3")
     options = dict(
         guidance=settings.guidance,
@@ -107,7 +113,8 @@ def _plan(settings: Model, text: str, own_shift: float) -> Plan:
     return Plan.parse(text, grid=settings.grid, shift=shift, guidance_interval=settings.guidance_interval)
 
 
-def _checkpoint(settings: Model) -> FlowModel:
+def load_checkpoint(settings: Weights) -> FlowModel:
+    """A model of classes, of the settings' files."""
     _only("a text-to-image pipeline", settings, "prompts", "negative", "image_size")
     if settings.convention == "2-rf":
         raise ValueError("convention '2-rf' is for a pipeline as model")
@@ -141,7 +148,7 @@ def _pipeline(settings: Model) -> FlowModel:
     )
 
 
-def _only(what: str, settings: Model, *names: str) -> None:
+def _only(what: str, settings: Weights, *names: str) -> None:
     for name in names:
         if getattr(settings, name, None) not in (None, ()):
             raise ValueError(f"{name} is for {what}, which {settings.model!r} is not")

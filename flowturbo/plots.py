@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import IO, Any
 
 from .files import atomic_write
 from .metrics import pareto_front
@@ -174,8 +175,9 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def plot_velocity(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """The results of `inspect_velocity` as a PNG: how fast the velocity changes, and the angle to it at other times."""
+def plot_velocity(results: Mapping[str, Any], path: str | os.PathLike[str] | IO[bytes]) -> None:
+    """The results of `velocity_curve` as a PNG, a file or written to one: how fast the velocity changes, and its angle to itself at
+    other times."""
     need_matplotlib()
     from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure
@@ -208,10 +210,10 @@ def plot_velocity(results: Mapping[str, Any], path: str | os.PathLike[str]) -> N
         _save(figure, path)
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+def _save(figure: Any, path: str | os.PathLike[str] | IO[bytes]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with atomic_write(path) as file:
+    with atomic_write(path) if isinstance(path, str | os.PathLike) else nullcontext(path) as file:
         FigureCanvasAgg(figure).print_png(file)
 
 

@@ -134,7 +134,19 @@ def test_these_laws_can_be_broken(tmp_path, sources, file, line, breaks):
     assert (set(broken_laws(graph(tmp_path))) > set(broken_laws(graph()))) == breaks
 
 
-HEAVY = ["triton", "cupy", "sklearn", "scipy", "matplotlib", "diffusers", "transformers", "tensorboard", "tyro", "torch._dynamo"]
+HEAVY = [
+    "triton",
+    "cupy",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "diffusers",
+    "transformers",
+    "tensorboard",
+    "tyro",
+    "gradio",
+    "torch._dynamo",
+]
 
 
 @pytest.mark.parametrize("package", [PACKAGE, KERNELS])
