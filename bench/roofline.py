@@ -77,7 +77,7 @@ def plan_floor(plan: Plan, predictor: SiTConfig, refiner: SiTConfig, batch: int,
     longer; adaLN's products once for all times, labels and the null class."""
     total = 0.0
     for config, refines in ((predictor, False), (refiner, True)):
-        calls = [call for call in plan.calls if (call.network != "predictor") == refines]
+        calls = [call for call in plan.calls if call.refiner == refines]
         rows = [batch * (2 if call.guided else 1) for call in calls]
         conditions = len({call.t for call in calls}) * (batch + 1)
         trunk, conditioning = config.trunk_macs(), config.conditioning_macs()

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from . import __version__
-from .models import MODELS
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -45,15 +44,6 @@ def file_digest(path: str | os.PathLike[str] | None) -> str | None:
         while piece := file.read(1 << 22):
             hashed.update(piece)
     return hashed.hexdigest()
-
-
-def model_digests(model: str | os.PathLike[str], **parts: str | os.PathLike[str] | None) -> dict[str, str | None]:
-    """SHA-256 of a model's files, by "predictor_sha256" and so on. parts: those of its refiners; a bundled model brings its own."""
-    bundled = MODELS.get(str(model))
-    found = {"predictor_sha256": file_digest(bundled.predictor if bundled else model)}
-    for part, path in parts.items():
-        found[f"{part}_sha256"] = file_digest(getattr(bundled, part) if bundled and path is None else path)
-    return found
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], parts: Iterable[str]) -> list[str]:

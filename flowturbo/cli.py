@@ -19,7 +19,6 @@ from .fidelity import Fidelity, fidelity
 from .latency import Bench, bench
 from .models import checkpoint
 from .pictures import Dtype, Edit, Inpaint, Sample, Verify, dtype_of, run_edit, run_sample, run_verify
-from .plan import Part
 from .train import Distill, Train, distill, train
 from .tune import Tune, tune
 
@@ -40,7 +39,7 @@ class Convert:
     """The .pt, .pth or .safetensors file."""
     target: tyro.conf.Positional[Path]
     """The .safetensors file to write."""
-    role: Part = "predictor"
+    role: Literal["predictor", "refiner"] = "predictor"
     """What the source is."""
     heads: int | None = None
     """Attention heads, for checkpoints of an unpublished width."""

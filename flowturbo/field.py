@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from flowturbo_kernels import guide, guided_update, refiner_forward, trusted
 from .models import AdaptiveNetwork, FlowModel, Network, VelocityFunction
 from .models.prompted import Conditions, PromptModel
 from .models.sit import SiT
-from .plan import Part, Plan
+from .plan import Plan
 from .steps import Field, Move
 
 _HOISTED_BYTES = 256 << 20
@@ -25,43 +25,30 @@ class GuidedField(Field):
 
     guidance: a number, a tensor (N, 1, 1, 1), or None for none. Under guidance every velocity has 2N rows, the conditional half
     first, each half with its own cache (public code). Outside the plan's guidance interval only the conditional half is evaluated
-    and stands for both. In plans with X steps 2N more rows follow, both halves as they were before guidance: those are what an
-    extrapolating refiner reads and corrects, so that it need not know the scale.
+    and stands for both.
     """
-
-    keeps = False
-    """Whether velocities have those rows."""
 
     def __init__(self, model: FlowModel, plan: Plan, labels: Tensor, guidance: float | Tensor | None, channels: int) -> None:
         self.model, self.plan, self.guidance, self.channels = model, plan, guidance, channels
         self.labels: Any = labels
         self.both_labels: Any = labels if guidance is None else torch.cat([labels, torch.full_like(labels, model.null_class or 0)])
-        self.keeps = guidance is not None and plan.cost.extrapolator > 0
 
     def predict(self, x: Tensor, t: float) -> Tensor:
-        return self._finished(x, t, self._run(self.model.predictor, x, t, None))
+        return self._whole(x, self._guided(self._run(self.model.predictor, x, t, None), t))
 
     def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
-        return self._finished(x, t, self._run(self._network("refiner"), x, t, self._read(x, t, v)))
-
-    def correct(self, x: Tensor, t: float, v: Tensor, change: Tensor) -> Tensor:
-        return self._finished(x, t, self._run(self._network("extrapolator"), x, t, self._unguided(x, t, v, change)))
+        return self._whole(x, self._guided(self._run(self._refiner(), x, t, self._read(x, t, v)), t))
 
     def predict_and_move(self, x: Tensor, t: float, move: Move) -> tuple[Tensor, Tensor]:
         return self._move(self._run(self.model.predictor, x, t, None), x, t, None, move)
 
     def refine_and_move(self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move) -> tuple[Tensor, Tensor]:
-        return self._refined(self._network("refiner"), x, t, self._read(x, t, read), base, move)
+        return self._move(self._run(self._refiner(), x, t, self._read(x, t, read)), x, t, base, move)
 
-    def correct_and_move(self, x: Tensor, t: float, v: Tensor, change: Tensor, move: Move) -> tuple[Tensor, Tensor]:
-        return self._refined(self._network("extrapolator"), x, t, self._unguided(x, t, v, change), v, move)
-
-    def _refined(self, network: Network, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move) -> tuple[Tensor, Tensor]:
-        return self._move(self._run(network, x, t, read), x, t, base, move)
-
-    def _network(self, part: Part) -> Network:
-        self.model.allow(self.plan)
-        return cast(Network, getattr(self.model, part))
+    def _refiner(self) -> Network:
+        if self.model.refiner is None:
+            raise ValueError("this plan has refiner steps, but the model was loaded without a refiner")
+        return self.model.refiner
 
     def _scale(self, t: float) -> float | Tensor | None:
         """Guidance at time t."""
@@ -69,33 +56,22 @@ class GuidedField(Field):
 
     def _read(self, x: Tensor, t: float, v: Tensor) -> Tensor:
         """The rows of v (N or 2N) that a call at time t reads."""
-        return v[: len(x) if self._scale(t) is None else 2 * len(x)]
+        return v if self._scale(t) is not None else v[: len(x)]
 
-    def _unguided(self, x: Tensor, t: float, *velocities: Tensor) -> Tensor:
-        """The same rows of velocities as they were before guidance, channel after channel."""
-        first = 2 * len(x) if self.keeps else 0
-        return torch.cat([self._read(x, t, v[first:]) for v in velocities], dim=1)
-
-    def _finished(self, x: Tensor, t: float, raw: Tensor) -> Tensor:
-        """A velocity or an offset of a network's output."""
+    def _guided(self, raw: Tensor, t: float) -> Tensor:
         scale = self._scale(t)
-        return self._whole(x, raw if scale is None else guide(raw, scale, self.channels), raw)
+        return raw if scale is None else guide(raw, scale, self.channels)
 
-    def _whole(self, x: Tensor, v: Tensor, raw: Tensor) -> Tensor:
-        """v and, where they are kept, its halves before guidance, each twice if it stands for both."""
-        parts = [v, raw] if self.keeps else [v]
-        if self.guidance is not None and len(v) == len(x):
-            parts = [half for part in parts for half in (part, part)]
-        return torch.cat(parts) if len(parts) > 1 else v
+    def _whole(self, x: Tensor, v: Tensor) -> Tensor:
+        """v with both halves, where guidance is asked and only one was evaluated."""
+        return torch.cat([v, v]) if self.guidance is not None and len(v) == len(x) else v
 
     def _move(self, raw: Tensor, x: Tensor, t: float, base: Tensor | None, move: Move) -> tuple[Tensor, Tensor]:
         """Guidance, base and move in one operation."""
-        known = None if base is None else self._read(x, t, base)
+        base = None if base is None else self._read(x, t, base)
         scale = self._scale(t)
-        moved, v = guided_update(move.origin, raw, scale, self.channels, move.weight, known, move.velocities, move.weights)
-        if self.keeps and base is not None:
-            raw = raw + self._unguided(x, t, base)
-        return moved, self._whole(x, v, raw)
+        moved, v = guided_update(move.origin, raw, scale, self.channels, move.weight, base, move.velocities, move.weights)
+        return moved, self._whole(x, v)
 
     def _run(self, network: Network, x: Tensor, t: float, v: Tensor | None) -> Tensor:
         """The network's output, with as many rows as it has labels, in the solver's dtype, which is float32 or wider."""
@@ -119,29 +95,22 @@ class HoistedField(GuidedField):
     def __init__(self, model: FlowModel, plan: Plan, labels: Tensor, guidance: float | Tensor | None, channels: int) -> None:
         super().__init__(model, plan, labels, guidance, channels)
         null = None if guidance is None else model.null_class
-        parts = {part: getattr(model, part) for part in get_args(Part)}
         self._modulations = {
-            id(network): _Modulations(network, [c.t for c in plan.calls if c.network == part], labels, null, model.dtype)
-            for part, network in parts.items()
+            id(network): _Modulations(network, [c.t for c in plan.calls if c.refiner == refines], labels, null, model.dtype)
+            for network, refines in ((model.predictor, False), (model.refiner, True))
             if isinstance(network, AdaptiveNetwork)
         }
-        self._weights = {
-            id(network): network.refiner_weights()
-            for part, network in parts.items()
-            if part != "predictor" and isinstance(network, SiT)
-        }
+        self._weights = model.refiner.refiner_weights() if isinstance(model.refiner, SiT) else None
 
-    def _refined(self, network: Network, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move) -> tuple[Tensor, Tensor]:
-        weights = self._weights.get(id(network))
-        # The CPU's references would only take longer in one piece, and that piece gives no velocity from before guidance.
-        if weights is None or not x.is_cuda or self.keeps:
-            return super()._refined(network, x, t, read, base, move)
-        modulations = self._modulations[id(network)].at(t, self._scale(t) is not None)
+    def refine_and_move(self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move) -> tuple[Tensor, Tensor]:
+        if self._weights is None or not x.is_cuda:  # the CPU's references would only take longer in one piece
+            return super().refine_and_move(x, t, read, base, move)
+        modulations = self._modulations[id(self.model.refiner)].at(t, self._scale(t) is not None)
         moved, v = refiner_forward(
-            weights, modulations, x, read, self._scale(t), self.channels, move.weight,
+            self._weights, modulations, x, self._read(x, t, read), self._scale(t), self.channels, move.weight,
             move.origin, self._read(x, t, base), move.velocities, move.weights,
         )  # fmt: skip
-        return moved, self._whole(x, v, v)
+        return moved, self._whole(x, v)
 
     def _run(self, network: Network, x: Tensor, t: float, v: Tensor | None) -> Tensor:
         assert isinstance(network, AdaptiveNetwork)
@@ -169,7 +138,8 @@ def field_of(model: FlowModel, plan: Plan, conditions: Conditions, guidance: flo
     if isinstance(model, PromptModel):
         return PromptField(model, plan, conditions, guidance, channels)
     labels = conditions["labels"]
-    hoisted = all(isinstance(network, AdaptiveNetwork) for network in model.networks())
+    networks = [model.predictor] + ([] if model.refiner is None else [model.refiner])
+    hoisted = all(isinstance(network, AdaptiveNetwork) for network in networks)
     return (HoistedField if hoisted else GuidedField)(model, plan, labels, guidance, channels)
 
 

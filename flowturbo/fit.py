@@ -34,7 +34,7 @@ Advance = Callable[[float], object]
 def weighted(plan: Plan, order: int) -> Plan:
     """A plan of L and M steps with weights for all velocities there are: those of Adams-Bashforth of that order, and zeros."""
     if set(plan.letters) - set(FITTED):
-        raise ValueError(f"plan must be of {', '.join(FITTED)} steps alone, got {plan}")
+        raise ValueError(f"plan must be of {' and '.join(FITTED)} steps alone, got {plan}")
     if len(plan) > MAX_PAST + 1:
         raise ValueError(f"plan must have at most {MAX_PAST + 1} steps to use every velocity in each, got {len(plan)}")
     rows = []
@@ -130,7 +130,7 @@ def _derivatives(plan: Plan, batch: Batch, states: list[State], advance: Advance
     end, found = states[-1].x, []
 
     def by(change: float, changed: Plan, first: int, start: State) -> Tensor:
-        advance(len(end) * changed.cost.predictor * (len(plan) - first) / len(plan))
+        advance(len(end) * sum(not c.refiner for c in changed.calls) * (len(plan) - first) / len(plan))
         return (_states(changed, batch, first, start)[-1].x - end) / change
 
     for i in range(1, len(plan)):

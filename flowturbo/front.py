@@ -16,8 +16,7 @@ def group(row: Row) -> str:
     """What a row is called in the table and the plot."""
     letters = row["record"]["letters"]
     if row["how"] == "fitted":
-        more = {"M": ", with the refiner", "X": ", extrapolated"}
-        return "fitted" + next((text for letter, text in more.items() if letter in letters), "")
+        return "fitted, with refiner steps" if row["refiner_calls"] else "fitted"
     if row["how"] == "searched":
         return "unfitted, searched"
     if row["how"] != "published":

@@ -134,7 +134,6 @@ def _settings(
         "shard_size": shard_size,
         "predictor": _digest(model.predictor),
         "refiner": _digest(model.refiner) if job.plan.cost.refiner else None,
-        "extrapolator": _digest(model.extrapolator) if job.plan.cost.extrapolator else None,
         "vae": _digest(model.vae),
         "dtype": str(model.dtype).removeprefix("torch."),
         "float32_products": job.precision,

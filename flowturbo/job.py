@@ -111,7 +111,8 @@ class Job:
             raise ValueError(f"output must be 'latents' or 'uint8', got {output!r}")
         if output == "uint8" and model.vae is None:
             raise ValueError("output='uint8' needs a model that was loaded with a vae")
-        model.allow(plan)
+        if plan.cost.refiner and model.refiner is None:
+            raise ValueError(f"plan {plan} has refiner steps, but the model was loaded without refiner=")
         guided = model.guided(finite("guidance", guidance))
         channels = model.latent_shape[0]
         if guidance_channels is None:
@@ -134,7 +135,7 @@ class Job:
 
     def can_be_captured(self, model: FlowModel) -> bool:
         """Whether the device can, and the model's parts are known to do the same work whatever the images."""
-        parts = *model.networks(), model.vae if self.output == "uint8" else None
+        parts = model.predictor, model.refiner, model.vae if self.output == "uint8" else None
         known = all(part is None or isinstance(part, AdaptiveNetwork | PromptNetwork | Pixels | DiffusersVAE) for part in parts)
         return known and model.captures.possible(model.device)
 
@@ -168,7 +169,7 @@ class Job:
         size = len(inputs["noise"])
         if self.guided:
             inputs = {**inputs, "guidance": self._scales(model, size, guidance)}
-        parts = *model.networks(), getattr(model.vae, "network", None) if self.output == "uint8" else None
+        parts = model.predictor, model.refiner, getattr(model.vae, "network", None) if self.output == "uint8" else None
         modules = [part for part in parts if isinstance(part, nn.Module)]
         return Key(self.taking(inputs), size), functools.partial(self.execute, model), inputs, modules
 

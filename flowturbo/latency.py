@@ -44,8 +44,6 @@ class Bench:
     """A .pt, .pth or .safetensors file with SiT's keys, "digits", or a size such as "SiT-XL/2": random weights."""
     refiner: str | None = None
     """The refiner's file; the bundled model and random weights bring their own."""
-    extrapolator: str | None = None
-    """The extrapolating refiner's file, for plans with X steps; the bundled model and random weights bring their own."""
     vae: str | None = None
     """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels"; left out: what the model's file names."""
     image_size: int = 256
@@ -262,12 +260,11 @@ def _model(settings: Bench) -> FlowModel:
     if settings.dtype:
         options["dtype"] = getattr(torch, settings.dtype)
     if settings.model not in SIT_CONFIGS:
-        return load(settings.model, settings.refiner, settings.vae, extrapolator=settings.extrapolator, **options)
-    for name in ("refiner", "extrapolator"):
-        if (given := getattr(settings, name)) is not None:
-            raise ValueError(f"{name} must be left out for random weights, got {given!r}")
-    predictor, refiner, extrapolator = untrained(settings.model, settings.image_size, choose_device(settings.device))
-    return load(predictor, refiner, settings.vae, extrapolator=extrapolator, **options)
+        return load(settings.model, settings.refiner, settings.vae, **options)
+    if settings.refiner is not None:
+        raise ValueError(f"refiner must be left out for random weights, got {settings.refiner!r}")
+    predictor, refiner = untrained(settings.model, settings.image_size, choose_device(settings.device))
+    return load(predictor, refiner, settings.vae, **options)
 
 
 @torch.no_grad()
@@ -286,13 +283,13 @@ def _quantized(model: FlowModel) -> float:
         return float((model.predictor(x, t, labels).double() - plain).norm() / plain.norm())
 
 
-def untrained(name: str, image_size: int, device: torch.device) -> tuple[SiT, SiT, SiT]:
-    """A predictor of that size and its refiners, with random weights: none is zero, which would be multiplied faster."""
+def untrained(name: str, image_size: int, device: torch.device) -> tuple[SiT, SiT]:
+    """A predictor of that size and its refiner, with random weights: none is zero, which would be multiplied faster."""
     config = SIT_CONFIGS[name]
     if image_size < 8 * config.patch or image_size % (8 * config.patch):
         raise ValueError(f"image_size must be a multiple of {8 * config.patch} for {name}, got {image_size}")
     config = SiTConfig(**{**asdict(config), "side": image_size // 8})
-    return filled(config, device, 0), filled(config.refiner(), device, 1), filled(config.extrapolator(), device, 2)
+    return filled(config, device, 0), filled(config.refiner(), device, 1)
 
 
 def filled(config: SiTConfig, device: torch.device, seed: int) -> SiT:

@@ -92,7 +92,7 @@ class Refinement:
         t = draws.uniform().to(data)
         drop = draws.uniform() < self.label_drop
         if self.embedded:
-            y = {**cast(Conditions, y), "embedded_guidance": _scale(self.guidance, data, draws).flatten()}
+            y = {**cast(Conditions, y), "embedded_guidance": self._scale(data, draws)}
         dropped = with_null(y, self.null, drop)
         if isinstance(y, Tensor):
             drop = cast(Tensor, dropped == self.null)  # some may have no label from the start
@@ -111,6 +111,10 @@ class Refinement:
         offset = network(x, later, cast(Any, dropped), v)
         return (offset + v - target).square().mean()
 
+    def _scale(self, x: Tensor, draws: Draws) -> Tensor:
+        low, high = self.guidance
+        return low + (high - low) * draws.uniform().to(x)
+
     def _cached_velocity(
         self, x: Tensor, t: Tensor, y: Labels, dropped: Labels, drop: Tensor, draws: Draws
     ) -> tuple[Tensor, Tensor]:
@@ -118,82 +122,10 @@ class Refinement:
         if self.guidance[1] == 1 or self.embedded:
             v = self.teacher(x, t, dropped if self.drop_before else y)
             return v, v
-        both = _both_halves(self.teacher, x, t, y, self.null)
-        guided = guide(both, _scale(self.guidance, x, draws), self.guidance_channels)
-        return guided[: len(x)], _own_half(guided, drop)  # x always moves by the conditional half
-
-
-@dataclass(frozen=True)
-class Extrapolation:
-    """The objective of an extrapolating refiner, which is not the paper's.
-
-    A frozen predictor is called at two times of a solution, D1 ~ U(0, delta_max) apart. The refiner is called later still, by
-    D2 ~ U(0, MOST_AHEAD) * D1, where two Adams-Bashforth steps have brought x; it reads x, the last of the two velocities and the
-    change that the line through both adds to it until then, and learns the offset from that last velocity to the predictor's.
-    Every row is of one half of guidance, the unconditional one with probability `label_drop`, and reads that half's own
-    velocities, from before guidance; so the refiner serves any guidance scale. guidance = (low, high) makes x move by guided
-    velocities, with a scale s ~ U(low, high) for each row, as it does in sampling.
-    null: the null class.
-    """
-
-    teacher: Callable[[Tensor, Tensor, Any], Tensor]
-    null: int
-    guidance_channels: int
-    label_drop: float = 0.1
-    delta_max: float = 0.12
-    guidance: tuple[float, float] = (1.0, 1.0)
-
-    def __call__(self, network: Network, data: Tensor, y: Tensor, draws: Draws) -> Tensor:
-        """data (N, C, H, W), y (N,) -> the loss, a scalar."""
-        x0 = draws.normal(data.shape[1:]).to(data)
-        drop = draws.uniform() < self.label_drop
-        gap = self.delta_max * draws.uniform().to(data).clamp(min=LEAST_GAP)
-        ratio = MOST_AHEAD * draws.uniform().to(data)
-        ahead = ratio * gap
-        t = draws.uniform().to(data) * (1 - gap - ahead).clamp(min=0)
-        scale = _scale(self.guidance, data, draws)
-        dropped = cast(Tensor, with_null(y, self.null, drop))
-        drop = dropped == self.null  # some may have no label from the start
-
-        def times(factor: Tensor, v: Tensor) -> Tensor:
-            return factor.view(-1, 1, 1, 1) * v
-
-        with torch.no_grad():
-            x = on_path(data, x0, t)
-            first = _both_halves(self.teacher, x, t, y, self.null)
-            before = guide(first, scale, self.guidance_channels)[: len(x)]
-            x = x + times(gap, before)
-            last = _both_halves(self.teacher, x, t + gap, y, self.null)
-            moving = guide(last, scale, self.guidance_channels)[: len(x)]
-            x = x + times(ahead, moving + times(ratio / 2, moving - before))
-            target = self.teacher(x, t + gap + ahead, dropped)
-            v = _own_half(last, drop)
-            change = times(ratio, v - _own_half(first, drop))
-        offset = network(x, t + gap + ahead, dropped, torch.cat([v, change], dim=1))
-        return (offset + v - target).square().mean()
-
-
-MOST_AHEAD = 1.6
-"""How far beyond the last velocity the refiner is called, at most, in steps of the last two."""
-LEAST_GAP = 0.05
-"""Of delta_max: over shorter steps the change of velocity is rounding."""
-
-
-def _scale(guidance: tuple[float, float], x: Tensor, draws: Draws) -> Tensor:
-    """A guidance scale for each row, (N, 1, 1, 1)."""
-    low, high = guidance
-    return (low + (high - low) * draws.uniform().to(x)).view(-1, 1, 1, 1)
-
-
-def _both_halves(
-    teacher: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, t: Tensor, y: Labels, null: int | Conditions
-) -> Tensor:
-    """The teacher's velocities with the labels, then without, (2N, C, H, W)."""
-    nothing = with_null(y, null, torch.ones(len(x), dtype=torch.bool))
-    return teacher(torch.cat([x, x]), torch.cat([t, t]), joined(y, nothing))
-
-
-def _own_half(both: Tensor, drop: Tensor) -> Tensor:
-    """Of each row the half that it stands for: the second where its label is dropped."""
-    conditional, unconditional = both.chunk(2)
-    return torch.where(drop.to(both.device).view(-1, 1, 1, 1), unconditional, conditional)
+        scale = self._scale(x, draws)
+        null = with_null(y, self.null, torch.ones_like(drop))
+        both = self.teacher(torch.cat([x, x]), torch.cat([t, t]), joined(y, null))
+        guided = guide(both, scale.view(-1, 1, 1, 1), self.guidance_channels)
+        conditional, unconditional = guided.chunk(2)
+        cached = torch.where(drop.to(x.device).view(-1, 1, 1, 1), unconditional, conditional)
+        return conditional, cached  # x always moves by the conditional half

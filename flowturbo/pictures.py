@@ -38,8 +38,6 @@ class Weights:
     2-RF, which makes images from --prompts."""
     refiner: str | None = None
     """The refiner's file, for a pipeline its folder; the bundled model brings its own."""
-    extrapolator: str | None = None
-    """The extrapolating refiner's file, for plans with X steps; the bundled model brings its own."""
     vae: str | None = None
     """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels"; left out: what the model's file names."""
     heads: int | None = None
@@ -60,8 +58,8 @@ class Model(Weights):
 
     plan: str | None = None
     """Steps in order, a letter with a count each: H Heun, P pseudo corrector, R refiner, S refiner after equation 7, E Euler,
-    A, B, C Adams-Bashforth of order 2, 3, 4. Or a .json file with a plan that `tune` found, of L, M and X steps. Left out: H1P5R3,
-    or H1P5 where there is no refiner."""
+    A, B, C Adams-Bashforth of order 2, 3, 4. Or a .json file with a plan that `tune` found. Left out: H1P5R3, or H1P5 where there
+    is no refiner."""
     guidance: Annotated[float, tyro.conf.arg(aliases=["--cfg-scale"])] = 1.5
     """Guidance scale; 1 is none."""
     guidance_channels: int | None = None
@@ -127,12 +125,11 @@ def load_checkpoint(settings: Weights) -> FlowModel:
         dtype=dtype_of(settings.dtype),
         convention=settings.convention,
         quantize=settings.quantize,
-        extrapolator=settings.extrapolator,
     )
 
 
 def _pipeline(settings: Model) -> FlowModel:
-    _only("a model of classes", settings, "labels", "heads", "quantize", "extrapolator")
+    _only("a model of classes", settings, "labels", "heads", "quantize")
     if settings.convention not in ("auto", "2-rf"):
         raise ValueError(f"convention must be 'auto' or '2-rf' for a pipeline, got {settings.convention!r}")
     if not settings.prompts:
@@ -177,7 +174,7 @@ def _write(out: Path, images: Tensor, labels: Sequence[int] | Sequence[str], bef
 
 def _said(out: Path, count: int, plan: Plan) -> str:
     cost = plan.cost
-    return f"{out}: {count} images by {plan} ({cost.predictor} predictor and {cost.refining} refiner calls)"
+    return f"{out}: {count} images by {plan} ({cost.predictor} predictor and {cost.refiner} refiner calls)"
 
 
 @dataclass(frozen=True)
@@ -223,7 +220,7 @@ def _sample_set(settings: Sample) -> str:
     with workers(settings.device) as device:
         model, plan, options = _loaded(replace(settings, device=str(device)))
         labels = _labels(settings, model)
-        names = {name: getattr(settings, name) for name in ("model", "refiner", "extrapolator", "vae")}
+        names = {"model": settings.model, "refiner": settings.refiner, "vae": settings.vae}
         about = {name: Path(value).name if value and Path(value).exists() else value for name, value in names.items()}
         about |= {"label_rule": settings.label_rule, "labels": "given" if settings.labels else "all"}
         del options["output"]

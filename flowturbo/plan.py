@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -12,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,42 +23,21 @@ from .steps import FITTED, MAX_PAST, STEPS, Field, Multistep, NoCachedVelocity, 
 MAX_STEPS = 1000
 
 
-Part = Literal["predictor", "refiner", "extrapolator"]
-"""The networks of a model: the refiner of R, S and M steps, and the extrapolating refiner of X steps."""
-
-
 class Call(NamedTuple):
-    """One evaluation of a network, at time t, with both halves when guidance is asked or one."""
+    """One evaluation of a network: of the predictor or the refiner, at time t, with both halves when guidance is asked or one."""
 
-    network: Part
+    refiner: bool
     t: float
     guided: bool
 
 
 class Cost(NamedTuple):
-    """Calls of a plan, of each network, and how many of each run with both halves when guidance is asked."""
+    """Calls of a plan: of the predictor, of the refiner, and how many of each run with both halves when guidance is asked."""
 
     predictor: int
     refiner: int
-    extrapolator: int
     guided_predictor: int
     guided_refiner: int
-    guided_extrapolator: int
-
-    @property
-    def refining(self) -> int:
-        """Calls of refiners of either kind."""
-        return self.refiner + self.extrapolator
-
-    @property
-    def calls(self) -> int:
-        """Of all networks."""
-        return self.predictor + self.refining
-
-    @property
-    def guided(self) -> int:
-        """Calls with both halves, of all networks."""
-        return self.guided_predictor + self.guided_refiner + self.guided_extrapolator
 
 
 @dataclass(frozen=True)
@@ -67,13 +45,13 @@ class Plan:
     """A sequence of steps on a time grid from 0 (noise) to 1 (data).
 
     letters: one letter a step, each in STEPS: H Heun, P pseudo corrector, R refiner, S refiner after the paper's equation 7,
-        E Euler, A, B, C Adams-Bashforth of order 2, 3, 4, L, M and X linear multistep with the plan's weights, M on
-        refined velocities and X on extrapolated ones.
+        E Euler, A, B, C Adams-Bashforth of order 2, 3, 4, L and M linear multistep with the plan's weights, M on
+        refined velocities.
     grid: the len(letters) + 1 times, strictly rising, from 0 to 1.
     guidance_interval: guidance acts on calls at times in this closed interval; outside, only the conditional half runs.
     start: where the grid starts: 0 but for editing, which starts on the path between noise and a source (see `starting_at`).
-    weights: for each L, M and X step in order, of its own velocity and of those before it, newest first, with the step size in
-        them; none at all for Adams-Bashforth's of order 4. `flowturbo tune` finds them.
+    weights: for each L and M step in order, of its own velocity and of those before it, newest first, with the step size in them;
+        none at all for Adams-Bashforth's of order 4. `flowturbo tune` finds them.
     Raises ValueError, showing the place, for letters that are none, a step that needs a velocity no earlier step left, and grids
     that do not rise from 0 to 1. `Plan.parse` makes one from text, `Plan.load` from a file.
     """
@@ -170,13 +148,6 @@ class Plan:
         """The letters with counts, e.g. 'H1P5R3': what `parse` takes. Grid, interval and weights are in repr."""
         return "".join(f"{letter}{len(list(run))}" for letter, run in itertools.groupby(self.letters))
 
-    @property
-    def name(self) -> str:
-        """The letters with counts, and, of a plan that these do not tell whole, a digest of the rest."""
-        if self == Plan.parse(str(self)):
-            return str(self)
-        return f"{self}-{hashlib.sha256(repr(self).encode()).hexdigest()[:8]}"
-
     def __len__(self) -> int:
         return len(self.letters)
 
@@ -200,8 +171,8 @@ class Plan:
 
     @property
     def cost(self) -> Cost:
-        of = [[call.guided for call in self.calls if call.network == part] for part in get_args(Part)]
-        return Cost(*map(len, of), *map(sum, of))
+        predictor, refiner = ([c for c in self.calls if c.refiner == which] for which in (False, True))
+        return Cost(len(predictor), len(refiner), sum(c.guided for c in predictor), sum(c.guided for c in refiner))
 
     def _rehearse(self) -> tuple[Call, ...]:
         """Run the plan on a field that notes its calls: they and validity are those of the run itself, said nowhere twice."""
@@ -223,17 +194,12 @@ class _Notes(Field):
         self.calls: list[Call] = []
 
     def predict(self, x: Tensor, t: float) -> Tensor:
-        return self._note("predictor", t, x)
+        self.calls.append(Call(False, t, self.plan.is_guided(t)))
+        return x
 
     def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
-        return self._note("refiner", t, v)
-
-    def correct(self, x: Tensor, t: float, v: Tensor, change: Tensor) -> Tensor:
-        return self._note("extrapolator", t, v)
-
-    def _note(self, part: Part, t: float, like: Tensor) -> Tensor:
-        self.calls.append(Call(part, t, self.plan.is_guided(t)))
-        return like
+        self.calls.append(Call(True, t, self.plan.is_guided(t)))
+        return v
 
 
 def as_plan(plan: str | Plan, shift: float = 1.0) -> Plan:
@@ -294,7 +260,7 @@ def _checked_weights(weights: Iterable[Iterable[float]], steps: int) -> tuple[tu
     rows = tuple(numbers_of(f"weights[{i}]", row) for i, row in enumerate(weights))
     if rows and len(rows) != steps:
         raise ValueError(
-            f"weights must be given for each of the {steps} steps of {', '.join(FITTED)}, or for none, got {len(rows)}"
+            f"weights must be given for each of the {steps} steps of {' and '.join(FITTED)}, or for none, got {len(rows)}"
         )
     for i, row in enumerate(rows):
         if not 1 <= len(row) <= MAX_PAST + 1 or not all(map(math.isfinite, row)):

@@ -219,8 +219,7 @@ def _save(figure: Any, path: str | os.PathLike[str] | IO[bytes]) -> None:
 
 _FOUND = {
     "fitted": ("#000000", "o"),
-    "fitted, with the refiner": ("#d55e00", "P"),
-    "fitted, extrapolated": ("#009e73", "*"),
+    "fitted, with refiner steps": ("#d55e00", "P"),
     "unfitted, searched": ("#56b4e9", "X"),
 }
 _MORE = [("#e69f00", "<"), ("#0072b2", ">"), ("#999933", "d"), ("#882255", "h"), ("#117733", "p")]

@@ -27,7 +27,8 @@ class Price(NamedTuple):
 
     def of(self, plan: Plan) -> float:
         cost = plan.cost
-        free = 1 - (1 - self.share) * (cost.calls - cost.guided) / cost.calls
+        calls, guided = cost.predictor + cost.refiner, cost.guided_predictor + cost.guided_refiner
+        free = 1 - (1 - self.share) * (calls - guided) / calls
         # A first P makes a call more than its price says.
         more = self.steps["E"] if plan.letters[0] == "P" else 0.0
         return self.fixed + free * (sum(self.steps[letter] for letter in plan.letters) + more)
@@ -38,20 +39,16 @@ class Price(NamedTuple):
 
 def call_prices(model: FlowModel) -> dict[str, float]:
     """Of each kind of step in predictor calls: a refiner call counts by its share of multiply-accumulates."""
-    predictor, refiner, extrapolator = model.macs or (1, 0, 0)
-    r, x = refiner / predictor, extrapolator / predictor
-    return {**dict.fromkeys("EABCLP", 1.0), "H": 2.0, "R": 2 * r, "S": r, "M": r, "X": x}
+    share = model.macs[1] / model.macs[0] if model.macs else 0.0
+    return {**dict.fromkeys("EABCLP", 1.0), "H": 2.0, "R": 2 * share, "S": share, "M": share}
 
 
-def step_costs(model: FlowModel, guidance: float, batch_size: int, refining: str) -> dict[str, float]:
-    """Milliseconds an image of each kind of step, and "fixed", of a plan without its steps: medians of runs that take turns.
-
-    refining: the letters of refiner steps to time.
-    """
+def step_costs(model: FlowModel, guidance: float, batch_size: int, refiner: bool) -> dict[str, float]:
+    """Milliseconds an image of each kind of step, and "fixed", of a plan without its steps: medians of runs that take turns."""
     labels = [i % model.num_classes for i in range(batch_size)]
     few, more = 1, 3
-    heads = {"E": "", "H": "", "X": "A2"}
-    plans = {letter: heads.get(letter, "H1") + letter for letter in "EHPABCL" + refining}
+    refined = "RSM" if refiner else ""
+    plans = {"E": "E", **{letter: "H" if letter == "H" else "H1" + letter for letter in "HPABCL" + refined}}
     runs = {}
     for letter, text in plans.items():
         for count in (few, more):

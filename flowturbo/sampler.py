@@ -182,7 +182,7 @@ def _plain_function(
         raise ValueError(f"output must be 'latents' for a plain function, got {output!r}")
     if guidance != 1 or guidance_channels is not None:
         raise ValueError("guidance is not applied to a plain function: guide inside it, or make a FlowModel with a null class")
-    if plan.cost.refining:
+    if plan.cost.refiner:
         raise ValueError(f"plan {plan} has refiner steps, but a plain function has no refiner")
     if noise is None:
         raise ValueError("a plain function needs noise: the shape of x is not known")

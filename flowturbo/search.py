@@ -94,15 +94,10 @@ def multistep(
     return fitted(min(begun, key=lambda plan: error(plan, first, advance)), batches, iterations, advance)
 
 
-EARLIEST = {"M": 1, "X": 2}
-"""Before which step a refiner step can be put: as many velocities it reads."""
-
-
-def with_refiner_step(plan: Plan, letter: str, batches: Sequence[Batch], iterations: int, advance: Advance) -> Plan:
-    """The fitted plan with an M or X step where it helps most after two iterations, fitted."""
+def with_refiner_step(plan: Plan, batches: Sequence[Batch], iterations: int, advance: Advance) -> Plan:
+    """The fitted plan with an M step where it helps most after two iterations, fitted."""
     first = batches[:1]
-    places = range(EARLIEST[letter], len(plan) + 1)
-    tried = [fit(inserted(plan, at, letter), first, iterations=2, advance=advance) for at in places]
+    tried = [fit(inserted(plan, at, "M"), first, iterations=2, advance=advance) for at in range(1, len(plan) + 1)]
     found = fitted(min(tried, key=lambda plan: error(plan, first, advance)), batches, iterations, advance)
     # What helps the first batch alone is not taken: without weight the new step changes nothing.
-    return min(found, inserted(plan, len(plan), letter), key=lambda plan: error(plan, batches, advance))
+    return min(found, inserted(plan, len(plan), "M"), key=lambda plan: error(plan, batches, advance))

@@ -20,7 +20,7 @@ from .models.pretrained import WEIGHTS, write_pretrained
 from .models.prompted import Conditions, PromptNetwork, guidance_style, refiner_for
 from .models.sit import SIT_CONFIGS, SiT, SiTConfig
 from .models.vae import load_vae
-from .objectives import Extrapolation, FlowMatching, Refinement
+from .objectives import FlowMatching, Refinement
 from .prompt_data import load_prompts
 from .rng import stream
 
@@ -85,10 +85,7 @@ class Distill(Settings):
     """Drop the label for the cached velocity too, as in the paper; the public code gives it the true label always."""
     guidance: tuple[float, float] = (1.0, 1.0)
     """Low and high of the scale by which the cached velocity is guided; 1 1 is not at all, as in the public code. Of FLUX.1-dev,
-    the scale that both networks are told. With --extrapolate, the scale by which x moves."""
-    extrapolate: bool = False
-    """Train an extrapolating refiner, for X steps: it reads the last two velocities, at most delta_max apart. Not the paper's, and
-    for SiTs only; inside and delta-per-row are always so, and drop-before has no meaning."""
+    the scale that both networks are told."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,10 +93,6 @@ class Distill(Settings):
             raise ValueError(f"delta_max must be above 0 and below 1, got {self.delta_max}")
         if not 1 <= self.guidance[0] <= self.guidance[1] < math.inf:
             raise ValueError(f"guidance must be (low, high) with 1 <= low <= high, got {self.guidance}")
-        if self.extrapolate:
-            for name in ("inside", "delta_per_row", "drop_before"):
-                if getattr(self, name):
-                    raise ValueError(f"{name} must be left out with extrapolate, which has but one way")
 
 
 def train(settings: Train) -> Path:
@@ -115,8 +108,6 @@ def train(settings: Train) -> Path:
 def distill(settings: Distill) -> Path:
     """Train a refiner for a frozen predictor; returns the path of its weights, for a text-to-image teacher beside a config.json."""
     prompted = is_pipeline(settings.teacher)
-    if prompted and settings.extrapolate:
-        raise ValueError(f"extrapolate is for a SiT as teacher, and {settings.teacher!r} is a text-to-image pipeline")
     with workers(settings.device) as device:
         network, objective, data = (_for_prompts if prompted else _for_classes)(settings, device)
         return fit(network, objective, data, settings, device, _PROMPTED if prompted else _SIT)
@@ -134,11 +125,9 @@ def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
             f"data has latents {data.shape} of {data.num_classes} classes, the teacher wants {teacher.latent_shape} "
             f"of {teacher.num_classes}"
         )
-    of = _teacher_config(teacher.predictor)
-    config = of.extrapolator(settings.depth) if settings.extrapolate else of.refiner(settings.depth)
+    config = _teacher_config(teacher.predictor).refiner(settings.depth)
     network = SiT(config).reset_parameters(_seeded(settings.seed))
-    objective = _extrapolation if settings.extrapolate else _refinement
-    return network, objective(settings, teacher.predictor, config.null_class, teacher.guidance_channels), data
+    return network, _refinement(settings, teacher.predictor, config.null_class, teacher.guidance_channels), data
 
 
 def _for_prompts(settings: Distill, device: torch.device) -> tuple[nn.Module, Objective, Data]:
@@ -168,10 +157,6 @@ def _refinement(settings: Distill, teacher: Any, null: int | Conditions, channel
         guidance=settings.guidance,
         embedded=embedded,
     )
-
-
-def _extrapolation(settings: Distill, teacher: Any, null: int, channels: int) -> Extrapolation:
-    return Extrapolation(teacher, null, channels, settings.label_drop, settings.delta_max, settings.guidance)
 
 
 def _data(settings: Settings, device: torch.device) -> Data:

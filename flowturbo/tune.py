@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from . import rng, search
 from .checks import finite, natural, positive
-from .circumstances import environment, model_digests
+from .circumstances import environment, file_digest
 from .data import digits
 from .evaluate import read_images, without_blocks
 from .field import GuidedField
@@ -53,8 +53,6 @@ class Tune:
     """A .pt, .pth or .safetensors file with SiT's keys, or "digits"."""
     refiner: str | None = None
     """The refiner's file; the bundled model brings its own."""
-    extrapolator: str | None = None
-    """The extrapolating refiner's file; the bundled model brings its own."""
     heads: int | None = None
     """Attention heads, for checkpoints of an unpublished width."""
     budget_calls: float | None = None
@@ -77,7 +75,7 @@ class Tune:
     reference_plan: str = "C80"
     """The plan of the fine solution."""
     refiner_steps: int = 2
-    """M steps joined to a fitted plan, at most, and in other plans X steps; 0 also leaves R and S steps out."""
+    """Refiner steps joined to a fitted plan, at most; 0 also leaves R and S steps out."""
     iterations: int = 8
     """Of a fit, at most."""
     rivals: tuple[str, ...] = ()
@@ -103,7 +101,7 @@ class Tune:
             budget = getattr(self, name)
             if budget is not None and finite(name, budget) <= 0:
                 raise ValueError(f"{name} must be above 0, got {budget}")
-        if as_plan(self.reference_plan).cost.refining:
+        if as_plan(self.reference_plan).cost.refiner:
             raise ValueError(f"reference_plan must do without the refiner, got {self.reference_plan!r}")
         if self.guidance_interval is not None:
             Plan.parse("E1", guidance_interval=self.guidance_interval)
@@ -117,12 +115,14 @@ _FREE = {"out", "device", "rivals"}
 def tune(settings: Tune) -> Path:
     """Search, measure and write; returns the path of the table, tuning.md."""
     need_matplotlib()
-    model = loaded(settings)
-    fitting = model if model.dtype == torch.float32 else loaded(settings, torch.float32)  # differences of results need it
+    model = load(settings.model, settings.refiner, heads=settings.heads, device=settings.device)
+    fitting = model
+    if model.dtype != torch.float32:  # differences of results need its precision
+        fitting = load(settings.model, settings.refiner, heads=settings.heads, device=settings.device, dtype=torch.float32)
     model.guided(settings.guidance)
     results = _begin(settings, model)
     keep = Keep(settings.out / "tuning.json", results)
-    results["costs"] = keep("costs", lambda: step_costs(model, settings.guidance, settings.batch_size, _refining(settings, model)))
+    results["costs"] = keep("costs", lambda: step_costs(model, settings.guidance, settings.batch_size, _refines(settings, model)))
     if settings.budget_ms is not None:
         steps = {letter: cost for letter, cost in results["costs"].items() if letter != "fixed"}
         price = Price(steps, settings.budget_ms, results["costs"]["fixed"])
@@ -134,7 +134,7 @@ def tune(settings: Tune) -> Path:
     with tqdm(unit="call", unit_scale=True, disable=None) as bar:
         found = find(settings, fitting, price, keep, bar.update)
         errors = keep("calibration errors", lambda: _errors(settings, fitting, [plan for plan, _ in found], bar.update))
-        others = [(plan, "published") for plan in published(price, "R" in _refining(settings, model))]
+        others = [(plan, "published") for plan in published(price, bool(_refines(settings, model)))]
         others += [(as_plan(rival), Path(rival).stem) for rival in settings.rivals]
         rows = measure(settings, model, fitting, price, [*found, *others], keep, bar.update)
     results["rows"] = [described(row) for row in rows]
@@ -145,11 +145,6 @@ def tune(settings: Tune) -> Path:
     plot_tuning(results, settings.out / "tuning.png")
     _save_plans(settings, results)
     return settings.out / "tuning.md"
-
-
-def loaded(settings: Tune, dtype: torch.dtype | None = None) -> FlowModel:
-    options: dict[str, Any] = dict(heads=settings.heads, device=settings.device, dtype=dtype)
-    return load(settings.model, settings.refiner, extrapolator=settings.extrapolator, **options)
 
 
 class Keep:
@@ -180,10 +175,14 @@ def plan_from(row: Mapping[str, Any]) -> Plan:
 
 def _begin(settings: Tune, model: FlowModel) -> dict[str, Any]:
     """The results so far of the same search, or none."""
+    bundled = MODELS.get(settings.model)
     ours: dict[str, Any] = {
         "format": FORMAT,
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE},
-        "model": model_digests(settings.model, refiner=settings.refiner, extrapolator=settings.extrapolator),
+        "model": {
+            "predictor_sha256": file_digest(bundled.predictor if bundled else settings.model),
+            "refiner_sha256": file_digest(bundled.refiner if bundled and settings.refiner is None else settings.refiner),
+        },
         "environment": environment(model.device, model.dtype),
     }
     ours = json.loads(json.dumps(ours))
@@ -207,12 +206,12 @@ def find(settings: Tune, model: FlowModel, price: Price, keep: Keep, advance: Ad
     def calibration() -> list[Batch]:
         return calibration_batches(settings, model, advance)
 
-    refining = _refining(settings, model)
+    refiner = _refines(settings, model)
     intervals = [(0.0, 1.0)] + ([settings.guidance_interval] if settings.guidance_interval else [])
     unit = price.steps["E"]
 
     def without_weights() -> list[dict[str, Any]]:
-        return [record(plan) for plan in search.searched(price, calibration(), "R" in refining, intervals, unit, advance)]
+        return [record(plan) for plan in search.searched(price, calibration(), refiner, intervals, unit, advance)]
 
     found = [(plan_from(row), "searched") for row in keep("searched", without_weights)]
     for interval in intervals:
@@ -224,27 +223,22 @@ def find(settings: Tune, model: FlowModel, price: Price, keep: Keep, advance: Ad
             def longer(n: int = n, shorter: Plan | None = shorter, interval: tuple[float, float] = interval) -> Plan:
                 return search.multistep(n, shorter, calibration(), settings.iterations, interval, advance)
 
-            shorter = keep.plan(f"L{n}{name}", longer)
-            found.append((shorter, "fitted"))
-            for letter in [letter for letter, first in search.EARLIEST.items() if letter in refining and n >= first]:
-                plan = shorter
-                for m in range(1, settings.refiner_steps + 1):
+            plan = shorter = keep.plan(f"L{n}{name}", longer)
+            found.append((plan, "fitted"))
+            for m in range(1, settings.refiner_steps + 1 if refiner else 1):
 
-                    def refined(plan: Plan = plan, letter: str = letter) -> Plan:
-                        return search.with_refiner_step(plan, letter, calibration(), settings.iterations, advance)
+                def refined(plan: Plan = plan) -> Plan:
+                    return search.with_refiner_step(plan, calibration(), settings.iterations, advance)
 
-                    if len(plan) > MAX_PAST or not price.allows(inserted(plan, len(plan), letter)):
-                        break
-                    plan = keep.plan(f"L{n} with {letter}{m}{name}", refined)
-                    found.append((plan, "fitted"))
+                if len(plan) > MAX_PAST or not price.allows(inserted(plan, 1, "M")):
+                    break
+                plan = keep.plan(f"L{n} with {m}{name}", refined)
+                found.append((plan, "fitted"))
     return found
 
 
-def _refining(settings: Tune, model: FlowModel) -> str:
-    """Letters of the refiner steps to try."""
-    if not settings.refiner_steps:
-        return ""
-    return ("RSM" if model.refiner is not None else "") + ("X" if model.extrapolator is not None else "")
+def _refines(settings: Tune, model: FlowModel) -> bool:
+    return model.refiner is not None and settings.refiner_steps > 0
 
 
 def _errors(settings: Tune, model: FlowModel, plans: Sequence[Plan], advance: Advance) -> list[float]:
@@ -323,7 +317,6 @@ def measure(
             "price": price.of(plan),
             "predictor_calls": plan.cost.predictor,
             "refiner_calls": plan.cost.refiner,
-            "extrapolator_calls": plan.cost.extrapolator,
             "ms_per_image": milliseconds,
             "rms": rms_distance(latents, fine()),
             "rms_blocks": [rms_distance(latents[kept], fine()[kept]) for kept in without_blocks(len(latents))],
@@ -375,7 +368,6 @@ def _save_plans(settings: Tune, results: Mapping[str, Any]) -> None:
             "standard_error": row["rms_error"],
             "predictor_calls": row["predictor_calls"],
             "refiner_calls": row["refiner_calls"],
-            "extrapolator_calls": row["extrapolator_calls"],
         }
         plan = plan_from(row["record"])
         if row["how"] == "fitted":

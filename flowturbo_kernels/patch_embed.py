@@ -54,10 +54,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None, pos
     channels = x.shape[1]
     if v is not None:
         expect_floating("patch_embed", x=x, v=v)
-        expect_shape("patch_embed", "v", v, (None, None, *x.shape[2:]))
+        expect_shape("patch_embed", "v", v, (None, *x.shape[1:]))
         if not len(x) or len(v) % len(x):
             raise ValueError(f"patch_embed: v must have a multiple of the {len(x)} rows of x, got {len(v)}")
-        channels += v.shape[1]
+        channels *= 2
     expect_shape("patch_embed", "weight", weight, (None, channels, None, None))
     expect_shape("patch_embed", "weight", weight, (None, channels, weight.shape[2], weight.shape[2]))
     expect_shape("patch_embed", "bias", bias, (weight.shape[0],))
@@ -73,9 +73,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None, pos
 def _example(make: Make) -> Iterable[tuple[Any, ...]]:
     for B, C, side, p, D in ((1, 1, 8, 2, 16), (2, 4, 8, 2, 72), (3, 4, 16, 4, 96), (1, 4, 32, 8, 384)):
         yield make(B, C, side, side), make(D, C, p, p) / p, make(D), None
-        for more in (C, 2 * C):  # one velocity, or two
-            v = make(2 * B, more, side, side)
-            yield make(B, C, side, side), make(D, C + more, p, p) / p, make(D), v, make((side // p) ** 2, D)
+        yield make(B, C, side, side), make(D, 2 * C, p, p) / p, make(D), make(2 * B, C, side, side), make((side // p) ** 2, D)
 
 
 @op(
@@ -86,7 +84,7 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
 def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
     """Cut into p x p patches and project each.
 
-    x (B, C, H, W); weight (D, C, p, p), or (D, C + E, p, p) with v as the last E channels; v (k * B, E, H, W), whose k parts all
+    x (B, C, H, W); weight (D, C, p, p), or (D, 2C, p, p) with v as the second C channels; v (k * B, C, H, W), whose k parts all
     go with x; bias (D,); positions (T, D), T = H/p * W/p, to be added -> (B or k * B, T, D), patches row by row, in the weight's
     dtype, to which x and v are rounded.
     """

@@ -31,11 +31,7 @@ class BlockWeights(NamedTuple):
 
 
 class RefinerWeights(NamedTuple):
-    """A refiner but for its conditioning.
-
-    embed: weight (D, 2C, p, p), or (D, 3C, p, p) of a refiner that reads two velocities; positions (T, D); final: weight
-    (p * p * C or twice, D).
-    """
+    """A refiner but for its conditioning. embed: weight (D, 2C, p, p); positions (T, D); final: weight (p * p * C or twice, D)."""
 
     embed: Linear
     positions: Tensor
@@ -60,9 +56,9 @@ def refiner_forward(
     """Refine a velocity and move by it: one evaluation of a refiner step (paper section 3.2), with its update.
 
     modulations: adaLN's, which depend on times and labels alone and so are made beforehand: (R, 6D) for each block, shift, scale
-    and gate of attention, then of the MLP, and (R, 2D) for the final layer. x (N, C, H, W); v (R, C or 2C, H, W), what the
-    refiner reads, R = 2N with guidance, conditional rows first, or N with guidance None; origin (N, C, H, W), what is moved, x if
-    None; base (R, C, H, W), what the offset is added to, the first C channels of v if None; the rest as in `guided_update`
+    and gate of attention, then of the MLP, and (R, 2D) for the final layer. x (N, C, H, W); v (R, C, H, W), what the refiner
+    reads, R = 2N with guidance, conditional rows first, or N with guidance None; origin (N, C, H, W), what is moved, x if None;
+    base (R, C, H, W), what the offset is added to, v if None; the rest as in `guided_update`
     -> (origin moved, refined velocity), both in origin's dtype.
     2 + 7 * blocks launches: x is read once for both halves, and nothing is concatenated or converted on its own.
     """
@@ -76,6 +72,6 @@ def refiner_forward(
         tokens, h = gated_residual_adaln(tokens, y, gate_msa, shift_mlp, scale_mlp)
         tokens = linear_gated_residual(linear(h, *block.fc1, "gelu_tanh"), *block.fc2, tokens, gate_mlp)
     shift, scale = modulations[-1].chunk(2, dim=-1)
-    origin, base = x if origin is None else origin, v[:, : x.shape[1]] if base is None else base
+    origin, base = x if origin is None else origin, v if base is None else base
     layer = tokens, shift, scale, *weights.final
     return final_update(*layer, origin, guidance, channels, weight_v, base, velocities, velocity_weights)

@@ -291,7 +291,7 @@ def test_models_that_do_not_fit_are_refused(models, tmp_path):
     for name, got in (("four", r"latents \(4, 8, 8\) of 10 classes"), ("five", r"latents \(1, 8, 8\) of 5 classes")):
         with pytest.raises(ValueError, match=rf"model must have latents \(1, 8, 8\) of 10 classes.*got {got}"):
             evaluate(settings((tmp_path / f"{name}.safetensors", None), out, refiner=None, plans=("E1",)))
-    with pytest.raises(ValueError, match="plan H1R1 has refiner steps, but the model was loaded without refiner="):
+    with pytest.raises(ValueError, match="refiner must be given: of the plans, H1R1 need one"):
         evaluate(settings(models, out, refiner=None))
     assert not out.exists()
 

@@ -77,12 +77,11 @@ def test_what_is_timed_is_replayed_where_there_are_graphs():
 
 
 def test_untrained_weights_are_of_the_published_size_and_bounded():
-    predictor, refiner, extrapolator = untrained("SiT-S/8", 128, torch.device("cpu"))
+    predictor, refiner = untrained("SiT-S/8", 128, torch.device("cpu"))
     assert predictor.config.side == 16
-    assert (predictor.config.hidden, refiner.config.depth, refiner.config.role) == (384, 1, "refiner")
-    assert (extrapolator.config.depth, extrapolator.config.role) == (1, "extrapolator")
-    model = ft.load(predictor, refiner, extrapolator=extrapolator, device="cpu", dtype=torch.float32)
-    x = ft.sample(model, "H1R1X1", [1, 2], guidance=1.5, seed=0)
+    assert (predictor.config.hidden, refiner.config.depth, refiner.config.reads_velocity) == (384, 1, True)
+    model = ft.load(predictor, refiner, device="cpu", dtype=torch.float32)
+    x = ft.sample(model, "H1R1", [1, 2], guidance=1.5, seed=0)
     assert x.isfinite().all()
     assert 0.1 < float(x.std()) < 100
     again = filled(predictor.config, torch.device("cpu"), 0)

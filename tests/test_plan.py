@@ -25,7 +25,7 @@ def normal_form(parts: list[tuple[str, int]]) -> list[tuple[str, int]]:
 
 @given(runs)
 def test_text_and_back(parts):
-    parts = [("H", 2), *parts]
+    parts = [("H", 1), *parts]
     text = "".join(f"{letter}{n}" for letter, n in normal_form(parts))
     plan = Plan.parse(text)
     assert str(plan) == text

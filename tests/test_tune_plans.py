@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 
 class Mixture(Field):
-    """The exact velocity from normal noise (t = 0) to a mixture of normal distributions of this width; exact refiners."""
+    """The exact velocity from normal noise (t = 0) to a mixture of normal distributions of this width; an exact refiner."""
 
     def __init__(self, centres: Tensor, width: float) -> None:
         self.centres, self.width = centres, width
@@ -46,9 +46,6 @@ class Mixture(Field):
         return (share[..., None] * toward).sum(dim=1)
 
     def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
-        return self.predict(x, t) - v
-
-    def correct(self, x: Tensor, t: float, v: Tensor, change: Tensor) -> Tensor:
         return self.predict(x, t) - v
 
 
@@ -96,7 +93,7 @@ def test_weights_of_adams_bashforth_make_its_steps(letter, order):
     assert_close(run(plan, FIELD, TEST.noise), run(Plan(letter * 6, grid), FIELD, TEST.noise), 1e-14)
 
 
-@pytest.mark.parametrize("letter, length", [(letter, n) for letter in "LMX" for n in (1, 2, 4, 5, 6, 9, MAX_PAST + 1)])
+@pytest.mark.parametrize("letter, length", [(letter, n) for letter in "LM" for n in (1, 2, 4, 5, 6, 9, MAX_PAST + 1)])
 def test_a_fitted_step_is_the_weighted_sum_of_an_independent_formula(letter, length):
     generator = np.random.default_rng(length)
     x, past = generator.normal(size=(2, 3)), generator.normal(size=(MAX_PAST, 4, 3))
@@ -109,55 +106,38 @@ def test_a_fitted_step_is_the_weighted_sum_of_an_independent_formula(letter, len
         def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
             return torch.cat([x, x]) * 0.3 + v * t
 
-        def correct(self, x: Tensor, t: float, v: Tensor, change: Tensor) -> Tensor:
-            return torch.cat([x, x]) * 0.1 + v * t - 2 * change
-
     both = np.concatenate([np.tanh(x + 0.3), np.sin(x - 0.3)])
     if letter == "M":
         both = past[-1] + (np.concatenate([x, x]) * 0.3 + past[-1] * 0.3)
-    if letter == "X":  # past velocities are of times 0.13 and 0.14, and the step is at 0.3
-        change = (0.3 - 0.14) / 0.01 * (past[-1] - past[-2])
-        both = past[-1] + (np.concatenate([x, x]) * 0.1 + past[-1] * 0.3 - 2 * change)
     expected = x.copy()
     for weight, v in zip(weights, [both, *past[::-1]], strict=False):
         expected = expected + weight * v[:2]  # x moves by the conditional half
     samples = tuple(Sample(0.01 * i, torch.from_numpy(v)) for i, v in enumerate(past))
     after = STEPS[letter].weighted(tuple(weights))(Guided(), State(torch.from_numpy(x), None, samples), 0.3, 0.7)
-    assert_close(after.x, torch.from_numpy(expected), 1e-13)
+    assert_close(after.x, torch.from_numpy(expected), 1e-14)
     assert_close(after.past[-1].v, torch.from_numpy(both), 1e-14)
     assert (after.v, after.past[-1].t, len(after.past)) == (None, 0.3, MAX_PAST)
 
 
-@pytest.mark.parametrize("letters", ["LMLLMLM", "LLXLXXL", "LMXLXMX"])
-@pytest.mark.parametrize("guidance", [1.7, 1.0])
-def test_sampling_uses_the_weights_with_both_halves_and_the_refiners(letters, guidance):
-    """Against the steps written out, on the model's networks: an extrapolating refiner reads velocities from before guidance."""
-    model, plan = tiny_model(dtype=torch.float64), random_plan(letters, 3)
+def test_sampling_uses_the_weights_with_both_halves_and_the_refiner():
+    """Against the steps written out, on the model's networks."""
+    model, guidance = tiny_model(dtype=torch.float64), 1.7
+    plan = random_plan("LMLLMLM", 3)
     noise, labels = rng.noise(model.latent_shape, 5, range(3)).double(), torch.tensor(LABELS)
     both_labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
 
     def call(network, x: Tensor, t: float, *v: Tensor) -> Tensor:
-        return network(torch.cat([x, x]), torch.full((6,), t, dtype=torch.float64), both_labels, *v)
-
-    def guided(both: Tensor) -> Tensor:
+        both = network(torch.cat([x, x]), torch.full((6,), t, dtype=torch.float64), both_labels, *v)
         c, u = both.chunk(2)
-        first = u[:, :3] + guidance * (c[:, :3] - u[:, :3])
-        return torch.cat([torch.cat([first, c[:, 3:]], 1), torch.cat([first, u[:, 3:]], 1)])
+        guided = u[:, :3] + guidance * (c[:, :3] - u[:, :3])
+        return torch.cat([torch.cat([guided, c[:, 3:]], 1), torch.cat([guided, u[:, 3:]], 1)])
 
-    x, velocities, raw, times = noise, [], [], []
+    x, velocities = noise, []
     for letter, t, weights in zip(plan.letters, plan.grid, plan.weights, strict=False):
         if letter == "L":
-            raw.append(call(model.predictor, x, t))
-            velocities.append(guided(raw[-1]))
-        elif letter == "M":
-            offset = call(model.refiner, x, t, velocities[-1])
-            raw.append(raw[-1] + offset)
-            velocities.append(velocities[-1] + guided(offset))
+            velocities.append(call(model.predictor, x, t))
         else:
-            change = (t - times[-1]) / (times[-1] - times[-2]) * (raw[-1] - raw[-2])
-            raw.append(raw[-1] + call(model.extrapolator, x, t, torch.cat([raw[-1], change], 1)))
-            velocities.append(guided(raw[-1]))
-        times.append(t)
+            velocities.append(velocities[-1] + call(model.refiner, x, t, velocities[-1]))
         x = x + sum(w * v[:3] for w, v in zip(weights, velocities[::-1], strict=True))
     assert_close(ft.sample(model, plan, labels, noise=noise, guidance=guidance), x, 1e-12)
 
@@ -168,13 +148,12 @@ def test_sampling_uses_the_weights_with_both_halves_and_the_refiners(letters, gu
 @pytest.mark.parametrize(
     "letters, weights, said",
     [
-        ("LL", ((0.5,),), "weights must be given for each of the 2 steps of L, M, X, or for none, got 1"),
+        ("LL", ((0.5,),), "weights must be given for each of the 2 steps of L and M, or for none, got 1"),
         ("LE", ((0.5,), (0.5,)), "weights must be given for each of the 1 steps"),
         ("LL", ((0.5,), ()), r"weights\[1\] must be 1 to 16 finite numbers"),
         ("LL", ((0.5,), (0.5, float("nan"))), r"weights\[1\] must be 1 to 16 finite numbers"),
         ("LL", ((0.5, 0.1), (0.5,)), "L has weights of 1 earlier velocities, but there are 0"),
         ("M", ((0.5,),), "M needs the velocity of an earlier step"),
-        ("LX", ((0.5,), (0.5,)), "X needs the velocities of two earlier steps"),
         ("L" * 17, ((0.1,),) * 16 + ((0.1,) * 17,), r"weights\[16\] must be 1 to 16"),
     ],
 )
@@ -220,11 +199,11 @@ def test_a_plan_that_starts_later_moves_as_much_less():
 # Files
 
 
-@given(st.text(alphabet="LMXEA", min_size=1, max_size=9), st.data())
+@given(st.text(alphabet="LMEA", min_size=1, max_size=9), st.data())
 def test_a_plan_comes_back_from_its_file_to_the_last_bit(tmp_path_factory, letters, data):
-    letters = "LL" + letters
+    letters = "L" + letters
     rows = tuple(
-        tuple(data.draw(st.lists(some_weights, min_size=1, max_size=i + 1))) for i, letter in enumerate(letters) if letter in "LMX"
+        tuple(data.draw(st.lists(some_weights, min_size=1, max_size=i + 1))) for i, letter in enumerate(letters) if letter in "LM"
     )
     plan = Plan(letters, shifted_grid(len(letters), data.draw(st.floats(0.3, 3))), (0.125, 0.75), weights=rows)
     path = tmp_path_factory.mktemp("plans") / "plan.json"
@@ -367,9 +346,7 @@ def test_derivatives_are_those_of_autograd():
 
 def test_a_call_that_was_inserted_changes_nothing_until_it_is_fitted():
     plan = fit.fit(fit.weighted(Plan.parse("L3"), 2), [CALIBRATION], iterations=2)
-    for at, letter in itertools.product(range(1, 4), "LMX"):
-        if letter == "X" and at == 1:
-            continue  # it reads two velocities
+    for at, letter in itertools.product(range(1, 4), "LM"):
         longer = fit.inserted(plan, at, letter)
         assert len(longer) == 4
         assert longer.letters[at] == letter
@@ -408,11 +385,11 @@ def test_prices_are_those_of_the_calls_that_a_plan_makes():
 
 
 def test_step_costs_are_told_for_each_kind_of_step():
-    costs = step_costs(tiny_model(), 1.5, 4, "RSMX")
-    assert costs.keys() == {"E", "H", "P", "A", "B", "C", "L", "R", "S", "M", "X", "fixed"}
+    costs = step_costs(tiny_model(), 1.5, 4, True)
+    assert costs.keys() == {"E", "H", "P", "A", "B", "C", "L", "R", "S", "M", "fixed"}
     assert all(cost >= 0 for cost in costs.values())
     assert costs["H"] > 0
-    assert not {"R", "S", "M", "X"} & step_costs(tiny_model(refiner=False), 1.0, 4, "").keys()
+    assert not {"R", "S", "M"} & step_costs(tiny_model(refiner=False), 1.0, 4, False).keys()
 
 
 def test_a_verdict_asks_for_two_standard_errors():

@@ -26,7 +26,6 @@ def random_sit(config: SiTConfig, seed: int) -> SiT:
 def tiny_model(
     config: SiTConfig = CONFIG, *, seed: int = 0, refiner: bool = True, dtype: torch.dtype = torch.float32
 ) -> ft.FlowModel:
-    """A predictor and, if asked, its refiners, on the CPU."""
+    """A predictor and, if asked, its refiner, on the CPU."""
     side = random_sit(config.refiner(), seed + 1) if refiner else None
-    other = random_sit(config.extrapolator(), seed + 2) if refiner else None
-    return ft.load(random_sit(config, seed), side, extrapolator=other, device="cpu", dtype=dtype)
+    return ft.load(random_sit(config, seed), side, device="cpu", dtype=dtype)

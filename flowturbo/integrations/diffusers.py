@@ -67,8 +67,6 @@ def accelerate(
     if isinstance(pipe.scheduler, PlanScheduler):
         raise ValueError(f"this pipeline is accelerated by plan {pipe.scheduler.plan} already: restore it first")
     plan = as_plan(plan)
-    if plan.cost.extrapolator:
-        raise ValueError(f"plan {plan} has X steps, whose extrapolating refiner accelerate does not know")
     if bool(plan.cost.refiner) != (refiner is not None):
         what = "has refiner steps: give a refiner" if plan.cost.refiner else "has no refiner steps, but a refiner was given"
         raise ValueError(f"plan {plan} {what}")

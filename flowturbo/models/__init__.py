@@ -15,7 +15,6 @@ from flowturbo_kernels import BACKENDS, BackendError, unavailable, use_backend
 
 from ..files import CheckpointError
 from ..graph import Captures
-from ..plan import Part, Plan
 from .checkpoint import CONVENTIONS, Checkpoint, load_sit
 from .sit import SiT
 from .vae import VAE, load_vae
@@ -29,19 +28,15 @@ class Bundled:
 
     predictor: Path
     refiner: Path
-    extrapolator: Path
 
 
 MODELS: dict[str, Bundled] = {
-    "digits": Bundled(*(_BUNDLED / f"digits{part}.safetensors" for part in ("", "-refiner", "-extrapolator"))),
+    "digits": Bundled(_BUNDLED / "digits.safetensors", _BUNDLED / "digits-refiner.safetensors"),
 }
 
 
 class Network(Protocol):
-    """A predictor, called without v, or a refiner, called with it. x (N, C, H, W), t (N,), y (N,), v like x -> like x.
-
-    An extrapolating refiner's v has 2C channels: the last velocity, and what the line through the last two adds to it until t.
-    """
+    """A predictor, called without v, or a refiner, called with it. x (N, C, H, W), t (N,), y (N,), v like x -> like x."""
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor: ...
 
@@ -79,13 +74,11 @@ class FlowModel:
     device: torch.device
     dtype: torch.dtype
     refiner: Network | None = None
-    extrapolator: Network | None = None
-    """The extrapolating refiner, of X steps."""
     vae: VAE | None = None
     backend: str = "auto"
     """Which kernels `sample` and `decode` run: see flowturbo_kernels.use_backend."""
-    macs: tuple[int, int, int] | None = None
-    """Multiply-accumulates of one forward of one sample of predictor, refiner and extrapolator, where they are known."""
+    macs: tuple[int, int] | None = None
+    """Multiply-accumulates of one predictor and one refiner forward of one sample, where they are known."""
     shift: float = 1.0
     """Of the time grid on which plans given as text run: see Plan.parse."""
     captures: Captures = field(default_factory=Captures, init=False, repr=False, compare=False)
@@ -96,19 +89,6 @@ class FlowModel:
         if guidance != 1 and self.null_class is None:
             raise ValueError(f"guidance={guidance} needs a model with a null class, and this one has none")
         return guidance != 1
-
-    def networks(self) -> list[Network]:
-        """Predictor, refiner and extrapolator, as far as they are there."""
-        return [network for network in (self.predictor, self.refiner, self.extrapolator) if network is not None]
-
-    def allow(self, plan: Plan) -> None:
-        """ValueError where the plan has steps of a network that is not there."""
-        for part, calls, what in (
-            ("refiner", plan.cost.refiner, "refiner steps"),
-            ("extrapolator", plan.cost.extrapolator, "X steps, of an extrapolating refiner"),
-        ):
-            if calls and getattr(self, part) is None:
-                raise ValueError(f"plan {plan} has {what}, but the model was loaded without {part}=")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -153,13 +133,12 @@ def load(
     backend: Literal["auto", "reference", "triton", "cuda"] = "auto",
     convention: Literal["auto", "sit", "repa"] = "auto",
     quantize: Literal["fp8"] | None = None,
-    extrapolator: Source | None = None,
 ) -> FlowModel:
     """A flow model from checkpoints.
 
-    predictor, refiner, extrapolator: a .pt, .pth or .safetensors file with SiT's keys (see checkpoint.load_sit), a bundled name
-        ("digits", which brings its refiners), or a SiT, which is moved and cast in place. Refiners must read and return latents of
-        the predictor's shape; extrapolator is the extrapolating one, of X steps.
+    predictor, refiner: a .pt, .pth or .safetensors file with SiT's keys (see checkpoint.load_sit), a bundled name ("digits", which
+        brings its refiner), or a SiT, which is moved and cast in place. The refiner must read and return latents of the
+        predictor's shape.
     vae: a folder or hub name of a diffusers AutoencoderKL (needs the extra "diffusers"), "pixels", or an object with decode and
         encode; None: what the predictor's file names, else no decoding.
     heads: attention heads, where the width does not tell (the published widths do).
@@ -188,16 +167,12 @@ def load(
         raise TypeError(f"dtype must be a floating point type, got {dtype!r}")
     if isinstance(predictor, str) and predictor in MODELS:
         bundled = MODELS[predictor]
-        predictor, refiner, extrapolator = bundled.predictor, refiner or bundled.refiner, extrapolator or bundled.extrapolator
+        predictor, refiner = bundled.predictor, refiner or bundled.refiner
     main = _checkpoint(predictor, "predictor", heads, convention)
     config = main.model.config
-
-    def side(source: Source | None, role: Part) -> SiT | None:
-        if source is None:
-            return None
-        return _aligned(_fitting(main.model, _checkpoint(source, role, heads, "auto").model, role).to(place, dtype))
-
-    sides = side(refiner, "refiner"), side(extrapolator, "extrapolator")
+    side = None if refiner is None else _checkpoint(refiner, "refiner", heads, "auto").model
+    if side is not None:
+        _check_pair(main.model, side)
     sit = _aligned(main.model.to(place, dtype))
     if quantize:
         sit.quantize_()
@@ -209,8 +184,7 @@ def load(
     three = config.channels == 4 and main.convention == "sit"
     return FlowModel(
         predictor=cast(Network, network),
-        refiner=cast(Network | None, sides[0]),
-        extrapolator=cast(Network | None, sides[1]),
+        refiner=None if side is None else cast(Network, _aligned(side.to(place, dtype))),
         latent_shape=(config.channels, config.side, config.side),
         num_classes=config.num_classes,
         null_class=config.null_class,
@@ -219,7 +193,7 @@ def load(
         dtype=dtype,
         vae=chosen_vae,
         backend=backend,
-        macs=(config.macs(), _macs(sides[0]), _macs(sides[1])),
+        macs=(config.macs(), 0 if side is None else side.config.macs()),
     )
 
 
@@ -236,10 +210,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return place
 
 
-def _checkpoint(source: Source, role: Part, heads: int | None, convention: Literal["auto", "sit", "repa"]) -> Checkpoint:
+def _checkpoint(
+    source: Source, role: Literal["predictor", "refiner"], heads: int | None, convention: Literal["auto", "sit", "repa"]
+) -> Checkpoint:
     if isinstance(source, SiT):
-        if source.config.role != role:
-            raise ValueError(f"{role} must be a SiT of that role, got one whose config makes it a {source.config.role}")
+        if source.config.reads_velocity != (role == "refiner"):
+            raise ValueError(f"{role} must be a SiT with config.reads_velocity={role == 'refiner'}")
         return Checkpoint(source, "repa" if convention == "repa" else "sit")
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"{role} must be a path, a bundled name or a SiT, got {type(source).__name__}")
@@ -248,7 +224,7 @@ def _checkpoint(source: Source, role: Part, heads: int | None, convention: Liter
             f"{role} {source!r} is neither a bundled model ({', '.join(MODELS)}) nor a .safetensors, .pt or .pth file"
         )
     if isinstance(source, str) and source in MODELS:
-        source = cast(Path, getattr(MODELS[source], role))
+        source = MODELS[source].refiner
     return load_sit(source, role, heads=heads, convention=convention)
 
 
@@ -264,12 +240,7 @@ def _aligned(sit: SiT) -> SiT:
     return sit
 
 
-def _macs(network: SiT | None) -> int:
-    return 0 if network is None else network.config.macs()
-
-
-def _fitting(predictor: SiT, refiner: SiT, role: Part) -> SiT:
-    """The refiner, if it fits."""
+def _check_pair(predictor: SiT, refiner: SiT) -> None:
     p, r = predictor.config, refiner.config
     for what, ours, theirs in (
         ("latent channels", p.channels, r.channels),
@@ -277,8 +248,7 @@ def _fitting(predictor: SiT, refiner: SiT, role: Part) -> SiT:
         ("classes", p.num_classes, r.num_classes),
     ):
         if ours != theirs:
-            raise ValueError(f"{role} does not fit the predictor: it has {what} {theirs}, the predictor {ours}")
-    return refiner
+            raise ValueError(f"refiner does not fit the predictor: it has {what} {theirs}, the predictor {ours}")
 
 
 VelocityFunction = Callable[..., Tensor]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..files import CheckpointError, load_tensors, load_torch_file, save_tensors
-from ..plan import Part
 from .sit import SiT, SiTConfig, config_from_state
 
 Convention = Literal["sit", "repa"]
+Role = Literal["predictor", "refiner"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 FORMAT = 1
 
@@ -35,7 +35,7 @@ class Checkpoint:
 
 def load_sit(
     path: str | os.PathLike[str],
-    role: Part,
+    role: Role,
     *,
     heads: int | None = None,
     convention: Literal["auto", "sit", "repa"] = "auto",
@@ -81,7 +81,7 @@ def save_sit(
     """Write a SiT as safetensors, atomically, with its sizes, convention, and a digest over the whole file."""
     description = {
         "format": FORMAT,
-        "role": model.config.role,
+        "role": "refiner" if model.config.reads_velocity else "predictor",
         "config": asdict(model.config),
         "convention": convention,
         "vae": vae,
@@ -94,7 +94,7 @@ def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    role: Part = "predictor",
+    role: Role = "predictor",
     heads: int | None = None,
     convention: Literal["auto", "sit", "repa"] = "auto",
     vae: str | None = None,
@@ -163,9 +163,9 @@ def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
     return model.requires_grad_(False).eval()
 
 
-def _config(state: Mapping[str, Tensor], described: Mapping[str, Any] | None, role: Part, heads: int | None) -> SiTConfig:
+def _config(state: Mapping[str, Tensor], described: Mapping[str, Any] | None, role: Role, heads: int | None) -> SiTConfig:
     if described is None:
-        return config_from_state(state, role=role, heads=heads)
+        return config_from_state(state, reads_velocity=role == "refiner", heads=heads)
     try:
         config = SiTConfig(**described["config"])
     except TypeError as error:
@@ -175,7 +175,7 @@ def _config(state: Mapping[str, Tensor], described: Mapping[str, Any] | None, ro
     return config
 
 
-def _check_description(path: str | os.PathLike[str], described: Mapping[str, Any], role: Part) -> None:
+def _check_description(path: str | os.PathLike[str], described: Mapping[str, Any], role: Role) -> None:
     if described.get("format") != FORMAT or "config" not in described:
         raise CheckpointError(
             f"{path} is no model file of format {FORMAT} (it says {described.get('kind', described.get('format'))!r})"

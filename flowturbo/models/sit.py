@@ -25,12 +25,9 @@ from flowturbo_kernels.linear import Activation
 from flowturbo_kernels.refiner_forward import BlockWeights, Linear, RefinerWeights
 
 from ..checks import positive
-from ..plan import Part
 
 TIME_FEATURES = 256
 MAX_PERIOD = 10_000
-READS: dict[Part, int] = {"predictor": 1, "refiner": 2, "extrapolator": 3}
-"""How many latents each reads: x, and velocities."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class SiTConfig:
     """Sizes of a SiT. side: height and width of the latent; channels: of latent and velocity; num_classes without the null class.
 
     learned_sigma: the final layer has twice the channels; the second half is not used. reads_velocity: the input is x and a
-    velocity (a refiner). reads_change: and, besides, a second one, of how the velocity changed (an extrapolating refiner).
+    velocity (a refiner).
     """
 
     hidden: int
@@ -50,7 +47,6 @@ class SiTConfig:
     num_classes: int = 1000
     learned_sigma: bool = True
     reads_velocity: bool = False
-    reads_change: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden", "depth", "heads", "patch", "side", "channels", "num_classes"):
@@ -61,16 +57,10 @@ class SiTConfig:
             raise ValueError(f"hidden must be a multiple of 4 (2-D sine and cosine positions), got {self.hidden}")
         if self.side % self.patch:
             raise ValueError(f"patch must divide the latent side {self.side}, got {self.patch}")
-        if self.reads_change and not self.reads_velocity:
-            raise ValueError("reads_change must come with reads_velocity")
-
-    @property
-    def role(self) -> Part:
-        return "extrapolator" if self.reads_change else "refiner" if self.reads_velocity else "predictor"
 
     @property
     def in_channels(self) -> int:
-        return self.channels * READS[self.role]
+        return self.channels * (2 if self.reads_velocity else 1)
 
     @property
     def out_channels(self) -> int:
@@ -88,10 +78,6 @@ class SiTConfig:
     def refiner(self, depth: int = 1) -> SiTConfig:
         """The refiner of this predictor: the same trunk, `depth` blocks, reading x and v (paper section 3.2)."""
         return replace(self, depth=depth, reads_velocity=True)
-
-    def extrapolator(self, depth: int = 1) -> SiTConfig:
-        """The extrapolating refiner: the same, reading x, the last velocity and how it changes."""
-        return replace(self.refiner(depth), reads_change=True)
 
     def macs(self) -> int:
         """Multiply-accumulates of one forward of one sample, of all matrix products."""
@@ -243,7 +229,7 @@ class PatchEmbedder(nn.Module):
 
 
 class SiT(nn.Module):
-    """A predictor, v(x, t, y), or, with config.reads_velocity, a refiner, r(x, t, y, v), of one velocity or two.
+    """A predictor, v(x, t, y), or, with config.reads_velocity, a refiner, r(x, t, y, v).
 
     Parameter names are those of the published checkpoints. After `reset_parameters` it returns zeros: its final layer is zero.
     """
@@ -261,8 +247,8 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(config.hidden, config.patch**2 * config.out_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor:
-        """x (N, C, H, W) in the weights' dtype; t (N,) float; y (N,) int64, null_class for no label; v (N, C, H, W) for a refiner,
-        (N, 2C, H, W) for an extrapolating one -> (N, C, H, W): the velocity, or the refiner's offset of it.
+        """x (N, C, H, W) in the weights' dtype; t (N,) float; y (N,) int64, null_class for no label; v (N, C, H, W) for a refiner
+        -> (N, C, H, W): the velocity, or the refiner's offset of it.
         """
         return self.evaluate(x, self.modulations(self.t_embedder(t) + self.y_embedder(y)), v)
 
@@ -277,7 +263,7 @@ class SiT(nn.Module):
 
     def evaluate(self, x: Tensor, modulations: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
         """`forward` on given modulations. Their R rows may be twice those of x (N, C, H, W), which is then embedded once for both
-        halves of guidance. v (R, C or 2C, H, W) -> (R, C, H, W), in the weights' dtype.
+        halves of guidance. v (R, C, H, W) -> (R, C, H, W), in the weights' dtype.
         """
         tokens, rows = self.x_embedder(x, v, self.pos_embed[0]), len(modulations[0])
         if len(tokens) != rows:
@@ -377,7 +363,7 @@ def _count_blocks(state: Mapping[str, Tensor]) -> int:
     return min(1 + max(numbers, default=-1), 2 * len(numbers))
 
 
-def config_from_state(state: Mapping[str, Tensor], *, role: Part = "predictor", heads: int | None = None) -> SiTConfig:
+def config_from_state(state: Mapping[str, Tensor], *, reads_velocity: bool = False, heads: int | None = None) -> SiTConfig:
     """Sizes read off the tensors of a checkpoint; heads from the published sizes when not given.
 
     Raises KeyError for a missing key that sizes are read from, ValueError where the shapes fit no SiT or heads can't be known.
@@ -394,9 +380,9 @@ def config_from_state(state: Mapping[str, Tensor], *, role: Part = "predictor", 
     grid = math.isqrt(tokens)
     if grid * grid != tokens:
         raise ValueError(f"pos_embed must hold a square number of tokens, got {tokens}")
-    if in_channels % READS[role]:
-        raise ValueError(f"a {role} must have a multiple of {READS[role]} input channels, got {in_channels}")
-    channels = in_channels // READS[role]
+    if reads_velocity and in_channels % 2:
+        raise ValueError(f"a refiner must have an even number of input channels, got {in_channels}")
+    channels = in_channels // 2 if reads_velocity else in_channels
     outputs = state["final_layer.linear.weight"].shape[0]
     if outputs not in (patch**2 * channels, 2 * patch**2 * channels):
         raise ValueError(
@@ -417,6 +403,5 @@ def config_from_state(state: Mapping[str, Tensor], *, role: Part = "predictor", 
         channels=channels,
         num_classes=table.shape[0] - 1,
         learned_sigma=outputs == 2 * patch**2 * channels,
-        reads_velocity=role != "predictor",
-        reads_change=role == "extrapolator",
+        reads_velocity=reads_velocity,
     )
