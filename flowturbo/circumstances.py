@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import __version__
+from .models import MODELS
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -44,6 +45,15 @@ def file_digest(path: str | os.PathLike[str] | None) -> str | None:
         while piece := file.read(1 << 22):
             hashed.update(piece)
     return hashed.hexdigest()
+
+
+def model_digests(model: str | os.PathLike[str], refiner: str | os.PathLike[str] | None) -> dict[str, str | None]:
+    """SHA-256 of a model's files; a bundled model brings its own refiner."""
+    bundled = MODELS.get(str(model))
+    return {
+        "predictor_sha256": file_digest(bundled.predictor if bundled else model),
+        "refiner_sha256": file_digest(bundled.refiner if bundled and refiner is None else refiner),
+    }
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], parts: Iterable[str]) -> list[str]:

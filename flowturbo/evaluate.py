@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 
 from . import rng
 from .checks import finite, natural, positive
-from .circumstances import changes, environment, file_digest
+from .circumstances import changes, environment, model_digests
 from .data import digits
 from .field import GuidedField
 from .files import CheckpointError, load_tensors, save_tensors, write_text
 from .metrics import DigitClassifier, frechet_distance, pareto_front, rms_distance, train_classifier
-from .models import MODELS, FlowModel, load
+from .models import FlowModel, load
 from .plan import Plan
 from .plots import need_matplotlib, plot_quality, plot_velocity
 from .sampler import sample
@@ -138,14 +138,12 @@ def _check_model(model: FlowModel, plans: Sequence[Plan]) -> None:
 def _begin(path: Path, settings: Evaluate, model: FlowModel) -> dict[str, Any]:
     """The results so far of an evaluation with these settings, or new ones without rows."""
     assert model.macs is not None
-    bundled = MODELS.get(settings.model)
     ours: dict[str, Any] = {
         "format": FORMAT,
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE},
         "seed_rule": "noise of image i: flowturbo.noise(latent_shape, seed, [i]); class of image i: i % 10",
         "model": {
-            "predictor_sha256": file_digest(bundled.predictor if bundled else settings.model),
-            "refiner_sha256": file_digest(bundled.refiner if bundled and settings.refiner is None else settings.refiner),
+            **model_digests(settings.model, settings.refiner),
             "predictor_macs": model.macs[0],
             "refiner_macs": model.macs[1],
         },

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from .checks import finite, natural, positive
-from .circumstances import changes, environment, file_digest
+from .circumstances import changes, environment, model_digests
 from .features import FeatureNetwork, Features, Inception, stored_features
 from .fidelity_report import TITLES, fidelity_table
 from .files import write_text
 from .imagesets import ImageSet, Made, Reference, open_images
 from .metrics import Gaussian, inception_score, precision_recall
-from .models import MODELS, FlowModel, choose_device, load
-from .plan import Plan
+from .models import FlowModel, choose_device, load
+from .plan import as_plan
 
 FORMAT = 1
 SPLIT = 5000
@@ -54,7 +54,7 @@ class Fidelity:
     vae: str | None = None
     """As for sample."""
     plans: tuple[str, ...] = ("H1P5R3",)
-    """Plans that make images, each from the same noise. Image i is of class i % (number of classes)."""
+    """Plans that make images, letters or .json files, each from the same noise. Image i is of class i % (number of classes)."""
     guidance: float = 1.5
     """Scale of classifier-free guidance, 1 for none."""
     guidance_channels: int | None = None
@@ -89,7 +89,7 @@ class Fidelity:
         if isinstance(self.plans, str) or not self.plans:
             raise ValueError(f"plans must be a list of at least one plan, got {self.plans!r}")
         for plan in self.plans:
-            Plan.parse(plan)
+            as_plan(plan)
 
 
 def fidelity(settings: Fidelity, network: FeatureNetwork | None = None) -> Path:
@@ -153,7 +153,7 @@ def _model(settings: Fidelity) -> FlowModel:
     model = load(settings.model, settings.refiner, settings.vae, device=settings.device, dtype=dtype)
     if model.vae is None:
         raise ValueError("vae must be given: images are scored, and the model's file names none that decodes its latents")
-    refined = [plan for plan in settings.plans if Plan.parse(plan).cost.refiner]
+    refined = [plan for plan in settings.plans if as_plan(plan).cost.refiner]
     if refined and model.refiner is None:
         raise ValueError(f"refiner must be given: of the plans, {', '.join(refined)} need one")
     return model
@@ -163,9 +163,9 @@ def _samples(settings: Fidelity, model: FlowModel | None) -> dict[str, ImageSet]
     """The sets to score, by what their rows are called."""
     if model is not None:
         count = 50_000 if settings.images is None else settings.images
-        plans = [Plan.parse(plan) for plan in settings.plans]
+        plans = map(as_plan, settings.plans)
         how = (count, settings.guidance, settings.guidance_channels, settings.seed, settings.batch_size)
-        return {str(plan): Made(model, plan, *how) for plan in plans}
+        return {plan.name: Made(model, plan, *how) for plan in plans}
     assert settings.samples is not None
     images = open_images(settings.samples, "samples")
     if settings.images is not None and settings.images > len(images):
@@ -231,13 +231,11 @@ def _described(settings: Fidelity, model: FlowModel | None, sets: Mapping[str, I
     """What the samples are and all that a rerun needs to make them. Plans may be added, so they are in the rows."""
     if model is None:
         return dict(next(iter(sets.values())).description)
-    bundled = MODELS.get(str(settings.model))
     guided = model.guidance_channels if settings.guidance_channels is None else settings.guidance_channels
     return {
         "kind": "made by the model",
         "images": len(next(iter(sets.values()))),
-        "predictor_sha256": file_digest(bundled.predictor if bundled else settings.model),
-        "refiner_sha256": file_digest(bundled.refiner if bundled and settings.refiner is None else settings.refiner),
+        **model_digests(str(settings.model), settings.refiner),
         "vae": settings.vae or "the one that the predictor's file names",
         "latent_shape": list(model.latent_shape),
         "guidance": settings.guidance,

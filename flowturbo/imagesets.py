@@ -231,6 +231,8 @@ class Made:
         self.options: dict[str, Any] = dict(guidance=guidance, guidance_channels=guidance_channels, batch_size=batch_size)
         self.seed = seed
         self.description: dict[str, Any] = {"kind": "made by the model", "plan": str(plan), "images": count}
+        if plan.name != str(plan):
+            self.description["steps"] = repr(plan)
 
     def __len__(self) -> int:
         return self.count

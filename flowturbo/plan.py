@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -147,6 +148,13 @@ class Plan:
     def __str__(self) -> str:
         """The letters with counts, e.g. 'H1P5R3': what `parse` takes. Grid, interval and weights are in repr."""
         return "".join(f"{letter}{len(list(run))}" for letter, run in itertools.groupby(self.letters))
+
+    @property
+    def name(self) -> str:
+        """The letters with counts, and, of a plan that these do not tell whole, a digest of the rest."""
+        if self == Plan.parse(str(self)):
+            return str(self)
+        return f"{self}-{hashlib.sha256(repr(self).encode()).hexdigest()[:8]}"
 
     def __len__(self) -> int:
         return len(self.letters)

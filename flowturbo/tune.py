@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from . import rng, search
 from .checks import finite, natural, positive
-from .circumstances import environment, file_digest
+from .circumstances import environment, model_digests
 from .data import digits
 from .evaluate import read_images, without_blocks
 from .field import GuidedField
@@ -175,14 +175,10 @@ def plan_from(row: Mapping[str, Any]) -> Plan:
 
 def _begin(settings: Tune, model: FlowModel) -> dict[str, Any]:
     """The results so far of the same search, or none."""
-    bundled = MODELS.get(settings.model)
     ours: dict[str, Any] = {
         "format": FORMAT,
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE},
-        "model": {
-            "predictor_sha256": file_digest(bundled.predictor if bundled else settings.model),
-            "refiner_sha256": file_digest(bundled.refiner if bundled and settings.refiner is None else settings.refiner),
-        },
+        "model": model_digests(settings.model, settings.refiner),
         "environment": environment(model.device, model.dtype),
     }
     ours = json.loads(json.dumps(ours))

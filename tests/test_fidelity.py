@@ -224,6 +224,17 @@ def test_a_models_own_images_are_those_that_sample_writes(files, tmp_path):
     assert row == {**expected, "samples": "H1R1"}
 
 
+def test_plans_of_files_are_told_apart(files, tmp_path):
+    """Two fitted plans of the same letters."""
+    for name, weight in (("a", 1.0), ("b", 0.8)):
+        ft.Plan("LL", (0.0, 0.4, 1.0), weights=((0.4,), (weight, -0.3))).save(tmp_path / f"{name}.json")
+    plans = tuple(str(tmp_path / f"{name}.json") for name in "ab")
+    fidelity(made(files, tmp_path / "out", plans=(*plans, "A2")), RandomNetwork())
+    rows = {row["samples"]: row["fid"] for row in read(tmp_path / "out")["rows"]}
+    assert len(rows) == len(set(rows.values())) == 3
+    assert sorted(name[:3] for name in rows) == ["A2", "L2-", "L2-"]
+
+
 def test_plans_and_metrics_may_be_added(files, tmp_path, few_a_file):
     fidelity(made(files, tmp_path / "at once", plans=("H1R1", "E2"), metrics=("fid", "is", "recall")), RandomNetwork())
     first, second, third = (RandomNetwork() for _ in range(3))
