@@ -136,10 +136,10 @@ def serve(studio: Studio, settings: Demo, listener: socket.socket, address: str)
 
     # Browsers keep a connection open for as long as the page is: it would hold up the end.
     config = uvicorn.Config(application(studio, settings.guidance), log_level="warning", timeout_graceful_shutdown=1)
-    print(f"flowturbo demo: {address} (Ctrl-C ends it)", flush=True)
-    if settings.browser:
-        threading.Timer(1, webbrowser.open, (address,)).start()
     try:
+        print(f"flowturbo demo: {address} (Ctrl-C ends it)", flush=True)
+        if settings.browser:
+            threading.Timer(1, webbrowser.open, (address,)).start()
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         pass  # the way it ends

@@ -45,6 +45,7 @@ def write(folder: Path, pipeline_folders: dict[str, Path]) -> None:
             _picture(folder / place / f"{i}.png", seed=i)
     for i in range(3):
         (folder / "captioned" / f"{i}.txt").write_text(f"noise {i}")
+    ft.Plan("LL", (0, 0.5, 1), weights=((0.5,), (0.8, -0.3))).save(folder / "tuned.json")
     (folder / "captions.txt").write_text("a red fox\na harbour\na red house\n")
     _picture(folder / "photo.png")
     mask = np.zeros((SIDE, SIDE), np.uint8)

@@ -5,9 +5,11 @@ What a page says is run in its order, in one folder, so that later commands use 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +52,7 @@ ADDED = {
         **{"--calibration-images": "8", "--images": "20", "--batch-size": "10"},
         **{"--iterations": "1", "--refiner-steps": "0", "--reference-plan": "C9"},
     },
+    "solvers.py": {"--most": "2"},
     "test_kernels.py": BRIEF,
     "test_plans.py": {"--rivals": "ours", "--plans": "H1R1", **BRIEF},
 }
@@ -120,8 +123,10 @@ def why_not_run(command: list[str]) -> str | None:
 
 
 def run_command(command: list[str]) -> None:
-    if flowturbo_words(command) is not None:
-        words = flowturbo_words(smaller(command)) or []
+    if command[:2] == ["flowturbo", "demo"]:
+        begin_and_end_demo(command[1:])
+    elif flowturbo_words(command) is not None:
+        words = [found for word in flowturbo_words(smaller(command)) or [] for found in expanded(word)]
         if "device" in vars(parse(words)):
             words += ["--device", "cpu"]
         assert main(words) == 0, shlex.join(command)
@@ -131,6 +136,26 @@ def run_command(command: list[str]) -> None:
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     else:
         assert why_not_run(command), f"no test knows how to run: {shlex.join(command)}"
+
+
+def expanded(word: str) -> list[str]:
+    """As the shell does with names of files."""
+    return sorted(glob.glob(word)) if "*" in word else [word]
+
+
+def begin_and_end_demo(words: list[str]) -> None:
+    """The command serves until Ctrl-C: here, until it has said where. A browser that it opens is one that does nothing."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "BROWSER": "true"}
+    run = [sys.executable, "-m", "flowturbo", *replaced(words, "--port", "0"), "--device", "cpu"]
+    run += [] if "--port" in words else ["--port", "0"]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            said = process.stdout.readline()  # type: ignore[union-attr]
+        finally:
+            process.send_signal(signal.SIGINT)
+        left = process.communicate(timeout=60)
+    assert "http://127.0.0.1:" in said, left
+    assert process.returncode == 0, left
 
 
 def run_example(block: Block, page: Path, names: dict[str, Any]) -> None:

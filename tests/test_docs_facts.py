@@ -93,6 +93,29 @@ def test_figures_of_the_bundled_model_are_those_that_were_measured(document):
     assert rows or named
 
 
+def test_figures_of_the_search_are_those_that_were_measured():
+    """Of each scheme the best plan with so many predictor calls."""
+    rows = json.loads((DOCS / "tuning.json").read_text())["rows"]
+    page = (DOCS / "search.md").read_text()
+    columns = [
+        lambda row: row["how"] == "fitted" and row["refiner_calls"] == 1,
+        lambda row: row["how"] == "fitted" and row["refiner_calls"] == 0,
+        *(
+            lambda row, scheme=scheme: row["group"].startswith(scheme)
+            for scheme in ("Adams-Bashforth", "UniPC", "DPM++2M", "Heun", "FlowTurbo")
+        ),
+    ]
+    found = re.findall(r"^\| (\d) \| (\*\*0\..*) \|$", page, re.MULTILINE)
+    assert [calls for calls, _ in found] == list("2345")
+    for calls, cells in found:
+        for cell, of in zip(cells.split("|"), columns, strict=True):
+            distances = [row["rms"] for row in rows if row["predictor_calls"] == int(calls) and of(row)]
+            assert cell.strip(" *") == (f"{min(distances):.3f}" if distances else ""), (calls, cell)
+    best = next(row for row in rows if row["plan"] == "L2M1")
+    assert f"`L2M1` at {best['price']:.2f} calls has {best['frechet']:.2f}" in page
+    assert f"All {len(rows)} plans" in page
+
+
 def test_links_from_outside_the_site_lead_somewhere():
     """Those inside are mkdocs' to check, when CI builds the site."""
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
