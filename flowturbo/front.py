@@ -28,10 +28,14 @@ def group(row: Row) -> str:
     return "Euler" if set(letters) == {"E"} else "Adams-Bashforth"
 
 
-def described(row: Row) -> dict[str, Any]:
-    """The row with its group and the standard errors of its distances."""
-    errors = {f"{name}_error": jackknife_error(row[f"{name}_blocks"]) for name in ("rms", "frechet") if name in row}
-    return {**row, "group": group(row), **errors}
+def described(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows with their groups, the standard errors of their distances, and whether they are on the Pareto front by RMS."""
+    front = pareto_front([(row["price"], row["rms"]) for row in rows])
+    found = []
+    for row, on_front in zip(rows, front, strict=True):
+        errors = {f"{name}_error": jackknife_error(row[f"{name}_blocks"]) for name in ("rms", "frechet") if name in row}
+        found.append({**row, "group": group(row), "on_front": on_front, **errors})
+    return found
 
 
 def against(row: Row, rivals: Sequence[Row], measure: str) -> tuple[str, Row | None]:
@@ -86,11 +90,10 @@ def front_table(results: Mapping[str, Any]) -> str:
         f"| plan | what | cost | ms | RMS | held classes |{' Fréchet |' if frechet else ''}",
         f"|---|---|--:|--:|--:|--:|{'--:|' if frechet else ''}",
     ]
-    front = pareto_front([(row["price"], row["rms"]) for row in rows])
-    for row, best in zip(rows, front, strict=True):
-        rms = f"{row['rms']:.4f} ± {row['rms_error']:.4f}"
+    for row in rows:
+        rms = _bold(f"{row['rms']:.4f} ± {row['rms_error']:.4f}", row["on_front"])
         held = "" if row["rms_held"] is None else f"{row['rms_held']:.4f}"
-        line = f"| {row['plan']} | {row['group']} | {row['price']:.2f} | {row['ms_per_image']:.2f} | {_bold(rms, best)} | {held} |"
+        line = f"| {row['plan']} | {row['group']} | {row['price']:.2f} | {row['ms_per_image']:.2f} | {rms} | {held} |"
         lines.append(line + (f" {row['frechet']:.2f} ± {row['frechet_error']:.2f} |" if frechet else ""))
     return "\n".join(lines) + "\n"
 

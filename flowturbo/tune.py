@@ -137,7 +137,7 @@ def tune(settings: Tune) -> Path:
         others = [(plan, "published") for plan in published(price, bool(_refines(settings, model)))]
         others += [(as_plan(rival), Path(rival).stem) for rival in settings.rivals]
         rows = measure(settings, model, fitting, price, [*found, *others], keep, bar.update)
-    results["rows"] = [described(row) for row in rows]
+    results["rows"] = described(rows)
     for row, calibrated in zip(results["rows"], errors, strict=False):
         row["calibration_rms"] = calibrated
     write_text(keep.path, json.dumps(results, indent=1) + "\n")

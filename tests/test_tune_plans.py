@@ -442,6 +442,11 @@ def test_tune_writes_table_figures_plot_and_the_best_plan(tuned, weights):
     found = [row for row in results["rows"] if row["how"] in ("fitted", "searched")]
     assert {row["plan"] for row in results["rows"]} >= {"L1", "L2", "A2", "E1", "H1"}
     assert all(f"| {row['plan']} | {row['group']} |" in table for row in results["rows"])
+    for row in results["rows"]:
+        others = [(other["price"], other["rms"]) for other in results["rows"]]
+        beaten = any(p <= row["price"] and d <= row["rms"] and (p, d) != (row["price"], row["rms"]) for p, d in others)
+        assert row["on_front"] == (not beaten), row["plan"]
+        assert (f"**{row['rms']:.4f} ± {row['rms_error']:.4f}**" in table) == row["on_front"]
     best = Plan.load(tuned / "best.json")
     least = min(found, key=lambda row: row["calibration_rms"])
     assert best == tune.plan_from(least["record"])
