@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # Before there is a group: its default arguments would hold that to the end.
 
 from .models import choose_device
 
@@ -40,12 +42,27 @@ def workers(device: str | None) -> Iterator[torch.device]:
 
 
 class Team:
-    """The processes of the group, or this one alone, for work that each does on its own between few agreements."""
+    """The processes of the group, or this one alone, for work that each does on its own between few agreements. Used by `with`.
+
+    A group has threads of torch's, and one of them that lets go of a tensor while the interpreter ends aborts the process. So the
+    group must have ended by then, and no error that leaves here may keep it alive.
+    """
+
+    _group: dist.ProcessGroup | None = None
 
     def __init__(self) -> None:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         # Through gloo whatever the group is of: nothing but words is exchanged, and nccl's waiting occupies the GPU.
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
+        if self.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def told(self, find: Callable[[], T]) -> T:
         """What `find` returns in process 0, in all; what it raises there, all raise. None goes on before it is found."""
@@ -58,9 +75,14 @@ class Team:
         if self._group is not None:
             with self._noticing():
                 dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return cast(T, outcome[0])
+        found, refused = outcome
+        del outcome
+        if refused is not None:
+            try:
+                raise refused
+            finally:
+                del refused  # or its traceback would hold this frame, and this frame it
+        return cast(T, found)
 
     def gather(self) -> None:
         """Wait until all have come here. RuntimeError if one ended before."""
@@ -73,4 +95,5 @@ class Team:
         try:
             yield
         except RuntimeError as error:
+            traceback.clear_frames(error.__traceback__)  # torch's, which hold the group
             raise RuntimeError("another process of this run has ended: start the same command again to go on") from error

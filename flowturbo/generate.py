@@ -84,8 +84,7 @@ def generate(
         options = dict(guidance=guidance, guidance_channels=guidance_channels, batch_size=size)
         return sample(model, plan, chosen, noise=noise, output="uint8", **options).cpu().numpy()  # type: ignore[arg-type]
 
-    team = Team()
-    with _writing(out, team, shards, settings) as missing:
+    with Team() as team, _writing(out, team, shards, settings) as missing:
         if missing and model.device.type == "cuda":
             _warm_up(team, lambda: made(range(1)))
         with tqdm(total=len(classes), disable=None if progress and team.rank == 0 else True, unit="image") as bar:
