@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
-
-from torch import Tensor
 
 from .latency import seconds
 from .models import FlowModel
 from .plan import Plan
 from .sampler import sample
+
+TURNS = 9
+"""How often each plan is timed."""
 
 
 class Price(NamedTuple):
@@ -43,27 +43,49 @@ def call_prices(model: FlowModel) -> dict[str, float]:
     return {**dict.fromkeys("EABCLP", 1.0), "H": 2.0, "R": 2 * share, "S": share, "M": share}
 
 
-def step_costs(model: FlowModel, guidance: float, batch_size: int, refiner: bool) -> dict[str, float]:
-    """Milliseconds an image of each kind of step, and "fixed", of a plan without its steps: medians of runs that take turns."""
+def milliseconds(
+    model: FlowModel,
+    plans: Sequence[Plan],
+    guidance: float,
+    batch_size: int,
+    turns: int = TURNS,
+    advance: Callable[[int], object] = lambda calls: None,
+) -> list[float]:
+    """An image of each plan, as `sample` makes a batch: the fastest of runs in which the plans take turns.
+
+    Shared machines are slower for many seconds at a time, by a third or so, which the median of a plan's runs may or may not show.
+    advance: told how many predictor calls were made.
+    """
     labels = [i % model.num_classes for i in range(batch_size)]
+    times: list[list[float]] = [[] for _ in plans]
+
+    def run(plan: Plan) -> float:
+        took = seconds(lambda: sample(model, plan, labels, guidance=guidance, seed=0, batch_size=batch_size), model.device)
+        advance(batch_size * plan.cost.predictor)
+        return 1e3 * took / batch_size
+
+    limit = model.captures.limit
+    try:
+        if limit:
+            model.captures.limit = max(limit, len(plans))  # or each run would be captured anew, and that be timed
+        for plan in plans:
+            run(plan)
+            run(plan)  # the second of a kind is captured where that is possible
+        for _ in range(turns):
+            for plan, found in zip(plans, times, strict=True):
+                found.append(run(plan))
+    finally:
+        model.captures.limit = limit
+    return [min(found) for found in times]
+
+
+def step_costs(model: FlowModel, guidance: float, batch_size: int, refiner: bool) -> dict[str, float]:
+    """Milliseconds an image of each kind of step, and "fixed", of a plan without its steps."""
     few, more = 1, 3
     refined = "RSM" if refiner else ""
     plans = {"E": "E", **{letter: "H" if letter == "H" else "H1" + letter for letter in "HPABCL" + refined}}
-    runs = {}
-    for letter, text in plans.items():
-        for count in (few, more):
-            plan = Plan.parse(f"{text}{count}")
-
-            def run(plan: Plan = plan) -> Tensor:
-                return sample(model, plan, labels, guidance=guidance, seed=0, batch_size=batch_size)
-
-            runs[letter, count] = run
-            run()
-            run()  # the second of a kind is captured where that is possible
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
-    for _ in range(3):
-        for key, run in runs.items():
-            times[key].append(1e3 * seconds(run, model.device) / batch_size)
-    median = {key: statistics.median(values) for key, values in times.items()}
-    costs = {letter: max(0.0, (median[letter, more] - median[letter, few]) / (more - few)) for letter in plans}
-    return {**costs, "fixed": max(0.0, median["E", few] - costs["E"])}
+    runs = [(letter, count) for letter in plans for count in (few, more)]
+    timed = milliseconds(model, [Plan.parse(f"{plans[letter]}{count}") for letter, count in runs], guidance, batch_size)
+    took = dict(zip(runs, timed, strict=True))
+    costs = {letter: max(0.0, (took[letter, more] - took[letter, few]) / (more - few)) for letter in plans}
+    return {**costs, "fixed": max(0.0, took["E", few] - costs["E"])}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +24,11 @@ from .field import GuidedField
 from .files import write_text
 from .fit import Advance, Batch, error, inserted
 from .front import described, front_table
-from .latency import seconds
 from .metrics import rms_distance, train_classifier
 from .models import MODELS, FlowModel, load
 from .plan import Plan, as_plan, shifted_grid
 from .plots import need_matplotlib, plot_tuning
-from .price import Price, call_prices, step_costs
+from .price import Price, call_prices, milliseconds, step_costs
 from .sampler import sample
 from .steps import MAX_PAST
 
@@ -295,7 +294,7 @@ def measure(
 
     @functools.cache
     def fine() -> Tensor:
-        return _in_batches(settings, fitting, as_plan(settings.reference_plan), noise, labels, advance)[0]
+        return _in_batches(settings, fitting, as_plan(settings.reference_plan), noise, labels, advance)
 
     @functools.cache
     def judge() -> Callable[[Tensor], dict[str, Any]]:
@@ -306,14 +305,13 @@ def measure(
         return lambda latents: read_images(classifier, latents, labels, held_out)
 
     def row(plan: Plan, how: str) -> dict[str, Any]:
-        latents, milliseconds = _in_batches(settings, model, plan, noise, labels, advance)
+        latents = _in_batches(settings, model, plan, noise, labels, advance)
         return {
             "plan": str(plan),
             "how": how,
             "price": price.of(plan),
             "predictor_calls": plan.cost.predictor,
             "refiner_calls": plan.cost.refiner,
-            "ms_per_image": milliseconds,
             "rms": rms_distance(latents, fine()),
             "rms_blocks": [rms_distance(latents[kept], fine()[kept]) for kept in without_blocks(len(latents))],
             "rms_held": rms_distance(latents[held], fine()[held]) if held.any() else None,
@@ -327,28 +325,25 @@ def measure(
         rows.append(keep(named, functools.partial(row, plan, how)))
     if "frechet" in rows[0]:
         keep("fine frechet", lambda: judge()(fine())["frechet"])
-    return rows
+
+    def times() -> list[float]:
+        return milliseconds(model, [plan for plan, _ in found], settings.guidance, settings.batch_size, advance=advance)
+
+    these = hashlib.sha256(json.dumps([row["record"] for row in rows]).encode()).hexdigest()
+    return [{**row, "ms_per_image": ms} for row, ms in zip(rows, keep(f"milliseconds {these}", times), strict=True)]
 
 
-def _in_batches(
-    settings: Tune, model: FlowModel, plan: Plan, noise: Tensor, labels: Tensor, advance: Advance
-) -> tuple[Tensor, float]:
-    """Latents on the CPU, and milliseconds an image: the median over all batches but the first, if there are more."""
-    done, times = [], []
+def _in_batches(settings: Tune, model: FlowModel, plan: Plan, noise: Tensor, labels: Tensor, advance: Advance) -> Tensor:
+    """Latents, on the CPU."""
+    done = []
     for part in torch.arange(len(noise)).split(settings.batch_size):
-
-        def run(part: Tensor = part) -> None:
-            latents = sample(
-                model, plan, labels[part], noise=noise[part], guidance=settings.guidance, batch_size=settings.batch_size
-            )
-            done.append(latents.cpu())
-
-        times.append(1e3 * seconds(run, model.device) / settings.batch_size)
+        options: dict[str, Any] = dict(guidance=settings.guidance, batch_size=settings.batch_size)
+        done.append(sample(model, plan, labels[part], noise=noise[part], **options).cpu())
         advance(len(part) * plan.cost.predictor)
     latents = torch.cat(done)
     if not latents.isfinite().all():
         raise ValueError(f"plan {plan} gives NaN or infinity, so it can't be measured")
-    return latents, statistics.median(times[1:] or times)
+    return latents
 
 
 def _save_plans(settings: Tune, results: Mapping[str, Any]) -> None:

@@ -115,6 +115,21 @@ def test_figures_of_the_search_are_those_that_were_measured():
     assert f"`L2M1` at {best['price']:.2f} calls has {best['frechet']:.2f}" in page
     assert f"All {len(rows)} plans" in page
 
+    by_name = {row["plan"]: row for row in rows}
+    for name in ("L3M1", "A4", "H1P2R1"):
+        assert re.search(rf"`{name}`[^`]*{by_name[name]['ms_per_image']:.1f}", page), name
+    for row in rows:
+        if row["how"] == "fitted":
+            as_fast = [
+                r for r in rows if r["how"] not in ("fitted", "searched") and r["ms_per_image"] <= 1.03 * row["ms_per_image"]
+            ]
+            assert as_fast
+            assert all(row["rms"] < rival["rms"] for rival in as_fast), row["plan"]
+    times: dict[tuple[int, int], list[float]] = {}
+    for row in rows:
+        times.setdefault((row["predictor_calls"], row["refiner_calls"]), []).append(row["ms_per_image"])
+    assert f"by up to {100 * max(max(found) / min(found) - 1 for found in times.values()):.0f} %" in page
+
 
 def test_links_from_outside_the_site_lead_somewhere():
     """Those inside are mkdocs' to check, when CI builds the site."""

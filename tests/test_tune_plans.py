@@ -19,7 +19,7 @@ from tiny import CONFIG, random_sit, tiny_model
 from torch import Tensor
 
 import flowturbo as ft
-from flowturbo import Plan, fit, rng, search, tune
+from flowturbo import Plan, fit, price, rng, search, tune
 from flowturbo.cli import main
 from flowturbo.fit import Batch
 from flowturbo.front import against
@@ -392,15 +392,37 @@ def test_step_costs_are_told_for_each_kind_of_step():
     assert not {"R", "S", "M"} & step_costs(tiny_model(refiner=False), 1.0, 4, False).keys()
 
 
+def test_plans_that_are_timed_take_turns_and_are_captured_once_each(monkeypatch):
+    """More than are kept otherwise: they would be captured in every run, and that be timed."""
+    model, recorder = captured_model()
+    model.captures.limit = 2
+    plans = [Plan.parse(text) for text in ("E1", "E2", "H1", "H1P1")]
+    # Two runs each before the timed ones, which take 9, 8, 7, 6 s, then 10, 5, 8, 7 s, then 11, 12, 13, 14 s.
+    passed, asked, calls = iter([1] * 8 + [9, 8, 7, 6, 10, 5, 8, 7, 11, 12, 13, 14]), [], []
+
+    def seconds(run, device, real=price.seconds):
+        asked.append(real(run, device))
+        return next(passed)
+
+    monkeypatch.setattr(price, "seconds", seconds)
+    found = price.milliseconds(model, plans, 1.5, 3, turns=3, advance=calls.append)
+    assert recorder.recorded == len(plans)
+    assert model.captures.limit == 2
+    assert sum(calls) == 3 * (1 + 2 + 2 + 3) * (2 + 3)
+    assert found == [1e3 * second / 3 for second in (9, 5, 7, 6)]
+
+
 def test_a_verdict_asks_for_two_standard_errors():
     def row(price: float, rms: float, spread: float) -> dict:
-        return {"price": price, "rms": rms, "rms_blocks": [rms - spread, rms + spread] * 5, "name": f"{rms}"}
+        return {"price": price, "ms_per_image": 10 - price, "rms": rms, "rms_blocks": [rms - spread, rms + spread] * 5}
 
     rivals = [row(1.0, 0.5, 0.0), row(2.0, 0.3, 0.0), row(3.0, 0.1, 0.0)]
     assert against(row(2.0, 0.2, 0.0), rivals, "rms") == ("better", rivals[1])
     assert against(row(2.0, 0.2, 0.1), rivals, "rms") == ("level", rivals[1])
     assert against(row(2.9, 0.4, 0.001), rivals, "rms") == ("worse", rivals[1])
     assert against(row(0.5, 0.4, 0.001), rivals, "rms") == ("no rival", None)
+    assert against(row(2.0, 0.2, 0.0), rivals, "rms", "ms_per_image") == ("worse", rivals[2])
+    assert against(row(4.0, 0.2, 0.0), rivals, "rms", "ms_per_image") == ("no rival", None)
 
 
 @pytest.fixture(scope="module")
