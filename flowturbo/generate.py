@@ -121,7 +121,9 @@ def _checked(labels: Sequence[int] | Sequence[str] | np.ndarray, model: FlowMode
 def _checked_negative(negative: str, model: FlowModel) -> str:
     if not isinstance(model, PromptModel) or model.guidance_style != "halves":
         raise ValueError("negative is for text-to-image models that are guided by it, which this is not")
-    return model.texts(negative)[0]
+    if not isinstance(negative, str):
+        raise TypeError(f"negative must be one text, got {type(negative).__name__}")
+    return negative
 
 
 def _settings(
