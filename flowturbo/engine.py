@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import time
@@ -163,7 +164,11 @@ def fit(
 def _parallel(network: nn.Module) -> nn.Module:
     # FLUX's last block of two streams makes one of them for nobody.
     unused = isinstance(network, PromptNetwork)
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=unused)
+    parallel = nn.parallel.DistributedDataParallel
+    # Buffers are constants, so they need no exchange. Torch 2.13 warns of the name that this had.
+    new = "forward_sync_buffers"
+    name = new if new in inspect.signature(parallel).parameters else "broadcast_buffers"
+    return parallel(network, find_unused_parameters=unused, **{name: False})
 
 
 def _moved(labels: Labels, device: torch.device) -> Labels:

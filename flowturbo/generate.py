@@ -21,7 +21,7 @@ from .distributed import Team
 from .files import Lock
 from .job import Job
 from .models import FlowModel
-from .models.prompted import PromptModel
+from .models.prompted import PromptModel, PromptNetwork
 from .models.sit import SiT
 from .plan import Plan, as_plan
 from .sampler import sample
@@ -43,11 +43,12 @@ def class_labels(rule: LabelRule, num: int, num_classes: int, seed: int) -> np.n
 def generate(
     model: FlowModel,
     plan: str | Plan,
-    labels: Sequence[int] | np.ndarray,
+    labels: Sequence[int] | Sequence[str] | np.ndarray,
     out: str | os.PathLike[str],
     *,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
+    negative: str | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     shard_size: int | None = None,
@@ -56,9 +57,11 @@ def generate(
 ) -> dict[str, Any]:
     """Make the shards that are not there yet, then the manifest, which it returns. The processes of a group share the work.
 
-    labels: a class number an image; their number is the number of images. `class_labels` makes them by a rule.
-    out: the folder. Shard k is images-0000k-of-0000n.npz, with arr_0 (N, height, width, 3) uint8, labels (N,) int64 and indices
-        (N,) int64, the numbers of its images, and appears whole or not at all. Damaged shards are made again.
+    labels: a class number an image, or a prompt an image for a text-to-image model; their number is the number of images.
+        `class_labels` makes them by a rule.
+    negative: what to guide away from, for a text-to-image model that is guided by it.
+    out: the folder. Shard k is images-0000k-of-0000n.npz, with arr_0 (N, height, width, 3) uint8, labels (N,) int64 or texts, and
+        indices (N,) int64, the numbers of its images, and appears whole or not at all. Damaged shards are made again.
     batch_size: images at a time, 64 if left out. An image is the same to the last bit in any batch of this size.
     shard_size: images a file, a multiple of batch_size; left out: the first from 256 on.
     about: notes for the manifest alone, such as names of files; all else must be as it was when the folder was begun.
@@ -69,41 +72,43 @@ def generate(
     out, plan = Path(out), as_plan(plan, model.shift)
     if plan.start:
         raise ValueError(f"plan must start at 0, got one that starts at {plan.start:g}")
-    classes = _checked(labels, model)
+    given = _checked(labels, model)
+    told = {} if negative is None else {"negative": _checked_negative(negative, model)}
     size = BATCH_SIZE if batch_size is None else positive("batch_size", batch_size)
     shard_size = -(-SHARD_SIZE // size) * size if shard_size is None else positive("shard_size", shard_size)
     if shard_size % size:
         raise ValueError(f"shard_size must be a multiple of batch_size, {size}, got {shard_size}")
     job = Job.of(model, plan, guidance, guidance_channels, "uint8", torch.float32)
-    settings = _settings(model, job, classes, guidance, natural("seed", seed), size, shard_size)
-    shards = cut(len(classes), shard_size)
+    settings = _settings(model, job, given, guidance, natural("seed", seed), size, shard_size) | told
+    shards = cut(len(given), shard_size)
 
     def made(images: range) -> np.ndarray:
         noise = rng.noise(model.latent_shape, seed, images)
-        chosen = classes[images.start : images.stop]
-        options = dict(guidance=guidance, guidance_channels=guidance_channels, batch_size=size)
-        return sample(model, plan, chosen, noise=noise, output="uint8", **options).cpu().numpy()  # type: ignore[arg-type]
+        chosen = given[images.start : images.stop].tolist()
+        options: dict[str, Any] = dict(guidance=guidance, guidance_channels=guidance_channels, batch_size=size, **told)
+        return sample(model, plan, chosen, noise=noise, output="uint8", **options).cpu().numpy()
 
     with Team() as team, _writing(out, team, shards, settings) as missing:
         if missing and model.device.type == "cuda":
             _warm_up(team, lambda: made(range(1)))
-        with tqdm(total=len(classes), disable=None if progress and team.rank == 0 else True, unit="image") as bar:
+        with tqdm(total=len(given), disable=None if progress and team.rank == 0 else True, unit="image") as bar:
             for shard in missing[team.rank :: team.size]:
                 parts = []
                 for first in shard.images[::size]:
                     parts.append(made(range(first, min(first + size, shard.images.stop))))
                     if not bar.disable:
                         bar.update(images_there(out, shards) + sum(map(len, parts)) - bar.n)
-                own = classes[shard.images.start : shard.images.stop]
+                own = given[shard.images.start : shard.images.stop]
                 save_shard(out, shard, np.concatenate(parts), own, settings)
             team.gather()
-            bar.update(len(classes) - bar.n)
+            bar.update(len(given) - bar.n)
         return team.told(lambda: prove(out, about))
 
 
-def _checked(labels: Sequence[int] | np.ndarray, model: FlowModel) -> np.ndarray:
+def _checked(labels: Sequence[int] | Sequence[str] | np.ndarray, model: FlowModel) -> np.ndarray:
+    """Class numbers (N,) int64, or texts (N,)."""
     if isinstance(model, PromptModel):
-        raise TypeError("model must be class-conditional: sets of a text-to-image model are not made yet")
+        return np.array(model.texts(labels.tolist() if isinstance(labels, np.ndarray) else labels))  # type: ignore[arg-type]
     classes = np.asarray(labels)
     if classes.ndim != 1 or not len(classes) or classes.dtype.kind not in "iu":
         raise ValueError(f"labels must be a list of class numbers, one an image, got shape {classes.shape}, {classes.dtype}")
@@ -113,15 +118,23 @@ def _checked(labels: Sequence[int] | np.ndarray, model: FlowModel) -> np.ndarray
     return classes.astype(np.int64)
 
 
+def _checked_negative(negative: str, model: FlowModel) -> str:
+    if not isinstance(model, PromptModel) or model.guidance_style != "halves":
+        raise ValueError("negative is for text-to-image models that are guided by it, which this is not")
+    if not isinstance(negative, str):
+        raise TypeError(f"negative must be one text, got {type(negative).__name__}")
+    return negative
+
+
 def _settings(
-    model: FlowModel, job: Job, classes: np.ndarray, guidance: float, seed: int, batch_size: int, shard_size: int
+    model: FlowModel, job: Job, labels: np.ndarray, guidance: float, seed: int, batch_size: int, shard_size: int
 ) -> dict[str, Any]:
     """All that decides the images to the last bit, and which file they are in."""
     place = model.device
     on_gpu = place.type == "cuda"
     settings = {
-        "num": len(classes),
-        "labels": hashlib.sha256(classes.tobytes()).hexdigest(),
+        "num": len(labels),
+        "labels": hashlib.sha256(labels.tobytes()).hexdigest(),
         "seed": seed,
         "plan": str(job.plan),
         "grid": job.plan.grid,
@@ -134,6 +147,7 @@ def _settings(
         "predictor": _digest(model.predictor),
         "refiner": _digest(model.refiner) if job.plan.cost.refiner else None,
         "vae": _digest(model.vae),
+        "text_encoders": _text_digests(model) if isinstance(model, PromptModel) else None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "float32_products": job.precision,
         "backend": job.backend,
@@ -152,11 +166,32 @@ def _digest(part: object) -> str | None:
     hashed = hashlib.sha256(f"{type(part).__name__} {getattr(part, 'scale', None)} {getattr(part, 'shift', None)}".encode())
     network = part if isinstance(part, nn.Module) else getattr(part, "network", None)
     if isinstance(network, nn.Module):
-        hashed.update("".join(str(module.config) for module in network.modules() if isinstance(module, SiT)).encode())
+        hashed.update("".join(map(_config, network.modules())).encode())
         for name, value in sorted(network.state_dict().items()):
             hashed.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             hashed.update(value.detach().reshape(-1).view(torch.uint8).cpu().numpy())
     return hashed.hexdigest()
+
+
+def _config(module: nn.Module) -> str:
+    """What a network of ours, or of diffusers, was made by and its weights don't show, but no names of files."""
+    if isinstance(module, SiT):
+        return str(module.config)
+    if isinstance(module, PromptNetwork):
+        config: Any = module.module.config
+        return str({key: value for key, value in sorted(config.items()) if not key.startswith("_")})
+    return ""
+
+
+def _text_digests(model: PromptModel) -> dict[str, str | None]:
+    """Of the networks and the vocabularies that make conditions of prompts."""
+    found: dict[str, str | None] = {}
+    for name, part in sorted(model.pipe.components.items()):
+        if name.startswith("text_encoder"):
+            found[name] = _digest(part)
+        elif name.startswith("tokenizer") and part is not None:
+            found[name] = hashlib.sha256(str(sorted(part.get_vocab().items())).encode()).hexdigest()
+    return found
 
 
 @contextlib.contextmanager

@@ -183,6 +183,8 @@ class Sample(Model):
 
     labels: tuple[int, ...] | None = None
     """Class numbers; left out: all of the model's."""
+    prompts_file: Path | None = None
+    """A text file with a prompt a line, in the place of --prompts."""
     label_rule: LabelRule = "cycle"
     """Image i gets: "cycle": of the labels or prompts number i, from the first again after the last; "random": one drawn from
     (seed, i)."""
@@ -199,6 +201,10 @@ class Sample(Model):
 def run_sample(settings: Sample) -> str:
     if settings.num is not None and settings.num < 1:
         raise ValueError(f"num must be at least 1, got {settings.num}")
+    if settings.prompts_file is not None:
+        if settings.prompts:
+            raise ValueError("give prompts or prompts_file, not both")
+        settings = replace(settings, prompts=read_prompts(settings.prompts_file))
     if settings.out.is_dir() or settings.out.suffix[1:].isdigit() or not settings.out.suffix:  # a folder may be called cfg1.5
         return _sample_set(settings)
     _check_out(settings.out)
@@ -214,15 +220,29 @@ def _labels(settings: Sample, model: FlowModel) -> list[Any]:
     return [given[k] for k in class_labels(settings.label_rule, count, len(given), settings.seed)]
 
 
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The lines of a text file. ValueError, with its number, for an empty one: images would be of other prompts than thought."""
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts_file {path} can't be read as text: {error}") from None
+    empty = [number for number, line in enumerate(lines, 1) if not line.strip()]
+    if empty:
+        raise ValueError(f"prompts_file must hold a prompt a line, but line {empty[0]} of {path} is empty")
+    return tuple(lines)
+
+
 def _sample_set(settings: Sample) -> str:
-    if settings.prompts:
-        raise ValueError(f"out must end in .png or .npz for prompts, got {str(settings.out)!r}: folders are made of classes")
     with workers(settings.device) as device:
         model, plan, options = _loaded(replace(settings, device=str(device)))
         labels = _labels(settings, model)
         names = {"model": settings.model, "refiner": settings.refiner, "vae": settings.vae}
         about = {name: Path(value).name if value and Path(value).exists() else value for name, value in names.items()}
-        about |= {"label_rule": settings.label_rule, "labels": "given" if settings.labels else "all"}
+        if settings.prompts_file is not None:
+            source = settings.prompts_file.name
+        else:
+            source = "given" if settings.labels or settings.prompts else "all"
+        about |= {"label_rule": settings.label_rule, "labels": source}
         del options["output"]
         manifest = generate(model, plan, labels, settings.out, shard_size=settings.shard_size, about=about, **options)
     return f"{_said(settings.out, len(labels), plan)}, {_proved(manifest)}"

@@ -179,12 +179,8 @@ class PromptModel(FlowModel):
             raise ValueError(f"guidance must be 1 for this model, which was made to run without, got {guidance}")
         return self.guidance_style == "halves" and guidance != 1
 
-    @torch.no_grad()
-    def encode(self, prompts: str | Sequence[str], negative: str | Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Texts -> conditions: embeds, pooled and, where guidance needs halves, negative_embeds and negative_pooled.
-
-        negative: one text or one a prompt; None: the empty text. ValueError where the model came without text encoders.
-        """
+    def texts(self, prompts: str | Sequence[str]) -> list[str]:
+        """Prompts that `encode` can take, as a list. ValueError where the model came without text encoders."""
         if not isinstance(prompts, str | Sequence):
             raise TypeError(f"prompts must be texts for a text-to-image model, got {type(prompts).__name__}")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -192,6 +188,15 @@ class PromptModel(FlowModel):
             raise ValueError(f"prompts must be at least one text, got {prompts!r}")
         if self.pipe is None:
             raise ValueError("prompts given as text need a model that was made from a pipeline with its text encoders")
+        return texts
+
+    @torch.no_grad()
+    def encode(self, prompts: str | Sequence[str], negative: str | Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Texts -> conditions: embeds, pooled and, where guidance needs halves, negative_embeds and negative_pooled.
+
+        negative: one text or one a prompt; None: the empty text. ValueError where the model came without text encoders.
+        """
+        texts = self.texts(prompts)
         against = [negative or ""] * len(texts) if negative is None or isinstance(negative, str) else list(negative)
         if len(against) != len(texts):
             raise ValueError(f"negative must be one text or one a prompt ({len(texts)}), got {len(against)}")
