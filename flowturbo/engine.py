@@ -167,8 +167,8 @@ def _parallel(network: nn.Module) -> nn.Module:
     parallel = nn.parallel.DistributedDataParallel
     # Buffers are constants, so they need no exchange. Torch 2.13 warns of the name that this had.
     new = "forward_sync_buffers"
-    name = new if new in inspect.signature(parallel).parameters else "broadcast_buffers"
-    return parallel(network, find_unused_parameters=unused, **{name: False})
+    options: dict[str, Any] = {new if new in inspect.signature(parallel).parameters else "broadcast_buffers": False}
+    return parallel(network, find_unused_parameters=unused, **options)
 
 
 def _moved(labels: Labels, device: torch.device) -> Labels:
