@@ -98,7 +98,7 @@ def generate(
                     parts.append(made(range(first, min(first + size, shard.images.stop))))
                     if not bar.disable:
                         bar.update(images_there(out, shards) + sum(map(len, parts)) - bar.n)
-                own = given[shard.images.start : shard.images.stop]
+                own = np.array(given[shard.images.start : shard.images.stop].tolist())
                 save_shard(out, shard, np.concatenate(parts), own, settings)
             team.gather()
             bar.update(len(given) - bar.n)
@@ -106,9 +106,10 @@ def generate(
 
 
 def _checked(labels: Sequence[int] | Sequence[str] | np.ndarray, model: FlowModel) -> np.ndarray:
-    """Class numbers (N,) int64, or texts (N,)."""
+    """Class numbers (N,) int64, or texts (N,), as objects: numpy's own are all as wide as the longest."""
     if isinstance(model, PromptModel):
-        return np.array(model.texts(labels.tolist() if isinstance(labels, np.ndarray) else labels))  # type: ignore[arg-type]
+        texts = model.texts(labels.tolist() if isinstance(labels, np.ndarray) else labels)  # type: ignore[arg-type]
+        return np.array(texts, dtype=object)
     classes = np.asarray(labels)
     if classes.ndim != 1 or not len(classes) or classes.dtype.kind not in "iu":
         raise ValueError(f"labels must be a list of class numbers, one an image, got shape {classes.shape}, {classes.dtype}")
@@ -134,7 +135,7 @@ def _settings(
     on_gpu = place.type == "cuda"
     settings = {
         "num": len(labels),
-        "labels": hashlib.sha256(labels.tobytes()).hexdigest(),
+        "labels": hashlib.sha256(json.dumps(labels.tolist()).encode()).hexdigest(),
         "seed": seed,
         "plan": str(job.plan),
         "grid": job.plan.grid,
