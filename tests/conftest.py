@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# How long an example takes is the machine's affair: no test is about speed.
+settings.register_profile("flowturbo", deadline=None)
+settings.load_profile("flowturbo")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

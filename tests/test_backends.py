@@ -163,12 +163,14 @@ def test_a_compiled_training_step_differentiates():
     compiled = torch.compile(lambda x, w, b: linear(x, w, b, "gelu_tanh").sum(), backend="aot_eager", fullgraph=True)
     (got,) = torch.autograd.grad(compiled(X, weight, torch.zeros(4)), weight)
     (plain,) = torch.autograd.grad(linear(X, weight, torch.zeros(4), "gelu_tanh").sum(), weight)
-    torch.testing.assert_close(got, plain)
+    assert_close(got, plain, 1e-6)
 
 
 class Twice(nn.Module):
     def forward(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return velocity_update(x, [x, x], [0.5, 0.25]) + patch_embed(x, w, b).sum()
+        return (
+            velocity_update(x, [x, x], [0.5, 0.25]) + patch_embed(x, w, b).square().mean()
+        )  # no sum of differing signs, of which rounding may leave any share
 
 
 def test_export_keeps_the_operators():
@@ -178,7 +180,7 @@ def test_export_keeps_the_operators():
     targets = [str(node.target) for node in program.graph.nodes]
     assert any("flowturbo.velocity_update" in t for t in targets)
     assert any("flowturbo.patch_embed" in t for t in targets)
-    torch.testing.assert_close(program.module()(*args), Twice()(*args))
+    assert_close(program.module()(*args), Twice()(*args), 1e-6)
 
 
 def test_mapped_arguments_reach_the_schema():

@@ -104,7 +104,7 @@ def test_the_arithmetic_is_the_references(name, dtype):
         check(name, args, dtype)
 
 
-sizes = settings(max_examples=30, deadline=None)
+sizes = settings(max_examples=30)
 
 
 def shifted(t: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from close import assert_close
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import run
 from tiny import CONFIG, HEAD_DIM_72, random_sit, tiny_model
@@ -116,7 +116,6 @@ def test_the_noise_of_an_image_is_a_function_of_seed_and_number():
 
 
 @given(st.integers(0, 2**63 - 1), st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=8), st.randoms())
-@settings(deadline=None)
 def test_noise_does_not_depend_on_what_else_is_drawn(seed, numbers, random):
     whole = ft.noise((2, 3), seed, numbers)
     mixed = random.sample(range(len(numbers)), len(numbers))

@@ -105,7 +105,7 @@ def test_inputs_are_left_alone(name, device):
 
 # Any shape
 
-sizes = settings(max_examples=15, deadline=None)
+sizes = settings(max_examples=15)
 
 
 def random(*shape: int) -> Tensor:
