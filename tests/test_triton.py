@@ -59,15 +59,25 @@ def dtypes_of(device: str) -> list[torch.dtype]:
     return DTYPES if device == "cuda" else DTYPES[:2]
 
 
+def shaken(t: Tensor) -> Tensor:
+    """In float64, each value changed by up to its float32 rounding."""
+    change = (2 * torch.rand(t.shape) - 1).to(t.device).double() * torch.finfo(torch.float32).eps
+    return t.double() * (1 + change)
+
+
 def check(operation: Any, args: Any, dtype: torch.dtype) -> None:
+    """The kernel errs at most twice as much as torch's own operations do, a few roundings of the result, and a few of the inputs:
+    where the result hangs on those (two numbers that are nearly equal, normalised), torch may be right by chance."""
     truths = tensors(operation.reference(*mapped(args, Tensor.double)))
+    others = [tensors(operation.reference(*mapped(args, shaken))) for _ in range(8)]
     plain = tensors(operation.reference(*args))
     with use_backend("triton"):
         results = tensors(operation(*args))
-    for got, torchs, truth in zip(results, plain, truths, strict=True):
+    for i, (got, torchs, truth) in enumerate(zip(results, plain, truths, strict=True)):
         assert got.dtype == torchs.dtype
         floor = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 0.25)
-        assert_close(got, truth, 2 * relative_error(torchs, truth) + floor)
+        hanging = max(relative_error(other[i], truth) for other in others)
+        assert_close(got, truth, 2 * relative_error(torchs, truth) + floor + 6 * hanging)
 
 
 @pytest.mark.parametrize("name, index", TRITON)
@@ -185,5 +195,8 @@ def test_products_of_any_shape(B, T, K, N, gelu):
 
 
 def test_a_row_far_from_zero_keeps_its_variance(device):
-    x = (torch.randn(2, 5, 1152) + 1000).to(device)
-    check(adaln_modulate, (x, *(torch.randn(2, 1152).to(device) for _ in range(2))), torch.float32)
+    """Its mean is rounded to 3e-5, however it is summed; the mean of squares less that of the mean would be off by 0.02."""
+    args = (torch.randn(2, 5, 1152) + 1000).to(device), *(torch.randn(2, 1152).to(device) for _ in range(2))
+    with use_backend("triton"):
+        got = adaln_modulate(*args)
+    assert_close(got, adaln_modulate.reference(*mapped(args, Tensor.double)), 2e-4)
