@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from close import assert_close, relative_error
 from torch import Tensor
 
 from flowturbo_kernels import OPS
@@ -47,3 +48,23 @@ def strided(t: Tensor) -> Tensor:
     larger = torch.full([2 * s for s in t.shape], math.nan, dtype=t.dtype, device=t.device)
     view = larger[tuple(slice(1, None, 2) for _ in t.shape)]
     return view.copy_(t)
+
+
+def assert_errs_as_torch(results: list[Tensor], reference: Callable[..., Any], args: Any, floor: float) -> None:
+    """Results err at most twice as much as torch's own operations do, `floor`, and a few roundings of the inputs.
+
+    The last because torch may be right by chance where a result hangs on the last bits of its inputs: two numbers that are nearly
+    equal, normalised.
+    """
+    truths, plain = tensors(reference(*mapped(args, Tensor.double))), tensors(reference(*args))
+    others = [tensors(reference(*mapped(args, _shaken))) for _ in range(8)]
+    for i, (got, torchs, truth) in enumerate(zip(results, plain, truths, strict=True)):
+        assert got.dtype == torchs.dtype
+        hanging = max(relative_error(other[i], truth) for other in others)
+        assert_close(got, truth, 2 * relative_error(torchs, truth) + floor + 6 * hanging)
+
+
+def _shaken(t: Tensor) -> Tensor:
+    """In float64, each value changed by up to its float32 rounding."""
+    change = (2 * torch.rand(t.shape) - 1).to(t.device).double() * torch.finfo(torch.float32).eps
+    return t.double() * (1 + change)

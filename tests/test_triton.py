@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, relative_error
+from close import assert_close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from ops import CASES, DTYPES, case, mapped, strided, tensors
+from ops import CASES, DTYPES, assert_errs_as_torch, case, mapped, strided, tensors
 from torch import Tensor
 
 from flowturbo_kernels import (
@@ -59,25 +59,11 @@ def dtypes_of(device: str) -> list[torch.dtype]:
     return DTYPES if device == "cuda" else DTYPES[:2]
 
 
-def shaken(t: Tensor) -> Tensor:
-    """In float64, each value changed by up to its float32 rounding."""
-    change = (2 * torch.rand(t.shape) - 1).to(t.device).double() * torch.finfo(torch.float32).eps
-    return t.double() * (1 + change)
-
-
 def check(operation: Any, args: Any, dtype: torch.dtype) -> None:
-    """The kernel errs at most twice as much as torch's own operations do, a few roundings of the result, and a few of the inputs:
-    where the result hangs on those (two numbers that are nearly equal, normalised), torch may be right by chance."""
-    truths = tensors(operation.reference(*mapped(args, Tensor.double)))
-    others = [tensors(operation.reference(*mapped(args, shaken))) for _ in range(8)]
-    plain = tensors(operation.reference(*args))
     with use_backend("triton"):
         results = tensors(operation(*args))
-    for i, (got, torchs, truth) in enumerate(zip(results, plain, truths, strict=True)):
-        assert got.dtype == torchs.dtype
-        floor = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 0.25)
-        hanging = max(relative_error(other[i], truth) for other in others)
-        assert_close(got, truth, 2 * relative_error(torchs, truth) + floor + 6 * hanging)
+    floor = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 0.25)
+    assert_errs_as_torch(results, operation.reference, args, floor)
 
 
 @pytest.mark.parametrize("name, index", TRITON)
