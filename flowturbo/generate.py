@@ -21,7 +21,7 @@ from .distributed import Team
 from .files import Lock
 from .job import Job
 from .models import FlowModel
-from .models.prompted import PromptModel, PromptNetwork
+from .models.prompted import PromptModel, PromptNetwork, config_of
 from .models.sit import SiT
 from .plan import Plan, as_plan
 from .sampler import sample
@@ -179,8 +179,7 @@ def _config(module: nn.Module) -> str:
     if isinstance(module, SiT):
         return str(module.config)
     if isinstance(module, PromptNetwork):
-        config: Any = module.module.config
-        return str({key: value for key, value in sorted(config.items()) if not key.startswith("_")})
+        return str(sorted(config_of(module.module).items()))
     return ""
 
 

@@ -50,17 +50,19 @@ def strided(t: Tensor) -> Tensor:
     return view.copy_(t)
 
 
-def assert_errs_as_torch(results: list[Tensor], reference: Callable[..., Any], args: Any, floor: float) -> None:
-    """Results err at most twice as much as torch's own operations do, `floor`, and a few roundings of the inputs.
+def assert_errs_as_torch(
+    results: list[Tensor], reference: Callable[..., Any], args: Any, floor: float, short_rows: bool = False
+) -> None:
+    """Results err at most twice as much as torch's own operations do, and `floor`.
 
-    The last because torch may be right by chance where a result hangs on the last bits of its inputs: two numbers that are nearly
-    equal, normalised.
+    short_rows: and by a few roundings of the inputs. Of two or three numbers that are nearly equal, normalised, the result hangs on
+    their last bits, and torch may be right by chance.
     """
     truths, plain = tensors(reference(*mapped(args, Tensor.double))), tensors(reference(*args))
-    others = [tensors(reference(*mapped(args, _shaken))) for _ in range(8)]
+    others = [tensors(reference(*mapped(args, _shaken))) for _ in range(8 if short_rows else 0)]
     for i, (got, torchs, truth) in enumerate(zip(results, plain, truths, strict=True)):
         assert got.dtype == torchs.dtype
-        hanging = max(relative_error(other[i], truth) for other in others)
+        hanging = max((relative_error(other[i], truth) for other in others), default=0.0)
         assert_close(got, truth, 2 * relative_error(torchs, truth) + floor + 6 * hanging)
 
 

@@ -59,11 +59,11 @@ def dtypes_of(device: str) -> list[torch.dtype]:
     return DTYPES if device == "cuda" else DTYPES[:2]
 
 
-def check(operation: Any, args: Any, dtype: torch.dtype) -> None:
+def check(operation: Any, args: Any, dtype: torch.dtype, short_rows: bool = False) -> None:
     with use_backend("triton"):
         results = tensors(operation(*args))
     floor = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 0.25)
-    assert_errs_as_torch(results, operation.reference, args, floor)
+    assert_errs_as_torch(results, operation.reference, args, floor, short_rows)
 
 
 @pytest.mark.parametrize("name, index", TRITON)
@@ -112,8 +112,8 @@ def random(*shape: int) -> Tensor:
 @given(B=st.integers(1, 3), T=st.integers(1, 9), D=st.integers(2, 300))
 def test_adaln_of_any_shape(B, T, D):
     modulations = random(B, 6 * D).chunk(6, dim=1)  # strided rows, as a SiT has them
-    check(adaln_modulate, (random(B, T, D) + 3, *modulations[:2]), torch.float32)
-    check(gated_residual_adaln, (random(B, T, D), random(B, T, D), *modulations[2:5]), torch.float32)
+    check(adaln_modulate, (random(B, T, D) + 3, *modulations[:2]), torch.float32, short_rows=True)
+    check(gated_residual_adaln, (random(B, T, D), random(B, T, D), *modulations[2:5]), torch.float32, short_rows=True)
 
 
 @sizes
@@ -154,7 +154,7 @@ def test_final_update_of_any_shape(N, C, p, h, w, data):
     R, T, D, outputs = N * (1 + guided), h * w, data.draw(st.integers(2, 200)), p * p * C * (1 + sigma)
     layer = random(R, T, D) - 2, random(R, D), random(R, D), random(outputs, D) / D**0.5, random(outputs)
     args = (*layer, random(N, C, h * p, w * p), 1.7 if guided else None, data.draw(st.integers(1, C)), 0.2)
-    check(final_update, (*args, random(R, C, h * p, w * p)) if base else args, torch.float32)
+    check(final_update, (*args, random(R, C, h * p, w * p)) if base else args, torch.float32, short_rows=True)
 
 
 @sizes

@@ -109,6 +109,11 @@ class PromptNetwork(nn.Module):
         return self.kind.sign * self.kind.call(self.module, x, 1 - t, y)
 
 
+def config_of(module: Any) -> dict[str, Any]:
+    """What a diffusers network was made by, without names of files."""
+    return {key: value for key, value in module.config.items() if not key.startswith("_")}
+
+
 def refiner_for(teacher: nn.Module, depth: int = 1) -> nn.Module:
     """A new refiner for a diffusers network: `depth` blocks (1 or 2) of its kind, which reads x and v (paper section 3.2).
 
@@ -122,7 +127,7 @@ def refiner_for(teacher: nn.Module, depth: int = 1) -> nn.Module:
     if name not in KINDS:
         raise TypeError(f"teacher must be one of {', '.join(KINDS)}, got {name}")
     old: Any = teacher.config  # type: ignore[union-attr]
-    config = {key: value for key, value in old.items() if not key.startswith("_")}
+    config = config_of(teacher)
     config["in_channels"] = 2 * old["in_channels"]
     config["out_channels"] = old["out_channels"] or old["in_channels"]
     if name == "UNet2DConditionModel":
