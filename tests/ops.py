@@ -51,15 +51,15 @@ def strided(t: Tensor) -> Tensor:
 
 
 def assert_errs_as_torch(
-    results: list[Tensor], reference: Callable[..., Any], args: Any, floor: float, short_rows: bool = False
+    results: list[Tensor], reference: Callable[..., Any], args: Any, floor: float, any_shape: bool = False
 ) -> None:
     """Results err at most twice as much as torch's own operations do, and `floor`.
 
-    short_rows: and by a few roundings of the inputs. Of two or three numbers that are nearly equal, normalised, the result hangs on
-    their last bits, and torch may be right by chance.
+    any_shape: and by a few roundings of the inputs. Results of a few numbers may hang on their last bits (two nearly equal ones,
+    normalised), and torch be right by chance.
     """
     truths, plain = tensors(reference(*mapped(args, Tensor.double))), tensors(reference(*args))
-    others = [tensors(reference(*mapped(args, _shaken))) for _ in range(8 if short_rows else 0)]
+    others = [tensors(reference(*mapped(args, _shaken))) for _ in range(8 if any_shape else 0)]
     for i, (got, torchs, truth) in enumerate(zip(results, plain, truths, strict=True)):
         assert got.dtype == torchs.dtype
         hanging = max((relative_error(other[i], truth) for other in others), default=0.0)

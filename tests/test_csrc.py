@@ -84,9 +84,9 @@ HOST = {
 }
 
 
-def check(name: str, args: Any, dtype: torch.dtype, short_rows: bool = False) -> None:
+def check(name: str, args: Any, dtype: torch.dtype, any_shape: bool = False) -> None:
     floor = torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 0.25)  # a sum in one sequence, where torch's is in pairs
-    assert_errs_as_torch(tensors(HOST[name](*args)), OPS[name].reference, args, floor, short_rows)
+    assert_errs_as_torch(tensors(HOST[name](*args)), OPS[name].reference, args, floor, any_shape)
 
 
 def test_every_operation_with_a_cuda_backend_is_checked_here():
@@ -117,8 +117,8 @@ def test_adaln_of_any_shape_and_alignment(B, T, D, dtype, odd):
     x, y = (torch.randn(B, T, D).to(dtype) for _ in range(2))
     if odd:
         x, y = shifted(x), shifted(y)
-    check("adaln_modulate", (x, *modulations[:2]), dtype, short_rows=True)
-    check("gated_residual_adaln", (x, y, *modulations[2:5]), dtype, short_rows=True)
+    check("adaln_modulate", (x, *modulations[:2]), dtype, any_shape=True)
+    check("gated_residual_adaln", (x, y, *modulations[2:5]), dtype, any_shape=True)
 
 
 @built
