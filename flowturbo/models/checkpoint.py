@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import CheckpointError, load_tensors, load_torch_file, save_tensors
+from .fp8 import Fp8Linear
 from .sit import SiT, SiTConfig, config_from_state
 
 Convention = Literal["sit", "repa"]
@@ -78,7 +79,12 @@ def save_sit(
     vae: str | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a SiT as safetensors, atomically, with its sizes, convention, and a digest over the whole file."""
+    """Write a SiT as safetensors, atomically, with its sizes, convention, and a digest over the whole file.
+
+    ValueError for one that is quantised: files hold the weights that it was quantised from.
+    """
+    if any(isinstance(module, Fp8Linear) for module in model.modules()):
+        raise ValueError("model must not be quantised to be saved: save it before quantize_(), and load it with quantize='fp8'")
     description = {
         "format": FORMAT,
         "role": "refiner" if model.config.reads_velocity else "predictor",
@@ -145,6 +151,8 @@ def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
     with torch.device("meta"):
         model = SiT(config)
     expected = model.state_dict()
+    if scales := sorted(name for name in state if name.endswith(".weight_scale")):
+        raise ValueError(f"it is quantised, and only the weights before that can be loaded, with quantize='fp8' ({_some(scales)})")
     problems = []
     for what, names in (
         ("missing", expected.keys() - state.keys()),

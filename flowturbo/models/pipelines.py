@@ -37,7 +37,8 @@ def from_pipeline(
     vae: as for `load`, in the place of the pipeline's own.
     convention: "2-rf" must be said for a UNet: those of Stable Diffusion itself look just the same, and are no flow models.
     image_size: height and width in pixels, or both in one; None: the network's own.
-    device, dtype: None: where the pipeline is, and in what; for a folder or hub name as for `load`. The whole pipeline is moved.
+    device, dtype: None: where the pipeline is, and in what; for a folder or hub name as for `load`. The whole pipeline is moved,
+        and cast but for parts that are quantised.
     Raises ValueError or TypeError for what is no flow model, or does not fit.
     """
     named = isinstance(pipe, str | os.PathLike)
@@ -47,7 +48,8 @@ def from_pipeline(
     network = PromptNetwork(module)
     place = torch.device(module.device) if device is None and not named else choose_device(device)
     if dtype is None:
-        dtype = module.dtype if not named else torch.bfloat16 if place.type == "cuda" else torch.float32
+        loaded = torch.bfloat16 if place.type == "cuda" else torch.float32
+        dtype = loaded if named and not _quantised(module) else module.dtype
     side = None if refiner is None else PromptNetwork(check_refiner(refiner, module))
     if vae is None and getattr(pipe, "vae", None) is not None:
         codec: VAE | None = DiffusersVAE(pipe.vae)
@@ -59,11 +61,14 @@ def from_pipeline(
         module,
         *(part for part in getattr(pipe, "components", {}).values() if isinstance(part, nn.Module) and part is not module),
     ]
+    if _quantised(module) and dtype != module.dtype:
+        raise ValueError(f"dtype must be left out for a quantised {type(module).__name__} of {module.dtype}, got {dtype}")
     if named or device is not None or dtype != module.dtype:
         for part in parts:
-            nn.Module.to(part, place, dtype)
+            _move(part, place, dtype)
     if side is not None:
-        parts.append(nn.Module.to(side, place, dtype))
+        _move(side, place, dtype)
+        parts.append(side)
     for part in parts:
         part.eval().requires_grad_(False)
     if named and vae is None and codec is not None:
@@ -82,6 +87,22 @@ def from_pipeline(
         shift=_shift(getattr(pipe, "scheduler", None), height * width // (factor * network.multiple) ** 2),
         pipe=pipe if getattr(pipe, "text_encoder", None) is not None else None,
     )
+
+
+def _move(part: nn.Module, place: torch.device, dtype: torch.dtype) -> None:
+    """By nn.Module's own way, which also casts what diffusers' refuses to; what is quantised is moved and stays what it is."""
+    if _quantised(part):
+        nn.Module.to(part, place)
+    else:
+        nn.Module.to(part, place, dtype)
+
+
+def _quantised(part: nn.Module) -> bool:
+    """Whether its weights are no plain numbers: by diffusers' and transformers' quantisers, or kept in 8 bits and widened layer by
+    layer (enable_layerwise_casting)."""
+    if any(getattr(module, "is_quantized", False) for module in part.modules()):
+        return True
+    return any(t.is_floating_point() and t.dtype.itemsize == 1 for t in (*part.parameters(), *part.buffers()))
 
 
 def _size(network: PromptNetwork, factor: int, image_size: int | tuple[int, int] | None) -> tuple[int, int]:

@@ -16,15 +16,14 @@ from flowturbo_kernels import (
     attention,
     gated_residual_adaln,
     linear,
-    linear_fp8,
     patch_embed,
-    quantize_rows,
 )
 from flowturbo_kernels._place import elementwise, matmul, silu
 from flowturbo_kernels.linear import Activation
 from flowturbo_kernels.refiner_forward import BlockWeights, Linear, RefinerWeights
 
 from ..checks import positive
+from .fp8 import Fp8Linear
 
 TIME_FEATURES = 256
 MAX_PERIOD = 10_000
@@ -108,26 +107,9 @@ SIT_CONFIGS: dict[str, SiTConfig] = {
 }
 
 
-class Fp8Linear(nn.Module):
-    """A linear layer whose weight is kept in fp8 (e4m3), with one scale an output, and whose input is quantised row by row.
-
-    To be made after the model is where it should be: casting the model would cast the weight.
-    """
-
-    weight: Tensor
-    weight_scale: Tensor
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        weight, scale = quantize_rows(layer.weight.detach())
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
-        self.bias = layer.bias
-
-
 def affine(layer: nn.Linear | Fp8Linear, x: Tensor, activation: Activation | None = None) -> Tensor:
     if isinstance(layer, Fp8Linear):
-        return linear_fp8(x, layer.weight, layer.weight_scale, layer.bias, activation)
+        return layer(x, activation)
     return linear(x, layer.weight, layer.bias, activation)
 
 
