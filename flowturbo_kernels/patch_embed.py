@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op
+from ._place import matmul
 from ._triton import dot_precision, kernel, next_power_of_2, tl, too_many_images
 
 # Triton: one program a block of tokens by a block of features; feature k = (channel, row, column) of a patch is read where it lies,
@@ -89,9 +90,22 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None
     dtype, to which x and v are rounded.
     """
     both = x if v is None else torch.cat([x.repeat(len(v) // len(x), 1, 1, 1), v.to(x.dtype)], dim=1)
-    both = both.to(weight.dtype)
-    tokens = F.conv2d(both, weight, bias, stride=weight.shape[2]).flatten(2).transpose(1, 2)
+    tokens = _projected(both.to(weight.dtype), weight, bias)
     return tokens if positions is None else tokens + positions
+
+
+def _projected(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (B, C, H, W) -> (B, T, D): off the CPU as a product, since cuDNN's convolutions of float32 are in TF32 by torch's default,
+    which errs by 1e-4, and products are not."""
+    if _convolves(x):
+        return F.conv2d(x, weight, bias, stride=weight.shape[2]).flatten(2).transpose(1, 2)
+    (B, C, H, W), p = x.shape, weight.shape[2]
+    patches = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
+    return matmul(patches.reshape(B, (H // p) * (W // p), C * p * p), weight.flatten(1), bias)
+
+
+def _convolves(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def _cannot(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None) -> str | None:

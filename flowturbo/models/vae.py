@@ -112,8 +112,9 @@ def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dt
     "org/name/folder".
 
     A folder may also be that of a whole pipeline, with the VAE in its sub-folder vae. It runs in dtype, but in float32 on the CPU
-    and where its configuration says that float16 overflows. Raises ValueError if it can't be had, of the kind
-    CheckpointError if its files are damaged or those of another model.
+    and where its configuration says that float16 overflows. Its convolutions of float32 are in TF32 on a GPU, as torch's are by
+    default (torch.backends.cudnn.allow_tf32). Raises ValueError if it can't be had, of the kind CheckpointError if its files are
+    damaged or those of another model.
     """
     if name == "pixels":
         return Pixels()
