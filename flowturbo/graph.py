@@ -7,17 +7,20 @@ captured, and replayed from then on: inputs are copied into buffers of the graph
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
+import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .recorder import RECORDING, CudaRecorder, Recorder
 
 _log = logging.getLogger(__name__)
 
@@ -36,80 +39,12 @@ class CaptureError(RuntimeError):
     """A run could not be captured: it can still be executed as it is."""
 
 
-class Recorder(Protocol):
-    """What can record the work of a run on a device."""
-
-    def record(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-        """Its result's buffer, and what does the work again. The buffer is filled by that, and not by the recording."""
-        ...
-
-    def turn(self) -> AbstractContextManager[object]:
-        """Work queued inside waits for the work queued in earlier turns, on whatever stream and by whatever thread."""
-        ...
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        """How long it takes on the device, from an idle one to an idle one."""
-        ...
-
-    def held(self) -> int:
-        """Bytes of the device's memory that are held now."""
-        ...
-
-    def release(self) -> None:
-        """Give back memory that nothing uses."""
-        ...
-
-
-class CudaRecorder:
-    """CUDA graphs on one device. All captures share one pool, since replays take turns."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._done: torch.cuda.Event | None = None
-
-    def record(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-        graph = torch.cuda.CUDAGraph()
-        # A stream of its own each time: one whose capture failed may stay invalid. Other threads may allocate meanwhile.
-        stream = torch.cuda.Stream(self.device)
-        with (
-            torch.cuda.device(self.device),
-            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
-        ):
-            result = run()
-        return result, graph.replay
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream()
-            if self._done is not None:
-                stream.wait_event(self._done)
-            try:
-                yield
-            finally:
-                self._done = torch.cuda.Event()
-                self._done.record(stream)
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        torch.cuda.synchronize(self.device)
-        began = time.perf_counter()
-        run()
-        torch.cuda.synchronize(self.device)
-        return time.perf_counter() - began
-
-    def held(self) -> int:
-        return torch.cuda.memory_reserved(self.device)
-
-    def release(self) -> None:
-        torch.cuda.empty_cache()
-
-
 @dataclass
 class Capture:
     """A captured run and what it cost. memory: bytes that the device's allocator took for it, beyond those of earlier captures.
 
     seconds: to capture; eager, replay: of one run executed as it is, and of one replay. ahead: whether it was asked for by name.
+    Once it is given up, its figures stay and its memory goes, whoever still holds it.
     """
 
     key: Key
@@ -123,6 +58,13 @@ class Capture:
     replay_seconds: float
     ahead: bool = False
     hits: int = 0
+
+    def give_up(self) -> None:
+        self.inputs, self.result, self.replay, self.watched = {}, torch.empty(0), _given_up, Fingerprint()
+
+
+def _given_up() -> None:
+    raise RuntimeError("this capture was given up, and can't be replayed")
 
 
 @dataclass
@@ -176,9 +118,9 @@ class Captures:
         """Whether runs on that device can be captured now."""
         if self.limit < 1 or torch.is_autocast_enabled(device.type):
             return False
-        if self.recorder is not None:
-            return True
-        return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+        if device.type == "cuda":
+            return not torch.cuda.is_current_stream_capturing()
+        return self.recorder is not None and not isinstance(self.recorder, CudaRecorder)
 
     def report(self) -> list[Capture]:
         """What is captured now, the least recently used first."""
@@ -193,7 +135,7 @@ class Captures:
     def clear(self) -> None:
         """Give up all captures and their memory."""
         with self._lock:
-            self._kept.clear()
+            self._drop(self._kept.values())
             self._met.clear()
             if self.recorder is not None:
                 self.recorder.release()
@@ -221,8 +163,7 @@ class Captures:
                 if capture.watched.fits(modules):  # looked at while the device works
                     return result
                 _log.info("weights moved: captures are made anew")
-                self._kept = OrderedDict((k, c) for k, c in self._kept.items() if c.watched.fits(modules))
-                del capture, result
+                self._drop(c for c in self._kept.values() if not c.watched.fits(modules))
         return body(**inputs)
 
     def ahead(self, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module]) -> Capture:
@@ -232,9 +173,8 @@ class Captures:
             if kept is None or not kept.watched.fits(modules):
                 if sum(c.ahead for c in self._kept.values() if c.key != key) >= self.limit:
                     raise CaptureError(f"there are {self.limit} captures made ahead already: raise model.captures.limit for more")
-                body(**inputs)  # compiles and measures what it needs
-                self._kept.pop(key, None)
-                kept = self._capture(key, body, inputs, modules)
+                self._drop([kept] if kept is not None else [])
+                kept = self._capture(key, body, inputs, modules, first=True)
             kept.ahead = True
             return kept
 
@@ -244,23 +184,40 @@ class Captures:
         while len(self._met) > 64 + 4 * self.limit:
             self._met.popitem(last=False)
 
-    def _capture(self, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module]) -> Capture:
-        if self.recorder is None:
-            self.recorder = CudaRecorder(next(iter(inputs.values())).device)
+    def _drop(self, captures: Iterable[Capture]) -> None:
+        """Give up captures, once the device has done the replays that were asked for: others may write to their memory at once."""
+        gone = list(captures)
+        if gone and self.recorder is not None:
+            self.recorder.settle()
+        for capture in gone:
+            del self._kept[capture.key]
+            capture.give_up()
+
+    def _capture(
+        self, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module], first: bool = False
+    ) -> Capture:
+        """first: whether the body may have to compile and measure what it needs."""
+        device = next(iter(inputs.values())).device
+        if self.recorder is None or getattr(self.recorder, "device", device) != device:  # the model is on another one now
+            self._drop(self._kept.values())
+            self.recorder = CudaRecorder(device)
         while len(self._kept) >= self.limit:
-            self._kept.pop(min(self._kept.values(), key=lambda c: c.ahead).key)  # the first of the smallest: the least recent
+            self._drop([min(self._kept.values(), key=lambda c: c.ahead)])  # the first of the smallest: the least recent
+        outer = sys.exc_info()[1]  # what the caller may be handling
         for last_try in (False, True):
             try:
-                made = self._record(self.recorder, key, body, inputs, modules)
+                made = self._record(self.recorder, key, body, inputs, modules, first)
                 break
-            except torch.OutOfMemoryError as error:
-                self._kept.clear()
+            except Exception as error:  # whatever a body, a compiler or a driver may raise
+                _let_go(error, outer)
+                if not _lacks_memory(error):
+                    why = f"capturing {key.what} failed ({type(error).__name__}: {_first_line(error)})"
+                    raise self._refuse(key, why) from error
+                self._drop(self._kept.values())
                 self.recorder.release()
                 if last_try:
-                    what = f"capturing {key.what} for {key.size} images ran out of memory ({_first_line(error)})"
-                    raise self._refuse(key, what) from error
-            except Exception as error:  # whatever a body, a compiler or a driver may raise
-                raise self._refuse(key, f"capturing {key.what} failed ({type(error).__name__}: {_first_line(error)})") from error
+                    why = f"capturing {key.what} for {key.size} images ran out of memory ({_first_line(error)})"
+                    raise self._refuse(key, why) from error
         self._kept[key] = made
         self._meet(key, None)
         _log.info("captured %s for %d images: %.0f MiB", key.what, key.size, made.memory / 2**20)
@@ -273,11 +230,14 @@ class Captures:
         return CaptureError(why)
 
     def _record(
-        self, recorder: Recorder, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module]
+        self, recorder: Recorder, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module], first: bool
     ) -> Capture:
-        watched = Fingerprint.of(modules)
-        buffers = {name: value.clone() for name, value in inputs.items()}
-        with recorder.turn():
+        # Whatever the mode of this call, later ones may have another: tensors of inference mode can't be written to outside it.
+        with RECORDING, torch.inference_mode(False), torch.no_grad(), recorder.turn():
+            watched = Fingerprint.of(modules)
+            buffers = {name: value.clone() for name, value in inputs.items()}
+            if first:
+                body(**buffers)
             eager = recorder.seconds(lambda: body(**buffers))
             recorder.release()
             held = recorder.held()
@@ -286,11 +246,12 @@ class Captures:
             seconds = time.perf_counter() - began
             replay()  # the first one also brings the graph to the device
             replayed = recorder.seconds(replay)
-        return Capture(key, buffers, result, replay, watched, max(0, recorder.held() - held), seconds, eager, replayed)
+            memory = max(0, recorder.held() - held)
+        return Capture(key, buffers, result, replay, watched, memory, seconds, eager, replayed)
 
     def _replay(self, capture: Capture, inputs: Mapping[str, Tensor]) -> Tensor:
         assert self.recorder is not None
-        with self.recorder.turn():
+        with self.recorder.turn(), torch.no_grad():
             for name, buffer in capture.inputs.items():
                 buffer.copy_(inputs[name], non_blocking=True)
             capture.replay()
@@ -302,3 +263,16 @@ class Captures:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether torch's allocator says so, or the driver or a library, which have no type of error for it."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "alloc_failed" in said
+
+
+def _let_go(error: BaseException | None, outer: BaseException | None) -> None:
+    """Free what the frames of an error hold, tensors of a body for example, and of those it came from up to the outer one."""
+    while error is not None and error is not outer:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

@@ -88,8 +88,9 @@ class Job:
     """All that decides the work of a batch of a FlowModel but the number of its images: what captures of the model are kept under.
 
     guided: whether both halves run. guidance_channels: 0 where they don't. dtype: of the noise. null_class, backend, precision (of
-    float32 products): as they are now, since they may change between calls. taken: names and shapes of a row of the inputs beside
-    the noise: source, mask, and what text-to-image networks are told, which may be longer or shorter.
+    float32 products), deterministic (operations only): as they are now, since they may change between calls. taken: names and
+    shapes of a row of the inputs beside the noise: source, mask, and what text-to-image networks are told, which may be longer or
+    shorter.
     """
 
     plan: Plan
@@ -100,6 +101,7 @@ class Job:
     null_class: int | None
     backend: str
     precision: str
+    deterministic: bool
     taken: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @classmethod
@@ -121,8 +123,9 @@ class Job:
             raise ValueError(f"guidance_channels must be from 1 to {channels}, got {guidance_channels}")
         with use_backend(model.backend):
             backend = wanted()
-        precision = torch.get_float32_matmul_precision()
-        return cls(plan, guided, guidance_channels if guided else 0, output, dtype, model.null_class, backend, precision)
+        precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+        guidance_channels = guidance_channels if guided else 0
+        return cls(plan, guided, guidance_channels, output, dtype, model.null_class, backend, precision, deterministic)
 
     def __str__(self) -> str:
         start = f" from t = {self.plan.start:g}" if self.plan.start else ""

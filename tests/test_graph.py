@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,9 +18,11 @@ from tiny import CONFIG, random_sit, tiny_model
 from torch import Tensor, nn
 
 import flowturbo as ft
+from flowturbo import graph
 from flowturbo.graph import Captures, Key
 from flowturbo.models.sit import SiTConfig
 from flowturbo.models.vae import Pixels
+from flowturbo.recorder import CudaRecorder
 
 LABELS = [1, 8, 3]
 
@@ -28,7 +32,7 @@ class Fake:
 
     def __init__(self, failures: list[BaseException] | None = None) -> None:
         self.failures = failures or []
-        self.recorded = self.replayed = self.released = 0
+        self.recorded = self.replayed = self.released = self.settled = 0
         self.inside = threading.Lock()
         self.buffers: list[Tensor] = []
 
@@ -57,6 +61,9 @@ class Fake:
             yield
         finally:
             self.inside.release()
+
+    def settle(self) -> None:
+        self.settled += 1
 
     def seconds(self, run: Callable[[], object]) -> float:
         run()
@@ -127,6 +134,13 @@ def test_everything_that_changes_the_work_makes_a_new_capture():
         for _ in range(3):
             ft.sample(model, **base)
     assert recorder.recorded == len(changes) + 1
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            ft.sample(model, **base)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert recorder.recorded == len(changes) + 2
 
 
 def test_results_of_earlier_replays_stay_whole():
@@ -197,6 +211,21 @@ def test_clearing_gives_memory_back():
     model.captures.clear()
     assert model.captures.report() == []
     assert recorder.released > released
+
+
+def test_a_capture_that_was_given_up_holds_no_memory_whoever_holds_it():
+    model, recorder = captured_model()
+    [made] = ft.compile(model, "E1")
+    buffers = [weakref.ref(tensor) for tensor in made.inputs.values()]
+    whole = []
+    recorder.settle = lambda: whole.append(all(buffer() is not None for buffer in buffers))  # the device may still be using them
+    model.captures.clear()
+    recorder.buffers.clear()
+    assert whole == [True]
+    assert [buffer() for buffer in buffers] == [None] * len(buffers)
+    assert (made.inputs, made.result.numel(), made.watched.kept, made.memory) == ({}, 0, [], 1 << 20)
+    with pytest.raises(RuntimeError, match="was given up"):
+        made.replay()
 
 
 # Ahead of time
@@ -410,6 +439,57 @@ def test_on_the_cpu_there_are_no_graphs():
     assert model.captures.report() == []
 
 
+def test_a_recorder_of_a_gpu_serves_no_cpu():
+    captures = Captures(recorder=CudaRecorder(torch.device("cuda", 0)))
+    assert not captures.possible(torch.device("cpu"))
+
+
+def test_a_model_that_went_to_another_device_has_another_recorder(monkeypatch):
+    class Placed(Fake):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__()
+            self.device = device
+
+    monkeypatch.setattr(graph, "CudaRecorder", Placed)
+    captures = Captures()
+    for device in ("cpu", "meta"):
+        for _ in range(2):
+            captures.run(Key(device, 1), lambda x: x + 1, {"x": torch.zeros(1, device=device)}, [])
+        assert captures.recorder.device == torch.device(device)
+        assert [c.key.what for c in captures.report()] == [device]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_capture_serves_calls_in_inference_mode_and_outside_it(first):
+    model, recorder = captured_model()
+    noise = torch.randn(3, *model.latent_shape)
+    truth = plain("H1P1R1", LABELS, guidance=2.0, noise=noise)
+    for mode in (first, first, not first, first):
+        with torch.inference_mode(mode):
+            result = ft.sample(model, "H1P1R1", LABELS, guidance=2.0, noise=noise.clone())
+        assert result.is_inference() == mode
+        assert result.equal(truth)
+    assert (recorder.recorded, model.captures.report()[0].hits) == (1, 3)
+
+
+def test_weights_that_were_made_in_inference_mode_are_captured():
+    with torch.inference_mode():
+        model, recorder = captured_model()
+        [made] = ft.compile(model, "H1P1R1", 3)
+    assert ft.sample(model, "H1P1R1", LABELS, guidance=2.0, seed=0).equal(plain("H1P1R1", LABELS, guidance=2.0, seed=0))
+    assert (recorder.recorded, made.hits) == (1, 1)
+
+
+def test_no_capture_is_part_of_anybodys_gradients():
+    captures = Captures(recorder=Fake())
+    x = torch.ones(2, requires_grad=True)
+    captures.ahead(Key("it", 2), lambda x: x * 2, {"x": x}, [])
+    assert captures.run(Key("it", 2), lambda x: x * 2, {"x": x}, []).tolist() == [2.0, 2.0]
+    [made] = captures.report()
+    assert not made.inputs["x"].requires_grad
+    assert not made.result.requires_grad
+
+
 # What goes wrong
 
 
@@ -456,6 +536,59 @@ def test_out_of_memory_for_good_leaves_the_model_usable_and_says_what_was_asked_
         assert ft.sample(model, "E1", LABELS, seed=0).equal(plain("E1", LABELS, seed=0))
 
 
+@pytest.mark.parametrize("said", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"])
+def test_libraries_lack_memory_too(said):
+    model, recorder = captured_model()
+    ft.compile(model, ["E1", "E2"])
+    recorder.failures = [RuntimeError(said)]
+    [made] = ft.compile(model, "E3")
+    assert model.captures.report() == [made]
+
+
+def test_a_first_run_that_lacks_memory_makes_compile_fail_as_it_says():
+    model, _ = captured_model()
+    original = model.predictor.evaluate
+
+    def evaluate(*args: object) -> Tensor:
+        raise OOM
+
+    model.predictor.evaluate = evaluate
+    with pytest.raises(ft.CaptureError, match="capturing plan H8 with guidance to latents for 64 images ran out of memory"):
+        ft.compile(model, "H8", 64)
+    model.predictor.evaluate = original
+    assert ft.sample(model, "H1", LABELS, seed=0).equal(plain("H1", LABELS, seed=0))
+
+
+def test_what_a_failed_body_had_made_is_let_go_before_memory_is_given_back():
+    captures, recorder = Captures(recorder=Fake()), Fake()
+    captures.recorder = recorder
+    made, seen = [], []
+
+    def deeper(x: Tensor) -> Tensor:
+        partial = x + 1
+        made.append(weakref.ref(partial))
+        raise OOM.with_traceback(None)
+
+    def body(x: Tensor) -> Tensor:
+        partial = x + 2
+        made.append(weakref.ref(partial))
+        try:
+            return deeper(partial)
+        except torch.OutOfMemoryError:
+            raise torch.OutOfMemoryError("again") from None
+
+    recorder.release = lambda: seen.append([tensor() is None for tensor in made])
+    try:
+        raise ValueError("the caller's own")
+    except ValueError as error:
+        mine = error
+        with pytest.raises(ft.CaptureError, match="ran out of memory"):
+            captures.ahead(Key("it", 1), body, {"x": torch.zeros(1)}, [])
+    assert seen[0] == [True, True]
+    assert seen[1] == [True] * 4
+    assert mine.__traceback__ is not None
+
+
 def test_captures_make_room_for_a_run_that_has_none():
     model, _ = captured_model()
     ft.compile(model, "E1", 3)
@@ -490,3 +623,32 @@ def test_concurrent_calls_give_the_results_of_sequential_ones():
     assert all(a.equal(b) for a, b in zip(results, truth, strict=True))
     assert recorder.replayed > 6
     assert len(model.captures.report()) == 2
+
+
+def test_models_record_one_after_another():
+    """To wait for the device breaks a recording in any other thread."""
+    alone, start = threading.Lock(), threading.Barrier(4)
+
+    class Lonely(Fake):
+        def seconds(self, run: Callable[[], object]) -> float:
+            assert alone.acquire(blocking=False), "waited for the device beside a recording"
+            alone.release()
+            return super().seconds(run)
+
+        def record(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+            assert alone.acquire(blocking=False), "two recordings at once"
+            try:
+                time.sleep(0.02)  # so that others come by, were they let
+                return super().record(run)
+            finally:
+                alone.release()
+
+    def one(number: int) -> int:
+        captures = Captures(recorder=Lonely())
+        start.wait()
+        for what in range(3):
+            captures.ahead(Key(what, 1), lambda x: x + 1, {"x": torch.zeros(1)}, [])
+        return len(captures.report())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(one, range(4))) == [3] * 4

@@ -14,7 +14,7 @@ PACKAGE, KERNELS = "flowturbo", "flowturbo_kernels"
 
 # Modules of flowturbo from the bottom up; what is not named here is a tool: it stands above the sampler and below the command.
 LAYERS = [
-    {"checks", "files", "graph", "path", "steps"},
+    {"checks", "files", "graph", "path", "recorder", "steps"},
     {"rng", "plan", "models", "images"},
     {"field", "data", "objectives", "distributed", "shards"},
     {"job", "sampler"},

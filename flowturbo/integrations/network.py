@@ -89,6 +89,7 @@ class Graphed:
         if not one_result or offloaded or not here or torch.is_grad_enabled() or not self.captures.possible(device):
             return self._original(*args, **kwargs)
         fixed = repr([None if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
         shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in tensors.items())
 
         def body(**inputs: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class Graphed:
             return self._original(*again, **options)[0]
 
         rows = next(iter(tensors.values())).shape[0]
-        return (self.captures.run(Key((str(structure), fixed, shapes), rows), body, tensors, [self.network]),)
+        return (self.captures.run(Key((str(structure), fixed, shapes, settings), rows), body, tensors, [self.network]),)
 
 
 class Refining:
