@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -102,11 +104,34 @@ class Autoencoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.post_quant_conv.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.post_quant_conv.weight.dtype
+        return next(self.parameters()).dtype
 
     def decode(self, z: Tensor) -> SimpleNamespace:
         return SimpleNamespace(sample=self.decoder(self.post_quant_conv(z)))
+
+
+class Whole(nn.Module):
+    """All that decoding calls of an autoencoder as one network, to be compiled or wrapped.
+
+    layout: of its weights and activations, torch.channels_last or torch.contiguous_format.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.layout = layout
+        self.post_quant_conv, self.decoder = autoencoder.post_quant_conv, autoencoder.decoder
+        self.to(memory_format=layout)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z.contiguous(memory_format=self.layout)))
+
+    @classmethod
+    def of(cls, autoencoder: Autoencoder, layout: torch.memory_format, wrap: Callable[[nn.Module], nn.Module]) -> Autoencoder:
+        """A copy of the autoencoder that decodes by what `wrap` makes of the whole."""
+        made = copy.deepcopy(autoencoder)
+        made.decoder, made.post_quant_conv = wrap(cls(made, layout)), nn.Identity()
+        return made

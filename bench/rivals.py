@@ -2,39 +2,58 @@
 
 A rival is a function in RIVALS: subject -> sampler. All run the same solver steps on the same batch, in the dtype of the subject's
 weights unless they say otherwise.
+
+What is timed, of everyone the same: a call of flowturbo.sample for one batch, whose noise and labels are tensors on the
+device, until the device is idle. In it are the checks of the arguments, the choice of the batch's rows and, where there is a
+graph, the copies into and out of its buffers. Not in it: making noise and labels, loading, compiling, tuning and capturing,
+which setting a rival up and its first call pay. cuDNN tunes convolutions for everyone.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import os
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import inductor
+import roofline
+import rowwise
 import torch
-from decoder import Autoencoder
-from plain_sit import PlainSiT
+from decoder import Autoencoder, Whole
+from plain_sit import HoistedSiT, PlainSiT
+from sampling import Sampler, captured, captured_anyway, plainly, sample, tuned_convolutions
 from torch import Tensor, nn
 
 import flowturbo as ft
-from flowturbo.job import Job
-from flowturbo.latency import filled
+from flowturbo import rng
+from flowturbo.latency import filled, seconds
 from flowturbo.models import FlowModel
 from flowturbo.models.fused_vae import fuse
 from flowturbo.models.sit import SIT_CONFIGS, SiT, SiTConfig
 from flowturbo.models.vae import DiffusersVAE
 
 GUIDANCE = 1.5
+DEPTH, DECODER = "FLOWTURBO_BENCH_DEPTH", "FLOWTURBO_BENCH_DECODER"
+"""In the environment, for trial runs: the predictor's number of blocks, and "small" for a decoder of a hundredth of the work."""
 
 
 class NotHere(Exception):
     """This rival can't run here, and why."""
 
 
+# What is sampled
+
+
 @dataclass(frozen=True)
 class Subject:
-    """What is sampled: a predictor, its refiner and an autoencoder with random weights, on a device, a batch at a time."""
+    """What is sampled: a predictor, its refiner and an autoencoder with random weights, on a device, a batch at a time.
+
+    decoder: "full" or "small". noise (batch, C, H, W) float32 and labels (batch,) int64, on the device, for everyone.
+    """
 
     predictor: SiT
     refiner: SiT
@@ -43,43 +62,68 @@ class Subject:
     dtype: torch.dtype
     batch: int
     decode: bool
+    decoder: str
+    noise: Tensor = field(repr=False, compare=False)
+    labels: Tensor = field(repr=False, compare=False)
+    guidance: float = GUIDANCE
 
     @property
     def output(self) -> Any:
         return "uint8" if self.decode else "latents"
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a table must say where it is not the published model's: its depth, and which decoder it has."""
+        return {"depth": self.predictor.config.depth, "decoder": self.decoder}
+
 
 @functools.lru_cache(maxsize=1)
-def networks(size: int, cuda: bool) -> tuple[SiT, SiT, Autoencoder]:
-    """SiT-XL/2 with SD's decoder on a GPU, a small one elsewhere, in bfloat16 or float32."""
+def networks(size: int, cuda: bool, depth: int | None = None, decoder: str = "full") -> tuple[SiT, SiT, Autoencoder]:
+    """SiT-XL/2 with SD's decoder on a GPU, a small one elsewhere, in bfloat16 or float32. depth: None: what that has."""
     device = torch.device("cuda" if cuda else "cpu")
     config = replace(SIT_CONFIGS["SiT-XL/2"], side=size // 8)
     if not cuda:
         config = SiTConfig(hidden=96, depth=2, heads=4, patch=2, side=size // 8)
+    if depth is not None:
+        config = replace(config, depth=depth)
     torch.manual_seed(0)
     with torch.device(device):
-        vae = Autoencoder() if cuda else Autoencoder((16, 16, 32, 32), 1, 8)
+        vae = Autoencoder() if decoder == "full" else Autoencoder((16, 16, 32, 32), 1, 8)
     dtype = torch.bfloat16 if cuda else torch.float32
     nets = filled(config, device, 0), filled(config.refiner(), device, 1), vae.requires_grad_(False).eval()
     return tuple(net.to(dtype) for net in nets)  # type: ignore[return-value]
 
 
 def subject(size: int, batch: int, decode: bool) -> Subject:
-    nets = networks(size, torch.cuda.is_available())
+    """As the environment has it. ValueError for a depth or decoder there that is none."""
+    cuda = torch.cuda.is_available()
+    decoder = _decoder(cuda)
+    nets = networks(size, cuda, _depth(), decoder)
     weight = nets[0].pos_embed
-    return Subject(*nets, weight.device, weight.dtype, batch, decode)
+    config = nets[0].config
+    noise = rng.noise((config.channels, config.side, config.side), 0, range(batch)).to(weight.device)
+    labels = torch.arange(batch, device=weight.device) % config.num_classes
+    return Subject(*nets, weight.device, weight.dtype, batch, decode, decoder, noise, labels)
 
 
-Sampler = Callable[[str], Tensor]
-"""A plan -> a batch sampled by it. The first call may compile and capture."""
+def _depth() -> int | None:
+    given = os.environ.get(DEPTH)
+    if not given:
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"{DEPTH} must be a number of blocks, at least 1, got {given!r}")
+    return int(given)
 
 
-def _labels(s: Subject) -> list[int]:
-    return [i % 1000 for i in range(s.batch)]
+def _decoder(cuda: bool) -> str:
+    """Elsewhere than on a GPU the small one is all there is."""
+    given = os.environ.get(DECODER) or "full"
+    if given not in ("full", "small"):
+        raise ValueError(f"{DECODER} must be 'full' or 'small', got {given!r}")
+    return given if cuda else "small"
 
 
-def _sample(s: Subject, model: FlowModel, plan: str) -> Tensor:
-    return ft.sample(model, plan, _labels(s), guidance=GUIDANCE, seed=0, batch_size=s.batch, output=s.output)
+# This library
 
 
 def _fused(s: Subject) -> FlowModel:
@@ -90,20 +134,13 @@ def _fused(s: Subject) -> FlowModel:
 
 def ours(s: Subject) -> Sampler:
     """This library: fused kernels, modulations hoisted, the whole plan and the decoding in one CUDA graph."""
-    model = _fused(s)
-    prepared = set()
-
-    def run(plan: str) -> Tensor:
-        if plan not in prepared:
-            ft.compile(model, plan, s.batch, output=s.output)
-            prepared.add(plan)
-        return _sample(s, model, plan)
-
-    return run
+    return captured(s, _fused(s))
 
 
 def ours_fp8(s: Subject) -> Sampler:
     """This library with the predictor's products in fp8: another velocity, by some percent."""
+    if s.device.type == "cuda":
+        _need_fp8(s)
     return ours(replace(s, predictor=copy.deepcopy(s.predictor).quantize_()))
 
 
@@ -111,51 +148,114 @@ def ours_eager(s: Subject) -> Sampler:
     """This library without graphs."""
     model = _fused(s)
     model.captures.limit = 0
-    return functools.partial(_sample, s, model)
+    return plainly(s, model)
 
 
-def _plain(
-    s: Subject,
-    wrap: Callable[[nn.Module], Any] = lambda network: network,
-    dtype: torch.dtype | None = None,
-    wrap_decoder: Callable[[nn.Module], Any] = lambda network: network,
-) -> FlowModel:
-    """The same sampler over plain networks, with torch's own operations."""
-    dtype = dtype or s.dtype
-    vae = copy.deepcopy(s.vae)
-    vae.decoder = wrap_decoder(vae.decoder.to(memory_format=torch.channels_last))
-    base = ft.load(s.predictor, s.refiner, DiffusersVAE(vae), device=s.device, dtype=s.dtype, backend="reference")
-    predictor, refiner = (wrap(PlainSiT.of(network).to(dtype)) for network in (s.predictor, s.refiner))
-    return replace(base, predictor=predictor, refiner=refiner, dtype=dtype)
+def _need_fp8(s: Subject) -> None:
+    if s.device.type != "cuda":
+        raise NotHere("scaled products in fp8 need a GPU of sm_89 or later")
+    major, minor = torch.cuda.get_device_capability(s.device)
+    if (major, minor) < (8, 9):
+        raise NotHere(f"scaled products in fp8 need a GPU of sm_89 or later, and this one is sm_{major}{minor}")
+
+
+# Plain torch
+
+Wrap = Callable[[nn.Module], Any]
+
+
+def _as_it_is(network: nn.Module) -> nn.Module:
+    return network
+
+
+def _plain(s: Subject, wrap: Wrap, vae: DiffusersVAE, dtype: torch.dtype | None = None, fp8: bool = False) -> tuple[FlowModel, str]:
+    """The same sampler over plain networks, with torch's own operations, and in words who does their products in fp8."""
+    base = ft.load(s.predictor, s.refiner, vae, device=s.device, dtype=s.dtype, backend="reference")
+    predictor, refiner = (PlainSiT.of(network).to(dtype or s.dtype) for network in (s.predictor, s.refiner))
+    by = rowwise.quantise(predictor) if fp8 else ""
+    return replace(base, predictor=wrap(predictor), refiner=wrap(refiner), dtype=dtype or s.dtype), by
+
+
+def _decoder_of(s: Subject, wrap: Wrap = _as_it_is, layout: torch.memory_format = torch.channels_last) -> DiffusersVAE:
+    return DiffusersVAE(Whole.of(s.vae, layout, wrap))
+
+
+def _faster_decoder(s: Subject, wrap: Wrap = _as_it_is) -> tuple[DiffusersVAE, str]:
+    """torch's own convolutions are faster in NHWC and its GroupNorm in NCHW: both are timed, and the faster is kept."""
+    if not s.decode:
+        return _decoder_of(s, wrap), ""
+    found = {}
+    for name, layout in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
+        vae = _decoder_of(s, wrap, layout)
+        with torch.inference_mode(), tuned_convolutions():
+            vae.decode(s.noise)
+            found[name] = statistics.median(seconds(lambda vae=vae: vae.decode(s.noise), s.device) for _ in range(3)), layout
+    name = min(found, key=lambda name: found[name][0])
+    times = ", ".join(f"{key} {1e3 * took:.3g}" for key, (took, _) in found.items())
+    return _decoder_of(s, wrap, found[name][1]), f"decoder in {name} (ms a batch: {times})"
 
 
 def eager(s: Subject) -> Sampler:
-    """Plain torch, weights in the dtype of the run."""
-    return functools.partial(_sample, s, _plain(s))
+    """Plain torch, weights in the dtype of the run, in inference mode."""
+    vae, settings = _faster_decoder(s)
+    model, _ = _plain(s, _as_it_is, vae)
+    return Sampler(torch.inference_mode()(functools.partial(sample, s, model)), model, settings)
 
 
 def autocast(s: Subject) -> Sampler:
-    """Plain torch with float32 weights under autocast, as the public code samples."""
-    model = _plain(s, dtype=torch.float32)
+    """Plain torch with float32 weights under autocast to bfloat16, as the public code samples; decoding is eager's, without it.
+
+    Autocast casts a weight once a context if it requires gradients, and in every call if not. Here one context holds a batch.
+    """
+    vae, settings = _faster_decoder(s, _NoCast)
+    model, _ = _plain(s, lambda network: network.requires_grad_(True), vae, torch.float32)
 
     def run(plan: str) -> Tensor:
-        with torch.autocast(s.device.type, dtype=torch.bfloat16):
-            return _sample(s, model, plan)
+        with torch.autocast(s.device.type, dtype=torch.bfloat16), torch.no_grad():
+            return sample(s, model, plan)
 
-    return run
+    return Sampler(run, model, settings)
+
+
+class _NoCast(nn.Module):
+    """A network that autocast leaves alone: it would have GroupNorm read and write float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            return self.network(z)
+
+
+# Compiled torch
 
 
 def compiled(s: Subject) -> Sampler:
     """torch.compile with its defaults on each network: the paper's way."""
     torch._dynamo.reset()
-    return functools.partial(_sample, s, _plain(s, torch.compile, wrap_decoder=torch.compile))
+    tuned = functools.partial(torch.compile, dynamic=False)
+    model, _ = _plain(s, tuned, _decoder_of(s, tuned))
+    return plainly(s, model)
 
 
-def max_autotune(s: Subject) -> Sampler:
-    """torch.compile(mode="max-autotune"): tuned products and a CUDA graph for each network call."""
+def max_autotune(s: Subject, fp8: bool = False) -> Sampler:
+    """torch.compile(mode="max-autotune") at its best: tuned products and a CUDA graph for each network call."""
     torch._dynamo.reset()
-    tuned = functools.partial(torch.compile, mode="max-autotune", fullgraph=True)
-    return functools.partial(_sample, s, _plain(s, lambda n: _Cloned(tuned(n)), wrap_decoder=lambda n: _Cloned(tuned(n))))
+    tuned, settings = inductor.best(graphs=True)
+
+    def wrap(network: nn.Module) -> nn.Module:
+        return _Cloned(tuned(network))
+
+    model, by = _plain(s, wrap, _decoder_of(s, wrap), fp8=fp8)
+    return plainly(s, model, _joined(settings, by))
+
+
+def max_autotune_fp8(s: Subject) -> Sampler:
+    """max-autotune with the predictor's products in fp8, row by row: what ours-fp8 is to be compared with."""
+    _need_fp8(s)
+    return max_autotune(s, fp8=True)
 
 
 class _Cloned(nn.Module):
@@ -170,25 +270,33 @@ class _Cloned(nn.Module):
         return self.network(*args).clone()
 
 
-def plan_graph(s: Subject) -> Sampler:
+def plan_graph(s: Subject, hoisted: bool = False, fp8: bool = False) -> Sampler:
     """The strongest: tuned and compiled without graphs, and then this library's own capture of the whole plan around it."""
     if s.device.type != "cuda":
         raise NotHere("CUDA graphs need a GPU")
     torch._dynamo.reset()
-    tuned = functools.partial(torch.compile, mode="max-autotune-no-cudagraphs", fullgraph=True)
-    model = _plain(s, tuned, wrap_decoder=tuned)
-    noise = torch.randn(s.batch, *model.latent_shape, device=s.device)
-    labels = torch.tensor(_labels(s), device=s.device)
+    tuned, settings = inductor.best(graphs=False)
 
-    @torch.no_grad()
-    def run(plan: str) -> Tensor:
-        job = Job.of(model, ft.Plan.parse(plan), GUIDANCE, None, s.output, torch.float32)
-        arguments = job.capture(model, {"noise": noise, "labels": labels}, GUIDANCE)
-        if not any(capture.key == arguments[0] for capture in model.captures.report()):
-            model.captures.ahead(*arguments)
-        return model.captures.run(*arguments)
+    def wrap(network: nn.Module) -> Any:
+        return HoistedSiT(network, tuned) if hoisted else tuned(network)
 
-    return run
+    model, by = _plain(s, wrap, _decoder_of(s, tuned), fp8=fp8)
+    return captured_anyway(s, model, _joined(settings, by))
+
+
+def plan_graph_hoisted(s: Subject) -> Sampler:
+    """plan-graph with two of this library's ideas in torch's words: adaLN's modulations hoisted, GELU in the product before it."""
+    return plan_graph(s, hoisted=True)
+
+
+def plan_graph_fp8(s: Subject) -> Sampler:
+    """plan-graph-hoisted with the predictor's products in fp8, row by row."""
+    _need_fp8(s)
+    return plan_graph(s, hoisted=True, fp8=True)
+
+
+def _joined(*settings: str) -> str:
+    return ", ".join(filter(None, settings))
 
 
 def diffusers(s: Subject) -> Sampler:
@@ -197,6 +305,7 @@ def diffusers(s: Subject) -> Sampler:
         from diffusers import DiTTransformer2DModel
     except ImportError as error:
         raise NotHere(f"diffusers is not installed ({error})") from None
+    tuned = functools.partial(torch.compile, dynamic=False)
 
     def transformer(config: SiTConfig) -> Any:
         with torch.device(s.device):
@@ -210,12 +319,12 @@ def diffusers(s: Subject) -> Sampler:
                 patch_size=config.patch,
                 num_embeds_ada_norm=config.num_classes,
             )
-        return torch.compile(_DiT(network.to(s.dtype).requires_grad_(False).eval(), config.channels))
+        return tuned(_DiT(network.to(s.dtype).requires_grad_(False).eval(), config.channels))
 
     torch._dynamo.reset()
-    model = _plain(s, wrap_decoder=torch.compile)
+    model, _ = _plain(s, _as_it_is, _decoder_of(s, tuned))
     model = replace(model, predictor=transformer(s.predictor.config), refiner=transformer(s.refiner.config))
-    return functools.partial(_sample, s, model)
+    return plainly(s, model)
 
 
 class _DiT(nn.Module):
@@ -236,6 +345,29 @@ RIVALS: dict[str, Callable[[Subject], Sampler]] = {
     "eager": eager,
     "compile": compiled,
     "max-autotune": max_autotune,
+    "max-autotune-fp8": max_autotune_fp8,
     "plan-graph": plan_graph,
+    "plan-graph-hoisted": plan_graph_hoisted,
+    "plan-graph-fp8": plan_graph_fp8,
     "diffusers": diffusers,
 }
+
+
+# Limits
+
+
+def products_of(rival: str, s: Subject) -> torch.dtype:
+    """The dtype in which a rival multiplies in the predictor's blocks. ValueError for a name that is none."""
+    if rival not in RIVALS:
+        raise ValueError(f"rival must be one of {', '.join(RIVALS)}, got {rival!r}")
+    if rival.endswith("-fp8"):
+        return torch.float8_e4m3fn
+    return torch.bfloat16 if rival == "autocast" else s.dtype
+
+
+def limit_of(rival: str, plan: str, s: Subject) -> float:
+    """Seconds below which that rival can't sample the batch by the plan, decoding included where the subject is decoded."""
+    dtype = torch.bfloat16 if rival == "autocast" else s.dtype
+    configs = s.predictor.config, s.refiner.config
+    limit = roofline.plan_floor(ft.Plan.parse(plan), *configs, s.batch, dtype, s.device.type, products_of(rival, s))
+    return limit + (roofline.decode_floor(s.vae, tuple(s.noise.shape), s.dtype, s.device.type) if s.decode else 0.0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from decoder import Upsampler
 from harness import seconds
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowturbo.models.sit import SiTConfig
@@ -68,28 +69,81 @@ def ceilings(device: str) -> dict[str, float]:
 
 def floor(needed: Work, dtype: torch.dtype, device: str) -> float:
     """Seconds below which the operation can't come on this device: the larger of its two terms."""
+    return max(needed.bytes / ceilings(device)["copy"], needed.flops / _rate(dtype, device))
+
+
+def _rate(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of products in that dtype; float32's where it was not measured."""
     limits = ceilings(device)
-    return max(needed.bytes / limits["copy"], needed.flops / limits.get(str(dtype).removeprefix("torch."), limits["float32"]))
+    return limits.get(str(dtype).removeprefix("torch."), limits["float32"])
 
 
-def plan_floor(plan: Plan, predictor: SiTConfig, refiner: SiTConfig, batch: int, dtype: torch.dtype, device: str) -> float:
+LIMIT = (
+    "The ceilings are those of large products, whose clocks the power limit holds back (790 TFLOP/s in bfloat16 is such a "
+    "ceiling). At batch 1 less power is drawn: boost clocks may be higher, and a run may come below its limit."
+)
+"""What to say beside a limit."""
+
+
+def plan_floor(
+    plan: Plan,
+    predictor: SiTConfig,
+    refiner: SiTConfig,
+    batch: int,
+    dtype: torch.dtype,
+    device: str,
+    products: torch.dtype | None = None,
+) -> float:
     """Seconds below which guided sampling of a batch can't come: every call's products, or its weights read once, whichever takes
-    longer; adaLN's products once for all times, labels and the null class."""
+    longer; adaLN's products once for all times, labels and the null class.
+
+    products: the dtype of the four products of the predictor's blocks, where it is not dtype, as in fp8. Attention, the ends, adaLN
+    and the refiner are in dtype whatever that is. See LIMIT for what these seconds are worth.
+    """
     total = 0.0
     for config, refines in ((predictor, False), (refiner, True)):
         calls = [call for call in plan.calls if call.refiner == refines]
-        rows = [batch * (2 if call.guided else 1) for call in calls]
         conditions = len({call.t for call in calls}) * (batch + 1)
-        trunk, conditioning = config.trunk_macs(), config.conditioning_macs()
-        block = config.depth * 12 * config.hidden**2 * dtype.itemsize
-        total += sum(floor(Work(block, 2 * trunk * count), dtype, device) for count in rows)
+        kind = dtype if refines or products is None else products
+        total += sum(_call_floor(config, batch * (2 if call.guided else 1), dtype, kind, device) for call in calls)
         if calls:
-            total += floor(Work(config.depth * 6 * config.hidden**2 * dtype.itemsize, 2 * conditioning * conditions), dtype, device)
+            weights = config.depth * 6 * config.hidden**2 * dtype.itemsize
+            total += floor(Work(weights, 2 * config.conditioning_macs() * conditions), dtype, device)
     return total
 
 
+def _call_floor(config: SiTConfig, rows: int, dtype: torch.dtype, products: torch.dtype, device: str) -> float:
+    """Of one call of a network on that many rows, adaLN's products apart."""
+    weights = config.depth * 12 * config.hidden**2
+    macs = weights * config.tokens
+    multiplying = 2 * rows * (macs / _rate(products, device) + (config.trunk_macs() - macs) / _rate(dtype, device))
+    return max(weights * products.itemsize / ceilings(device)["copy"], multiplying)
+
+
+def decode_flops(vae: nn.Module, latents: tuple[int, ...], doubled: bool = True) -> int:
+    """Floating-point operations of decoding latents (N, C, H, W): of its products and convolutions.
+
+    doubled: count a 3x3 convolution of a nearest-neighbour doubling as the four 2x2 convolutions of the small image that give the
+    same, 4 taps a pixel instead of 9. False: as it is written.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in vae.parameters()}
+    vae = copy.deepcopy(vae, memo)  # none of its memory
+    spared = 0
+
+    def after_doubling(module: nn.Module, _: Any, y: Tensor) -> None:
+        nonlocal spared
+        weight = cast(Tensor, module.weight)
+        spared += 2 * (9 - 4) * weight.shape[0] * weight.shape[1] * y[:, 0].numel()
+
+    for module in vae.modules():
+        if isinstance(module, Upsampler):
+            module.conv.register_forward_hook(after_doubling)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        dtype = next(vae.parameters()).dtype
+        vae.decode(torch.empty(latents, device="meta", dtype=dtype))
+    return counter.get_total_flops() - (spared if doubled else 0)
+
+
 def decode_floor(vae: nn.Module, latents: tuple[int, ...], dtype: torch.dtype, device: str) -> float:
-    """Seconds below which decoding can't come: its products and convolutions at the rate of products."""
-    with FlopCounterMode(display=False) as counter:
-        copy.deepcopy(vae).to("meta").decode(torch.empty(latents, device="meta", dtype=dtype))
-    return floor(Work(0, counter.get_total_flops()), dtype, device)
+    """Seconds below which decoding can't come: its products and convolutions, the cheapest way, at the rate of products."""
+    return floor(Work(0, decode_flops(vae, latents)), dtype, device)
