@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import fake_cuda
 import pytest
 import torch
 from hypothesis import settings
@@ -14,6 +15,14 @@ settings.load_profile("flowturbo")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def nothing_that_cuda_forbids() -> Iterator[None]:
+    """On the stand-in for a CUDA device a test fails if it did what CUDA forbids, and took no note of it."""
+    yield
+    if fake_cuda.PRESENT and (done := fake_cuda.violations()):
+        pytest.fail("what CUDA forbids was done:\n" + "\n".join(done))
 
 
 @pytest.fixture

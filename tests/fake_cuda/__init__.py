@@ -1,0 +1,44 @@
+"""A stand-in for a CUDA device, from Python: whether this process runs on it, and what was done there.
+
+Device memory is host memory and kernels do nothing, so that no value means anything; streams, events, captures, pools and launch
+limits follow CUDA's rules. `python tests/fake_cuda/run.py COMMAND...` runs a command on it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+PRESENT = bool(os.environ.get("FAKE_CUDA"))
+_library: Any = ctypes.CDLL(None) if PRESENT else None
+
+
+def _lines(function: Any) -> list[str]:
+    size = function(None, 0)
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        needed = function(buffer, size)
+        if needed <= size:
+            return buffer.value.decode().splitlines()
+        size = needed
+
+
+def violations() -> list[str]:
+    """What CUDA forbids, or the stand-in does not know, and was done since the last call."""
+    return _lines(_library.fake_cuda_violations)
+
+
+def launches() -> list[str]:
+    """Kernels and replays of graphs since the last call, by name, outside captures."""
+    return _lines(_library.fake_cuda_launches)
+
+
+def captured() -> list[str]:
+    """The nodes of the graph whose capture ended last, by name."""
+    return _lines(_library.fake_cuda_captured)
+
+
+def set_memory(mib: int | None) -> None:
+    """The device's memory from now on; None: what such a device has."""
+    _library.fake_cuda_set_memory(ctypes.c_ulonglong(mib or 0))
