@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
@@ -28,6 +29,7 @@ from .files import write_text
 from .models import FlowModel, ReversedTime, choose_device, load
 from .models.sit import SIT_CONFIGS, SiT, SiTConfig
 from .plan import as_plan
+from .recorder import CudaRecorder
 from .sampler import sample
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -158,13 +160,14 @@ def table(timings: list[Timing], environment: Mapping[str, Any]) -> str:
 def measure(
     model: FlowModel, plan: str, batch: int, guidance: float, output: Literal["latents", "uint8"], repeats: int = 10
 ) -> Timing:
-    """Time `sample` of one batch, as a user calls it, noise and labels included."""
+    """Time `sample` of one batch, as a user calls it, noise and labels included.
+
+    The model's captures are given up before: memory is counted of this plan at this batch size alone.
+    """
     run = _run_of(model, plan, batch, guidance, output)
-    gc.collect()
     cuda = model.device.type == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(model.device)
+    model.captures.clear()
+    fresh_peak(model.device)
 
     def first() -> None:
         if model.captures.limit:
@@ -181,6 +184,21 @@ def measure(
         model.decode(latents)
         decoding = statistics.median(seconds(lambda: model.decode(latents), model.device) for _ in range(repeats))
     return Timing(plan, batch, statistics.median(times), min(times), max(times), first_seconds, decoding, peak)
+
+
+def fresh_peak(device: torch.device) -> None:
+    """Give the device back what nothing uses any more, and count the peak of its memory from there on.
+
+    Memory that was freed, but is still reserved, would be in the next peak, and so would the workspaces that cuBLAS keeps for every
+    stream that ever multiplied, of 33 MiB each on Hopper.
+    """
+    gc.collect()
+    if device.type != "cuda":
+        return
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()  # what is given back may be in use until then
+        CudaRecorder(device).release()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -228,10 +246,11 @@ def profile_run(model: FlowModel, plan: str, batch: int, guidance: float, output
 
 
 def operations_table(events: Any, cuda: bool) -> str:
-    """Time per operation of this library, then of torch's own outside them, of all that the profiler saw."""
+    """Time per operation of this library, then of torch's own outside them, of all that the profiler saw.
 
-    def own(event: Any) -> float:
-        return float(event.device_time_total if cuda else event.cpu_time_total)
+    events: of torch.profiler. On CUDA an operation's time is that of the kernels and copies that were launched in it; those that no
+    operation launched are a row of their own, so that all is the device's whole time.
+    """
 
     def outermost(event: Any, ours: bool) -> bool:
         parent = event.cpu_parent
@@ -242,15 +261,27 @@ def operations_table(events: Any, cuda: bool) -> str:
         return True
 
     rows: dict[str, list[float]] = {}
+    on_device = 0.0
     for event in events:
+        if event.device_type != DeviceType.CPU:
+            # A range that is marked on the device's timeline too has its operation's name, and is no work.
+            on_device += 0.0 if event.is_user_annotation else event.time_range.elapsed_us()
+            continue
         ours = event.name.startswith("flowturbo::")
         if (ours or event.name.startswith("aten::")) and outermost(event, ours):
-            rows.setdefault(event.name, []).append(own(event))
-    total = sum(sum(times) for times in rows.values())
+            rows.setdefault(event.name, []).append(float(event.device_time_total if cuda else event.cpu_time_total))
+    known = sum(sum(times) for times in rows.values())
+    total = max(known, on_device) if cuda else known
     where = "on the device" if cuda else "on the CPU"
     lines = [f"Milliseconds {where}, of one run without a graph.", "", "| operation | calls | ms | share |", "|---|--:|--:|--:|"]
-    for name, times in sorted(rows.items(), key=lambda row: -sum(row[1])):
-        lines.append(f"| {name} | {len(times)} | {sum(times) / 1e3:.3f} | {100 * sum(times) / total if total else 0:.1f} % |")
+
+    def row(name: str, calls: int | str, time: float) -> str:
+        return f"| {name} | {calls} | {time / 1e3:.3f} | {100 * time / total if total else 0:.1f} % |"
+
+    for name, times in sorted(rows.items(), key=lambda item: -sum(item[1])):
+        lines.append(row(name, len(times), sum(times)))
+    if total - known > 1e-3 * total:  # times are rounded to nanoseconds
+        lines.append(row("outside all operations", "", total - known))
     lines.append(f"| all | {sum(map(len, rows.values()))} | {total / 1e3:.3f} | |")
     return "\n".join(lines)
 

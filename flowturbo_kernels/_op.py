@@ -84,7 +84,7 @@ class Op(Generic[P, R]):
         if torch.compiler.is_compiling():
             return self._compiled(*args, **kwargs)
         if torch.autograd.profiler._is_profiler_enabled:
-            with torch.profiler.record_function(f"flowturbo::{self.name}"):
+            with _recorded(f"flowturbo::{self.name}"):
                 return self._call(*args, **kwargs)
         return self._call(*args, **kwargs)
 
@@ -143,6 +143,10 @@ class Op(Generic[P, R]):
     def __repr__(self) -> str:
         return f"<op {self.name}>"
 
+
+# The profiler links a kernel to the innermost function that launched it, as which torch's own record_function does not count:
+# it marks a user's range, which no kernel is linked to.
+_recorded = getattr(torch._C._profiler, "_RecordFunctionFast", torch.profiler.record_function)
 
 OPS: dict[str, Op[..., Any]] = {}
 

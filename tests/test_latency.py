@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from test_graph import captured_model
+from torch._C._autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import profile, record_function
 
 import flowturbo as ft
 from flowturbo.latency import Bench, bench, filled, measure, operations_table, profile_run, untrained
+from flowturbo_kernels import linear
 
 
 def test_the_table_and_the_file_hold_every_plan_and_batch(tmp_path):
@@ -46,6 +50,8 @@ def test_operations_hold_what_torch_does_inside_them():
     """torch's own operations are listed only outside ours, and once: not those that they call themselves."""
 
     class Event:
+        device_type = DeviceType.CPU
+
         def __init__(self, name, time, parent=None):
             self.name, self.cpu_time_total, self.cpu_parent = name, time, parent
 
@@ -61,6 +67,60 @@ def test_operations_hold_what_torch_does_inside_them():
     assert "| all | 2 | 2.500 | |" in text
 
 
+def test_an_operation_is_a_function_to_the_profiler():
+    """No kernel is linked to a user's range, as which torch.profiler.record_function marks what is in it."""
+    with profile() as trace:
+        linear(torch.randn(3, 8), torch.randn(4, 8), torch.randn(4))
+        with record_function("a user's range"):
+            pass
+    scopes = {event.name: (event.scope, event.is_user_annotation) for event in trace.events()}
+    assert scopes["flowturbo::linear"] == scopes["aten::addmm"] == (0, False)
+    assert scopes["a user's range"][1]
+
+
+def test_on_cuda_an_operations_time_is_that_of_the_kernels_it_launched_once():
+    """Of a real trace of the CPU's side, with kernels linked as torch links them, to functions alone."""
+    with profile() as trace:
+        for _ in range(2):
+            linear(torch.randn(3, 8), torch.randn(4, 8), torch.randn(4))
+        torch.randn(5)
+    events = list(trace.events())
+    launches = {"flowturbo::linear": 30.0, "aten::addmm": 400.0, "aten::normal_": 5.0}  # microseconds
+    device = []
+    for event in events:
+        event.use_device = "cuda"
+        if event.name in launches:
+            if event.scope == 0:
+                event.append_kernel("kernel", 0, launches[event.name])
+            device.append(on_device(f"kernel of {event.name}", launches[event.name]))
+        if event.name.startswith("flowturbo::"):
+            device.append(on_device(event.name, 999.0, is_user_annotation=True))
+    device.append(on_device("Memset", 70.0))
+    ours = [event for event in events if event.name == "flowturbo::linear"]
+    assert [event.device_time_total for event in ours] == [430.0, 430.0]  # its own kernel, and that of torch's product in it
+    made = sum(event.name == "aten::normal_" for event in events)  # outside: those that made the arguments
+    table = operations_table([*events, *device], cuda=True)
+    rows = {row.split(" | ")[0].removeprefix("| "): row.split(" | ")[1:] for row in table.splitlines() if row.startswith("| ")}
+    assert rows["flowturbo::linear"][:2] == ["2", "0.860"]
+    assert rows["aten::randn"][:2] == [str(made), f"{made * 5e-3:.3f}"]
+    assert rows["outside all operations"][:2] == ["", "0.070"]
+    assert "aten::addmm" not in rows
+    assert rows["all"][1] == f"{0.860 + made * 5e-3 + 0.070:.3f}"
+
+
+def on_device(name: str, microseconds: float, is_user_annotation: bool = False) -> FunctionEvent:
+    return FunctionEvent(
+        id=0,
+        name=name,
+        thread=0,
+        start_us=0.0,
+        end_us=microseconds,
+        use_device="cuda",
+        device_type=DeviceType.CUDA,
+        is_user_annotation=is_user_annotation,
+    )
+
+
 def test_profiling_runs_without_graphs_and_leaves_the_limit(tmp_path):
     model, recorder = captured_model()
     profile_run(model, "E2", 2, 1.5, "latents", tmp_path)
@@ -74,6 +134,14 @@ def test_what_is_timed_is_replayed_where_there_are_graphs():
     assert recorder.recorded == 1
     assert model.captures.report()[0].hits == 5  # the first, a warm one, and three timed
     assert timing.decode_seconds == 0
+
+
+def test_the_memory_of_earlier_captures_is_given_back_before_it_is_counted():
+    model, _ = captured_model()
+    ft.compile(model, ["E1", "E3"], 2)
+    assert len(model.captures.report()) == 2
+    measure(model, "E2", 2, 1.5, "latents", repeats=1)
+    assert [str(capture.key.what.plan) for capture in model.captures.report()] == ["E2"]
 
 
 def test_untrained_weights_are_of_the_published_size_and_bounded():
