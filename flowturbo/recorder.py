@@ -136,7 +136,6 @@ class CudaRecorder:
         return sum(s["total_size"] for s in of_pools)
 
     def release(self) -> None:
-        _clear_workspaces()
         torch.cuda.empty_cache()
 
 
