@@ -3,10 +3,11 @@
 A rival is a function in RIVALS: subject -> sampler. All run the same solver steps on the same batch, in the dtype of the subject's
 weights unless they say otherwise.
 
-What is timed, of everyone the same: a call of flowturbo.sample for one batch, whose noise and labels are tensors on the
-device, until the device is idle. In it are the checks of the arguments, the choice of the batch's rows and, where there is a
-graph, the copies into and out of its buffers. Not in it: making noise and labels, loading, compiling, tuning and capturing,
-which setting a rival up and its first call pay. cuDNN tunes convolutions for everyone.
+What is timed, of everyone the same: one batch from noise and labels on the device to latents or images there, until the device is
+idle, by the loop that flowturbo.sample runs. In it are the host's part of that loop and, where the plan is a graph, the copies
+into and out of its buffers. Not in it: making noise and labels and checking them, which flowturbo.sample does for all alike and
+`flowturbo bench` times; loading, compiling, tuning and capturing, which setting a rival up and its first call pay. cuDNN tunes
+convolutions for everyone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import rowwise
 import torch
 from decoder import Autoencoder, Whole
 from plain_sit import HoistedSiT, PlainSiT
-from sampling import Sampler, captured, captured_anyway, plainly, sample, tuned_convolutions
+from sampling import AnyJob, Sampler, captured, plainly, sample, tuned_convolutions
 from torch import Tensor, nn
 
 import flowturbo as ft
@@ -281,7 +282,7 @@ def plan_graph(s: Subject, hoisted: bool = False, fp8: bool = False) -> Sampler:
         return HoistedSiT(network, tuned) if hoisted else tuned(network)
 
     model, by = _plain(s, wrap, _decoder_of(s, tuned), fp8=fp8)
-    return captured_anyway(s, model, _joined(settings, by))
+    return captured(s, model, _joined(settings, by), AnyJob)
 
 
 def plan_graph_hoisted(s: Subject) -> Sampler:

@@ -1,4 +1,4 @@
-"""How every rival is called: flowturbo.sample on the subject's noise and labels, with cuDNN's convolutions tuned."""
+"""How every rival is called: the sampler's loop over the subject's noise and labels, with cuDNN's convolutions tuned."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 import flowturbo as ft
-from flowturbo.job import Job
+from flowturbo.job import Job, Watch
 from flowturbo.models import FlowModel
-from flowturbo.sampler import ModelBatches, in_batches, inputs_of
 
 if TYPE_CHECKING:
     from rivals import Subject
@@ -51,60 +51,49 @@ def tuned_convolutions() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def sample(s: Subject, model: FlowModel, plan: str) -> Tensor:
-    return ft.sample(model, plan, s.labels, guidance=s.guidance, noise=s.noise, batch_size=s.batch, output=s.output)
+@torch.no_grad()
+def sample(s: Subject, model: FlowModel, plan: str, kind: type[Job] = Job) -> Tensor:
+    """What flowturbo.sample does for a batch once its arguments are checked: all is on the device already."""
+    job = _job(s, model, plan, kind)
+    with tqdm(disable=True) as bar:
+        return job.run(model, {"noise": s.noise, "labels": s.labels}, s.guidance, Watch(job.plan, 0, s.batch, bar, None))
+
+
+def _job(s: Subject, model: FlowModel, plan: str, kind: type[Job]) -> Job:
+    return kind.of(model, ft.Plan.parse(plan), s.guidance, None, s.output, torch.float32)
 
 
 def plainly(s: Subject, model: FlowModel, settings: str = "") -> Sampler:
     return Sampler(functools.partial(sample, s, model), model, settings)
 
 
-def captured(s: Subject, model: FlowModel, settings: str = "") -> Sampler:
-    """By a capture of the whole plan, made ahead of time as its users make it."""
-
-    def capture(plan: str) -> None:
-        ft.compile(model, plan, s.batch, output=s.output)
-
-    return _one_at_a_time(capture, functools.partial(sample, s, model), model, settings)
-
-
-def captured_anyway(s: Subject, model: FlowModel, settings: str = "") -> Sampler:
-    """The same for networks that `sample` would not capture, since it can't know that they do the same work whatever the images."""
-
-    @torch.no_grad()
-    def capture(plan: str) -> None:
-        inputs = {"noise": s.noise, "labels": s.labels}
-        model.captures.ahead(*_job(s, model, plan).capture(model, inputs, s.guidance))
-
-    @torch.no_grad()
-    def run(plan: str) -> Tensor:  # what ft.sample does, line by line, but for the job's kind
-        job = _job(s, model, plan)
-        inputs = inputs_of(model, s.labels, s.guidance, s.noise, None)
-        return in_batches(ModelBatches(model, job, inputs, s.guidance), s.batch, job.plan, s.batch, False, None)
-
-    return _one_at_a_time(capture, run, model, settings)
-
-
-def _one_at_a_time(capture: Callable[[str], None], run: Callable[[str], Tensor], model: FlowModel, settings: str) -> Sampler:
-    """The capture of another plan is given up before one is made: what memory is counted is this plan's alone."""
+def captured(s: Subject, model: FlowModel, settings: str = "", kind: type[Job] = Job) -> Sampler:
+    """By a capture of the whole plan, made ahead of time. That of another plan is given up before: what memory is counted is this
+    plan's alone.
+    """
     newest = ""
 
-    def sampled(plan: str) -> Tensor:
+    def run(plan: str) -> Tensor:
         nonlocal newest
         if plan != newest:
             newest = ""
             model.captures.clear()
-            capture(plan)
+            _capture(s, model, plan, kind)
             newest = plan
-        return run(plan)
+        return sample(s, model, plan, kind)
 
-    return Sampler(sampled, model, settings)
+    return Sampler(run, model, settings)
 
 
-class _AnyJob(Job):
+@torch.no_grad()
+def _capture(s: Subject, model: FlowModel, plan: str, kind: type[Job]) -> None:
+    job = _job(s, model, plan, kind)
+    if job.can_be_captured(model):
+        model.captures.ahead(*job.capture(model, {"noise": s.noise, "labels": s.labels}, s.guidance))
+
+
+class AnyJob(Job):
+    """A job of networks that `sample` would not capture: it can't know that they do the same work whatever the images."""
+
     def can_be_captured(self, model: FlowModel) -> bool:
         return model.captures.possible(model.device)
-
-
-def _job(s: Subject, model: FlowModel, plan: str) -> _AnyJob:
-    return _AnyJob.of(model, ft.Plan.parse(plan), s.guidance, None, s.output, torch.float32)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowturbo as ft
+from flowturbo.job import Job
 from flowturbo.models import AdaptiveNetwork
 from flowturbo.models.sit import SIT_CONFIGS
 from flowturbo.models.vae import DiffusersVAE
@@ -41,17 +42,39 @@ HERE = ["ours", "ours-eager", "ours-fp8", "eager", "autocast"]
 
 @pytest.mark.parametrize("rival", HERE)
 def test_everyone_samples_the_same_noise_and_labels_of_the_device(rival, monkeypatch):
-    """The tensors themselves: none is made, copied from the host, or read from a list in a call."""
+    """The tensors themselves: none is made, copied from the host or chosen from others in a call."""
     s = rivals.subject(64, 3, False)
     sampler = rivals.RIVALS[rival](s)
     seen = []
-    monkeypatch.setattr(sampling.ft, "sample", lambda *a, **k: seen.append((a, k)) or torch.zeros(()))
+    run = Job.run
+
+    def watched(self, model, inputs, guidance, watch):
+        seen.append((str(self.plan), inputs, guidance))
+        return run(self, model, inputs, guidance, watch)
+
+    monkeypatch.setattr(Job, "run", watched)
+    assert sampler("H1R1").shape == s.noise.shape
+    [(plan, inputs, guidance)] = seen
+    assert (plan, guidance) == ("H1R1", rivals.GUIDANCE)
+    assert inputs["noise"] is s.noise
+    assert inputs["labels"] is s.labels
+
+
+@pytest.mark.parametrize("rival", HERE)
+def test_a_call_copies_nothing_from_the_host_and_reads_nothing_from_the_device(rival):
+    """On a GPU both would wait for it: noise made on the CPU, rows chosen by the CPU, a number looked at."""
+    sampler = rivals.RIVALS[rival](rivals.subject(64, 2, False))
     sampler("H1R1")
-    (_, plan, labels), options = seen[-1]
-    assert (plan, options["batch_size"], options["guidance"]) == ("H1R1", 3, rivals.GUIDANCE)
-    assert labels is s.labels
-    assert options["noise"] is s.noise
-    assert "seed" not in options
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            asked.add(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    asked: set[str] = set()
+    with Asked():
+        sampler("H1R1")
+    assert not asked & {"aten::_local_scalar_dense", "aten::randn", "aten::normal_", "aten::index", "aten::nonzero"}
 
 
 def test_the_noise_is_that_of_the_first_seed():
@@ -67,7 +90,7 @@ def recorded(s: rivals.Subject, hoisted: bool) -> tuple[sampling.Sampler, Fake]:
     wrap = HoistedSiT if hoisted else rivals._as_it_is
     model, _ = rivals._plain(s, wrap, rivals._decoder_of(s))
     model.captures.recorder = recorder = Fake()
-    return sampling.captured_anyway(s, model), recorder
+    return sampling.captured(s, model, kind=sampling.AnyJob), recorder
 
 
 @pytest.mark.parametrize("hoisted", [False, True], ids=["plan-graph", "plan-graph-hoisted"])
