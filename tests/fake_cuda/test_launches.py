@@ -1,0 +1,23 @@
+"""Launches are held to the table in docs/launches.md."""
+
+from __future__ import annotations
+
+import fake_cuda
+import pytest
+import torch
+
+if not fake_cuda.PRESENT:
+    pytest.skip("needs the stand-in for a CUDA device", allow_module_level=True)
+
+from fake_cuda.count_launches import PAGE, counts, of_our_own, table
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="the table is of an H100")
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_launch_more_or_less_changes_the_table(batch, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWTURBO_CACHE", str(tmp_path))
+    written, counted = PAGE.read_text(), table(counts(batch))
+    said = f"launches differ from {PAGE.name}; what they are now:\n{counted}"
+    if torch.__version__.startswith("2.11."):
+        assert counted in written, said
+    assert sorted(of_our_own(counted)) == sorted(of_our_own(written)), said
