@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import functools
+import hashlib
 import importlib
 import importlib.util
 from pathlib import Path
-from typing import Any
+
+import torch
+
+from ._cache import cache_folder, whole_file
 
 FILES = {"adaln": "adaln.cu", "velocity_update": "velocity_update.cu"} | dict.fromkeys(
     ("group_norm_statistics", "group_norm_apply"), "group_norm_silu.cu"
@@ -35,27 +38,68 @@ def options() -> tuple[str, ...]:
 
 
 class Launcher:
-    """launch(name, grid, threads, shared, args, stream), as the extension's, on the current device. ImportError without CuPy."""
+    """launch(name, grid, threads, shared, args, stream), as the extension's, on the current device. ImportError without CuPy.
+
+    Of CuPy only NVRTC and the driver are used: its runtime would be a second one beside torch's, with a context of its own to make.
+    """
 
     def __init__(self) -> None:
         importlib.import_module("cupy")
         self.options = options()
+        self._functions: dict[tuple[int, str], int] = {}
 
     def __call__(self, name: str, grid: tuple[int, ...], threads: int, shared: int, args: bytes, stream: int) -> None:
         from cupy_backends.cuda.api import driver
 
+        if not driver.ctxGetCurrent():
+            torch.cuda.mem_get_info()  # the thread's first call: the driver alone would make no context current
         struct = ctypes.create_string_buffer(args, len(args))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
         x, y, z = (*grid, 1, 1)[:3]
-        driver.launchKernel(
-            self._function(name).kernel.ptr, x, y, z, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
-        )  # fmt: skip
+        function = self._function(torch.cuda.current_device(), name)
+        driver.launchKernel(function, x, y, z, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0)
 
-    @functools.cache  # noqa: B019 (there is one launcher a process and kind of GPU)
-    def _function(self, name: str) -> Any:
-        import cupy
+    def _function(self, device: int, name: str) -> int:
+        """The kernel's handle on that device, loaded at its first use there and kept for good."""
+        from cupy_backends.cuda.api import driver
 
-        return cupy.RawModule(code=source(name), options=self.options, name_expressions=(name,)).get_function(name)
+        if (device, name) not in self._functions:
+            lowered, code = compiled(name, torch.cuda.get_device_capability(device), self.options)
+            self._functions[device, name] = driver.moduleGetFunction(driver.moduleLoadData(code), lowered)
+        return self._functions[device, name]
+
+
+def compiled(name: str, capability: tuple[int, int], flags: tuple[str, ...]) -> tuple[str, bytes]:
+    """(the kernel's name in the code, machine code for such a GPU, or PTX where NVRTC is older than it), kept on disk.
+
+    RuntimeError, with the compiler's words, if it does not compile.
+    """
+    from cupy.cuda import nvrtc
+
+    arch, known = 10 * capability[0] + capability[1], nvrtc.getSupportedArchs()
+    target = f"-arch=sm_{arch}" if arch in known else f"-arch=compute_{max(a for a in known if a <= arch)}"
+    text = "".join(path.read_text() for path in sorted(sources().glob("*.*h"))) + source(name)
+    key = repr((name, target, flags, nvrtc.getVersion(), text))
+    file = cache_folder() / "nvrtc" / f"{hashlib.sha256(key.encode()).hexdigest()}.bin"
+    try:
+        digest, lowered, code = file.read_bytes().split(b"\n", 2)
+        if digest.decode() == hashlib.sha256(code).hexdigest():
+            return lowered.decode(), code
+    except (OSError, ValueError):
+        pass
+    program = nvrtc.createProgram(source(name), "source.cu", [], [])
+    try:
+        nvrtc.addNameExpression(program, name)
+        try:
+            nvrtc.compileProgram(program, (*flags, target))
+        except nvrtc.NVRTCError as error:
+            raise RuntimeError(f"{name} does not compile for {target}: {nvrtc.getProgramLog(program)}") from error
+        lowered = nvrtc.getLoweredName(program, name)
+        code = nvrtc.getCUBIN(program) if "sm_" in target else nvrtc.getPTX(program)
+    finally:
+        nvrtc.destroyProgram(program)
+    whole_file(file, f"{hashlib.sha256(code).hexdigest()}\n{lowered}\n".encode() + code)
+    return lowered, code
 
 
 def source(name: str) -> str:

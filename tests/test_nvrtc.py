@@ -1,0 +1,65 @@
+"""csrc compiled by CuPy's NVRTC and kept on disk; it needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowturbo_kernels import _nvrtc
+
+pytest.importorskip("cupy", reason="CuPy is not installed")
+
+NAME = "flowturbo::adaln<float,1,1>"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWTURBO_CACHE", str(tmp_path))
+    return tmp_path / "nvrtc"
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The names of the sources that were compiled."""
+    from cupy.cuda import nvrtc
+
+    made, original = [], nvrtc.createProgram
+    monkeypatch.setattr(nvrtc, "createProgram", lambda *args: made.append(args[1]) or original(*args))
+    return made
+
+
+def test_what_was_compiled_is_kept_for_the_next_process(folder, programs):
+    first = _nvrtc.compiled(NAME, (9, 0), _nvrtc.options())
+    assert first[0].startswith("_ZN9flowturbo5adaln")
+    assert first[1][:4] == b"\x7fELF"
+    assert _nvrtc.compiled(NAME, (9, 0), _nvrtc.options()) == first
+    assert len(programs) == 1
+    assert _nvrtc.compiled(NAME, (8, 0), _nvrtc.options())[1] != first[1]
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b"\n\n\n"])
+def test_a_damaged_file_is_compiled_over(folder, programs, damage):
+    first = _nvrtc.compiled(NAME, (9, 0), _nvrtc.options())
+    [file] = folder.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert _nvrtc.compiled(NAME, (9, 0), _nvrtc.options()) == first
+    assert len(programs) == 2
+
+
+def test_a_gpu_newer_than_nvrtc_gets_ptx(folder):
+    code = _nvrtc.compiled(NAME, (99, 0), _nvrtc.options())[1]
+    assert b".target sm_" in code
+
+
+def test_a_source_that_does_not_compile_is_named_with_the_compilers_words(folder, monkeypatch):
+    monkeypatch.setattr(_nvrtc, "source", lambda name: "no such thing;")
+    with pytest.raises(RuntimeError, match=r"adaln<float,1,1> does not compile for -arch=sm_90: (.|\n)*error"):
+        _nvrtc.compiled(NAME, (9, 0), _nvrtc.options())
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_written_costs_no_more_than_time(tmp_path, monkeypatch, programs):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLOWTURBO_CACHE", str(tmp_path / "file"))
+    assert _nvrtc.compiled(NAME, (9, 0), _nvrtc.options()) == _nvrtc.compiled(NAME, (9, 0), _nvrtc.options())
+    assert len(programs) == 2
