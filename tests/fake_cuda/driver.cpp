@@ -16,7 +16,10 @@ int fake_attribute(int which);
 
 // ---- devices and contexts
 
+// A thread has no context until the runtime's first call in it, or the driver's cuCtxSetCurrent, makes one current.
 static CUcontext const CONTEXT = (CUcontext)0x77;
+static thread_local CUcontext current = nullptr;
+void fake_make_context_current() { current = CONTEXT; }
 API CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
 API CUresult cuDriverGetVersion(int* version) { return *version = 13000, CUDA_SUCCESS; }
 API CUresult cuDeviceGetCount(int* count) { return *count = fake::device_count(), CUDA_SUCCESS; }
@@ -27,27 +30,39 @@ API CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice
     if (which >= CU_DEVICE_ATTRIBUTE_MAX) return CUDA_ERROR_INVALID_VALUE;  // of a newer driver
     return *value = fake_attribute(which), CUDA_SUCCESS;
 }
-API CUresult cuCtxGetCurrent(CUcontext* context) { return *context = CONTEXT, CUDA_SUCCESS; }
-API CUresult cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
-API CUresult cuCtxPushCurrent_v2(CUcontext) { return CUDA_SUCCESS; }
-API CUresult cuCtxPopCurrent_v2(CUcontext* context) { return *context = CONTEXT, CUDA_SUCCESS; }
+API CUresult cuCtxGetCurrent(CUcontext* context) { return *context = current, CUDA_SUCCESS; }
+API CUresult cuCtxSetCurrent(CUcontext context) { return current = context, CUDA_SUCCESS; }
+static bool without_context(const char* call) {
+    if (!current) fake::violation(std::string(call) + " in a thread in which no context is current");
+    return !current;
+}
 API CUresult cuCtxGetDevice(CUdevice* device) { return *device = 0, CUDA_SUCCESS; }
 API CUresult cuCtxGetLimit(size_t* value, CUlimit) { return *value = 0, CUDA_SUCCESS; }
 API CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
 API CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) { return *context = CONTEXT, CUDA_SUCCESS; }
 API CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
 API CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* active) { return *flags = 0, *active = 1, CUDA_SUCCESS; }
-API CUresult cuGetErrorString(CUresult error, const char** text) {
+API CUresult cuGetErrorName(CUresult error, const char** text) {
+    switch (error) {
+        case CUDA_ERROR_INVALID_VALUE: return *text = "CUDA_ERROR_INVALID_VALUE", CUDA_SUCCESS;
+        case CUDA_ERROR_OUT_OF_MEMORY: return *text = "CUDA_ERROR_OUT_OF_MEMORY", CUDA_SUCCESS;
+        case CUDA_ERROR_INVALID_CONTEXT: return *text = "CUDA_ERROR_INVALID_CONTEXT", CUDA_SUCCESS;
+        case CUDA_ERROR_NO_BINARY_FOR_GPU: return *text = "CUDA_ERROR_NO_BINARY_FOR_GPU", CUDA_SUCCESS;
+        case CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED: return *text = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", CUDA_SUCCESS;
+        default: break;
+    }
     static thread_local char line[48];
     snprintf(line, sizeof line, "CUresult %d", (int)error);
     return *text = line, CUDA_SUCCESS;
 }
-API CUresult cuGetErrorName(CUresult error, const char** text) { return cuGetErrorString(error, text); }
+API CUresult cuGetErrorString(CUresult error, const char** text) { return cuGetErrorName(error, text); }
 API CUresult cuGetProcAddress_v2(const char* name, void** function, int, cuuint64_t, CUdriverProcAddressQueryResult* found) {
     *function = fake::entry_point(name);
     if (found) *found = *function ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
     return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
+// Private tables of the driver: there are none. So a statically linked runtime, such as CuPy's, does not start here.
+API CUresult cuGetExportTable(const void** table, const CUuuid*) { return *table = nullptr, CUDA_ERROR_NOT_FOUND; }
 API CUresult cuPointerGetAttribute(void* data, CUpointer_attribute, CUdeviceptr pointer) {
     if (!fake::on_device((void*)pointer) && !fake::pinned((void*)pointer)) {
         fake::violation("a kernel is given a pointer that is not to the device's memory");
@@ -114,6 +129,7 @@ static int architecture_of(const unsigned char* code) {  // 90 for sm_90 and sm_
 API CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     Lock lock;
     const auto* code = (const unsigned char*)image;
+    if (without_context("cuModuleLoadData")) return CUDA_ERROR_INVALID_CONTEXT;
     if (fake::forbidden_unsafe("cuModuleLoadData")) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     *module = (CUmodule)fake::new_handle();
     if (memcmp(code, ELFMAG, SELFMAG)) return modules[*module], CUDA_SUCCESS;  // PTX, or several codes in one
@@ -175,6 +191,7 @@ static void run(const std::string& name, void** arguments) {
 }
 static CUresult launch(CUfunction function, const fake::Shape& shape, void* stream, void** arguments) {
     Lock lock;
+    if (without_context("a launch by the driver")) return CUDA_ERROR_INVALID_CONTEXT;
     auto it = functions.find(function);
     if (it == functions.end()) return fake::violation("a function is launched that no module holds"), CUDA_ERROR_INVALID_HANDLE;
     const std::string wrong = fake::misfit(shape, it->second.limits);

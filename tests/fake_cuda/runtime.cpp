@@ -14,7 +14,8 @@ using fake::Lock;
 using fake::Work;
 
 static thread_local cudaError_t last = cudaSuccess;
-static thread_local int current = 0;
+static thread_local int current = 0;  // device
+void fake_make_context_current();  // what nearly all of the runtime's calls do in a thread of their own
 
 static cudaError_t result(cudaError_t error) {
     if (error != cudaSuccess) last = error;
@@ -29,6 +30,7 @@ API cudaError_t cudaGetDevice(int* index) { return *index = current, cudaSuccess
 API cudaError_t cudaSetDevice(int index) {
     if (index < 0 || index >= fake::device_count()) return result(cudaErrorInvalidDevice);
     current = index;
+    fake_make_context_current();
     return cudaSuccess;
 }
 API cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
@@ -112,11 +114,13 @@ API cudaError_t cudaProfilerStop() { return cudaSuccess; }
 // ---- memory
 
 API cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+    fake_make_context_current();
     *total = fake::total_memory();
     *free = *total - std::min(*total, fake::used_memory());
     return cudaSuccess;
 }
 API cudaError_t cudaMalloc(void** memory, size_t bytes) {
+    fake_make_context_current();
     if (fake::forbidden_unsafe("cudaMalloc")) return result(UNSUPPORTED);
     *memory = fake::allocate(bytes);
     return *memory ? cudaSuccess : result(cudaErrorMemoryAllocation);
@@ -147,6 +151,7 @@ API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* m
     return cudaSuccess;
 }
 API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+    fake_make_context_current();
     if (!fake::capturing(stream)) {
         fake::submit(Work::copy, "memcpy", stream);
         memmove(to, from, bytes);
@@ -161,6 +166,7 @@ API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMe
     return cudaSuccess;
 }
 API cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+    fake_make_context_current();
     if (fake::forbidden_unsafe("cudaMemcpy")) return result(cudaErrorStreamCaptureImplicit);
     memmove(to, from, bytes);
     return cudaSuccess;
@@ -177,6 +183,7 @@ API cudaError_t cudaMemcpy2DAsync(
 }
 API cudaError_t cudaMemcpyToSymbol(const void*, const void*, size_t, size_t, cudaMemcpyKind) { return cudaSuccess; }
 API cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+    fake_make_context_current();
     fake::submit(Work::fill, "memset", stream);
     if (!fake::capturing(stream)) fake::fill(to, value, bytes);
     return cudaSuccess;
@@ -196,6 +203,7 @@ API cudaError_t cudaGetSymbolAddress(void** address, const void*) {
 static std::set<void*> destroyed;  // streams that are gone
 
 static bool alive(void* stream, const char* call) {
+    fake_make_context_current();
     Lock lock;
     if (!destroyed.count(stream)) return true;
     fake::violation(std::string(call) + " of a stream that was destroyed");
@@ -393,6 +401,7 @@ static std::string name_of(const void* kernel) {
     return it == kernels.end() ? "a kernel without a name" : it->second;
 }
 static cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared, void* stream) {
+    fake_make_context_current();
     Lock lock;
     if (!alive(stream, "a launch")) return result(cudaErrorInvalidResourceHandle);
     fake::Limits limits;

@@ -195,6 +195,11 @@ def waits(x: Tensor) -> Tensor:
     return x + 1
 
 
+def elsewhere(x: Tensor) -> Tensor:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return x + torch.ones(4 * MIB, device="cuda")[0]
+
+
 def to_the_host(x: Tensor) -> Tensor:
     return x.cpu().cuda()
 
@@ -210,7 +215,14 @@ def swallowed(x: Tensor) -> Tensor:
         return x + 1
 
 
-FORBIDDEN = {item: "AcceleratorError", waits: "AcceleratorError", to_the_host: "", wrong: "ValueError: mine", swallowed: ""}
+FORBIDDEN = {
+    item: "AcceleratorError",
+    waits: "AcceleratorError",
+    elsewhere: "",
+    to_the_host: "",
+    wrong: "ValueError: mine",
+    swallowed: "",
+}
 
 
 @pytest.mark.parametrize("forbidden, said", FORBIDDEN.items(), ids=lambda value: getattr(value, "__name__", ""))
@@ -333,6 +345,23 @@ def test_random_numbers_may_be_drawn_inside_and_after():
         captures.run(Key("it", 64), lambda x: x + torch.randn_like(x), inputs, [])
         torch.randn(3, device="cuda")
     assert captures.report()[0].hits == 2
+
+
+def test_pinned_memory_may_be_taken_inside():
+    captures = Captures()
+    captures.ahead(Key("it", 64), lambda x: x + torch.ones(64).pin_memory().cuda(non_blocking=True), matrix(), [])
+    captures.clear()
+    torch.ones(64).pin_memory()
+
+
+def test_what_can_not_be_captured_is_said_though_other_plans_were():
+    model = model_on_cuda()
+    ft.compile(model, "E1", 2)
+    with torch.autocast("cuda"), pytest.raises(ft.CaptureError, match="plan E2 .* can't be captured: .*under autocast"):
+        ft.compile(model, "E2", 2)
+    model.captures.limit = 0
+    with pytest.raises(ft.CaptureError, match="limit = 0"):
+        ft.compile(model, "E2", 2)
 
 
 def test_nothing_is_captured_or_replayed_inside_the_callers_own_capture():
