@@ -20,9 +20,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
-import fake_cuda  # noqa: E402
 from decoder import Autoencoder  # noqa: E402
 
+import fake_cuda  # noqa: E402
 import flowturbo as ft  # noqa: E402
 from flowturbo.field import HoistedField  # noqa: E402
 from flowturbo.latency import untrained  # noqa: E402
@@ -43,13 +43,13 @@ KINDS = {
     "SiLU (torch)": r"silu_kernel",
     "other elementwise (torch)": r"elementwise|indexSelect|arange|memset",
 }
-HEAD = f"""# Launches
+HEAD = """# Launches
 
-Kernels launched by SiT-XL/2 at 256 x 256 in bfloat16 on an H100, guided, and by Stable Diffusion's decoder: counts, not times. They are
-the same at batch 1 and 8. A predictor call and a refiner call are those of a plan, without the modulations, which the plan makes once;
-a plan's are the nodes of its CUDA graph. Counted with torch 2.11 on a stand-in for a CUDA device, where torch and Triton run and
-kernels do nothing. No time means anything there, so where the library takes the fastest of several ways, this counts the first of
-them. A test holds the package to this table.
+Kernels launched by SiT-XL/2 at 256 x 256 in bfloat16 on an H100, guided, and by Stable Diffusion's decoder: counts, not times.
+They are the same at batch 1 and 8. A predictor call and a refiner call are those of a plan, without the modulations, which the
+plan makes once; a plan's are the nodes of its CUDA graph. Counted with torch 2.11 on a stand-in for a CUDA device, where torch and
+Triton run and kernels do nothing. No time means anything there, so where the library takes the fastest of several ways, this
+counts the first of them. A test holds the package to this table.
 
 """
 

@@ -1,7 +1,7 @@
 """Run a command on the stand-in for a CUDA device: python tests/fake_cuda/run.py [--device H100] [--memory MIB] COMMAND...
 
-It is built by g++ when it is first needed, for the torch of the Python that runs this, which must be a CUDA build. The command's own
-exit status is given back; if it is 0 and some process did what CUDA forbids without taking note of it, 1.
+It is built by g++ when it is first needed, for the torch of the Python that runs this, which must be a CUDA build. The command's
+own exit status is given back; if it is 0 and some process did what CUDA forbids without taking note of it, 1.
 """
 
 from __future__ import annotations
@@ -48,11 +48,8 @@ def build() -> Path:
         stubs = work / "missing.cpp"
         stubs.write_text(missing(site, objects))
         library = work / "libcuda.so.1"
-        subprocess.run(
-            ["g++", "-O1", "-std=c++17", "-fPIC", "-shared", "-fno-builtin", f"-I{HERE}", "-Wl,-soname,libcuda.so.1"]
-            + ["-o", str(library), str(stubs), *objects, "-ldl", "-lpthread"],
-            check=True,
-        )
+        how = ["-O1", "-std=c++17", "-fPIC", "-shared", "-fno-builtin", f"-I{HERE}", "-Wl,-soname,libcuda.so.1"]
+        subprocess.run(["g++", *how, "-o", str(library), str(stubs), *objects, "-ldl", "-lpthread"], check=True)
         folder.mkdir(exist_ok=True)
         os.replace(library, folder / "libcuda.so.1")
     return folder

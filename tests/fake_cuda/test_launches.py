@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fake_cuda
 import pytest
 import torch
+
+import fake_cuda
 
 if not fake_cuda.PRESENT:
     pytest.skip("needs the stand-in for a CUDA device", allow_module_level=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-import fake_cuda
 import pytest
 import torch
+
+import fake_cuda
 
 if not fake_cuda.PRESENT:
     pytest.skip("needs the stand-in for a CUDA device", allow_module_level=True)
@@ -41,21 +42,16 @@ def recording(mode: str = THREAD) -> Iterator[torch.cuda.Stream]:
 
 def reported(do: Callable[[], object], mode: str = THREAD) -> str:
     """What is reported of doing it while this thread captures."""
-    with recording(mode):
-        try:
-            do()
-        except RuntimeError:
-            pass
+    with recording(mode), suppress(RuntimeError):
+        do()
     return "\n".join(fake_cuda.violations())
 
 
 def in_a_thread(do: Callable[[], object]) -> Callable[[], None]:
     def run() -> None:
         def quietly() -> None:
-            try:
+            with suppress(RuntimeError):
                 do()
-            except RuntimeError:
-                pass
 
         thread = threading.Thread(target=quietly)
         thread.start()
