@@ -56,8 +56,9 @@ def compile(
         inputs = inputs_of(model, prompts if isinstance(model, PromptModel) else [0] * size, scale, noise, None, count=size)
         if job.can_be_captured(model):
             made.append(model.captures.ahead(*job.capture(model, inputs, scale)))
-        elif model.device.type == "cuda" and model.captures.recorder is None:
-            raise CaptureError(f"{job} can't be captured: of this model, under autocast, or while another capture is under way")
+        elif model.device.type == "cuda":
+            why = "of this model, under autocast, with model.captures.limit = 0, or while another capture is under way"
+            raise CaptureError(f"{job} can't be captured: {why}")
         else:
             job.execute(model, guidance=scale, **inputs)
     return made

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import flowturbo as ft
 from flowturbo import graph
 from flowturbo.graph import Captures, Key
+from flowturbo.integrations.network import Graphed
 from flowturbo.models.sit import SiTConfig
 from flowturbo.models.vae import Pixels
 from flowturbo.recorder import CudaRecorder
@@ -141,6 +142,24 @@ def test_everything_that_changes_the_work_makes_a_new_capture():
     finally:
         torch.use_deterministic_algorithms(False)
     assert recorder.recorded == len(changes) + 2
+
+
+def test_settings_of_arithmetic_make_a_new_capture_of_a_network_too():
+    class Doubling(nn.Module):
+        def forward(self, x: Tensor, return_dict: bool) -> tuple[Tensor]:
+            return (2 * x,)
+
+    network, captures = Doubling(), Captures(recorder=Fake())
+    Graphed(network, captures)
+    with torch.no_grad():
+        for on in (False, True):
+            torch.use_deterministic_algorithms(on)
+            try:
+                for _ in range(3):
+                    assert network(torch.ones(2), return_dict=False)[0].tolist() == [2.0, 2.0]
+            finally:
+                torch.use_deterministic_algorithms(False)
+    assert captures.recorder.recorded == 2
 
 
 def test_results_of_earlier_replays_stay_whole():

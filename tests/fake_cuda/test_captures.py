@@ -357,7 +357,7 @@ def test_pinned_memory_may_be_taken_inside():
 def test_what_can_not_be_captured_is_said_though_other_plans_were():
     model = model_on_cuda()
     ft.compile(model, "E1", 2)
-    with torch.autocast("cuda"), pytest.raises(ft.CaptureError, match="plan E2 .* can't be captured: .*under autocast"):
+    with torch.autocast("cuda"), pytest.raises(ft.CaptureError, match=r"plan E2 .* can't be captured: .*under autocast"):
         ft.compile(model, "E2", 2)
     model.captures.limit = 0
     with pytest.raises(ft.CaptureError, match="limit = 0"):
