@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .recorder import RECORDING, CudaRecorder, Recorder
+from flowturbo_kernels._graphs import RECORDING
+
+from .recorder import CudaRecorder, Recorder
 
 _log = logging.getLogger(__name__)
 

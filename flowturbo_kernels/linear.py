@@ -50,19 +50,26 @@ def _mixed(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> str | None:
     return None if x.dtype == weight.dtype == bias.dtype else "x, weight and bias are of several dtypes, under autocast"
 
 
-def _ways(flat: Tensor, weight: Tensor, bias: Tensor, **epilogue: Any) -> dict[str, Callable[[], Tensor]]:
-    """The kernel's candidates for a product of rows `flat` (M, K): tiles, and, where they leave most of a GPU idle, splits of K."""
+def _ways(flat: Tensor, weight: Tensor, bias: Tensor, **epilogue: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The kernel's candidates for a product of rows `flat` (M, K): tiles, and, where they leave most of a GPU idle, splits of K.
+
+    Each is a function of the weight, which a plan reads cold.
+    """
     tiles: tuple[Tile, ...] = WIDE_TILES if "residual" not in epilogue else TILES
     if flat.dtype == torch.float32:
         tiles = EXACT_TILES
     elif flat.shape[1] % 64:
         tiles = MASKED_TILES
-    found: dict[str, Callable[[], Tensor]] = {}
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
     for tile in tiles:
         programs = -(-len(flat) // tile.rows) * -(-len(weight) // tile.columns)
         for split in SPLITS if programs < 132 else SPLITS[:1]:
-            found[f"{tuple(tile)} split {split}"] = partial(product, flat, weight, bias, tile, split, **epilogue)
+            found[f"{tuple(tile)} split {split}"] = partial(_product, flat, bias, tile, split, epilogue)
     return found
+
+
+def _product(flat: Tensor, bias: Tensor, tile: Tile, split: int, epilogue: dict[str, Any], weight: Tensor) -> Tensor:
+    return product(flat, weight, bias, tile, split, **epilogue)
 
 
 def _key(name: str, flat: Tensor, weight: Tensor, rest: object = "") -> str:
@@ -79,11 +86,13 @@ def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor, activation: Activati
     gelu = activation == "gelu_tanh"
     candidates = _ways(flat, weight, bias, gelu=gelu)
     if wanted() == "auto":
-        candidates = {"torch": partial(linear.reference, flat, weight, bias, activation), **candidates}
+        candidates = {"torch": lambda weight: linear.reference(flat, weight, bias, activation), **candidates}
         if gelu:
-            fused = partial(torch._addmm_activation, bias, flat, weight.t(), use_gelu=True)
-            candidates = {"cublaslt gelu": fused, **candidates}
-    y = candidates[_tune.fastest(_key("linear", flat, weight, activation), candidates, x.device)]()
+            candidates = {
+                "cublaslt gelu": lambda weight: torch._addmm_activation(bias, flat, weight.t(), use_gelu=True),
+                **candidates,
+            }
+    y = candidates[_tune.fastest(_key("linear", flat, weight, activation), candidates, x.device, (weight,))](weight)
     return y.view(*x.shape[:-1], len(weight))
 
 
@@ -124,6 +133,6 @@ def _gated_triton(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gat
     flat = rows(x.reshape(-1, K))
     candidates = _ways(flat, weight, bias, residual=residual.contiguous(), gate=rows(gate), tokens=T)
     if wanted() == "auto":
-        candidates = {"torch": partial(linear_gated_residual.reference, x, weight, bias, residual, gate), **candidates}
-    y = candidates[_tune.fastest(_key("linear_gated_residual", flat, weight, T), candidates, x.device)]()
+        candidates = {"torch": lambda weight: linear_gated_residual.reference(x, weight, bias, residual, gate), **candidates}
+    y = candidates[_tune.fastest(_key("linear_gated_residual", flat, weight, T), candidates, x.device, (weight,))](weight)
     return y.view(B, T, len(weight))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _tune
-from ._matmul import FP8_TILES, MASKED_TILES, product
+from ._matmul import FP8_TILES, MASKED_TILES, Tile, product
 from ._op import Make, expect_floating, expect_shape, op, wanted, wide
 from ._place import gelu_tanh
 from ._triton import kernel, next_power_of_2, rows, tl
@@ -115,14 +115,17 @@ def _fp8_triton(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, a
     """One of our tiles, or, left to us ("auto"), torch's scaled product where it is faster for this shape on this device."""
     q, scale = _quantize_triton(x.reshape(-1, x.shape[-1]))
     gelu = activation == "gelu_tanh"
-    candidates: dict[str, Callable[[], Tensor]] = {
-        f"{tuple(tile)}": partial(product, q, weight, bias, tile, gelu=gelu, scales=(scale, weight_scale))
-        for tile in (FP8_TILES if q.shape[1] % 64 == 0 else MASKED_TILES)
+
+    def tiled(tile: Tile, weight: Tensor) -> Tensor:
+        return product(q, weight, bias, tile, gelu=gelu, scales=(scale, weight_scale))
+
+    candidates: dict[str, Callable[[Tensor], Tensor]] = {
+        f"{tuple(tile)}": partial(tiled, tile) for tile in (FP8_TILES if q.shape[1] % 64 == 0 else MASKED_TILES)
     }
     if wanted() == "auto" and bias.dtype == torch.bfloat16:
-        candidates["torch"] = partial(_scaled_mm, q, weight, scale, weight_scale, bias, gelu)
+        candidates["torch"] = lambda weight: _scaled_mm(q, weight, scale, weight_scale, bias, gelu)
     key = f"linear_fp8 {tuple(q.shape)} {tuple(weight.shape)} {x.dtype} {activation}"
-    return candidates[_tune.fastest(key, candidates, x.device)]().view(*x.shape[:-1], len(weight))
+    return candidates[_tune.fastest(key, candidates, x.device, (weight,))](weight).view(*x.shape[:-1], len(weight))
 
 
 def _scaled_mm(q: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor, gelu: bool) -> Tensor:
