@@ -176,7 +176,7 @@ def test_captures_make_room_for_one_that_lacks_memory(memory):
     other = captures.ahead(Key("other", 8), hungry, inputs, [])  # within the first one's memory
     assert captures.report() == [first, other]
     ballast = torch.empty(50 * MIB, dtype=torch.uint8, device="cuda")
-    captures.recorder._stream = None  # on another stream nothing is shared
+    captures.recorder._pool._stream = None  # on another stream nothing is shared
     made = captures.ahead(Key("it", 8), hungry, inputs, [])
     assert captures.report() == [made]
     assert in_pools() == made.memory
@@ -390,7 +390,7 @@ def test_a_workspace_from_outside_is_not_taken_into_a_capture():
     captures = Captures()
     captures.recorder = CudaRecorder(torch.device("cuda", 0))
     captures.recorder._stream = torch.cuda.Stream()
-    with torch.cuda.stream(captures.recorder._stream):
+    with torch.cuda.stream(captures.recorder._pool.stream):
         product(torch.ones(64, 64, device="cuda"))
     assert captures.ahead(Key("it", 64), product, matrix(), []).memory > WORKSPACE
 
@@ -400,7 +400,7 @@ def test_a_workspace_of_a_capture_is_not_taken_outside_it():
     captures.ahead(Key("it", 64), product, matrix(), [])
     torch.cuda.synchronize()
     before, pools = torch.cuda.memory_reserved(), in_pools()
-    with torch.cuda.stream(captures.recorder._stream):
+    with torch.cuda.stream(captures.recorder._pool.stream):
         product(torch.ones(64, 64, device="cuda"))
     assert in_pools() == pools
     assert torch.cuda.memory_reserved() > before + WORKSPACE
