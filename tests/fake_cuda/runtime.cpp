@@ -154,7 +154,7 @@ API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMe
     fake_make_context_current();
     if (!fake::capturing(stream)) {
         fake::submit(Work::copy, "memcpy", stream);
-        memmove(to, from, bytes);
+        fake::copy(to, from, bytes);
         return cudaSuccess;
     }
     for (const void* end : {(const void*)to, from})
@@ -168,7 +168,7 @@ API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMe
 API cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
     fake_make_context_current();
     if (fake::forbidden_unsafe("cudaMemcpy")) return result(cudaErrorStreamCaptureImplicit);
-    memmove(to, from, bytes);
+    fake::copy(to, from, bytes);
     return cudaSuccess;
 }
 API cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t bytes, cudaStream_t stream) {

@@ -62,7 +62,9 @@ bool pinned(const void* memory);
 void pin(void* memory, std::size_t bytes);
 bool unpin(void* memory);
 std::size_t used_memory();
+// Neither writes much to the device: weights of which nothing is computed would only fill the host's memory.
 void fill(void* to, int value, std::size_t bytes);
+void copy(void* to, const void* from, std::size_t bytes);
 
 // An entry point by name, as cudaGetDriverEntryPoint and dlsym answer; null where there is none.
 void* entry_point(const char* name);

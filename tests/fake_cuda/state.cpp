@@ -271,15 +271,15 @@ std::size_t used_memory() {
     return used;
 }
 
+static const std::size_t MUCH = 1 << 20;
+static bool too_much(const void* to, std::size_t bytes) { return bytes > MUCH && on_device(to); }
+
+void copy(void* to, const void* from, std::size_t bytes) {
+    if (!too_much(to, bytes)) memmove(to, from, bytes);
+}
+
 void fill(void* to, int value, std::size_t bytes) {
-    const uintptr_t page = 4096, first = ((uintptr_t)to + page - 1) / page * page, last = ((uintptr_t)to + bytes) / page * page;
-    if (value == 0 && last > first && on_device(to)) {  // zero pages cost no memory until they are written
-        memset(to, 0, first - (uintptr_t)to);
-        madvise((void*)first, last - first, MADV_DONTNEED);
-        memset((void*)last, 0, (uintptr_t)to + bytes - last);
-    } else {
-        memset(to, value, bytes);
-    }
+    if (!too_much(to, bytes)) memset(to, value, bytes);
 }
 
 // ---- entry points by name
