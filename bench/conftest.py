@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lines
 import pytest
 import torch
 
@@ -17,17 +18,44 @@ OPTIONS = {
         "ours eager",
         "ours and rivals",
     ),
+    "providers": ("eager compiled triton cuda auto",) * 2 + ("who runs an operation",),
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     for name, (cuda, cpu, what) in OPTIONS.items():
         parser.addoption(f"--{name}", default=cuda if ON_CUDA else cpu, help=f"{what}, separated by spaces")
+    parser.addoption("--rounds", type=int, default=None, help="timed rounds of each; their median counts")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.has_plugin("lines"):
+        config.pluginmanager.register(lines, "lines")
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest) -> int:
+    """Of a benchmark: --rounds, or what its module says."""
+    return request.config.getoption("rounds") or request.module.ROUNDS
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # The first varies slowest: what is compiled for a rival serves all plans.
-    for argument, option in (("rival", "rivals"), ("size", "sizes"), ("batch", "batches"), ("decode", "decode"), ("plan", "plans")):
+    for argument, option in (
+        ("rival", "rivals"),
+        ("size", "sizes"),
+        ("batch", "batches"),
+        ("decode", "decode"),
+        ("plan", "plans"),
+        ("who", "providers"),
+    ):
         if argument in metafunc.fixturenames:
             values = metafunc.config.getoption(option).split()
+            _check(metafunc, argument, option, values)
             metafunc.parametrize(argument, [int(v) if v.isdigit() else v for v in values])
+
+
+def _check(metafunc: pytest.Metafunc, argument: str, option: str, values: list[str]) -> None:
+    known = {"rival": getattr(metafunc.module, "RIVALS", None), "who": getattr(metafunc.module, "PROVIDERS", None)}.get(argument)
+    if known is not None and (wrong := [v for v in values if v not in known]):
+        raise pytest.UsageError(f"--{option} must be some of {', '.join(known)}, got {', '.join(wrong)}")

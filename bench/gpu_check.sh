@@ -1,58 +1,226 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA device and no network: build the extension for that device, run every test that needs a GPU, run csrc
-# under compute-sanitizer, measure every operation and some plans against rivals, profile one, and write FOLDER/<device>-*.json,
-# FOLDER/profile and FOLDER/RESULTS.md (bench/results by default).
-# Every stage runs, whatever the ones before it did; the exit status says whether all were right.
-#   bash bench/gpu_check.sh [FOLDER]
+# Everything that needs a GPU, in parts of under nine minutes each, on a machine with a CUDA device and no network:
+#   bash bench/gpu_check.sh [PART [FOLDER]]
+# PART, "all" of them in this order unless one is named:
+#   correct   build the extension, all tests marked gpu, csrc under compute-sanitizer
+#   kernels   every operation: torch eager, each of our backends, what `auto` takes; batch 8, batch 1; then torch.compile at batch 8
+#   plans     whole plans at batch 8 and 1: ours with and without graph and in fp8, against torch eager and autocast; and a profile
+#   rivals-8  the same plans at batch 8 against all that compile for long; rivals-1: at batch 1
+#   growth    milliseconds an image over batch sizes, tokens and numbers of steps
+#   list      runs nothing: part, stage and limit in seconds, a line each
+# FOLDER, bench/results unless named, gets three files of each device, named after it, and one for all:
+#   DEVICE.jsonl   a line of whatever ended: tests, measurements, stages (bench/lines.py); runs append, and the last of each counts
+#   DEVICE.txt     a summary line a part
+#   DEVICE.tar.gz  logs, the sanitizer's, traces, plots, and which kernels were measured as fastest; below 16 MiB
+#   RESULTS.md     tables of all devices in the folder
+# so that two devices' results need seven files, in no folder below. Every stage runs, whatever those before it did. One that passes
+# its limit is interrupted, and killed 15 s later, and keeps what it has measured; time that a stage does not use goes to those after
+# it. The exit status is 0 if every stage passed.
+# A part prints nothing before it ends, so that its first line is its summary. That line is also its last, since a machine that is lent
+# may give back only the end of what is printed, and stands in DEVICE.txt from the first stage on.
+#
+# Variables:
+#   PYTHON                      the interpreter, else the first of python, python3 that has torch
+#   FLOWTURBO_BENCH_LIMITS      percent of every stage's limit (100)
+# and, for a trial run that is short:
+#   FLOWTURBO_BENCH_TESTS       expression of pytest -k for the tests;  FLOWTURBO_BENCH_OPS: for the operations' benchmarks
+#   FLOWTURBO_BENCH_BATCHES     of the batch sizes 8 and 1, these;  FLOWTURBO_BENCH_RIVALS: of the rivals, these
+#   FLOWTURBO_BENCH_PLANS       instead of "H1P5R3 H2P4R2 H8";  FLOWTURBO_BENCH_SIZE: instead of images of 256
+#   FLOWTURBO_BENCH_ROUNDS      rounds of every measurement
+#   FLOWTURBO_BENCH_DEPTH       blocks of the networks;  FLOWTURBO_BENCH_DECODER=small: a small decoder
+#   FLOWTURBO_BENCH_MODEL       of the profile, instead of SiT-XL/2
+#   FLOWTURBO_BENCH_GROWTH      arguments of bench/growth.py
+# FAKE_CUDA, set on the stand-in for a GPU that the tests have, leaves out comparisons of values and is said beside every figure.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-folder=${1:-bench/results}
-mkdir -p "$folder"
-failed=()
+parts="correct kernels plans rivals-8 rivals-1 growth"
+wanted=${1:-all}
+case " $parts all list " in
+*" $wanted "*) ;;
+*) echo "PART must be one of $parts all list, got '$wanted'" >&2 && exit 2 ;;
+esac
+root=$(cd "$(dirname "$0")/.." && pwd)
+plans=${FLOWTURBO_BENCH_PLANS:-H1P5R3 H2P4R2 H8}
+rounds=${FLOWTURBO_BENCH_ROUNDS:+--rounds $FLOWTURBO_BENCH_ROUNDS}
+
+of() { # WANTED WORD...: those words that are wanted; all where nothing is
+    local words=$1 word found=()
+    shift
+    for word; do
+        case " ${words:-$word} " in *" $word "*) found+=("$word") ;; esac
+    done
+    echo "${found[*]-}"
+}
+batches=$(of "${FLOWTURBO_BENCH_BATCHES-}" 8 1)
 
 stage() { # NAME SECONDS COMMAND...
-    local name=$1 limit=$2 start=$SECONDS
+    local name=$1 limit=$(($2 * ${FLOWTURBO_BENCH_LIMITS:-100} / 100)) start=$SECONDS allowed status ended
     shift 2
-    echo "== $name"
-    timeout "$limit" "$@" || failed+=("$name")
-    echo "== $name: $((SECONDS - start)) s"
+    if [ "$wanted" = list ]; then
+        echo "$part $name $limit"
+        return
+    fi
+    allowed=$((limit + spare > 1 ? limit + spare : 1))
+    { # bash's own word on a stage that was killed goes nowhere
+        FLOWTURBO_BENCH_STAGE=$name timeout -s INT -k 15 "$allowed" "$@" >"$logs/$part-$name.log" 2>&1
+        status=$?
+    } 2>/dev/null
+    case $status in
+    0) ended=passed ;;
+    126 | 127) ended="could not be started" ;;
+    *) ended="failed (exit status $status)" ;;
+    esac
+    [ $((SECONDS - start)) -lt "$allowed" ] || [ "$status" -lt 124 ] || ended="was stopped at its limit"
+    spare=$((allowed - (SECONDS - start)))
+    printf '{"kind": "stage", "run": "%s", "stage": "%s", "seconds": %d, "limit": %d, "ended": "%s"}\n' \
+        "$FLOWTURBO_BENCH_RUN" "$name" $((SECONDS - start)) "$allowed" "$ended" >>"$FLOWTURBO_BENCH_LINES"
+    told+=("$name $ended, $((SECONDS - start)) s of $allowed")
+    [ "$ended" = passed ] || failed+=("$name")
+    keep
 }
 
-python - <<'PY' || exit 1
-import torch
-assert torch.cuda.is_available(), "no CUDA device"
-import triton
-print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda, "triton", triton.__version__)
-PY
-arch=$(python -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + ("a" if a >= 9 else ""))')
-device=$(python -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower())')
+plan_stage() { # NAME SECONDS BATCH RIVAL...
+    local name=$1 limit=$2 batch=$3 rivals
+    shift 3
+    rivals=$(of "${FLOWTURBO_BENCH_RIVALS-}" "$@")
+    [ -n "$rivals" ] || return 0
+    # shellcheck disable=SC2086 (two words or none)
+    stage "$name" "$limit" "${pytest[@]}" bench/test_plans.py --sizes "${FLOWTURBO_BENCH_SIZE:-256}" --batches "$batch" --decode yes \
+        --plans "$plans" --rivals "$rivals" $rounds
+}
 
-export PYTHONPATH=$PWD
-stage build 60 env FLOWTURBO_CUDA_ARCHS="$arch" FLOWTURBO_BUILD_CUDA=1 python setup.py -q build_ext --inplace
-stage info 30 python -c 'from flowturbo.info import report; print(report())'
-# Most of the tests' time is Triton compiling, on one core a kernel.
-workers=$(python -c 'import os, xdist; print("-n", min(12, os.cpu_count()))' 2>/dev/null || true)
-# shellcheck disable=SC2086 (two words or none)
-stage tests 110 python -m pytest -q $workers -m gpu tests/test_gpu.py tests/test_triton.py
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
-if [ -n "$sanitizer" ]; then
-    stage sanitizer 40 "$sanitizer" --error-exitcode 1 --log-file "$folder/sanitizer.log" \
-        python -m pytest -q -m gpu tests/test_gpu.py -k "cuda_backend and float32"
-else
-    failed+=("sanitizer (compute-sanitizer is not installed)")
-fi
-stage kernels 110 python -m pytest -q bench/test_kernels.py --batches 8 --benchmark-json="$folder/$device-kernels.json" \
-    --benchmark-columns=median
-# Every rival compiles, so that one size is all there is time for; the rest of the suite takes hours: python -m pytest bench.
-stage plans 130 python -m pytest -q bench/test_plans.py --sizes 256 --batches 8 --decode yes --plans "H1P5R3 H2P4R2 H8" \
-    --rivals "ours ours-fp8 ours-eager eager autocast compile" --benchmark-json="$folder/$device-plans.json" --benchmark-columns=median
-stage profile 40 python -c 'import sys; from pathlib import Path; from flowturbo.latency import Bench, bench
-print(bench(Bench("SiT-XL/2", plans=("H1P5R3",), batch_sizes=(1, 8, 32), repeats=5, profile=Path(sys.argv[1]))))' "$folder/profile"
-stage table 10 python bench/table.py "$folder/$device-plans.json" "$folder/$device-kernels.json" --out "$folder/RESULTS.md"
+operations() { # NAME SECONDS BATCH PROVIDERS
+    # shellcheck disable=SC2086
+    stage "$1" "$2" "${pytest[@]}" bench/test_kernels.py --batches "$3" --providers "$4" $rounds \
+        ${FLOWTURBO_BENCH_OPS:+-k "$FLOWTURBO_BENCH_OPS"}
+}
 
-echo "total $SECONDS s"
-if [ ${#failed[@]} -gt 0 ]; then
-    printf 'failed: %s\n' "${failed[@]}"
-    exit 1
+build() { # From a folder without pyproject.toml, whose licence setuptools before 77 can't read; CuPy serves where this fails.
+    stage build 60 env -C "$work" FLOWTURBO_CUDA_ARCHS="$arch" FLOWTURBO_BUILD_CUDA=1 "$python" "$root/setup.py" -q build_ext \
+        --build-lib "$root" --build-temp "$root/build/gpu_check"
+}
+
+correct() {
+    local tests workers sanitizer
+    build
+    stage info 25 "$python" -c 'from flowturbo.info import report; print(report())'
+    # Most of the tests' time is Triton compiling, on one core a kernel.
+    workers=$([ "$wanted" = list ] || "$python" -c 'import os, xdist; print("-n", min(12, os.cpu_count()))' 2>/dev/null)
+    mapfile -t tests < <(grep -rlE 'mark\.gpu' tests --include='test_*.py' | sort)
+    # shellcheck disable=SC2086
+    stage tests 250 env PYTHONPATH="$root:$root/bench" "$python" -m pytest -q -p no:cacheprovider -p lines $workers -m gpu "${tests[@]}" \
+        ${FLOWTURBO_BENCH_TESTS:+-k "$FLOWTURBO_BENCH_TESTS"}
+    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+    # Errors of the runtime's calls are left out: libraries ask what a device can do by calls that may fail.
+    stage sanitizer 150 env -u FLOWTURBO_BENCH_LINES "${sanitizer:-compute-sanitizer}" --error-exitcode 1 --report-api-errors no \
+        --log-file "$logs/correct-memcheck.log" "$python" -m pytest -q -p no:cacheprovider -m gpu "${tests[@]}" -k "cuda_backend and float32"
+}
+
+kernels() {
+    local batch
+    build
+    for batch in $batches; do
+        operations "batch-$batch" $((batch > 1 ? 165 : 90)) "$batch" "eager triton cuda auto"
+    done
+    case " $batches " in *" 8 "*) operations compiled-8 200 8 compiled ;; esac
+}
+
+plans() {
+    local batch
+    for batch in $batches; do
+        plan_stage "batch-$batch" 180 "$batch" ours ours-fp8 ours-eager eager autocast
+    done
+    stage profile 120 "$python" -c 'import sys; from pathlib import Path; from flowturbo.latency import Bench, bench
+model, folder, plan, repeats, *batches = sys.argv[1:]
+print(bench(Bench(model, plans=(plan,), batch_sizes=tuple(map(int, batches)), repeats=int(repeats), profile=Path(folder))))' \
+        "${FLOWTURBO_BENCH_MODEL:-SiT-XL/2}" "$logs/profile" "${plans%% *}" "${FLOWTURBO_BENCH_ROUNDS:-5}" $batches
+}
+
+rivals() { # BATCH: ours again, so that a ratio is of one run on one GPU; those that compile for longest last
+    case " $batches " in *" $1 "*) ;; *) return ;; esac
+    plan_stage ours 100 "$1" ours ours-fp8
+    plan_stage compile 120 "$1" compile
+    plan_stage max-autotune 170 "$1" max-autotune
+    plan_stage plan-graph 120 "$1" plan-graph
+}
+
+growth() {
+    # shellcheck disable=SC2086
+    stage growth 480 "$python" bench/growth.py "$logs" ${FLOWTURBO_BENCH_GROWTH-}
+}
+
+steps() {
+    case $part in rivals-*) rivals "${part#rivals-}" ;; *) "$part" ;; esac
+}
+
+summary() {
+    "$python" bench/summary.py "$FLOWTURBO_BENCH_LINES" "$part" "$device"
+}
+
+keep() { # The summary and the archive as they are after a stage, each written whole or not at all.
+    { grep -v "^$part: " "$base.txt" 2>/dev/null; summary; } >"$work/summaries" && mv "$work/summaries" "$base.txt"
+    local without=()
+    while :; do
+        tar -C "$work" -czf "$work/archive" "${without[@]}" "$(basename "$base")"
+        [ ${#without[@]} -eq 0 ] && [ "$(stat -c %s "$work/archive")" -ge $((16 << 20)) ] || break
+        without=(--exclude='*.trace.json')
+    done
+    mv "$work/archive" "$base.tar.gz"
+}
+
+run_part() { # PART
+    local began=$SECONDS name
+    part=$1 spare=0 failed=() told=()
+    FLOWTURBO_BENCH_RUN="$part $(date -u +%Y-%m-%dT%H:%M:%SZ)"
+    # Choices of its own: what was measured beside other work, or by other code, may mislead.
+    export FLOWTURBO_BENCH_RUN FLOWTURBO_CACHE="$logs/$part-fastest"
+    rm -rf "$FLOWTURBO_CACHE" "$logs/$part-"*.log
+    printf '{"kind": "run", "run": "%s", "part": "%s", "facts": %s}\n' "$FLOWTURBO_BENCH_RUN" "$part" "$facts" >>"$FLOWTURBO_BENCH_LINES"
+    keep
+    steps
+    stage table 15 "$python" bench/table.py "$folder" --out "$folder/RESULTS.md"
+    summary
+    printf '\n'
+    printf '%s\n' "${told[@]}" "all $((SECONDS - began)) s"
+    for name in "${failed[@]}"; do
+        printf '\n== the end of %s\n' "$name"
+        tail -n 25 "$logs/$part-$name.log" | tail -c 1500
+    done
+    printf '\n'
+    head -c 6000 "$folder/RESULTS.md"
+    printf '\n'
+    summary
+    [ ${#failed[@]} -eq 0 ]
+}
+
+if [ "$wanted" = list ]; then
+    cd "$root" && python=python arch='' work='' logs=''
+    for part in $parts; do
+        steps
+        stage table 15
+    done
+    exit
 fi
-echo "all stages passed"
+
+folder=${2:-$root/bench/results}
+mkdir -p "$folder" && folder=$(cd "$folder" && pwd) && cd "$root" || exit 2
+for candidate in ${PYTHON:-python python3}; do
+    python=$("$candidate" -c 'import sys, torch; print(sys.executable)' 2>/dev/null) && break
+done
+[ -n "${python-}" ] || { echo "none of ${PYTHON:-python python3} has torch: set PYTHON" >&2 && exit 2; }
+export PYTHONPATH=$root
+machine=$("$python" bench/machine.py) || exit 2
+{ read -r device && read -r name && read -r arch && read -r facts; } <<<"$machine"
+pytest=("$python" -m pytest -q -p no:cacheprovider --benchmark-columns=median)
+work=$(mktemp -d) || exit 2
+trap 'rm -rf "$work"' EXIT
+base=$folder/$name logs=$work/$name
+export FLOWTURBO_BENCH_LINES=$base.jsonl
+[ ! -e "$base.tar.gz" ] || tar -C "$work" -xzf "$base.tar.gz" || echo "$base.tar.gz can't be read: its logs are lost" >&2
+mkdir -p "$logs" && touch "$base.txt"
+
+wrong=0
+for one in $(of "${wanted#all}" $parts); do
+    run_part "$one" || wrong=1
+done
+[ "$wanted" != all ] || cat "$base.txt"
+exit $wrong

@@ -2,21 +2,25 @@
 
     python bench/growth.py FOLDER
 
-SiT-XL/2 with random weights on a GPU, a small model elsewhere, without decoding, guidance on.
+SiT-XL/2 with random weights on a GPU, a small model elsewhere, without decoding, guidance on. growth.json is written anew after
+every point; the plots, of what there is, when all is measured or the command is interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import collect
+from lines import append
+from machine import device_name
 from roofline import plan_floor
 
 import flowturbo as ft
@@ -27,15 +31,21 @@ from flowturbo.models.sit import SIT_CONFIGS, SiTConfig
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
-BATCHES = (1, 2, 4, 8, 16, 32, 64) if ON_CUDA else (1, 2, 4)
-SIDES = (32, 64, 96, 128) if ON_CUDA else (8, 16)
-COUNTS = (1, 2, 4, 8, 16) if ON_CUDA else (1, 2, 4)
 PLAN = "H1P5R3"
+SERIES = {
+    # name: (on a GPU, elsewhere, what)
+    "batches": ([8, 1, 2, 4, 16, 32, 64], [1, 2, 4], "batch sizes"),
+    "counts": ([1, 2, 4, 8, 16], [1, 2, 4], "numbers of steps of a kind"),
+    "sides": ([32, 64, 96, 128], [8, 16], "heights and widths of latents"),
+}
+
+Point = dict[str, Any]
 
 
 def config(side: int) -> SiTConfig:
     if ON_CUDA:
-        return replace(SIT_CONFIGS["SiT-XL/2"], side=side)
+        xl = SIT_CONFIGS["SiT-XL/2"]
+        return replace(xl, side=side, depth=int(os.environ.get("FLOWTURBO_BENCH_DEPTH") or xl.depth))
     return SiTConfig(hidden=96, depth=2, heads=4, patch=2, side=side)
 
 
@@ -46,8 +56,8 @@ def model(side: int) -> ft.FlowModel:
     return made
 
 
-def point(m: ft.FlowModel, side: int, plan: str, batch: int) -> dict[str, Any]:
-    timing = measure(m, plan, batch, 1.5, "latents", repeats=5)
+def point(m: ft.FlowModel, side: int, plan: str, batch: int, repeats: int) -> Point:
+    timing = measure(m, plan, batch, 1.5, "latents", repeats=repeats)
     m.captures.clear()
     predictor = config(side)
     limit = plan_floor(ft.Plan.parse(plan), predictor, predictor.refiner(), batch, DTYPE, DEVICE.type)
@@ -61,23 +71,22 @@ def point(m: ft.FlowModel, side: int, plan: str, batch: int) -> dict[str, Any]:
     }
 
 
-def points() -> Iterator[tuple[str, float, dict[str, Any]]]:
+def points(batches: list[int], counts: list[int], sides: list[int], repeats: int) -> Iterator[tuple[str, float, Point]]:
     """(curve, abscissa, what was measured)."""
-    for side in SIDES:
+    for side in sides:
         m = model(side)
-        if side == SIDES[0]:
-            for batch in BATCHES:
-                yield "batch", batch, point(m, side, PLAN, batch)
+        if side == sides[0]:
+            for batch in batches:
+                yield "batch", batch, point(m, side, PLAN, batch, repeats)
             for letter, before in (("H", ""), ("P", "H1"), ("R", "H1")):
-                for count in COUNTS:
-                    yield f"{letter} steps", count, point(m, side, f"{before}{letter}{count}", 8 if ON_CUDA else 1)
-        batch = 4 if ON_CUDA else 1
-        yield "tokens", config(side).tokens, point(m, side, PLAN, batch)
+                for count in counts:
+                    yield f"{letter} steps", count, point(m, side, f"{before}{letter}{count}", 8 if ON_CUDA else 1, repeats)
+        yield "tokens", config(side).tokens, point(m, side, PLAN, 4 if ON_CUDA else 1, repeats)
         del m
-        gc.collect()
+        collect()
 
 
-def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def plot(curves: dict[str, list[Point]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -88,34 +97,44 @@ def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
         "steps of the kind": ["H steps", "P steps", "R steps"],
     }
     for axis, (label, names) in zip(axes, panels.items(), strict=True):
-        for name in names:
+        for name in (n for n in names if n in curves):
             at = [p["at"] for p in curves[name]]
             [line] = axis.plot(at, [p["ms_an_image"] for p in curves[name]], "o-", label=name if len(names) > 1 else PLAN)
             axis.plot(at, [p["limit_ms_an_image"] for p in curves[name]], ":", color=line.get_color())
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(at, [str(a) for a in at])
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(at, [str(a) for a in at])
+            axis.legend(frameon=False)
         axis.set_ylim(bottom=0)
         axis.set_xlabel(label)
-        axis.legend(frameon=False)
     axes[0].set_ylabel("ms an image (dotted: limit)")
+    figure.suptitle(device_name(), fontsize="medium")
     figure.savefig(path, format="png", dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    for name, (cuda, cpu, what) in SERIES.items():
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=cuda if ON_CUDA else cpu, help=what)
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each; their median counts")
+    arguments = vars(parser.parse_args())
+    folder: Path = arguments.pop("folder")
     folder.mkdir(parents=True, exist_ok=True)
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for curve, at, measured in points():
-        curves.setdefault(curve, []).append({"at": at, **measured})
-        print(f"{curve} {at:g}: {measured['ms_an_image']:.2f} ms an image, limit {measured['limit_ms_an_image']:.2f}", flush=True)
-        assert math.isfinite(measured["ms_an_image"])
-    device = torch.cuda.get_device_name() if ON_CUDA else "cpu"
-    write_text(
-        folder / "growth.json", json.dumps({"device": device, "torch": torch.__version__, "curves": curves}, indent=1) + "\n"
-    )
-    plot(curves, folder / "growth.png")
+    curves: dict[str, list[Point]] = {}
+    try:
+        for curve, at, measured in points(**arguments):
+            curves[curve] = sorted([*curves.get(curve, []), {"at": at, **measured}], key=lambda p: p["at"])
+            ms, limit = measured["ms_an_image"], measured["limit_ms_an_image"]
+            print(f"{curve} {at:g}: {ms:.2f} ms an image, limit {limit:.2f}", flush=True)
+            assert math.isfinite(ms)
+            append("growth", curve=curve, device=device_name(), point={"at": at, **measured})
+            text = json.dumps({"device": device_name(), "torch": torch.__version__, "curves": curves}, indent=1)
+            write_text(folder / "growth.json", text + "\n")
+    finally:
+        try:
+            plot(curves, folder / "growth.png")
+        except ImportError as error:
+            print(f"no plots: {error}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,9 +21,11 @@ from flowturbo.models.sit import SIT_CONFIGS
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
+import harness  # noqa: E402
+import operations  # noqa: E402
 import rivals  # noqa: E402
 import roofline  # noqa: E402
-import table  # noqa: E402
+import test_plans  # noqa: E402
 from decoder import Autoencoder  # noqa: E402
 from plain_sit import PlainSiT  # noqa: E402
 
@@ -65,7 +70,14 @@ def test_plan_benchmarks_run_and_are_tabled(tmp_path):
     assert len(rows(plans)) == 1 + 8
     assert len(rows(paper)) == 1 + 4
     assert all(row.count("|") == rows(plans)[0].count("|") for row in rows(plans))
-    assert table.page([]).endswith("Nothing was measured.\n")
+
+
+def test_rivals_and_providers_that_are_none_are_refused():
+    for suite, option in (("plans", "rivals"), ("kernels", "providers")):
+        command = [sys.executable, "-m", "pytest", f"bench/test_{suite}.py", f"--{option}", "ours-fp9 eager", "--collect-only"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode
+        assert re.search(rf"--{option} must be some of .*eager.*, got ours-fp9", done.stdout + done.stderr)
 
 
 def test_growth_is_measured_and_drawn(tmp_path):
@@ -76,6 +88,54 @@ def test_growth_is_measured_and_drawn(tmp_path):
         assert [p["at"] for p in points] == sorted({p["at"] for p in points})
         assert all(0 < p["limit_ms_an_image"] < p["ms_an_image"] for p in points)
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_every_operation_has_a_group_of_its_own(monkeypatch, batch):
+    """At the published sizes: what shares one overwrites another's row in the table."""
+    monkeypatch.setattr(operations, "shapes", functools.partial(operations.shapes, published=True))
+    operations.groups.cache_clear()
+    groups = operations.groups(batch)
+    operations.groups.cache_clear()
+    assert len(groups) > 20
+    assert len(set(groups)) == len(groups), [g for g in groups if groups.count(g) > 1]
+
+
+def test_inputs_rotate_over_more_than_the_cache():
+    """Also where a call reads little, and with the strides of the first."""
+    rows = torch.randn(2, 6, 8)[:, 1]
+    rotated = harness.rotated((rows, [rows]), 1 << 20, "cuda")
+    assert len(rotated) * (1 << 20) >= harness.L2_BYTES > 2 * (60 << 20)
+    assert len({args[0].data_ptr() for args in rotated}) == len(rotated)
+    for args in rotated:
+        assert args[0].stride() == rows.stride()
+        assert args[0].equal(rows)
+        assert args[1][0].data_ptr() == args[0].data_ptr()
+
+
+def test_a_rival_is_given_up_before_the_next_is_made(monkeypatch):
+    alive: set[str] = set()
+    most = []
+
+    class Model:
+        def __init__(self, name: str) -> None:
+            alive.add(name)
+            most.append(len(alive))
+            weakref.finalize(self, alive.discard, name)
+
+    def rival(name):
+        return lambda s: functools.partial(lambda model, plan: plan, Model(name))
+
+    monkeypatch.setattr(test_plans, "_prepared", {})
+    monkeypatch.setattr(test_plans, "RIVALS", {name: rival(name) for name in ("a", "b")} | {"c": rivals.plan_graph})
+    assert test_plans.prepared("a", 64, 1, False) is test_plans.prepared("a", 64, 1, False)
+    for name, batch in (("b", 1), ("b", 2), ("a", 1)):
+        test_plans.prepared(name, 64, batch, False)
+    assert most == [1, 1, 1, 1]
+    for _ in range(2):
+        with pytest.raises(rivals.NotHere, match="GPU"):
+            test_plans.prepared("c", 64, 1, False)
+    assert not alive
 
 
 # The rivals' networks
