@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from close import assert_close, relative_error
+from close import assert_close, assert_equal, relative_error
 from ops import CASES, DTYPES, NAMES, case, mapped, tensors
 from tiny import CONFIG, HEAD_DIM_72, random_sit
 from torch import Tensor
@@ -89,7 +89,8 @@ def test_a_captured_operation_replays_on_new_inputs(name, backend):
         old.copy_(fresh)
     graph.replay()
     torch.cuda.synchronize()
-    assert all(a.equal(b) for a, b in zip(captured, eager, strict=True))
+    for a, b in zip(captured, eager, strict=True):
+        assert_equal(a, b)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,7 +107,8 @@ def test_kernels_run_on_the_current_stream(name):
             target.copy_(source)
         results = tensors(OPS[name](*late))
     torch.cuda.synchronize()
-    assert all(a.equal(b) for a, b in zip(results, expected, strict=True))
+    for a, b in zip(results, expected, strict=True):
+        assert_equal(a, b)
 
 
 @pytest.mark.parametrize("tile", FP8_TILES)
@@ -171,7 +173,7 @@ def without_graphs(m: ft.FlowModel, plan: str, seed: int, guidance: float = 1.5,
 def test_a_replayed_plan_is_the_eager_one(plan, dtype):
     m = model(CONFIG, "cuda", dtype)
     for seed, guidance in enumerate((1.5, 2.0, 0.5, 3.0)):
-        assert sampled(m, plan, seed, guidance).equal(without_graphs(m, plan, seed, guidance))
+        assert_equal(sampled(m, plan, seed, guidance), without_graphs(m, plan, seed, guidance))
     [capture] = m.captures.report()
     assert capture.hits == 3
     assert capture.replay_seconds > 0
@@ -191,7 +193,8 @@ def test_replays_from_several_threads_are_those_of_one():
 
     with ThreadPoolExecutor(6) as pool:
         results = list(pool.map(one, range(24)))
-    assert all(a.equal(b) for a, b in zip(results, truth, strict=True))
+    for a, b in zip(results, truth, strict=True):
+        assert_equal(a, b)
 
 
 def test_weights_that_moved_are_seen():
@@ -199,9 +202,9 @@ def test_weights_that_moved_are_seen():
     ft.compile(m, "H1R1", 2)
     m.predictor.to("cpu").to("cuda")
     ballast = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(8)]
-    assert sampled(m, "H1R1", 0).equal(without_graphs(m, "H1R1", 0))
+    assert_equal(sampled(m, "H1R1", 0), without_graphs(m, "H1R1", 0))
     m.predictor.final_layer.linear = torch.nn.Linear(CONFIG.hidden, 16, device="cuda", dtype=torch.bfloat16)
-    assert sampled(m, "H1R1", 1).equal(without_graphs(m, "H1R1", 1))
+    assert_equal(sampled(m, "H1R1", 1), without_graphs(m, "H1R1", 1))
     assert len(ballast) == 8
 
 
@@ -209,7 +212,7 @@ def test_images_are_decoded_inside_the_graph():
     m = model(replace(CONFIG, channels=1), "cuda", None)
     m.vae = Pixels()
     ft.compile(m, "H1R1", 2, output="uint8")
-    assert sampled(m, "H1R1", 0, output="uint8").equal(without_graphs(m, "H1R1", 0, output="uint8"))
+    assert_equal(sampled(m, "H1R1", 0, output="uint8"), without_graphs(m, "H1R1", 0, output="uint8"))
     assert m.captures.report()[0].hits == 1
 
 
@@ -224,7 +227,7 @@ def test_a_capture_inside_the_callers_own_is_not_made():
         assert not job.can_be_captured(m)
         result = job.execute(m, noise, labels=labels)
     graph.replay()
-    assert result.equal(expected)
+    assert_equal(result, expected)
 
 
 def test_a_set_that_was_stopped_is_the_undisturbed_one(tmp_path):
