@@ -4,6 +4,8 @@
 
 namespace flowturbo {
 
+constexpr int kThreads = 1024;  // of a block, at most: the compiler keeps its registers within those of a multiprocessor
+
 struct AdaLN {
     const void *x, *y, *gate, *shift, *scale;      // (B, T, D) twice, (B, D) three times; y and gate are null without a residual
     void *total, *out;                             // (B, T, D), dense; total is null without a residual
@@ -17,7 +19,7 @@ FT_SHARED_CODE float modulated(float x, float mean, float rstd, float shift, flo
     return (x - mean) * rstd * (1.0f + scale) + shift;
 }
 
-template <typename T, int V, int ITEMS> __global__ void adaln(AdaLN a) {
+template <typename T, int V, int ITEMS> __global__ void __launch_bounds__(kThreads) adaln(AdaLN a) {
     __shared__ float scratch[32];
     const long long row = blockIdx.x, b = row / a.T, t = row % a.T;
     const T* x = static_cast<const T*>(a.x) + b * a.x_b + t * a.x_t;

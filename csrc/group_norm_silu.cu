@@ -4,6 +4,8 @@
 
 namespace flowturbo {
 
+constexpr int kStatisticsThreads = 1024, kApplyThreads = 256;  // of a block, at most
+
 struct GroupNorm {
     const void *x, *weight, *bias;  // (N, HW, C), (C,), (C,)
     float *means, *squares;         // (N, blocks, G)
@@ -43,7 +45,7 @@ template <int V> __device__ float group_sum(const GroupNorm& a, float (&mine)[V]
 #endif
 
 // Grid (blocks, N); threads: lanes * C / V, at least G; shared memory: (threads * V + G) floats.
-template <typename T, int V> __global__ void group_norm_statistics(GroupNorm a) {
+template <typename T, int V> __global__ void __launch_bounds__(kStatisticsThreads) group_norm_statistics(GroupNorm a) {
     extern __shared__ float shared[];
     float *sums = shared, *means = shared + blockDim.x * V;
     const int vectors = a.C / V, lanes = blockDim.x / vectors, lane = threadIdx.x / vectors, c = threadIdx.x % vectors * V;
@@ -80,7 +82,7 @@ template <typename T, int V> __global__ void group_norm_statistics(GroupNorm a) 
 }
 
 // Grid (blocks, N); shared memory: 2 * G floats, and a Statistics a thread.
-template <typename T, int V> __global__ void group_norm_apply(GroupNorm a) {
+template <typename T, int V> __global__ void __launch_bounds__(kApplyThreads) group_norm_apply(GroupNorm a) {
     extern __shared__ float shared[];
     float *means = shared, *rstds = shared + a.G;
     Statistics* parts = reinterpret_cast<Statistics*>(shared + 2 * a.G);

@@ -4,6 +4,7 @@
 
 namespace flowturbo {
 
+constexpr int kThreads = 256;  // of a block, at most
 constexpr int kMost = 4;  // velocities: those of Adams-Bashforth of order 4
 
 struct VelocityUpdate {
@@ -61,7 +62,7 @@ template <typename T, typename R, int V> FT_SHARED_CODE void velocity_update_at(
     store<V>(static_cast<T*>(a.out) + at, total);
 }
 
-template <typename T, typename R, int V> __global__ void velocity_update(VelocityUpdate a) {
+template <typename T, typename R, int V> __global__ void __launch_bounds__(kThreads) velocity_update(VelocityUpdate a) {
     const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
     if (i < a.S) velocity_update_at<T, R, V>(a, blockIdx.y, i);
 }

@@ -16,6 +16,9 @@ from . import _nvrtc
 NAMES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
 """dtypes as csrc calls them."""
 
+MOST_THREADS = 1024
+"""Of a block."""
+
 
 class Launcher(Protocol):
     def __call__(self, name: str, grid: tuple[int, ...], threads: int, shared: int, args: bytes, stream: int) -> None: ...
@@ -79,6 +82,11 @@ def vector(dtype: torch.dtype, *multiples: int) -> int:
 def misaligned(*tensors: Tensor | None) -> bool:
     """Whether a tensor's memory does not start at a multiple of 16 bytes."""
     return any(t is not None and t.data_ptr() % 16 for t in tensors)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, in memory that starts at a multiple of 16 bytes."""
+    return tensor.clone() if misaligned(tensor) else tensor
 
 
 def same_dtype(*tensors: Any) -> str | None:

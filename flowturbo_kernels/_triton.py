@@ -15,7 +15,19 @@ if TYPE_CHECKING:
 else:
     tl = None  # set in a kernel's module when its first kernel is made
 
-__all__ = ["Kernel", "dot_precision", "kernel", "next_power_of_2", "pieces", "rows", "tl", "too_many_images", "unavailable"]
+__all__ = [
+    "Kernel",
+    "dot_precision",
+    "kernel",
+    "next_power_of_2",
+    "pieces",
+    "rows",
+    "tl",
+    "too_large",
+    "too_many_images",
+    "too_many_rows",
+    "unavailable",
+]
 
 
 class Kernel:
@@ -86,11 +98,24 @@ def _one(ptr):
 
 MOST_IMAGES = 65535
 """What the second and third axis of a grid may hold."""
+MOST = 2**31 - 1
+"""What its first may hold, and what integers of 32 bits count."""
 
 
 def too_many_images(n: int) -> str | None:
     """Why a kernel with images on such an axis can't take n of them, or None."""
     return None if n <= MOST_IMAGES else f"at most {MOST_IMAGES} images at a time, got {n}"
+
+
+def too_many_rows(n: int) -> str | None:
+    """Why a kernel of a program a row can't take n of them, or None."""
+    return None if n <= MOST else f"at most {MOST} rows at a time, got {n}"
+
+
+def too_large(numbers: int) -> str | None:
+    """Why a kernel that counts an image's numbers in 32 bits can't take so many, or None."""
+    most = MOST - 65535  # the last block may reach beyond them
+    return None if numbers <= most else f"at most {most} numbers an image, got {numbers}"
 
 
 def next_power_of_2(n: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _cuda
 from ._op import Make, expect_floating, expect_shape, op, wide
-from ._triton import kernel, pieces, rows, tl
+from ._triton import kernel, pieces, rows, tl, too_many_rows
 
 EPS = 1e-6
 
@@ -73,9 +73,9 @@ def _seam_kernel(
     _store(out + row * D, main, tail, D, MAIN, TAIL)
 
 
-def _width(x: Tensor, *_: Any) -> str | None:
-    D = x.shape[-1]
-    return None if 2 <= D <= 16384 else f"the hidden size must be from 2 to 16384, got {D}"
+def _cannot(x: Tensor, *_: Any) -> str | None:
+    B, T, D = x.shape
+    return too_many_rows(B * T) if 2 <= D <= 16384 else f"the hidden size must be from 2 to 16384, got {D}"
 
 
 def _warps(D: int) -> int:
@@ -116,7 +116,7 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) ->
     return _modulated(x.to(wide(x)), shift, scale, eps).to(x.dtype)
 
 
-@adaln_modulate.backend("triton", cannot=_width)
+@adaln_modulate.backend("triton", cannot=_cannot)
 def _adaln_triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     B, T, D = x.shape
     x, shift, scale = rows(x), rows(shift), rows(scale)
@@ -158,7 +158,7 @@ def gated_residual_adaln(
     return total.to(x.dtype), _modulated(total, shift, scale, eps).to(x.dtype)
 
 
-@gated_residual_adaln.backend("triton", cannot=_width)
+@gated_residual_adaln.backend("triton", cannot=_cannot)
 def _seam_triton(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     B, T, D = x.shape
     x, y, gate, shift, scale = map(rows, (x, y, gate, shift, scale))
@@ -199,7 +199,7 @@ def cuda_call(
 
 
 def _cannot_cuda(*args: Any) -> str | None:
-    return _width(*args) or _cuda.same_dtype(*args)
+    return _cannot(*args) or _cuda.same_dtype(*args)
 
 
 @adaln_modulate.backend("cuda", cannot=_cannot_cuda)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op, wide
-from ._triton import dot_precision, kernel, next_power_of_2, rows, tl, too_many_images
+from ._triton import dot_precision, kernel, next_power_of_2, rows, tl, too_large, too_many_images
 from .adaln import EPS, adaln_modulate
 from .velocity_update import MOST, _four, _moved, _per_image, check_guided, guided_update
 
@@ -198,7 +198,7 @@ def _cannot(tokens: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: 
         return "tensors are of several dtypes, under autocast"
     if len(rest[-3]) > MOST:
         return f"at most {MOST} velocities, got {len(rest[-3])}"
-    if reason := too_many_images(len(x)):
+    if reason := too_many_images(len(x)) or too_large(max(tokens.shape[1] * tokens.stride(1), x[:1].numel())):
         return reason
     p, _ = _patch(tokens, weight, x)
     return None if p * p * x.shape[1] <= 256 else f"at most 256 outputs a token, got {p * p * x.shape[1]}"

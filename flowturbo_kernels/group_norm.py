@@ -18,6 +18,9 @@ EPS = 1e-6
 _PIXELS = 256
 """Pixels of one program: one program a group would leave most of a GPU idle (32 groups, 132 multiprocessors)."""
 
+_HELD = 4096
+"""Numbers that a program of Triton's holds at once: 32 a thread. Of 16384 the registers spill."""
+
 # Triton, two passes. Statistics: a program reads all channels of a block of pixels, and leaves each group's mean and sum of squared
 # differences from it. Application: a program joins its image's partial statistics (Chan et al. 1983), exact for any offset of the
 # data, and writes a block of pixels. Channels are contiguous, so both passes read whole lines.
@@ -124,7 +127,14 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 32, e
     return F.silu(y).to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
-@group_norm_silu.backend("triton", cannot=lambda x, *_: too_many_images(len(x)))
+def _cannot(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> str | None:
+    C = x.shape[1]
+    if next_power_of_2(groups) * next_power_of_2(C // groups) > _HELD:
+        return f"at most {_HELD} channels, with groups and their sizes filled up to powers of two, got {C} in {groups} groups"
+    return too_many_images(len(x))
+
+
+@group_norm_silu.backend("triton", cannot=_cannot)
 def _group_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     N, C, H, W = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
@@ -132,11 +142,12 @@ def _group_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps
     means, squares = (torch.empty(N, blocks, groups, dtype=torch.float32, device=x.device) for _ in range(2))
     out = torch.empty_like(x)
     block_g, block_c = next_power_of_2(groups), next_power_of_2(C // groups)
-    block_p = max(1, min(_PIXELS, 4096 // (block_g * block_c)))
+    block_p = max(1, min(_PIXELS, _HELD // (block_g * block_c)))
+    block_b = min(64, next_power_of_2(blocks), _HELD // block_g)
     sizes = (C, groups, _PIXELS, block_p, block_g, block_c)
     _statistics_kernel.launch((blocks, N), x, means, squares, H * W, blocks, *sizes, num_warps=4)
     tensors = x, weight.contiguous(), bias.contiguous(), means, squares, out
-    _apply_kernel.launch((blocks, N), *tensors, H * W, blocks, eps, *sizes, min(64, next_power_of_2(blocks)), num_warps=4)
+    _apply_kernel.launch((blocks, N), *tensors, H * W, blocks, eps, *sizes, block_b, num_warps=4)
     return out
 
 
@@ -160,6 +171,7 @@ def cuda_calls(
     """
     N, C, H, W = x.shape
     V = 1 if _cuda.misaligned(x, weight, bias, out) else _cuda.vector(x.dtype, C)
+    assert C // V <= _cuda.MOST_THREADS, f"{C} channels one by one"
     pointers = map(_cuda.pointer, (x, weight, bias, partial[0], partial[1], out))
     args = _GroupNorm(*pointers, N, H * W, C, groups, partial.shape[2], _PIXELS, eps)
     lanes = max(1, min(_PIXELS, 256 // (C // V)))
@@ -174,16 +186,18 @@ def cuda_calls(
 
 def _cannot_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> str | None:
     C = x.shape[1]
-    most = 1024 * (16 // x.dtype.itemsize if C % (16 // x.dtype.itemsize) == 0 else 1)
-    if most < C or groups > 1024:
+    most = _cuda.MOST_THREADS * _cuda.vector(x.dtype, C)
+    if most < C or groups > _cuda.MOST_THREADS:
         return f"at most {most} channels and 1024 groups, got {C} and {groups}"
     return too_many_images(len(x)) or _cuda.same_dtype(x, weight, bias)
 
 
 @group_norm_silu.backend("cuda", cannot=_cannot_cuda)
 def _group_norm_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    N, _, H, W = x.shape
+    N, C, H, W = x.shape
     x, weight, bias = x.contiguous(memory_format=torch.channels_last), weight.contiguous(), bias.contiguous()
+    if C > _cuda.MOST_THREADS:  # which only vectors can take, and those must be aligned
+        x, weight, bias = map(_cuda.aligned, (x, weight, bias))
     partial = torch.empty(2, N, -(-H * W // _PIXELS), groups, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x)
     for name, grid, threads, shared, args in cuda_calls(x, weight, bias, groups, eps, partial, out):

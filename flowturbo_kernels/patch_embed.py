@@ -11,7 +11,10 @@ from torch import Tensor
 
 from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op
 from ._place import matmul
-from ._triton import dot_precision, kernel, next_power_of_2, tl, too_many_images
+from ._triton import MOST_IMAGES, dot_precision, kernel, next_power_of_2, tl, too_large, too_many_images
+
+_FEATURES = 32
+"""Of one program, at the least: as many in float32, of which more spill outside the tensor cores, and twice as many in 16 bits."""
 
 # Triton: one program a block of tokens by a block of features; feature k = (channel, row, column) of a patch is read where it lies,
 # from x or from v.
@@ -111,7 +114,16 @@ def _convolves(x: Tensor) -> bool:
 def _cannot(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None) -> str | None:
     same = weight.dtype == bias.dtype and (positions is None or positions.dtype == weight.dtype)
     mixed = None if same else "weight, bias and positions are of several dtypes, under autocast"
-    return mixed or too_many_images(len(x if v is None else v))
+    D, p, most = weight.shape[0], weight.shape[2], MOST_IMAGES * _FEATURES  # blocks of features are on a grid's second axis
+    if most < D:
+        return f"at most {most} features, got {D}"
+    tokens = x.shape[2] // p * (x.shape[3] // p)
+    return mixed or too_many_images(len(x if v is None else v)) or too_large(max(D * tokens, weight.numel(), _span(x), _span(v)))
+
+
+def _span(x: Tensor | None) -> int:
+    """How far an image's numbers reach in memory."""
+    return 0 if x is None else 1 + sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
 
 
 @patch_embed.backend("triton", cannot=_cannot)
@@ -121,7 +133,7 @@ def _patch_triton(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, pos
     D, _, p, _ = weight.shape
     tokens, K = (H // p) * (W // p), weight[0].numel()
     out = torch.empty(B, tokens, D, dtype=weight.dtype, device=x.device)
-    most = 32 if weight.dtype == torch.float32 else 64  # with more, products of float32 outside the tensor cores spill
+    most = _FEATURES if weight.dtype == torch.float32 else 2 * _FEATURES
     block_t, block_d, block_k = 32, most, max(16, min(most, next_power_of_2(K)))
     _patch_kernel.launch(
         (-(-tokens // block_t), -(-D // block_d), B),

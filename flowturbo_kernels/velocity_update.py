@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _cuda
 from ._op import Make, expect_floating, expect_shape, op, wide
-from ._triton import kernel, next_power_of_2, tl, too_many_images
+from ._triton import kernel, next_power_of_2, tl, too_large, too_many_images
 
 MOST = 4
 """Velocities that a kernel takes: those of Adams-Bashforth of order 4."""
@@ -197,7 +197,7 @@ def guide(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
     return torch.cat([torch.cat([guided, guided]), v[:, channels:]], dim=1)
 
 
-@guide.backend("triton", cannot=lambda v, *_: too_many_images(len(v) // 2))
+@guide.backend("triton", cannot=lambda v, *_: too_many_images(len(v) // 2) or too_large(v[:1].numel()))
 def _guide_triton(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
     v = v.contiguous()
     N, S, HW = len(v) // 2, v[0].numel(), v[0, 0].numel()
@@ -297,7 +297,7 @@ def guided_update(
 
 
 def _too_many_guided(x: Tensor, raw: Tensor, *rest: Any) -> str | None:
-    return _too_many(x, rest[-2], rest[-1]) or too_many_images(len(x))
+    return _too_many(x, rest[-2], rest[-1]) or too_many_images(len(x)) or too_large(x[:1].numel())
 
 
 @guided_update.backend("triton", cannot=_too_many_guided)

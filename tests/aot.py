@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import triton
+from limits import largest
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -30,30 +31,10 @@ WIDE = r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|cp\.async\.c[ag]\
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def largest(make: _op.Make) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(operation, arguments) at the limits that kernels state, where they hold most: what lies beyond is refused by `cannot`."""
-    for D in (2, 16384):
-        rows = make(1, 2, D)
-        yield "adaln_modulate", (rows, make(1, D), make(1, D))
-        yield "gated_residual_adaln", (rows, make(1, 2, D), make(1, D), make(1, D), make(1, D))
-    for head_dim in (8, 64, 120, 128):
-        yield "attention", (make(1, 300, 3, 2, head_dim),)
-    for channels, groups in ((4096, 1), (4096, 32), (4096, 4096), (2049, 683)):
-        x = make(1, channels, 128, 128).to(memory_format=torch.channels_last)
-        yield "group_norm_silu", (x, make(channels), make(channels), groups)
-    for C, p in ((1, 16), (16, 4), (256, 1)):
-        x, v = make(1, C, 2 * p, 2 * p), [make(2, C, 2 * p, 2 * p)] * 4
-        yield "patch_embed", (x, make(96, 2 * C, p, p), make(96), v[0])
-        yield "final_update", (
-            *(make(2, 4, 1152), make(2, 1152), make(2, 1152), make(2 * p * p * C, 1152), make(2 * p * p * C)),
-            *(x, 1.5, C, 0.1, v[0], v, [0.1] * 4),
-        )
-        yield "guided_update", (x, v[0], 1.5, C, 0.1, v[0], v, [0.1] * 4)
-    yield "quantize_rows", (make(2, 16384),)
-
-
-def launches(dtype: torch.dtype) -> Iterator[tuple[str, bool, Any, tuple[Any, ...], dict[str, Any]]]:
-    """(operation, whether of a real model's sizes, kernel, arguments, options) on tensors without memory; other sizes come last."""
+def launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Any, tuple[Any, ...], dict[str, Any]]]:
+    """(operation, of which sizes, kernel, arguments, options) on tensors without memory: of "real" models, at the "limits" that
+    kernels state, and of "examples".
+    """
     seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     _triton.Kernel.launch = lambda kernel, grid, *args, **options: seen.append((kernel, args, options))  # type: ignore[method-assign]
     _op.unavailable = lambda backend, device: None  # type: ignore[assignment]
@@ -65,14 +46,14 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, bool, Any, tuple[Any, ..
         sizes.sit(make, 1), sizes.sit(make, 8), sizes.sit(make, 2, side=64), sizes.sit_fp8(make, 8), sizes.vae(make, 2)
     )
     examples = ((name, args) for name, op in OPS.items() for args in op.example(make))
-    cases = (True, every, real), (False, every, largest(make)), (False, first, examples)
-    for is_real, choose, (name, args) in ((*kind, case) for *kind, walk in cases for case in walk):
+    walks = ("real", every, real), ("limits", every, largest(make)), ("examples", first, examples)
+    for kind, choose, (name, args) in ((*which, case) for *which, walk in walks for case in walk):
         _tune.fastest = choose  # type: ignore[assignment]
         positional = OPS[name]._positional(args, {})
         if "triton" in OPS[name].backends and OPS[name].backends["triton"].cannot(*positional) is None:
             with use_backend("triton"):
                 OPS[name](*args)
-        yield from ((name, is_real, *launch) for launch in seen)
+        yield from ((name, kind, *launch) for launch in seen)
         seen.clear()
 
 
@@ -128,7 +109,7 @@ def main(archs: list[int]) -> None:
     assert os.environ.get("TRITON_INTERPRET") != "1"
     done = set()
     for dtype in (torch.bfloat16, torch.float32):
-        for name, real, kernel, args, options in launches(dtype):
+        for name, sizes_of, kernel, args, options in launches(dtype):
             key, src = source(kernel, args)
             if (key, str(options)) in done:
                 continue
@@ -142,12 +123,14 @@ def main(archs: list[int]) -> None:
                     json.dumps(
                         {
                             "op": name,
-                            "real": real,
+                            "sizes": sizes_of,
+                            "real": sizes_of == "real",
                             "kernel": kernel.__name__,
                             "dtype": str(dtype).removeprefix("torch."),
                             "arch": arch,
                             "constants": [v for v in args if isinstance(v, int | str)][-12:],
                             "options": options,
+                            "threads": 32 * compiled.metadata.num_warps,
                             "shared": compiled.metadata.shared,
                             **resources(compiled.asm["cubin"]),
                             "wgmma": "wgmma.mma_async" in ptx,

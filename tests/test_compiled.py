@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import REGISTERS, SHARED, THREADS, registers
 
 ROOT = Path(__file__).parent.parent
-SHARED = {80: 163 << 10, 90: 227 << 10}
-"""Bytes of shared memory that one program may have (CUDA C++ Programming Guide, compute capabilities)."""
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +45,15 @@ def test_every_operation_with_a_triton_kernel_is_compiled(kernels):
 
 
 def test_no_kernel_spills(kernels):
-    assert [k for k in kernels if k["stack"] or k["local"]] == []
+    """But at the limits of what kernels take, where no model is."""
+    assert [k for k in kernels if (k["stack"] or k["local"]) and k["sizes"] != "limits"] == []
 
 
-def test_shared_memory_fits(kernels):
+def test_every_block_fits_a_multiprocessor(kernels):
+    """Or its launch would fail: threads, registers of all of them, shared memory."""
+    assert {k["sizes"] for k in kernels} == {"real", "limits", "examples"}
+    assert [k for k in kernels if not 32 <= k["threads"] <= THREADS] == []
+    assert [k for k in kernels if registers(k["reg"], k["threads"]) > REGISTERS] == []
     assert [k for k in kernels if k["shared"] > SHARED[k["arch"]]] == []
 
 
