@@ -14,7 +14,8 @@ OPTIONS = {
     "sizes": ("256 512", "64", "heights and widths of images"),
     "decode": ("yes no", "yes no", "with the VAE, without it, or both"),
     "rivals": (
-        "ours ours-fp8 ours-eager autocast eager compile max-autotune plan-graph diffusers",
+        "ours ours-fp8 ours-eager autocast eager compile max-autotune plan-graph plan-graph-hoisted "
+        "max-autotune-fp8 plan-graph-fp8 diffusers",
         "ours eager",
         "ours and rivals",
     ),

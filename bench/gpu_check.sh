@@ -5,7 +5,8 @@
 #   correct   build the extension, all tests marked gpu, csrc under compute-sanitizer
 #   kernels   every operation: torch eager, each of our backends, what `auto` takes; batch 8, batch 1; then torch.compile at batch 8
 #   plans     whole plans at batch 8 and 1: ours with and without graph and in fp8, against torch eager and autocast; and a profile
-#   rivals-8  the same plans at batch 8 against all that compile for long; rivals-1: at batch 1
+#   rivals-8  the same plans at batch 8 against torch.compile, its max-autotune, and that in a graph of the plan; rivals-1: at batch 1
+#   best-8    against rivals in fp8 and a graph of the plan with modulations hoisted; best-1: at batch 1
 #   growth    milliseconds an image over batch sizes, tokens and numbers of steps
 #   list      runs nothing: part, stage and limit in seconds, a line each
 # FOLDER, bench/results unless named, gets three files of each device, named after it, and one for all:
@@ -32,7 +33,7 @@
 #   FLOWTURBO_BENCH_GROWTH      arguments of bench/growth.py
 # FAKE_CUDA, set on the stand-in for a GPU that the tests have, leaves out comparisons of values and is said beside every figure.
 set -uo pipefail
-parts="correct kernels plans rivals-8 rivals-1 growth"
+parts="correct kernels plans rivals-8 best-8 rivals-1 best-1 growth"
 wanted=${1:-all}
 case " $parts all list " in
 *" $wanted "*) ;;
@@ -66,10 +67,11 @@ stage() { # NAME SECONDS COMMAND...
     } 2>/dev/null
     case $status in
     0) ended=passed ;;
+    124) ended="was stopped at its limit" ;;
     126 | 127) ended="could not be started" ;;
+    137) ended=$([ $((SECONDS - start)) -lt "$allowed" ] && echo "was killed" || echo "was stopped at its limit") ;;
     *) ended="failed (exit status $status)" ;;
     esac
-    [ $((SECONDS - start)) -lt "$allowed" ] || [ "$status" -lt 124 ] || ended="was stopped at its limit"
     spare=$((allowed - (SECONDS - start)))
     printf '{"kind": "stage", "run": "%s", "stage": "%s", "seconds": %d, "limit": %d, "ended": "%s"}\n' \
         "$FLOWTURBO_BENCH_RUN" "$name" $((SECONDS - start)) "$allowed" "$ended" >>"$FLOWTURBO_BENCH_LINES"
@@ -135,12 +137,20 @@ print(bench(Bench(model, plans=(plan,), batch_sizes=tuple(map(int, batches)), re
         "${FLOWTURBO_BENCH_MODEL:-SiT-XL/2}" "$logs/profile" "${plans%% *}" "${FLOWTURBO_BENCH_ROUNDS:-5}" $batches
 }
 
-rivals() { # BATCH: ours again, so that a ratio is of one run on one GPU; those that compile for longest last
-    case " $batches " in *" $1 "*) ;; *) return ;; esac
-    plan_stage ours 100 "$1" ours ours-fp8
+# Ours is measured again in each, so that a ratio is of one run on one GPU. What compiles for longest comes last.
+
+rivals() { # BATCH
+    plan_stage ours 100 "$1" ours
     plan_stage compile 120 "$1" compile
     plan_stage max-autotune 170 "$1" max-autotune
-    plan_stage plan-graph 120 "$1" plan-graph
+    plan_stage plan-graph 125 "$1" plan-graph
+}
+
+best() { # BATCH
+    plan_stage ours 110 "$1" ours ours-fp8
+    plan_stage max-autotune-fp8 170 "$1" max-autotune-fp8
+    plan_stage plan-graph-hoisted 120 "$1" plan-graph-hoisted
+    plan_stage plan-graph-fp8 115 "$1" plan-graph-fp8
 }
 
 growth() {
@@ -149,7 +159,11 @@ growth() {
 }
 
 steps() {
-    case $part in rivals-*) rivals "${part#rivals-}" ;; *) "$part" ;; esac
+    local batch=${part##*-}
+    case $part in
+    *-[18]) case " $batches " in *" $batch "*) "${part%-*}" "$batch" ;; esac ;;
+    *) "$part" ;;
+    esac
 }
 
 summary() {

@@ -15,7 +15,10 @@ from report import Device, Entry, Info, read
 from summary import gain
 
 KERNEL_COLUMNS = ("eager", "compiled", "triton", "cuda", "auto")
-RIVALS = ("autocast", "eager", "compile", "max-autotune", "plan-graph", "diffusers", "ours-eager", "ours", "ours-fp8")
+RIVALS = (
+    *("autocast", "eager", "compile", "max-autotune", "plan-graph", "plan-graph-hoisted", "diffusers", "ours-eager", "ours"),
+    *("max-autotune-fp8", "plan-graph-fp8", "ours-fp8"),
+)
 """The columns' order; others follow."""
 
 PAPER_PAIRS = (("H2P4R2", "H8"), ("H5P7R3", "H15"), ("H8P9R5", "H24"))
@@ -28,7 +31,7 @@ PAPER_WAYS = {
     "ours, against compiled Heun": ("ours", "compile"),
     "both ours": ("ours", "ours"),
 }
-OVER = ("autocast", "compile", "max-autotune", "plan-graph")
+OVER = ("autocast", "compile", "max-autotune", "plan-graph", "plan-graph-hoisted")
 PAIR = "(ours, max-autotune)"
 PLAN_COLUMNS = (
     "limit",
@@ -139,9 +142,9 @@ def plan_table(entries: Sequence[Entry]) -> str:
     over = [(r, "ours") for r in OVER] + [(r, "ours-fp8") for r in known if r.endswith("fp8") and not r.startswith("ours")]
     lines = [
         "Milliseconds an image, medians; guidance on; random weights, the same for all but diffusers' transformer. Limit:",
-        "every call's products, or its weights read once, and the decoder's products, at the measured ceilings. First image: with",
-        "loading, compiling and capturing, which a rival's first plan pays. Memory: peak of what torch holds, weights and what the",
-        "rival captured for plans before it included.",
+        "every call's products, or its weights read once, and the decoder's products, at the measured ceilings. Those are of large",
+        "products, whose clocks the power limit holds back: batch 1 may come below it. First image: with loading, compiling and",
+        "capturing, which a rival's first plan pays. Memory: peak of what torch holds, weights included.",
         "",
         *_head("plan", [*who, *(f"{mine} over {rival}" for rival, mine in over), *PLAN_COLUMNS]),
     ]
@@ -163,7 +166,8 @@ def plan_table(entries: Sequence[Entry]) -> str:
                 + [", ".join("" if p is None or p["peak_bytes"] is None else f"{p['peak_bytes'] / 2**30:.1f}" for p in pair)]
             )
         )
-    return "\n".join(lines)
+    settings = dict.fromkeys(f"{e.who}: {e.info['settings']}" for e in entries if e.info.get("settings"))
+    return "\n".join([*lines, *([""] if settings else []), *(f"- {text}" for text in settings)])
 
 
 def paper_table(entries: Sequence[Entry]) -> str:

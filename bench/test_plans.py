@@ -9,6 +9,7 @@ runs. --plans, --batches, --sizes, --decode and --rivals choose; the whole takes
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 import time
 from typing import Any
@@ -17,10 +18,10 @@ import pytest
 import torch
 from harness import collect
 from machine import STAND_IN, device_name
-from rivals import GUIDANCE, RIVALS, NotHere, Sampler, Subject, subject
-from roofline import ceilings, decode_floor, plan_floor
+from rivals import DECODER, DEPTH, RIVALS, NotHere, Subject, limit_of, products_of, subject
+from roofline import ceilings
+from sampling import Sampler, tuned_convolutions
 
-import flowturbo as ft
 from flowturbo.latency import seconds
 from flowturbo.models.vae import DiffusersVAE
 
@@ -49,20 +50,22 @@ def prepared(rival: str, size: int, batch: int, decode: bool) -> Prepared:
 
 
 @functools.cache
-def decode_seconds(size: int, batch: int, floor: bool) -> float:
-    """Of the plain decoder by itself: measured, or the least that it could take."""
+def decode_seconds(size: int, batch: int) -> float:
+    """Of the plain decoder by itself."""
     s = subject(size, batch, True)
-    shape = (batch, 4, size // 8, size // 8)
-    if floor:
-        return decode_floor(s.vae, shape, s.dtype, s.device.type)
-    vae, latents = DiffusersVAE(s.vae), torch.randn(shape, device=s.device)
-    with torch.no_grad():
-        vae.decode(latents)
-        return statistics.median(seconds(lambda: vae.decode(latents), s.device) for _ in range(3))
+    vae = DiffusersVAE(s.vae)
+    with torch.no_grad(), tuned_convolutions():
+        vae.decode(s.noise)
+        return statistics.median(seconds(lambda: vae.decode(s.noise), s.device) for _ in range(3))
 
 
 def group(plan: str, size: int, batch: int, decode: str) -> str:
-    return f"{plan} {size}x{size} batch {batch}{' with decoding' if decode == 'yes' else ''}"
+    """What is sampled; a trial's smaller networks are no one else's group."""
+    trial = [f"{os.environ[DEPTH]} blocks"] if os.environ.get(DEPTH) else []
+    trial += [f"{os.environ[DECODER]} decoder"] if os.environ.get(DECODER) else []
+    tried = f" ({', '.join(trial)})" if trial else ""
+    decoding = " with decoding" if decode == "yes" else ""
+    return f"{plan} {size}x{size} batch {batch}{decoding}{tried}"
 
 
 def about(rival: str, size: int, batch: int, decode: str, plan: str) -> dict[str, str]:
@@ -90,7 +93,6 @@ def test_plan(benchmark: Any, rounds: int, rival: str, size: int, batch: int, de
         if cuda:
             torch.cuda.synchronize()
 
-    limit = plan_floor(ft.Plan.parse(plan), s.predictor.config, s.refiner.config, batch, s.dtype, s.device.type)
     benchmark.group = group(plan, size, batch, decode)
     benchmark.extra_info |= {
         "rival": rival,
@@ -98,11 +100,14 @@ def test_plan(benchmark: Any, rounds: int, rival: str, size: int, batch: int, de
         "size": size,
         "batch": batch,
         "decode": with_vae,
-        "guidance": GUIDANCE,
+        "guidance": s.guidance,
+        **s.about,
+        "products": str(products_of(rival, s)).removeprefix("torch."),
+        "settings": sampler.settings,
         "first_seconds": first,
         "peak_bytes": torch.cuda.max_memory_reserved() if cuda else None,
-        "decode_seconds": decode_seconds(size, batch, False) if with_vae else 0.0,
-        "floor": limit + (decode_seconds(size, batch, True) if with_vae else 0.0),
+        "decode_seconds": decode_seconds(size, batch) if with_vae else 0.0,
+        "floor": limit_of(rival, plan, s),
         "ceilings": limits,
         "device": device_name(),
         "dtype": str(s.dtype).removeprefix("torch."),
