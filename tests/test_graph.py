@@ -262,6 +262,14 @@ def test_compile_captures_every_plan_with_every_batch_size():
     assert (recorder.recorded, made[3].hits) == (4, 1)
 
 
+def test_a_run_that_compiles_is_not_the_one_that_is_timed():
+    captures, calls, timed = Captures(recorder=Fake()), [], []
+    seconds = captures.recorder.seconds
+    captures.recorder.seconds = lambda run: timed.append(len(calls)) or seconds(run)
+    captures.ahead(Key("it", 1), lambda x: calls.append(1) or x + 1, {"x": torch.zeros(1)}, [])
+    assert timed[0] == 1
+
+
 def test_without_a_batch_size_the_smallest_capture_that_holds_all_is_taken():
     model, recorder = captured_model()
     two, four = ft.compile(model, "E1", [2, 4], guided=False)

@@ -288,6 +288,28 @@ def test_a_model_samples_and_captures_after_a_capture_that_failed():
     assert kept(model) == ["E2", "H1P1R1"]
 
 
+def test_pools_from_before_and_after_a_failure_are_told_apart():
+    """A graph alive in the old one does not make the new one last."""
+    captures, inputs, kept_tensors = Captures(limit=2), matrix(), []
+
+    def keeping(x: Tensor) -> Tensor:
+        kept_tensors.append(x + 1)
+        return product(x)
+
+    def twice(what: str, body: Callable[[Tensor], Tensor]) -> None:
+        for _ in range(2):
+            captures.run(Key(what, 64), body, inputs, [])
+
+    twice("old", product)
+    with pytest.warns(UserWarning, match="capturing it failed"):
+        twice("it", lambda x: waits(x) if torch.cuda.is_current_stream_capturing() else x)
+    fake_cuda.violations()
+    twice("new", keeping)
+    twice("old", product)
+    twice("newer", product)
+    assert [capture.key.what for capture in captures.report()] == ["old", "newer"]
+
+
 def test_the_stream_of_the_caller_stays_the_current_one():
     captures, inputs, stream = Captures(), matrix(), torch.cuda.Stream()
     torch.cuda.synchronize()
