@@ -89,7 +89,7 @@ def networks(size: int, cuda: bool, depth: int | None = None, decoder: str = "fu
         config = replace(config, depth=depth)
     torch.manual_seed(0)
     with torch.device(device):
-        vae = Autoencoder() if decoder == "full" else Autoencoder((16, 16, 32, 32), 1, 8)
+        vae = Autoencoder() if decoder == "full" else Autoencoder((16, 16, 32, 32), 0, 8)
     dtype = torch.bfloat16 if cuda else torch.float32
     nets = filled(config, device, 0), filled(config.refiner(), device, 1), vae.requires_grad_(False).eval()
     return tuple(net.to(dtype) for net in nets)  # type: ignore[return-value]

@@ -29,7 +29,6 @@ from .files import write_text
 from .models import FlowModel, ReversedTime, choose_device, load
 from .models.sit import SIT_CONFIGS, SiT, SiTConfig
 from .plan import as_plan
-from .recorder import CudaRecorder
 from .sampler import sample
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -197,7 +196,10 @@ def fresh_peak(device: torch.device) -> None:
         return
     with torch.cuda.device(device):
         torch.cuda.synchronize()  # what is given back may be in use until then
-        CudaRecorder(device).release()
+        clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+        if clear is not None:
+            clear()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
