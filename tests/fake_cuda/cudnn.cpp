@@ -1,4 +1,4 @@
-// cuDNN's graph interface, far enough for convolutions and attention: descriptors hold what they are told, one engine runs everything.
+// cuDNN's graph interface, far enough for convolutions: descriptors hold what they are told, one engine runs everything.
 #include <cudnn.h>
 
 #include <cstring>
@@ -93,3 +93,6 @@ API cudnnStatus_t cudnnBackendExecute(cudnnHandle_t handle, cudnnBackendDescript
     fake::submit(Work::kernel, "cudnnBackendExecute", streams[handle]);
     return FINE;
 }
+
+// torch asks this whether a user allows cuDNN's attention, whose graphs need more than is here: it takes its own instead.
+API bool _ZNK2at7Context19userEnabledCuDNNSDPEv(const void*) { return false; }  // at::Context::userEnabledCuDNNSDP() const
