@@ -22,6 +22,7 @@ from flowturbo.job import Job
 from flowturbo.models import AdaptiveNetwork
 from flowturbo.models.sit import SIT_CONFIGS
 from flowturbo.models.vae import DiffusersVAE
+from flowturbo_kernels import quantize_rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
@@ -297,6 +298,14 @@ def scaled_product_by_rows(q, weight, scale, weight_scale, bias, out_dtype, use_
     assert weight_scale.is_contiguous()
     assert bias.dtype == out_dtype
     return ((q.float() @ weight.float()) * scale * weight_scale + bias.float()).to(out_dtype)
+
+
+def test_plain_fp8_has_a_scale_a_row_as_ours_has():
+    rows = torch.randn(5, 32) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 3.0])[:, None]
+    for given in (rows, rows.bfloat16()):
+        (q, scale), (expected, scales) = rowwise._quantised(given), quantize_rows(given)
+        assert q.view(torch.uint8).equal(expected.view(torch.uint8))
+        assert scale.equal(scales[:, None])
 
 
 def test_plain_fp8_errs_as_ours_does(monkeypatch):

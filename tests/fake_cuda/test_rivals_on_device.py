@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import fake_cuda
 import pytest
 import torch
+
+import fake_cuda
 
 if not fake_cuda.PRESENT:
     pytest.skip("needs the stand-in for a CUDA device", allow_module_level=True)
