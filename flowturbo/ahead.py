@@ -57,8 +57,10 @@ def compile(
         if job.can_be_captured(model):
             made.append(model.captures.ahead(*job.capture(model, inputs, scale)))
         elif model.device.type == "cuda":
-            why = "of this model, under autocast, with model.captures.limit = 0, or while another capture is under way"
-            raise CaptureError(f"{job} can't be captured: {why}")
+            raise CaptureError(
+                f"{job} can't be captured: of this model, under autocast, with model.captures.limit = 0, or while another capture is "
+                "under way"
+            )
         else:
             job.execute(model, guidance=scale, **inputs)
     return made
