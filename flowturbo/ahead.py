@@ -58,8 +58,8 @@ def compile(
             made.append(model.captures.ahead(*job.capture(model, inputs, scale)))
         elif model.device.type == "cuda":
             raise CaptureError(
-                f"{job} can't be captured: of this model, under autocast, with model.captures.limit = 0, or while another capture is "
-                "under way"
+                f"{job} can't be captured: of this model, under autocast, "
+                "with model.captures.limit = 0, or while another capture is under way"
             )
         else:
             job.execute(model, guidance=scale, **inputs)
