@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda, _triton
+from ._tune import Ways
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,10 +31,14 @@ class BackendError(RuntimeError):
 
 
 class Backend(NamedTuple):
-    """One way of running an operation. cannot: the reason why it can't take some arguments, or None."""
+    """One way of running an operation. cannot: the reason why it can't take some arguments, or None.
+
+    ways: where it takes the fastest of several, what it chooses among.
+    """
 
     run: Callable[..., Any]
     cannot: Callable[..., str | None]
+    ways: Callable[..., Ways] | None = None
 
 
 class Op(Generic[P, R]):
@@ -71,11 +76,13 @@ class Op(Generic[P, R]):
         self.library = torch.library.custom_op(f"flowturbo::{self.name}", dense(self._run), mutates_args=(), schema=schema)
         self.library.register_fake(dense(reference))
 
-    def backend(self, name: str, cannot: Callable[..., str | None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def backend(
+        self, name: str, cannot: Callable[..., str | None], ways: Callable[..., Ways] | None = None
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator of a function that takes checked, defaulted, positional arguments, and is tried after those before it."""
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.backends[name] = Backend(run, cannot)
+            self.backends[name] = Backend(run, cannot, ways)
             return run
 
         return register
@@ -105,10 +112,17 @@ class Op(Generic[P, R]):
         return self.reference(*args, **kwargs) if _for_torch(positional) else self._run(*positional)
 
     def why(self, *args: P.args, **kwargs: P.kwargs) -> tuple[str, dict[str, str]]:
-        """Which backend these arguments get, and why each one before it does not."""
+        """Which backend these arguments get, and why each one before it does not.
+
+        Where it takes the fastest of several ways, and has measured it: that one's name, "torch" or "triton" and its tile.
+        """
         positional = self._positional(args, kwargs)
         reason = _for_torch(positional)
-        return ("reference", dict.fromkeys(self.backends, reason)) if reason else self._choose(positional)
+        if reason:
+            return "reference", dict.fromkeys(self.backends, reason)
+        name, refused = self._choose(positional)
+        ways = self.backends[name].ways if name in self.backends else None
+        return (ways(*positional).chosen() if ways else None) or name, refused
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments in order, defaults filled in; `check`, of the same signature, has refused names that are none."""

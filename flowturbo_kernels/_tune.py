@@ -1,257 +1,176 @@
-"""The fastest of several ways of running an operation, measured once for a device and a question, and remembered on disk."""
+"""The fastest of several ways of running an operation, measured once for a device, shape and dtype, and remembered on disk."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from importlib import metadata
-from pathlib import Path
-from typing import Any
+import re
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._cache import cache_folder, locked, whole_file
-from ._graphs import RECORDING, GraphPool
+from . import _choices
+from ._measure import Timing, rotating, timing
 
-_REPEATS = 20
-"""Calls in one replay; more where more copies of the weights are needed."""
-_ROUNDS = 5
-"""Timed replays; their median counts."""
-_MOST_COPIES = 64
-_NOISY = 0.25
-"""How far the winner's median may lie above its fastest replay, as a share, before its choice is not worth keeping."""
-
-Candidate = Callable[..., Any]
-"""A way of running the operation: a function of the tensors that are cold in a plan."""
-
-_known: dict[Path, dict[str, str]] = {}
-_watchers: ContextVar[tuple[list[str], ...]] = ContextVar("flowturbo_choices", default=())
+_lock = threading.Lock()
+_chosen: dict[Hashable, str] = {}
+_read: dict[torch.device, dict[str, _choices.Entry]] = {}
+"""What this process last saw on disk."""
 
 
-def fastest(key: str, candidates: Mapping[str, Candidate], device: torch.device, cold: Sequence[Tensor] = ()) -> str:
+class Ways(NamedTuple):
+    """Several ways of running one operation on the same arguments.
+
+    question: the operation, and all of the arguments that decides; of tensors their `form`.
+    candidates: name -> function of the cold tensors; the first one is the default.
+    cold: the weights. A plan has read hundreds of megabytes since it last read them, so candidates are timed on copies in turn.
+    Other tensors are bound in the candidates and stay the same: a plan's last kernel has just written them.
+    """
+
+    question: tuple[Hashable, ...]
+    candidates: Mapping[str, Callable[..., Any]]
+    device: torch.device
+    cold: tuple[Tensor, ...] = ()
+
+    def run(self) -> Any:
+        """The result of the fastest."""
+        return self.candidates[fastest(self)](*self.cold)
+
+    def chosen(self) -> str | None:
+        """The name of the fastest if that was measured, here or by a process before; now nothing is."""
+        measurable = self.device.type == "cuda" and len(self.candidates) > 1
+        return _known(self, _key(self)) if measurable else None
+
+
+def fastest(ways: Ways) -> str:
     """The name of the candidate that runs fastest on the device.
 
-    key: names operation, shapes and dtypes. The names of the candidates belong to the question too: another backend, which has
-    others, gets an answer of its own. cold: tensors that every candidate is called with and that a plan reads once a call, i.e.
-    weights: they are timed on copies that rotate, since one that lay in the second-level cache would favour other candidates.
-    What is written just before, activations, is left as it is.
-
-    The first candidate is the default: it is taken, and nothing measured or remembered, off CUDA and while a CUDA graph is being
-    captured, which forbids measuring. A candidate that fails is taken only if all do. What is written to disk is a choice in which
-    no candidate failed for a reason that may pass, such as a lack of memory, and whose timings were steady; others hold for this
-    process alone.
+    The default is taken, and nothing measured or remembered, off CUDA and while a CUDA graph is being captured, which forbids
+    measuring. A candidate that fails is taken only if all do, and then the default, which will say why. On disk goes what will hold
+    in other processes as well: no choice in which a candidate failed for a reason of the moment, which timings that vary much leave
+    in doubt, or for which weights could not rotate for want of memory. Such a one holds in this process only.
     """
-    default = next(iter(candidates))
-    if device.type != "cuda" or len(candidates) == 1:
-        return _seen(default)
-    key = _question(key, candidates)
-    file = _file(device)
-    choice = _remembered(file).get(key)
-    if choice in candidates:
-        return _seen(str(choice))
+    default = next(iter(ways.candidates))
+    if ways.device.type != "cuda" or len(ways.candidates) == 1:
+        return default
+    key = _key(ways)
+    choice = _known(ways, key)
+    if choice is not None:
+        return choice
     if torch.cuda.is_current_stream_capturing():
-        return _seen(default)
-    with RECORDING:
-        known = _remembered(file)
-        choice = known.get(key)  # another thread may have measured it meanwhile
-        if choice not in candidates:
-            choice, worth_keeping = _measured(candidates, device, cold)
-            known[key] = choice
-            if worth_keeping:
-                _save(file, device, key, choice, known)
-    return _seen(str(choice))
-
-
-@contextmanager
-def choices() -> Iterator[list[str]]:
-    """What is taken for operations run inside, in order: names of candidates."""
-    seen: list[str] = []
-    token = _watchers.set((*_watchers.get(), seen))
-    try:
-        yield seen
-    finally:
-        _watchers.reset(token)
-
-
-def _seen(choice: str) -> str:
-    for watcher in _watchers.get():
-        watcher.append(choice)
+        return default
+    with _lock:  # another thread, or process, may have measured it meanwhile
+        choice = _chosen[key] = _known(ways, key, anew=True) or _measured(ways)
     return choice
 
 
-def _question(key: str, candidates: Mapping[str, Candidate]) -> str:
-    names = hashlib.sha256("\n".join(candidates).encode()).hexdigest()[:12]
-    return f"{key}, float32 {torch.get_float32_matmul_precision()}, {len(candidates)} candidates {names}"
+def _key(ways: Ways) -> Hashable:
+    return ways.device, ways.question, tuple(ways.candidates), _settings()
 
 
-# Measuring
+def _written(ways: Ways) -> str:
+    """The key on disk. Other candidates are another question."""
+    names = hashlib.sha256("\n".join(ways.candidates).encode()).hexdigest()[:8]
+    settings = (f"{name} {value}" for name, value in zip(_getters(), _settings(), strict=True))
+    return f"{' '.join(map(str, ways.question))} | {len(ways.candidates)} ways {names} | {', '.join(settings)}"
 
 
-def _measured(candidates: Mapping[str, Candidate], device: torch.device, cold: Sequence[Tensor]) -> tuple[str, bool]:
-    """(the fastest, whether that is worth keeping)."""
-    worth_keeping = True
-    times: dict[str, list[float]] = {}
-    rotating = copies(cold, device)
-    for name, run in candidates.items():
-        try:
-            times[name] = timings(run, rotating, device)
-        except Exception as error:  # whatever a compiler or a library may raise for a shape that it can't do
-            worth_keeping = worth_keeping and _is_a_fact(error)
-    del rotating
-    _give_back()
-    if not times:
-        return next(iter(candidates)), False
-    best = min(times, key=lambda name: statistics.median(times[name]))
-    steady = statistics.median(times[best]) <= (1 + _NOISY) * min(times[best])
-    return best, worth_keeping and steady
+def _known(ways: Ways, key: Hashable, anew: bool = False) -> str | None:
+    """What this process has chosen, or what it saw on disk; anew: after another look."""
+    if key in _chosen:
+        return _chosen[key]
+    if anew or ways.device not in _read:
+        _read[ways.device] = _choices.read(_choices.facts(ways.device))
+    choice = _read[ways.device].get(_written(ways), {}).get("fastest")
+    if choice in ways.candidates:
+        _chosen[key] = str(choice)
+    return _chosen.get(key)
 
 
-def _is_a_fact(error: Exception) -> bool:
-    """Whether this candidate fails on every such device: Triton's own errors say so, i.e. what does not compile or does not fit.
+def _measured(ways: Ways) -> str:
+    """The fastest, written to disk if it will hold."""
+    timings: dict[str, Timing] = {}
+    cannot: dict[str, str] = {}
+    lasting = True
+    with rotating(ways.cold, ways.device) as (sets, enough):
+        for name, run in ways.candidates.items():
+            try:
+                timings[name] = timing(run, sets, ways.device)
+            except Exception as error:  # whatever a compiler or a library may raise for a shape that it can't do
+                cannot[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+                lasting &= _lasting(error)
+    if not timings:
+        return next(iter(ways.candidates))
+    choice = min(timings, key=lambda name: timings[name].seconds)
+    if not (enough and lasting and all(timing.steady for timing in timings.values())):
+        return choice
+    us = {name: round(1e6 * timing.seconds, 3) for name, timing in timings.items()}
+    entry = {"fastest": choice, "us": us, "cannot": cannot}
+    _read[ways.device] = _choices.add(_choices.facts(ways.device), _written(ways), entry, ways.candidates)
+    return str(_read[ways.device][_written(ways)]["fastest"])
 
-    What CUDA and its libraries raise may be the crowd on a GPU.
+
+_LASTING = {"OutOfResources", "CompilationError", "BackendError", "NotImplementedError"}
+"""Errors of Triton, ours and Python's, by their names, since Triton need not be there."""
+
+
+def _lasting(error: Exception) -> bool:
+    """Whether a candidate will fail so wherever it is asked for under this key.
+
+    That is so where its code does not compile or needs what such a device does not have, or where its library says that it can't.
+    Whatever else is taken for a failure of the moment, as lack of memory is, and all other errors of CUDA.
     """
-    return type(error).__module__.split(".")[0] == "triton"
+    if any(kind.__name__ in _LASTING for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and re.search(r"(not|only).supported|unsupported", str(error), re.IGNORECASE) is not None
 
 
-def copies(cold: Sequence[Tensor], device: torch.device) -> list[tuple[Tensor, ...]]:
-    """The cold tensors, and copies, until they fill the second-level cache several times; in at most half the free memory."""
-    size = sum(t.numel() * t.element_size() for t in cold)
-    if not size:
-        return [tuple(cold)]
-    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
-    count = min(_MOST_COPIES, -(-4 * cache // size), 1 + torch.cuda.mem_get_info(device)[0] // 2 // size)
-    return [tuple(cold), *(tuple(t.clone() for t in cold) for _ in range(count - 1))]
+# The key is made at every call, so it is of plain values: text is made of it where it goes to disk.
 
 
-def timings(run: Candidate, rotating: Sequence[tuple[Tensor, ...]], device: torch.device) -> list[float]:
-    """Seconds of one call on the device, of each round: of replays of a graph of many, as launches are gone in a plan."""
-    pool, calls = _pool(device), max(_REPEATS, len(rotating))
-
-    def all_calls() -> None:
-        for i in range(calls):
-            run(*rotating[i % len(rotating)])
-
-    with torch.cuda.device(device):
-        stream = pool.stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run(*rotating[0])  # compiles, which a capture may not
-            _, graph = pool.record(all_calls)
-            graph.replay()
-            times = []
-            for _ in range(_ROUNDS):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record(stream)
-                graph.replay()
-                end.record(stream)
-                end.synchronize()
-                times.append(start.elapsed_time(end) / 1e3 / calls)
-        torch.cuda.current_stream().wait_stream(stream)
-    return times
+def form(tensor: Tensor) -> tuple[Hashable, ...]:
+    """What decides of a tensor: dtype, shape, and of its strides and its address what kernels are compiled and chosen by."""
+    return tensor.dtype, _layout(tensor.shape, tensor.stride()), "" if tensor.data_ptr() % 16 == 0 else "unaligned"
 
 
-@functools.cache
-def _pool(device: torch.device) -> GraphPool:
-    """One a device: every other stream that multiplies would keep a workspace of cuBLAS's, 32 MiB on Hopper."""
-    return GraphPool(device)
+@functools.lru_cache(4096)
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> str:
+    """As 512x1152, and where it is not dense the kind of each axis: of stride 1, of a multiple of 16, of another."""
+    dense, expected = True, 1
+    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
+        dense &= n == 1 or stride == expected
+        expected *= n
+    kinds = ["-" if n == 1 else "1" if s == 1 else "16" if s % 16 == 0 else "any" for n, s in zip(shape, strides, strict=True)]
+    return "x".join(map(str, shape)) + ("" if dense else f" strides {','.join(kinds)}")
 
 
-def _give_back() -> None:
-    """The memory of copies and captures."""
-    torch.cuda.empty_cache()
-
-
-# Remembering
-
-
-def _remembered(file: Path) -> dict[str, str]:
-    """What this process knows; at first, what earlier processes wrote."""
-    if file not in _known:
-        _known[file] = _read(file)
-    return _known[file]
-
-
-def _read(file: Path) -> dict[str, str]:
-    """Nothing where the file is missing or damaged."""
-    try:
-        return {str(k): str(v) for k, v in json.loads(file.read_text())["fastest"].items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return {}
-
-
-def _save(file: Path, device: torch.device, key: str, choice: str, known: dict[str, str]) -> None:
-    """Add the choice to what is on disk now, also by other processes, which this one learns."""
-    with locked(file):
-        there = _read(file) | {key: choice}
-        text = json.dumps({"of": facts(device), "fastest": there}, indent=1, sort_keys=True) + "\n"
-        whole_file(file, text.encode())
-    for other, taken in there.items():
-        known.setdefault(other, taken)
-
-
-def _file(device: torch.device) -> Path:
-    """One file for all that decides beside the question: the name tells the device, a digest the rest, which stands inside."""
-    found = _facts(device)
-    digest = hashlib.sha256(repr(found).encode()).hexdigest()[:16]
-    name = "".join(c if c.isalnum() or c in ".+" else "-" for c in str(dict(found)["device"]))[:80]
-    return cache_folder() / f"fastest {name} {digest}.json".replace(" ", "-")
-
-
-def facts(device: torch.device) -> dict[str, str]:
-    """What decides beside shapes and dtypes which candidate is fastest: the device and its clocks, versions, our kernels."""
-    return dict(_facts(device))
+_SETTINGS = {
+    # how the key on disk names it: torch's inner name, which is quick, and which has no quarrel with another way of setting it
+    "tf32": "_get_cublas_allow_tf32",
+    "bf16 reduction": "_get_cublas_allow_bf16_reduced_precision_reduction",
+    "fp16 reduction": "_get_cublas_allow_fp16_reduced_precision_reduction",
+    "fp16 accumulation": "_get_cublas_allow_fp16_accumulation",
+    "blas": "_get_blas_preferred_backend",
+    "deterministic": "_get_deterministic_algorithms",
+    "flash": "_get_flash_sdp_enabled",
+    "efficient": "_get_mem_efficient_sdp_enabled",
+    "math": "_get_math_sdp_enabled",
+    "cudnn": "_get_cudnn_sdp_enabled",
+}
+"""What a program may set at any time, and torch's candidates go by."""
 
 
 @functools.cache
-def _facts(device: torch.device) -> tuple[tuple[str, str], ...]:
-    properties = torch.cuda.get_device_properties(device)
-    found = {
-        "device": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "memory, GiB": round(properties.total_memory / 2**30),
-        "clocks": _clocks(device),
-        "torch": torch.__version__,
-        "CUDA": torch.version.cuda,
-        "cuDNN": torch.backends.cudnn.version(),
-        "cuBLAS": _version("nvidia-cublas", "nvidia-cublas-cu12"),
-        "triton": _version("triton"),
-        "kernels": _kernels(),
-    }
-    return tuple((name, str(value)) for name, value in found.items())
+def _getters() -> dict[str, Callable[[], Any]]:
+    found = {name: getattr(torch._C, inner) for name, inner in _SETTINGS.items() if hasattr(torch._C, inner)}
+    if hasattr(torch._C, "_get_fp32_precision_getter"):  # since 2.9; the older one raises where the newer interface was used
+        found["tf32"] = lambda: torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"  # not set is as good as "ieee"
+    return found
 
 
-def _clocks(device: torch.device) -> str:
-    """The most that multiprocessors and memory may run at, kHz, and the bus' bits: two cards of one name may differ in them."""
-    try:
-        from triton.runtime import driver
-
-        index = torch.cuda.current_device() if device.index is None else device.index
-        properties = driver.active.utils.get_device_properties(index)
-        return ", ".join(str(properties.get(k)) for k in ("sm_clock_rate", "mem_clock_rate", "mem_bus_width"))
-    except Exception:  # no Triton, or one that tells nothing: its driver is no public interface
-        return "not known"
-
-
-def _version(*names: str) -> str:
-    for name in names:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            pass
-    return "none"
-
-
-def _kernels() -> str:
-    """A digest of this package: a kernel that was changed is measured anew."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def _settings() -> tuple[Hashable, ...]:
+    values = (get() for get in _getters().values())
+    return tuple(tuple(value) if isinstance(value, list) else value for value in values)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _tune
 from ._op import Make, expect_floating, expect_shape, op, wanted
 from ._triton import dot_precision, kernel, next_power_of_2, tl
+from ._tune import Ways, form
 
 # Triton: one program a block of queries of one head; an online softmax over blocks of keys, which are read where the qkv projection
 # left them. head_dim is a constant, so that loads are known to be aligned, and is held in two pieces: 72 = 64 + 16, half of the
@@ -104,14 +104,20 @@ def _cannot(qkv: Tensor) -> str | None:
     return None if head_dim % 8 == 0 and head_dim <= 128 else f"head_dim must be a multiple of 8 up to 128, got {head_dim}"
 
 
-@attention.backend("triton", cannot=_cannot)
-def _attention_triton(qkv: Tensor) -> Tensor:
-    """One of our tiles, or, left to us ("auto"), torch's own attention where it is faster for this shape on this device."""
+def _ways(qkv: Tensor) -> Ways:
+    """Our tiles and, left to us ("auto"), torch's own attention. There is no weight to rotate: a plan's qkv, too, has just been
+    written, by the projection before, and as much of it as fits lies in the cache."""
     tiles = EXACT_TILES if qkv.dtype == torch.float32 else TILES
-    candidates: dict[str, Callable[[], Tensor]] = {f"{tile}": partial(run_tile, qkv, tile) for tile in tiles}
+    candidates: dict[str, Callable[..., Tensor]] = {f"triton {tile}": partial(run_tile, qkv, tile) for tile in tiles}
     if wanted() == "auto":
         candidates["torch"] = partial(attention.reference, qkv)
-    return candidates[_tune.fastest(f"attention {tuple(qkv.shape)} {qkv.dtype}", candidates, qkv.device)]()
+    return Ways(("attention", form(qkv)), candidates, qkv.device)
+
+
+@attention.backend("triton", cannot=_cannot, ways=_ways)
+def _attention_triton(qkv: Tensor) -> Tensor:
+    y: Tensor = _ways(qkv).run()
+    return y
 
 
 def run_tile(qkv: Tensor, tile: tuple[int, int, int, int]) -> Tensor:

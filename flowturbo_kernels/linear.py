@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
@@ -9,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _tune
 from ._matmul import EXACT_TILES, MASKED_TILES, SPLITS, TILES, WIDE_TILES, Tile, product
 from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op, wanted, wide
 from ._place import gelu_tanh, matmul
 from ._triton import rows
+from ._tune import Ways, form
 
 Activation = Literal["gelu_tanh"]
 
@@ -50,49 +51,46 @@ def _mixed(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> str | None:
     return None if x.dtype == weight.dtype == bias.dtype else "x, weight and bias are of several dtypes, under autocast"
 
 
-def _ways(flat: Tensor, weight: Tensor, bias: Tensor, **epilogue: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The kernel's candidates for a product of rows `flat` (M, K): tiles, and, where they leave most of a GPU idle, splits of K.
+def _tiles(flat: Tensor, weight: Tensor, **epilogue: Any) -> dict[str, Callable[..., Tensor]]:
+    """The kernel's candidates for a product of rows `flat` (M, K), functions of weight and bias."""
+    tilings = _tilings(*flat.shape, len(weight), flat.dtype == torch.float32, "residual" in epilogue)
+    return {name: partial(product, flat, tile=tile, split=split, **epilogue) for name, tile, split in tilings}
 
-    Each is a function of the weight, which a plan reads cold.
-    """
-    tiles: tuple[Tile, ...] = WIDE_TILES if "residual" not in epilogue else TILES
-    if flat.dtype == torch.float32:
+
+@functools.lru_cache(1024)
+def _tilings(M: int, K: int, N: int, exact: bool, residual: bool) -> list[tuple[str, Tile, int]]:
+    """Tiles by name, and, where they leave most of a GPU idle, splits of K."""
+    tiles: tuple[Tile, ...] = TILES if residual else WIDE_TILES
+    if exact:
         tiles = EXACT_TILES
-    elif flat.shape[1] % 64:
+    elif K % 64:
         tiles = MASKED_TILES
-    found: dict[str, Callable[[Tensor], Tensor]] = {}
-    for tile in tiles:
-        programs = -(-len(flat) // tile.rows) * -(-len(weight) // tile.columns)
-        for split in SPLITS if programs < 132 else SPLITS[:1]:
-            found[f"{tuple(tile)} split {split}"] = partial(_product, flat, bias, tile, split, epilogue)
-    return found
+    return [
+        (f"triton {tuple(tile)} split {split}", tile, split)
+        for tile in tiles
+        for split in (SPLITS if -(-M // tile.rows) * -(-N // tile.columns) < 132 else SPLITS[:1])
+    ]
 
 
-def _product(flat: Tensor, bias: Tensor, tile: Tile, split: int, epilogue: dict[str, Any], weight: Tensor) -> Tensor:
-    return product(flat, weight, bias, tile, split, **epilogue)
-
-
-def _key(name: str, flat: Tensor, weight: Tensor, rest: object = "") -> str:
-    return f"{name} {len(flat)} {tuple(weight.shape)} {flat.dtype} {rest}"
-
-
-@linear.backend("triton", cannot=_mixed)
-def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
-    """One of our tiles, or, left to us ("auto"), torch's product where it is faster for this shape on this device.
-
-    torch's is cuBLASLt's; its GELU epilogue is torch._addmm_activation's on CUDA.
-    """
+def _ways(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None) -> Ways:
+    """Our tiles and, left to us ("auto"), torch's product: cuBLASLt's, whose GELU epilogue is torch._addmm_activation's on CUDA."""
     flat = rows(x.reshape(-1, x.shape[-1]))
     gelu = activation == "gelu_tanh"
-    candidates = _ways(flat, weight, bias, gelu=gelu)
+    candidates = _tiles(flat, weight, gelu=gelu)
     if wanted() == "auto":
-        candidates = {"torch": lambda weight: linear.reference(flat, weight, bias, activation), **candidates}
+        candidates = {"torch": partial(linear.reference, flat, activation=activation), **candidates}
         if gelu:
-            candidates = {
-                "cublaslt gelu": lambda weight: torch._addmm_activation(bias, flat, weight.t(), use_gelu=True),
-                **candidates,
-            }
-    y = candidates[_tune.fastest(_key("linear", flat, weight, activation), candidates, x.device, (weight,))](weight)
+            candidates = {"cublaslt gelu": partial(_product_with_gelu, flat), **candidates}
+    return Ways(("linear", activation, form(flat), form(weight), form(bias)), candidates, x.device, (weight, bias))
+
+
+def _product_with_gelu(flat: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch._addmm_activation(bias, flat, weight.t(), use_gelu=True)
+
+
+@linear.backend("triton", cannot=_mixed, ways=_ways)
+def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
+    y: Tensor = _ways(x, weight, bias, activation).run()
     return y.view(*x.shape[:-1], len(weight))
 
 
@@ -127,12 +125,16 @@ def linear_gated_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Ten
     return (residual.to(dtype) + gate.to(dtype)[:, None] * y.to(dtype)).to(residual.dtype)
 
 
-@linear_gated_residual.backend("triton", cannot=_mixed)
-def _gated_triton(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
-    B, T, K = x.shape
-    flat = rows(x.reshape(-1, K))
-    candidates = _ways(flat, weight, bias, residual=residual.contiguous(), gate=rows(gate), tokens=T)
+def _gated_ways(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor) -> Ways:
+    flat = rows(x.reshape(-1, x.shape[-1]))
+    candidates = _tiles(flat, weight, residual=residual.contiguous(), gate=rows(gate), tokens=x.shape[1])
     if wanted() == "auto":
-        candidates = {"torch": lambda weight: linear_gated_residual.reference(x, weight, bias, residual, gate), **candidates}
-    y = candidates[_tune.fastest(_key("linear_gated_residual", flat, weight, T), candidates, x.device, (weight,))](weight)
-    return y.view(B, T, len(weight))
+        candidates = {"torch": partial(linear_gated_residual.reference, x, residual=residual, gate=gate), **candidates}
+    question = "linear_gated_residual", *map(form, (x, weight, bias, residual, gate))
+    return Ways(question, candidates, x.device, (weight, bias))
+
+
+@linear_gated_residual.backend("triton", cannot=_mixed, ways=_gated_ways)
+def _gated_triton(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
+    y: Tensor = _gated_ways(x, weight, bias, residual, gate).run()
+    return y.view(*x.shape[:-1], len(weight))

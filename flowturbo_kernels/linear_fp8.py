@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _tune
 from ._matmul import FP8_TILES, MASKED_TILES, Tile, product
 from ._op import Make, expect_floating, expect_shape, op, wanted, wide
 from ._place import gelu_tanh
 from ._triton import kernel, next_power_of_2, rows, tl
+from ._tune import Ways, form
 from .linear import Activation
 
 LARGEST = 448.0
@@ -60,11 +60,16 @@ def _no_fp8(x: Tensor) -> str | None:
 @quantize_rows.backend("triton", cannot=_no_fp8)
 def _quantize_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     x = rows(x)
-    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    out, scale = _quantized(x)
     K = x.shape[1]
     _quantize_kernel.launch((len(x),), x, out, scale, x.stride(0), K, _TINY, next_power_of_2(K), num_warps=4)
     return out, scale
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `quantize_rows` fills."""
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    return out, torch.empty(len(x), dtype=torch.float32, device=x.device)
 
 
 def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None = None) -> None:
@@ -110,25 +115,35 @@ def _cannot(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activ
     return _no_fp8(x) or (None if x.dtype == bias.dtype else "x and bias are of several dtypes")
 
 
-@linear_fp8.backend("triton", cannot=_cannot)
-def _fp8_triton(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
-    """One of our tiles, or, left to us ("auto"), torch's scaled product where it is faster for this shape on this device."""
-    q, scale = _quantize_triton(x.reshape(-1, x.shape[-1]))
+def _ways(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None) -> Ways:
+    """Of a product of quantised rows: our tiles and, left to us ("auto"), torch's scaled product."""
     gelu = activation == "gelu_tanh"
-
-    def tiled(tile: Tile, weight: Tensor) -> Tensor:
-        return product(q, weight, bias, tile, gelu=gelu, scales=(scale, weight_scale))
-
-    candidates: dict[str, Callable[[Tensor], Tensor]] = {
-        f"{tuple(tile)}": partial(tiled, tile) for tile in (FP8_TILES if q.shape[1] % 64 == 0 else MASKED_TILES)
+    candidates: dict[str, Callable[..., Tensor]] = {
+        f"triton {tuple(tile)}": partial(_tile, q, scale, tile=tile, gelu=gelu)
+        for tile in (FP8_TILES if q.shape[1] % 64 == 0 else MASKED_TILES)
     }
     if wanted() == "auto" and bias.dtype == torch.bfloat16:
-        candidates["torch"] = lambda weight: _scaled_mm(q, weight, scale, weight_scale, bias, gelu)
-    key = f"linear_fp8 {tuple(q.shape)} {tuple(weight.shape)} {x.dtype} {activation}"
-    return candidates[_tune.fastest(key, candidates, x.device, (weight,))](weight).view(*x.shape[:-1], len(weight))
+        candidates["torch"] = partial(_scaled_mm, q, scale, gelu=gelu)
+    cold = weight, weight_scale, bias
+    return Ways(("linear_fp8", activation, form(q), *map(form, cold)), candidates, q.device, cold)
 
 
-def _scaled_mm(q: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+def _ways_of(x: Tensor, *rest: Any) -> Ways:
+    return _ways(*_quantized(x.reshape(-1, x.shape[-1])), *rest)
+
+
+@linear_fp8.backend("triton", cannot=_cannot, ways=_ways_of)
+def _fp8_triton(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
+    q, scale = _quantize_triton(x.reshape(-1, x.shape[-1]))
+    y: Tensor = _ways(q, scale, weight, weight_scale, bias, activation).run()
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _tile(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, *, tile: Tile, gelu: bool) -> Tensor:
+    return product(q, weight, bias, tile, gelu=gelu, scales=(scale, weight_scale))
+
+
+def _scaled_mm(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, *, gelu: bool) -> Tensor:
     y = torch._scaled_mm(
         q, weight.t(), scale[:, None], weight_scale[None], bias=bias, out_dtype=bias.dtype, use_fast_accum=True
     )  # fmt: skip

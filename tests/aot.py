@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,15 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Any, tuple[Any, ...
         seen.clear()
 
 
-def first(key: str, candidates: Mapping[str, Callable[..., Any]], device: torch.device, cold: tuple[Any, ...] = ()) -> str:
-    return next(iter(candidates))
+def first(ways: _tune.Ways) -> str:
+    return next(iter(ways.candidates))
 
 
-def every(key: str, candidates: Mapping[str, Callable[..., Any]], device: torch.device, cold: tuple[Any, ...] = ()) -> str:
+def every(ways: _tune.Ways) -> str:
     """In place of the choice: run all candidates, so that all are recorded."""
-    for run in candidates.values():
-        run(*cold)
-    return next(iter(candidates))
+    for run in ways.candidates.values():
+        run(*ways.cold)
+    return next(iter(ways.candidates))
 
 
 def source(kernel: Any, args: tuple[Any, ...]) -> tuple[str, ASTSource]:

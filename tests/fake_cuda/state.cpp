@@ -110,8 +110,12 @@ static thread_local Mode thread_mode = Mode::global;
 static unsigned long long next_capture = 1;
 
 Mode exchange_mode(Mode mode) { return std::exchange(thread_mode, mode); }
-bool capturing(void* stream) { return captures.count(stream) != 0; }
+bool capturing(void* stream) {
+    Lock lock;
+    return captures.count(stream) != 0;
+}
 std::shared_ptr<Capture> capture_of(void* stream) {
+    Lock lock;
     auto found = captures.find(stream);
     return found == captures.end() ? nullptr : found->second;
 }
