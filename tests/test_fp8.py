@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hopper
 import pytest
 import torch
 from close import assert_close, relative_error
@@ -65,6 +66,27 @@ def test_refusals():
         linear_fp8(x, q, s, b, "relu")
     with pytest.raises(ValueError, match="quantize_rows: x must have shape"):
         quantize_rows(torch.randn(2, 3, 4))
+
+
+@pytest.mark.parametrize("what, low, high", [({}, 0.4, 0.6), ({"bits": 12}, 1.0, 2.0), ({"promote": 128}, 0.05, 0.2)])
+def test_the_bound_on_sums_of_fp8_is_twice_what_hopper_errs_by(what, low, high):
+    """As its tensor cores are known to sum; one bit less passes the bound, and promoted sums are far below it."""
+    (x, _), (weight, _) = (quantize_rows(torch.randn(48, 1152)) for _ in range(2))
+    error = relative_error(hopper.product(x, weight, **what), x.double() @ weight.double().T)
+    assert low * hopper.FP8_SUMS < error < high * hopper.FP8_SUMS
+
+
+def test_sums_are_cut_off_as_on_hopper():
+    """A sum of 2^13 keeps products of 1 and loses those of a half, each on its own, of either sign."""
+    x = torch.zeros(1, 32)
+    x[0, :2] = 256
+    weight = torch.zeros(4, 32)
+    weight[:, 0] = 32
+    weight[1, 2], weight[2, 2:6], weight[3, 2:6] = 1, 0.5, -0.5
+    x[0, 2:] = 1
+    got = hopper.product(x.to(E4M3), weight.to(E4M3))
+    assert got.tolist() == [[8192, 8193, 8192, 8192]]
+    assert hopper.product(x.to(E4M3), weight.to(E4M3), bits=23).tolist() == [[8192, 8193, 8194, 8190]]
 
 
 # The interpreter truncates where it converts to fp8, so kernels get operands that are quantised already.

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from close import assert_close, assert_equal, relative_error
+from hopper import FP8_SUMS
 from ops import CASES, DTYPES, NAMES, case, mapped, tensors
 from tiny import CONFIG, HEAD_DIM_72, random_sit
 from torch import Tensor
@@ -113,13 +114,26 @@ def test_kernels_run_on_the_current_stream(name):
 
 @pytest.mark.parametrize("tile", FP8_TILES)
 def test_fp8_products_are_exact_but_for_their_sums(tile):
-    """On operands that are quantised already; fp8's tensor cores keep fewer bits of their sums than float32 has."""
+    """On operands that are quantised already; fp8's tensor cores keep fewer bits of their sums than float32 has (hopper.py)."""
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("products in e4m3 need sm_89 or later")
     (x, x_scale), (weight, weight_scale) = (quantize_rows(torch.randn(rows, 1152, device="cuda")) for rows in (512, 1152))
     bias = torch.randn(1152, device="cuda")
     truth = (x.double() * x_scale.double()[:, None]) @ (weight.double() * weight_scale.double()[:, None]).T + bias.double()
-    assert_close(product(x, weight, bias, tile, scales=(x_scale, weight_scale)), truth, 2e-3)
+    assert_close(product(x, weight, bias, tile, scales=(x_scale, weight_scale)), truth, FP8_SUMS)
+
+
+def test_torchs_fp8_product_is_exact_but_for_its_sums():
+    """That of one scale a row with fast sums, which `auto` may choose; its result is rounded to bfloat16 once more."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("products in e4m3 need sm_89 or later")
+    (x, x_scale), (weight, weight_scale) = (quantize_rows(torch.randn(rows, 1152, device="cuda")) for rows in (512, 1152))
+    bias = torch.randn(1152, device="cuda").bfloat16()
+    truth = (x.double() * x_scale.double()[:, None]) @ (weight.double() * weight_scale.double()[:, None]).T + bias.double()
+    got = torch._scaled_mm(
+        x, weight.t(), x_scale[:, None], weight_scale[None], bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )  # fmt: skip
+    assert_close(got, truth, FP8_SUMS + relative_error(truth.bfloat16(), truth))
 
 
 def test_fp8_layers_err_as_fp8_does():
