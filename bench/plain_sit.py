@@ -189,14 +189,16 @@ class _Evaluate(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """An MLP whose first product does the GELU as it writes, where torch can: in cuBLASLt."""
+    """An MLP whose first product does the GELU as it writes, where torch can: in cuBLASLt, for weights that are not quantised."""
 
     def __init__(self, fc1: nn.Module, fc2: nn.Module) -> None:
         super().__init__()
         self.fc1, self.fc2 = fc1, fc2
+        # A quantised layer may be another class, or an nn.Linear whose weight is.
+        self.fused = isinstance(fc1, nn.Linear) and type(fc1.weight) is nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cuda or not isinstance(self.fc1, nn.Linear):  # the CPU's is another GELU
+        if not x.is_cuda or not self.fused:  # the CPU's is another GELU
             return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
         h = torch._addmm_activation(self.fc1.bias, x.flatten(0, -2), self.fc1.weight.t(), use_gelu=True)
         return self.fc2(h.view(*x.shape[:-1], -1))

@@ -37,6 +37,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(rivals.DEPTH, "1")
     monkeypatch.setenv(rivals.DECODER, "small")
     monkeypatch.setattr(inductor, "OPTIONS", inductor.OPTIONS | {"coordinate_descent_tuning": False})
+    monkeypatch.setitem(sys.modules, "torchao", None)  # weights quantised by it do not tell their dtype
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention is not in the stand-in
     fewer = {
         "max_autotune_gemm_backends": "ATEN",
