@@ -170,6 +170,18 @@ def test_bfloat16_errs_as_torchs_own_model_does(backend):
     assert_close(ours, truth, 1.5 * relative_error(plain, truth))
 
 
+def test_a_quantised_model_that_is_loaded_again_stays_quantised():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("products in e4m3 need sm_89 or later")
+    m = ft.load(random_sit(CONFIG, 0), random_sit(CONFIG.refiner(), 1), device="cuda", quantize="fp8")
+    before = ft.sample(m, "H1P1R1", [1, 8], guidance=1.5, seed=0)
+    kinds = {name: value.dtype for name, value in m.predictor.state_dict().items()}
+    assert list(kinds.values()).count(torch.float8_e4m3fn) == 4 * CONFIG.depth
+    again = ft.load(m.predictor, m.refiner, device="cuda")
+    assert {name: value.dtype for name, value in again.predictor.state_dict().items()} == kinds
+    assert_equal(ft.sample(again, "H1P1R1", [1, 8], guidance=1.5, seed=0), before)
+
+
 # Whole plans as CUDA graphs
 
 
