@@ -95,6 +95,8 @@ def test_other_candidates_are_another_question(machine):
         for _ in range(2):
             assert fastest("op 1", timed([], torch=1.0, tile=2.0, other=3.0)) == "torch"
             assert fastest("op 1", timed([], tile=2.0, other=3.0)) == "tile"
+            assert fastest("op 1", timed([], tile=2.0, torch=1.0, another=3.0)) == "torch"
+            assert fastest("op 1", timed([], tile=2.0, another=3.0, more=4.0)) == "tile"
         another_process()
 
 
