@@ -45,7 +45,7 @@ template <int V> __device__ float group_sum(const GroupNorm& a, float (&mine)[V]
 #endif
 
 // Grid (blocks, N); threads: lanes * C / V, at least G; shared memory: (threads * V + G) floats.
-template <typename T, int V> __global__ void __launch_bounds__(kStatisticsThreads) group_norm_statistics(GroupNorm a) {
+template <typename T, int V> __global__ void __launch_bounds__(kStatisticsThreads, 1) group_norm_statistics(GroupNorm a) {
     extern __shared__ float shared[];
     float *sums = shared, *means = shared + blockDim.x * V;
     const int vectors = a.C / V, lanes = blockDim.x / vectors, lane = threadIdx.x / vectors, c = threadIdx.x % vectors * V;
