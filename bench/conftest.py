@@ -40,20 +40,29 @@ def rounds(request: pytest.FixtureRequest) -> int:
     return request.config.getoption("rounds") or request.module.ROUNDS
 
 
+ORDER = {
+    # argument: option, the first varies slowest: what is compiled for a rival serves all plans, and a run that is cut short has
+    # measured everyone at some sizes rather than someone at all.
+    "rival": "rivals",
+    "size": "sizes",
+    "batch": "batches",
+    "decode": "decode",
+    "plan": "plans",
+    "index": None,
+    "who": "providers",
+}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # The first varies slowest: what is compiled for a rival serves all plans.
-    for argument, option in (
-        ("rival", "rivals"),
-        ("size", "sizes"),
-        ("batch", "batches"),
-        ("decode", "decode"),
-        ("plan", "plans"),
-        ("who", "providers"),
-    ):
-        if argument in metafunc.fixturenames:
-            values = metafunc.config.getoption(option).split()
-            _check(metafunc, argument, option, values)
-            metafunc.parametrize(argument, [int(v) if v.isdigit() else v for v in values])
+    for argument, option in ORDER.items():
+        if argument not in metafunc.fixturenames:
+            continue
+        if option is None:
+            metafunc.parametrize(argument, range(len(metafunc.module.CASES)), ids=metafunc.module.CASES)
+            continue
+        values = metafunc.config.getoption(option).split()
+        _check(metafunc, argument, option, values)
+        metafunc.parametrize(argument, [int(v) if v.isdigit() else v for v in values])
 
 
 def _check(metafunc: pytest.Metafunc, argument: str, option: str, values: list[str]) -> None:

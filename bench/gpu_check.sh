@@ -121,7 +121,7 @@ kernels() {
     local batch
     build
     for batch in $batches; do
-        operations "batch-$batch" $((batch > 1 ? 165 : 90)) "$batch" "eager triton cuda auto"
+        operations "batch-$batch" $((batch > 1 ? 165 : 90)) "$batch" "auto eager triton cuda"
     done
     case " $batches " in *" 8 "*) operations compiled-8 200 8 compiled ;; esac
 }

@@ -139,7 +139,9 @@ def plan_table(entries: Sequence[Entry]) -> str:
     groups = _grouped(entries)
     known = list(dict.fromkeys(e.who for e in entries))
     who = [r for r in RIVALS if r in known] + [r for r in known if r not in RIVALS]
-    over = [(r, "ours") for r in OVER] + [(r, "ours-fp8") for r in known if r.endswith("fp8") and not r.startswith("ours")]
+    over = [(r, "ours") for r in OVER if r in known] + [
+        (r, "ours-fp8") for r in known if r.endswith("fp8") and not r.startswith("ours")
+    ]
     lines = [
         "Milliseconds an image, medians; guidance on; random weights, the same for all but diffusers' transformer. Limit:",
         "every call's products, or its weights read once, and the decoder's products, at the measured ceilings. Those are of large",
@@ -166,7 +168,7 @@ def plan_table(entries: Sequence[Entry]) -> str:
                 + [", ".join("" if p is None or p["peak_bytes"] is None else f"{p['peak_bytes'] / 2**30:.1f}" for p in pair)]
             )
         )
-    settings = dict.fromkeys(f"{e.who}: {e.info['settings']}" for e in entries if e.info.get("settings"))
+    settings = dict.fromkeys(f"{e.who}, batch {e.info['batch']}: {e.info['settings']}" for e in entries if e.info.get("settings"))
     return "\n".join([*lines, *([""] if settings else []), *(f"- {text}" for text in settings)])
 
 

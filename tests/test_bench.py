@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -31,7 +32,8 @@ from plain_sit import PlainSiT  # noqa: E402
 
 
 def run(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small networks gain nothing from threads
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -192,10 +194,10 @@ def test_the_plain_decoder_is_diffusers():
 
 
 def test_the_limit_of_the_published_model_is_the_counted_one(monkeypatch):
-    """SiT-XL/2 at 256 x 256, H1P5R3, batch 1, at 790 TFLOP/s and 4.3 TB/s, as counted by hand: 4.43 ms, and 0.788 to decode."""
+    """SiT-XL/2 at 256 x 256, H1P5R3, batch 1, at 790 TFLOP/s and 4.3 TB/s, as counted by hand: 4.43 ms, and 0.665 to decode."""
     monkeypatch.setattr(roofline, "ceilings", lambda device: {"copy": 4.3e12, "float32": 1e12, "bfloat16": 790e12})
     xl = SIT_CONFIGS["SiT-XL/2"]
     limit = roofline.plan_floor(ft.Plan.parse("H1P5R3"), xl, xl.refiner(), 1, torch.bfloat16, "cuda")
     assert limit == pytest.approx(4.43e-3, rel=0.01)
     vae = Autoencoder().bfloat16()
-    assert roofline.decode_floor(vae, (1, 4, 32, 32), torch.bfloat16, "cuda") == pytest.approx(0.788e-3, rel=0.01)
+    assert roofline.decode_floor(vae, (1, 4, 32, 32), torch.bfloat16, "cuda") == pytest.approx(0.665e-3, rel=0.01)
