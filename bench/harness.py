@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
+from flowturbo_kernels._graphs import GraphPool
+
 L2_BYTES = 128 << 20
 """Inputs rotate over at least so many bytes: more than twice the largest second-level cache (60 MB on an H200, 50 on an H100)."""
 
 
 @functools.cache
-def stream(device: int) -> torch.cuda.Stream:
-    """The one stream of a device on which all is measured: every other one would leave a workspace of cuBLAS, 33 MiB on Hopper."""
-    return torch.cuda.Stream(device)
+def graphs() -> GraphPool:
+    """What records all that is measured, on one stream: every other one would leave a workspace of cuBLAS, 33 MiB on Hopper."""
+    return GraphPool(torch.device("cuda", torch.cuda.current_device()))
 
 
 def collect() -> None:
@@ -45,11 +47,11 @@ class Replays:
         self._function = function
         self._graph: torch.cuda.CUDAGraph | None = None
         if device == "cuda":
-            with torch.cuda.stream(stream(torch.cuda.current_device())):
+            with torch.cuda.stream(graphs().stream):
                 for args in arguments[:2]:
                     function(*args)  # compiles and chooses, which a capture may not
-            torch.cuda.synchronize()
-            self._graph, self._kept = captured(lambda: [function(*args) for args in self._rounds])
+            collect()
+            self._kept, self._graph = graphs().record(lambda: [function(*args) for args in self._rounds])
         else:
             function(*arguments[0])
 
@@ -60,40 +62,6 @@ class Replays:
         else:
             self._graph.replay()
             torch.cuda.synchronize()
-
-
-def captured(body: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The body's work as a graph, and its result. What the body raises is raised, and later captures are as if it had not been."""
-    device = torch.cuda.current_device()
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    collect()
-    with torch.cuda.stream(stream(device)):
-        # Other threads, such as Inductor's, may allocate meanwhile.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            result = body()
-        except BaseException:
-            _abandon(graph, pool, device)
-            raise
-        try:
-            graph.capture_end()
-        except BaseException:
-            _stop_recording(pool, device)
-            raise
-    return graph, result
-
-
-def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, device: int) -> None:
-    try:
-        graph.capture_end()
-    except RuntimeError:  # the body did what a capture forbids, and says so itself
-        _stop_recording(pool, device)
-
-
-def _stop_recording(pool: Any, device: int) -> None:
-    """torch leaves memory going to the pool, and the stream to a capture, where CUDA could not end one."""
-    torch._C._cuda_endAllocateToPool(device, pool)
-    stream.cache_clear()
 
 
 def seconds(function: Callable[[], Any], device: str, repeats: int = 10) -> float:
