@@ -22,7 +22,7 @@ from rivals import DECODER, DEPTH, RIVALS, NotHere, Subject, limit_of, products_
 from roofline import ceilings
 from sampling import Sampler, tuned_convolutions
 
-from flowturbo.latency import seconds
+from flowturbo.latency import fresh_peak, seconds
 from flowturbo.models.vae import DiffusersVAE
 
 ROUNDS = 5
@@ -80,9 +80,7 @@ def test_plan(benchmark: Any, rounds: int, rival: str, size: int, batch: int, de
         pytest.skip(str(reason))
     cuda = s.device.type == "cuda"
     limits = ceilings(s.device.type)  # before memory is counted: what it leaves behind is in every rival's peak, or in none
-    collect()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    fresh_peak(s.device)
     first = setup + seconds(lambda: sampler(plan), s.device)
     result = sampler(plan)
     assert result.shape == ((batch, size, size, 3) if with_vae else (batch, 4, size // 8, size // 8))

@@ -270,6 +270,28 @@ def test_what_is_measured_again_is_replaced_and_the_rest_is_kept(checkout, tmp_p
         assert any(name.endswith("rivals-1-ours.log") for name in archive.getnames())
 
 
+def test_the_extension_is_built_where_no_pyproject_is_read(checkout, tmp_path):
+    """setuptools before 77 can't read ours."""
+    (checkout / "setup.py").write_text("""
+import sys
+from pathlib import Path
+assert not Path("pyproject.toml").exists()
+lib = Path(sys.argv[sys.argv.index("--build-lib") + 1])
+(lib / "built").write_text(" ".join(sys.argv))
+""")
+    status, printed = check(checkout, tmp_path, "kernels", FLOWTURBO_BENCH_BATCHES="8")
+    assert status == 0
+    assert "NOT PASSED" not in printed[0]
+    assert "build_ext" in (checkout / "built").read_text()
+
+
+def test_python_may_be_python3_only(checkout, tmp_path):
+    for name, text in (("python", "exit 127"), ("python3", f'exec {sys.executable} "$@"')):
+        (tmp_path / "tools" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "tools" / name).chmod(0o755)
+    assert check(checkout, tmp_path / "results", "growth", PYTHON="")[0] == 0
+
+
 def test_without_torch_or_a_device_it_says_so(checkout, tmp_path):
     (checkout / "bench/machine.py").write_text("import sys; sys.exit('torch finds no CUDA device')")
     for variables, message in (
