@@ -63,6 +63,7 @@ NOT_RUN = {
     "python -m venv": "the tests run in what it makes",
     ". .venv/bin/activate": "the tests run in what it enters",
     "python -m pytest": "it runs this test",
+    "python tests/fake_cuda/run.py": "it needs a CUDA build of torch: .ci/run runs it",
     "bash .ci/run": "it runs this test",
     "ruff format": ".ci/run runs it",
     "ruff check": ".ci/run runs it",
