@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from harness import collect
 from lines import append
 from machine import device_name
+from rivals import depth
 from roofline import plan_floor
 
 import flowturbo as ft
@@ -45,7 +45,7 @@ Point = dict[str, Any]
 def config(side: int) -> SiTConfig:
     if ON_CUDA:
         xl = SIT_CONFIGS["SiT-XL/2"]
-        return replace(xl, side=side, depth=int(os.environ.get("FLOWTURBO_BENCH_DEPTH") or xl.depth))
+        return replace(xl, side=side, depth=depth() or xl.depth)
     return SiTConfig(hidden=96, depth=2, heads=4, patch=2, side=side)
 
 

@@ -99,7 +99,7 @@ def subject(size: int, batch: int, decode: bool) -> Subject:
     """As the environment has it. ValueError for a depth or decoder there that is none."""
     cuda = torch.cuda.is_available()
     decoder = _decoder(cuda)
-    nets = networks(size, cuda, _depth(), decoder)
+    nets = networks(size, cuda, depth(), decoder)
     weight = nets[0].pos_embed
     config = nets[0].config
     noise = rng.noise((config.channels, config.side, config.side), 0, range(batch)).to(weight.device)
@@ -107,7 +107,7 @@ def subject(size: int, batch: int, decode: bool) -> Subject:
     return Subject(*nets, weight.device, weight.dtype, batch, decode, decoder, noise, labels)
 
 
-def _depth() -> int | None:
+def depth() -> int | None:
     given = os.environ.get(DEPTH)
     if not given:
         return None

@@ -20,7 +20,7 @@ from .checks import positive
 from .files import CheckpointError, load_tensors, save_tensors
 from .images import ImageFiles, scan, scan_captions, square
 from .models import choose_device
-from .models.pipelines import load_pipeline
+from .models.pipelines import load_pipeline, move_part
 from .models.prompted import encode_prompts
 from .models.vae import VAE, DiffusersVAE, load_vae
 
@@ -183,7 +183,8 @@ def _opened(settings: Encode, device: torch.device) -> tuple[_Source, _Labels, V
     wide = torch.float32 if device.type == "cpu" else torch.bfloat16
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name != "transformer":  # it is a shell, without weights
-            nn.Module.to(part, device, torch.float32 if name == "vae" else wide).eval().requires_grad_(False)
+            move_part(part, device, torch.float32 if name == "vae" else wide)
+            part.eval().requires_grad_(False)
     return images, _Captions(images.captions, pipe, settings, device), DiffusersVAE(pipe.vae)
 
 

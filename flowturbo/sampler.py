@@ -201,10 +201,11 @@ def _labels(labels: Any, num_classes: int) -> Tensor:
     classes = classes.reshape(1) if classes.ndim == 0 else classes
     if classes.ndim != 1 or not len(classes):
         raise ValueError(f"labels must be a list of at least one class number, got shape {tuple(classes.shape)}")
-    bad = [int(c) for c in classes if not 0 <= c < num_classes]
-    if bad:
-        raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {bad[0]}")
-    return classes.to(torch.int64)
+    classes = classes.to(torch.int64)
+    bad = classes[(classes < 0) | (classes >= num_classes)]  # one synchronisation, wherever they lie
+    if len(bad):
+        raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {int(bad[0])}")
+    return classes
 
 
 def _noise(given: Tensor | None, seed: int | None, shape: tuple[int, ...] | None) -> Tensor:

@@ -15,7 +15,7 @@ from .data import Data, load_data, needs_vae
 from .distributed import workers
 from .engine import Objective, Settings, Weights, fit, provenance
 from .models.checkpoint import save_sit
-from .models.pipelines import is_pipeline, load_pipeline, network_of
+from .models.pipelines import is_pipeline, load_pipeline, move_part, network_of
 from .models.pretrained import WEIGHTS, write_pretrained
 from .models.prompted import Conditions, PromptNetwork, guidance_style, refiner_for
 from .models.sit import SIT_CONFIGS, SiT, SiTConfig
@@ -136,7 +136,8 @@ def _for_prompts(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seeded(settings.seed).initial_seed())
         refiner = refiner_for(teacher, settings.depth)
-    predictor = PromptNetwork(nn.Module.to(teacher, device, torch.float32).eval().requires_grad_(False))
+    move_part(teacher, device, torch.float32)
+    predictor = PromptNetwork(teacher.eval().requires_grad_(False))
     if predictor.channels != data.shape[0]:
         raise ValueError(f"data has latents of {data.shape[0]} channels, the teacher wants {predictor.channels}")
     null = {name: value.to(device) for name, value in data.null.items()}

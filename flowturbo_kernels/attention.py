@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import Make, expect_floating, expect_shape, op, wanted
-from ._triton import dot_precision, kernel, next_power_of_2, tl
+from ._triton import dot_precision, kernel, next_power_of_2, tl, too_large
 from ._tune import Ways, form
 
 # Triton: one program a block of queries of one head; an online softmax over blocks of keys, which are read where the qkv projection
@@ -100,8 +100,10 @@ def attention(qkv: Tensor) -> Tensor:
 
 
 def _cannot(qkv: Tensor) -> str | None:
-    head_dim = qkv.shape[-1]
-    return None if head_dim % 8 == 0 and head_dim <= 128 else f"head_dim must be a multiple of 8 up to 128, got {head_dim}"
+    T, head_dim = qkv.shape[1], qkv.shape[-1]
+    if head_dim % 8 or head_dim > 128:
+        return f"head_dim must be a multiple of 8 up to 128, got {head_dim}"
+    return too_large(T * max(qkv.stride(1), qkv[:1, :1].numel()))
 
 
 def _ways(qkv: Tensor) -> Ways:

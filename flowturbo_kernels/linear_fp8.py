@@ -12,7 +12,7 @@ from torch import Tensor
 from ._matmul import FP8_TILES, MASKED_TILES, Tile, product
 from ._op import Make, expect_floating, expect_shape, op, wanted, wide
 from ._place import gelu_tanh
-from ._triton import kernel, next_power_of_2, rows, tl
+from ._triton import kernel, next_power_of_2, rows, tl, too_many_rows
 from ._tune import Ways, form
 from .linear import Activation
 
@@ -54,7 +54,9 @@ def _no_fp8(x: Tensor) -> str | None:
     """Why a kernel can't take the rows of x (..., K), or None."""
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
         return "e4m3 needs sm_89 or later"
-    return None if x.shape[-1] <= 16384 else f"K must be at most 16384, got {x.shape[-1]}"
+    if not 1 <= x.shape[-1] <= 16384:
+        return f"K must be from 1 to 16384, got {x.shape[-1]}"
+    return too_many_rows(x.numel() // x.shape[-1])
 
 
 @quantize_rows.backend("triton", cannot=_no_fp8)

@@ -201,3 +201,13 @@ def test_what_a_quantiser_marks_is_not_cast():
     ft.from_pipeline(pipe, image_size=32, dtype=torch.bfloat16)
     assert {value.dtype for value in pipe.vae.state_dict().values()} == {torch.float32}
     assert {value.dtype for value in pipe.transformer.state_dict().values()} == {torch.bfloat16}
+
+
+def test_a_refiner_that_a_quantiser_marks_is_not_cast():
+    pipe = pytest.importorskip("pipelines", exc_type=ImportError).sd3()
+    for quantised, dtype in ((True, torch.bfloat16), (False, pipe.transformer.dtype)):
+        refiner = ft.refiner_for(pipe.transformer).to(torch.bfloat16)
+        if quantised:
+            refiner.is_quantized = True
+        ft.restore(ft.accelerate(pipe, "H1P2R1", refiner=refiner))
+        assert {value.dtype for value in refiner.state_dict().values()} == {dtype}

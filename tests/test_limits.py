@@ -170,6 +170,12 @@ def huge() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "adaln_modulate", (empty(rows, 1, 2), empty(rows, 2), empty(rows, 2))
         yield "gated_residual_adaln", (*[empty(1, rows, 2)] * 2, *[empty(1, 2)] * 3)
         yield "velocity_update", (empty(rows, 2), [empty(rows, 2)], [0.1])
+        yield "quantize_rows", (empty(rows, 8),)
+        fp8 = torch.empty(8, 8, dtype=torch.float8_e4m3fn, device="meta")
+        yield "linear_fp8", (empty(1, rows, 8), fp8, empty(8).float(), empty(8))
+    for tokens in (2**30, 2**31):
+        yield "attention", (empty(1, tokens // 24, 3, 1, 8),)
+        yield "attention", (empty(1, tokens // 48, 2, 3, 1, 8)[:, :, 0],)
     for N in (65535, 65536):
         x, v = empty(N, 1, 2, 2), empty(2 * N, 1, 2, 2)
         yield "velocity_update", (x, [v], [0.1])
@@ -227,4 +233,5 @@ def test_every_grid_is_one_or_its_inputs_are_refused(backend, launched, monkeypa
         launched.clear()
     assert all(any(ways) for ways in taken.values()), taken
     refused = {name for name, ways in taken.items() if not all(ways)}
-    assert refused >= {"adaln_modulate", "gated_residual_adaln", "guided_update", "group_norm_silu"}
+    in_triton_alone = {"attention", "linear_fp8", "quantize_rows"} if backend == "triton" else set()
+    assert refused >= {"adaln_modulate", "gated_residual_adaln", "guided_update", "group_norm_silu"} | in_triton_alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import weakref
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from flowturbo_kernels import BackendError, _choices, _measure, _op, _tune, linear
+from flowturbo_kernels import BackendError, _cache, _choices, _measure, _op, _tune, linear
 from flowturbo_kernels._measure import Timing
 from flowturbo_kernels._tune import Ways, form
 
@@ -289,6 +290,15 @@ def test_a_folder_that_cannot_be_written_costs_no_more_than_time(machine, monkey
     monkeypatch.setenv("FLOWTURBO_CACHE", str(machine / "file"))
     another_process()
     assert fastest("op 1", timed([], a=3.0, b=1.0)) == "b"
+
+
+def test_a_full_disk_keeps_nothing_half_written(machine, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(_cache.os, "replace", full)
+    _cache.whole_file(machine / "entry", b"bytes")
+    assert not [path for path in machine.iterdir() if "entry" in path.name or path.suffix == ".tmp"]
 
 
 def test_processes_that_write_at_once_lose_nothing(machine):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..graph import Captures
+from ..models.pipelines import move_part
 from ..models.prompted import KINDS, check_refiner
 from ..plan import Plan, as_plan
 from .network import Graphed, Refining, Undo, fuse_adaln, patch
@@ -79,7 +80,7 @@ def accelerate(
     done = Accelerated(plan, pipe.scheduler, scheduler)
     if module is not None:
         assert network is not None
-        nn.Module.to(module, network.device, network.dtype)
+        move_part(module, network.device, network.dtype)
         scheduler.refiner = Refining(pipe, network, module.eval())
         done.undo.append(scheduler.refiner.remove)
     if graph:

@@ -65,9 +65,9 @@ def from_pipeline(
         raise ValueError(f"dtype must be left out for a quantised {type(module).__name__} of {module.dtype}, got {dtype}")
     if named or device is not None or dtype != module.dtype:
         for part in parts:
-            _move(part, place, dtype)
+            move_part(part, place, dtype)
     if side is not None:
-        _move(side, place, dtype)
+        move_part(side, place, dtype)
         parts.append(side)
     for part in parts:
         part.eval().requires_grad_(False)
@@ -89,7 +89,7 @@ def from_pipeline(
     )
 
 
-def _move(part: nn.Module, place: torch.device, dtype: torch.dtype) -> None:
+def move_part(part: nn.Module, place: torch.device, dtype: torch.dtype) -> None:
     """By nn.Module's own way, which also casts what diffusers' refuses to; what is quantised is moved and stays what it is."""
     if _quantised(part):
         nn.Module.to(part, place)
