@@ -104,7 +104,7 @@ build() { # From a folder without pyproject.toml, whose licence setuptools befor
 correct() {
     local tests workers sanitizer
     build
-    stage info 25 "$python" -c 'from flowturbo.info import report; print(report())'
+    stage info 25 "$python" -c 'from flowturbo.cli.info import report; print(report())'
     # Most of the tests' time is Triton compiling, on one core a kernel.
     workers=$([ "$wanted" = list ] || "$python" -c 'import os, xdist; print("-n", min(12, os.cpu_count()))' 2>/dev/null)
     mapfile -t tests < <(grep -rlE 'mark\.gpu' tests --include='test_*.py' | sort)
@@ -131,7 +131,7 @@ plans() {
     for batch in $batches; do
         plan_stage "batch-$batch" 180 "$batch" ours ours-fp8 ours-eager eager autocast
     done
-    stage profile 120 "$python" -c 'import sys; from pathlib import Path; from flowturbo.latency import Bench, bench
+    stage profile 120 "$python" -c 'import sys; from pathlib import Path; from flowturbo.evaluation.latency import Bench, bench
 model, folder, plan, repeats, *batches = sys.argv[1:]
 print(bench(Bench(model, plans=(plan,), batch_sizes=tuple(map(int, batches)), repeats=int(repeats), profile=Path(folder))))' \
         "${FLOWTURBO_BENCH_MODEL:-SiT-XL/2}" "$logs/profile" "${plans%% *}" "${FLOWTURBO_BENCH_ROUNDS:-5}" $batches

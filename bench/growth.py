@@ -24,9 +24,10 @@ from rivals import depth
 from roofline import plan_floor
 
 import flowturbo as ft
-from flowturbo.files import write_text
-from flowturbo.latency import filled, measure
+from flowturbo.evaluation.latency import measure
+from flowturbo.models.random_weights import filled
 from flowturbo.models.sit import SIT_CONFIGS, SiTConfig
+from flowturbo.storage.files import write_text
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")

@@ -30,12 +30,13 @@ from sampling import AnyJob, Sampler, captured, plainly, sample, tuned_convoluti
 from torch import Tensor, nn
 
 import flowturbo as ft
-from flowturbo import rng
-from flowturbo.latency import filled, seconds
-from flowturbo.models import FlowModel
-from flowturbo.models.fused_vae import fuse
+from flowturbo.models.flow_model import FlowModel
+from flowturbo.models.random_weights import filled
 from flowturbo.models.sit import SIT_CONFIGS, SiT, SiTConfig
 from flowturbo.models.vae import DiffusersVAE
+from flowturbo.models.vae_fusion import fuse
+from flowturbo.runtime import rng
+from flowturbo.runtime.device import seconds
 
 GUIDANCE = 1.5
 DEPTH, DECODER = "FLOWTURBO_BENCH_DEPTH", "FLOWTURBO_BENCH_DECODER"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowturbo.models.sit import SiTConfig
-from flowturbo.plan import Plan
+from flowturbo.solver.plan import Plan
 from flowturbo_kernels._op import tensors
 
 

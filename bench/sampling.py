@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import flowturbo as ft
-from flowturbo.job import Job, Watch
-from flowturbo.models import FlowModel
+from flowturbo.models.flow_model import FlowModel
+from flowturbo.sampling.run import Job, Watch
 
 if TYPE_CHECKING:
     from rivals import Subject

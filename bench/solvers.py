@@ -19,8 +19,8 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from flowturbo import Plan, load
-from flowturbo.fit import error
-from flowturbo.tune import Tune, calibration_batches
+from flowturbo.tuning.fit import error
+from flowturbo.tuning.tune import Tune, calibration_batches
 
 FLOW: dict[str, Any] = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
 SOLVERS: dict[str, Any] = {

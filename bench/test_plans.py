@@ -22,8 +22,9 @@ from rivals import DECODER, DEPTH, RIVALS, NotHere, Subject, limit_of, products_
 from roofline import ceilings
 from sampling import Sampler, tuned_convolutions
 
-from flowturbo.latency import fresh_peak, seconds
+from flowturbo.evaluation.latency import fresh_peak
 from flowturbo.models.vae import DiffusersVAE
+from flowturbo.runtime.device import seconds
 
 ROUNDS = 5
 

@@ -5,20 +5,20 @@ model = ft.load("digits")
 images = ft.sample(model, "H1P5R3", labels=[3, 7], guidance=2.0, seed=0, output="uint8")
 """
 
-from .ahead import compile, summary
-from .edit import edit, inpaint
-from .files import CheckpointError
-from .graph import CaptureError
-from .integrations.diffusers import accelerate, accelerated, restore
-from .job import StepInfo
-from .models import FlowModel, load
+from .integrations.diffusers import accelerate, accelerated, restore, summary
+from .models.flow_model import FlowModel
+from .models.load import load
 from .models.pipelines import from_pipeline
-from .models.prompted import PromptModel, refiner_for
-from .plan import Plan
-from .rng import noise
-from .sampler import sample
-
-__version__ = "0.1.0"
+from .models.text_to_image import PromptModel, refiner_for
+from .runtime.cuda_graphs import CaptureError
+from .runtime.rng import noise
+from .sampling.compile import compile
+from .sampling.edit import edit, inpaint
+from .sampling.run import StepInfo
+from .sampling.sampler import sample
+from .solver.plan import Plan
+from .storage.files import CheckpointError
+from .version import __version__
 
 __all__ = [
     "CaptureError",

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..graph import Captures
+from ..models.flow_model import FlowModel
 from ..models.pipelines import move_part
-from ..models.prompted import KINDS, check_refiner
-from ..plan import Plan, as_plan
-from .network import Graphed, Refining, Undo, fuse_adaln, patch
+from ..models.text_to_image import KINDS, check_refiner
+from ..runtime.cuda_graphs import Captures
+from ..solver.plan import Plan, as_plan
+from .transformer import Graphed, Refining, Undo, fuse_adaln, patch
 
 if TYPE_CHECKING:
     from .scheduler import Grid, PlanScheduler
@@ -121,9 +122,15 @@ def accelerated(pipe: Any, plan: str | Plan, *args: Any, **options: Any) -> Iter
         restore(pipe)
 
 
-def summary(pipe: Any) -> str:
-    """Plan, calls, milliseconds, captures and their memory. ValueError where the pipeline is not accelerated."""
-    done = _done(pipe)
+def summary(model: Any) -> str:
+    """A line a capture: what it runs, milliseconds with and without the graph, memory, how often; and what failed, and why.
+
+    model: a FlowModel, or a diffusers pipeline that `accelerate` was called on, of which it tells plan, calls and milliseconds too.
+    ValueError where the pipeline is not accelerated.
+    """
+    if isinstance(model, FlowModel):
+        return str(model.captures)
+    done = _done(model)
     lines = [f"plan {done.plan}: {done.plan.cost.predictor} predictor and {done.plan.cost.refiner} refiner calls a run"]
     each = f", {1e3 * done.seconds / done.calls:.2f} ms each on the host" if done.calls else ""
     lines.append(f"{done.calls} predictor calls so far{each}")

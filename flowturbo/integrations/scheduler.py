@@ -21,8 +21,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 from torch import Tensor
 
-from ..plan import Plan, as_plan
-from ..steps import Field, State, Step
+from ..solver.plan import Plan, as_plan
+from ..solver.steps import Field, State, Step
 
 Grid = Literal["auto", "pipeline", "corrected", "plan"]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..files import CheckpointError, load_tensors, load_torch_file, save_tensors
+from ..storage.files import CheckpointError, load_tensors, load_torch_file, save_tensors
 from .fp8 import Fp8Linear
 from .sit import SiT, SiTConfig, config_from_state
 

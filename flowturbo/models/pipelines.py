@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from ..checks import positive
-from ..files import CheckpointError
-from . import choose_device
-from .fused_vae import fuse
-from .pretrained import ask_hub, first_line, is_path
-from .prompted import PromptModel, PromptNetwork, check_refiner, guidance_style
+from ..runtime.device import choose_device
+from ..storage.files import CheckpointError
+from .diffusers_io import ask_hub, first_line, is_path
+from .text_to_image import PromptModel, PromptNetwork, check_refiner, guidance_style
 from .vae import VAE, DiffusersVAE, load_vae
+from .vae_fusion import fuse
 
 
 def from_pipeline(

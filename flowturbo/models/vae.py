@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..files import CheckpointError
-from .fused_vae import fuse
-from .pretrained import ask_hub, is_path, read_pretrained
+from ..storage.files import CheckpointError
+from .diffusers_io import ask_hub, is_path, read_pretrained
+from .vae_fusion import fuse
 
 SD_LATENT_SCALE = 0.18215
 DECODE_BYTES = 2 << 30

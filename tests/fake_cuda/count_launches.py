@@ -24,10 +24,10 @@ from decoder import Autoencoder  # noqa: E402
 
 import fake_cuda  # noqa: E402
 import flowturbo as ft  # noqa: E402
-from flowturbo.field import HoistedField  # noqa: E402
-from flowturbo.latency import untrained  # noqa: E402
-from flowturbo.models.fused_vae import fuse  # noqa: E402
+from flowturbo.models.random_weights import untrained  # noqa: E402
 from flowturbo.models.vae import DiffusersVAE  # noqa: E402
+from flowturbo.models.vae_fusion import fuse  # noqa: E402
+from flowturbo.sampling.velocity_field import HoistedField  # noqa: E402
 
 PAGE = ROOT / "docs" / "launches.md"
 PLAN = "H1P5R3"

@@ -14,8 +14,8 @@ from tiny import CONFIG, random_sit
 from torch import Tensor
 
 import flowturbo as ft
-from flowturbo.graph import Captures, Key
-from flowturbo.recorder import CudaRecorder
+from flowturbo.runtime.cuda_graphs import Captures, Key
+from flowturbo.runtime.recorder import CudaRecorder
 
 fake_cuda = pytest.importorskip("fake_cuda")
 if not getattr(fake_cuda, "PRESENT", False):

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import inductor
 import rivals
-from test_rivals import check_dtypes
+from rival_dtypes import check_dtypes
 from torch._inductor import config
 
 import flowturbo as ft
-from flowturbo.latency import fresh_peak, measure
+from flowturbo.evaluation.latency import fresh_peak, measure
 from flowturbo.models.vae import DiffusersVAE
 
 EAGER = ["ours", "ours-eager", "ours-fp8", "eager", "autocast"]

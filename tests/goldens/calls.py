@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import flowturbo as ft
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent / "helpers"))
 from tiny import HEAD_DIM_72, tiny_model  # noqa: E402
 
 RECORD = HERE / "calls.json"
@@ -37,7 +37,7 @@ def call(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def command(*words: object) -> None:
-    from flowturbo.cli import main
+    from flowturbo.cli.main import main
 
     words = tuple(str(word) for word in words)
     assert main([*words, *([] if words[0] == "verify" else ["--device", "cpu"])]) == 0, words

@@ -1,0 +1,108 @@
+"""The command `flowturbo`: subcommands over the library's functions, with no logic of their own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+import tyro
+
+from ..data.encode import Encode, encode
+from ..evaluation.fid import Fidelity, fidelity
+from ..evaluation.latency import Bench, bench
+from ..evaluation.quality import Evaluate, evaluate
+from ..evaluation.velocity import InspectVelocity, inspect_velocity
+from ..training.train import Distill, Train, distill, train
+from ..tuning.tune import Tune, tune
+from . import info
+from .convert import Convert, _convert
+from .demo import Demo, run_demo
+from .edit import Edit, Inpaint, run_edit
+from .sample import Sample, Verify, run_sample, run_verify
+
+
+@dataclass(frozen=True)
+class EncodeFiles(Encode):
+    """Encode images, and captions if they have them, into shards of latents, once for all trainings."""
+
+    source: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Path]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Print versions, devices and which kernels run, to paste into a report."""
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
+    "sample": (Sample, run_sample),
+    "verify": (Verify, run_verify),
+    "edit": (Edit, run_edit),
+    "inpaint": (Inpaint, run_edit),
+    "demo": (Demo, run_demo),
+    "train": (Train, train),
+    "distill": (Distill, distill),
+    "evaluate": (Evaluate, evaluate),
+    "inspect-velocity": (InspectVelocity, inspect_velocity),
+    "encode": (EncodeFiles, encode),
+    "convert": (Convert, _convert),
+    "tune": (Tune, tune),
+    "bench": (Bench, bench),
+    "info": (Info, lambda _: info.report()),
+}
+"""Each command: the settings that are its flags, and what it does with them; what that returns is printed."""
+
+WITH_FLAG: dict[tuple[str, str], tuple[type, Callable[[Any], object]]] = {
+    ("evaluate", "--metrics"): (Fidelity, fidelity),
+}
+"""What a command is where a flag is given: other settings, another function."""
+
+
+def parse(words: Sequence[str]) -> Any:
+    """The settings that a command line means. SystemExit, with the reason on standard error, where it means none."""
+    flags = {word.split("=")[0] for word in words}
+    commands = COMMANDS | {name: entry for (name, flag), entry in WITH_FLAG.items() if flag in flags}
+    subcommands = [
+        Annotated[settings, tyro.conf.subcommand(name, prefix_name=False)]  # type: ignore[valid-type]
+        for name, (settings, _) in commands.items()
+    ]
+    choices: Any = Union[tuple(subcommands)]  # noqa: UP007  (made from a table)
+    return tyro.cli(
+        choices,
+        prog="flowturbo",
+        description="Few-call sampling of flow-matching models. Add --debug to any command for a full traceback.",
+        args=list(words),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Errors are one line unless --debug is given."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    settings = parse([word for word in words if word != "--debug"])
+    run = next(run for kind, run in [*COMMANDS.values(), *WITH_FLAG.values()] if type(settings) is kind)
+    try:
+        result = run(settings)
+    except KeyboardInterrupt:
+        print("flowturbo: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+        if debug:
+            raise
+        print(f"flowturbo: error: {error}", file=sys.stderr)
+        return 2
+    if result is not None and int(os.environ.get("RANK", "0")) == 0:
+        print(result)
+    return 0
+
+
+def run() -> None:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

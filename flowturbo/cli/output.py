@@ -1,0 +1,76 @@
+"""Images as one labelled grid, for people to look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..solver.plan import Plan
+from ..storage.files import atomic_write
+
+_MARGIN, _TEXT = 6, 18
+_SMALLEST = 96
+
+
+def labelled_grid(images: Tensor, labels: Sequence[str], columns: int | None = None) -> Image.Image:
+    """images (N, height, width, 3) uint8, one label each -> one picture; images under 96 pixels are enlarged by whole factors.
+
+    Labels wider than an image are cut short.
+    """
+    pixels: np.ndarray = images.cpu().numpy()
+    if len(pixels) != len(labels):
+        raise ValueError(f"labels must be {len(pixels)}, one an image, got {len(labels)}")
+    height, width = pixels.shape[1:3]
+    factor = max(1, math.ceil(_SMALLEST / min(height, width)))
+    columns = columns or min(len(pixels), max(5, math.isqrt(len(pixels) - 1) + 1))
+    rows = math.ceil(len(pixels) / columns)
+    cell = (width * factor + _MARGIN, height * factor + _MARGIN + _TEXT)
+    picture = Image.new("RGB", (columns * cell[0] + _MARGIN, rows * cell[1] + _MARGIN), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        x, y = (i % columns) * cell[0] + _MARGIN, (i // columns) * cell[1] + _MARGIN
+        enlarged = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        picture.paste(enlarged, (x, y))
+        fitting = _cut(label, lambda text: font.getlength(text) <= width * factor)
+        draw.text((x + width * factor / 2, y + height * factor + 1), fitting, fill="black", font=font, anchor="ma")
+    return picture
+
+
+def _cut(label: str, fits: Callable[[str], bool]) -> str:
+    """One line, with dots for what does not fit."""
+    label = " ".join(label.split())
+    if fits(label):
+        return label
+    return next((text for end in range(len(label), 0, -1) if fits(text := f"{label[:end].rstrip()}...")), "")
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"out must end in .png or .npz, got {str(out)!r}")
+
+
+def _write(out: Path, images: Tensor, labels: Sequence[int] | Sequence[str], before: Tensor | None = None) -> None:
+    """A grid, under the images that were there before if any; or the images as numbers."""
+    with atomic_write(out) as file:
+        if out.suffix == ".npz":
+            np.savez(file, arr_0=images.cpu().numpy(), labels=np.array(labels))
+        elif len(images) == 1 and before is None and isinstance(labels[0], str):
+            Image.fromarray(images[0].cpu().numpy()).save(file, format="PNG")
+        else:
+            names = [str(label) for label in labels]
+            if before is None:
+                picture = labelled_grid(images, names)
+            else:
+                picture = labelled_grid(torch.cat([before.cpu(), images.cpu()]), [*[""] * len(before), *names], columns=len(names))
+            picture.save(file, format="PNG")
+
+
+def _said(out: Path, count: int, plan: Plan) -> str:
+    cost = plan.cost
+    return f"{out}: {count} images by {plan} ({cost.predictor} predictor and {cost.refiner} refiner calls)"

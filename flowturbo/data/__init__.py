@@ -1,0 +1,1 @@
+"""Training data: latents, captions, and their encoding."""

@@ -1,0 +1,289 @@
+"""Training data: latents with labels, from scikit-learn's digits, from files of latents, or from folders of images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import positive
+from ..models.text_to_image import Labels
+from ..models.vae import VAE
+from ..runtime.rng import Draws, stream
+from ..storage.files import CheckpointError, load_tensors
+from ..storage.images import scan
+
+
+class Data(Protocol):
+    """What a trainer asks of data."""
+
+    shape: tuple[int, int, int]
+    """Of one latent: (C, H, W)."""
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray, draws: Draws) -> tuple[Tensor, Labels]:
+        """indices (N,) -> latents (N, C, H, W) float32 and labels (N,) int64. Anything random comes from draws."""
+        ...
+
+
+class Latents:
+    """Latents held in memory, in the type they come in.
+
+    mean (N, C, H, W); labels (N,) whole numbers from 0.
+    std: of the encoder's posterior, from which each use draws anew; None: the latents are exact.
+    latents_flipped, std_flipped: of the mirrored images; each use takes these or the others with equal chance.
+    num_classes: None: one more than the largest label.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor,
+        labels: Tensor,
+        std: Tensor | None = None,
+        num_classes: int | None = None,
+        latents_flipped: Tensor | None = None,
+        std_flipped: Tensor | None = None,
+    ) -> None:
+        if mean.ndim != 4 or not len(mean):
+            raise ValueError(f"latents must have shape (N, C, H, W) with N at least 1, got {tuple(mean.shape)}")
+        if labels.shape != (len(mean),) or labels.is_floating_point():
+            raise ValueError(
+                f"labels must be {len(mean)} whole numbers, one a latent, got shape {tuple(labels.shape)}, {labels.dtype}"
+            )
+        flipped_std_fits = (std_flipped is None) == (std is None or latents_flipped is None)
+        if not flipped_std_fits:
+            raise ValueError("std_flipped must come with std and latents_flipped, and they with it")
+        others = {"std": std, "latents_flipped": latents_flipped, "std_flipped": std_flipped}
+        for name, values in others.items():
+            if values is not None and values.shape != mean.shape:
+                raise ValueError(f"{name} must have the latents' shape {tuple(mean.shape)}, got {tuple(values.shape)}")
+        for name, values in ({"latents": mean} | others).items():
+            # In pieces: the mask of all would be half as large as float16 latents are.
+            if values is not None and not all(piece.isfinite().all() for piece in values.split(4096)):
+                raise ValueError(f"{name} must be finite, got NaN or infinity in them")
+        if int(labels.min()) < 0:
+            raise ValueError(f"labels must be from 0 on, got {int(labels.min())}")
+        self.mean, self.std, self.labels = mean, std, labels.to(torch.int64)
+        self.latents_flipped, self.std_flipped = latents_flipped, std_flipped
+        self.shape = (mean.shape[1], mean.shape[2], mean.shape[3])
+        self.num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
+        if int(labels.max()) >= self.num_classes:
+            raise ValueError(f"labels must be below {self.num_classes}, got {int(labels.max())}")
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def batch(self, indices: np.ndarray, draws: Draws) -> tuple[Tensor, Tensor]:
+        chosen = torch.from_numpy(indices)
+        mean = self.mean[chosen]
+        std = None if self.std is None else self.std[chosen]
+        if self.latents_flipped is not None:
+            flip = flips(draws)
+            mean = torch.where(flip, self.latents_flipped[chosen], mean)
+            if std is not None and self.std_flipped is not None:
+                std = torch.where(flip, self.std_flipped[chosen], std)
+        return drawn(mean, std, draws), self.labels[chosen]
+
+
+class ImageFolder:
+    """A folder of images with a sub-folder a class: each use reads a file, mirrors every other one, and encodes it anew.
+
+    Convenient, but the encoder runs at every step: for a long training, encode once (flowturbo.encode) and train on its latents,
+    which give the same batches up to their rounding.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], vae: VAE, image_size: int) -> None:
+        self.files = scan(folder)
+        self.vae, self.image_size = vae, positive("image_size", image_size)
+        with torch.no_grad():
+            blank, _ = vae.encode(torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8))
+        self.shape = (blank.shape[1], blank.shape[2], blank.shape[3])
+        self.num_classes = len(self.files.classes)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @torch.no_grad()
+    def batch(self, indices: np.ndarray, draws: Draws) -> tuple[Tensor, Tensor]:
+        """As Data.batch; the latents are on the VAE's device."""
+        images = torch.from_numpy(self.files.read(indices, self.image_size))
+        images = torch.where(flips(draws), images.flip(2), images)
+        mean, std = self.vae.encode(images)
+        return drawn(mean, std, draws), torch.from_numpy(self.files.labels[indices])
+
+
+def flips(draws: Draws) -> Tensor:
+    """Which rows are mirrored, (rows, 1, 1, 1)."""
+    return (draws.uniform() < 0.5).view(-1, 1, 1, 1)
+
+
+def drawn(mean: Tensor, std: Tensor | None, draws: Draws) -> Tensor:
+    """One draw of the encoder's posterior, float32."""
+    if std is None:
+        return mean.float()
+    return mean.float() + std.float() * draws.normal(mean.shape[1:]).to(mean.device)
+
+
+def digits(part: str = "train") -> Latents:
+    """scikit-learn's 1797 handwritten digits, 8 x 8, as one-channel latents in [-1, 1].
+
+    part: "train", four of five; "test", the fifth.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("the digits need scikit-learn: pip install 'flowturbo[digits]'") from None
+    images, labels = load_digits(return_X_y=True)
+    held_out = np.arange(len(images)) % 5 == 4
+    if part not in ("train", "test"):
+        raise ValueError(f"part must be 'train' or 'test', got {part!r}")
+    chosen = held_out if part == "test" else ~held_out
+    pixels = torch.from_numpy(images[chosen]).float().view(-1, 1, 8, 8) / 8 - 1
+    return Latents(pixels, torch.from_numpy(labels[chosen]), num_classes=10)
+
+
+def load_data(source: str | os.PathLike[str], vae: VAE | None = None, image_size: int | None = None) -> Data:
+    """Training data, one of:
+
+    - "digits".
+    - An .npz with arrays "latents" (N, C, H, W) and "labels" (N,); perhaps "std", of the encoder's posterior, so that each use
+      draws anew; perhaps "latents_flipped" (with "std_flipped" if there is "std"), of the mirrored images.
+    - A folder of .safetensors shards with the same names, all of them with the same ones. Of shards that flowturbo.encode wrote,
+      a set must be whole; their number of classes counts, otherwise it is one more than the largest label.
+    - A folder of images with a sub-folder a class; it alone uses vae and image_size, and needs both.
+
+    Latents are as the model sees them, scaled by the VAE's factor, float16 or wider. Files of latents are held in memory.
+    """
+    if source == "digits":
+        return digits()
+    path = Path(source)
+    if path.suffix == ".npz":
+        return _from_npz(path)
+    if not path.is_dir():
+        raise ValueError(
+            "data must be 'digits', an .npz file, a folder of .safetensors shards or a folder of images with a sub-folder a class, "
+            f"got {str(source)!r}"
+        )
+    shards = shards_of(path)
+    if shards:
+        return _from_shards(shards)
+    if not any(entry.is_dir() for entry in path.iterdir()):
+        raise ValueError(
+            f"data must be a folder of .safetensors shards or of images with a sub-folder a class, but {path} has neither"
+        )
+    if vae is None or image_size is None:
+        raise ValueError(f"data {str(source)!r} is a folder of images, which needs a vae and an image_size")
+    return ImageFolder(path, vae, image_size)
+
+
+def needs_vae(source: str | os.PathLike[str]) -> bool:
+    """Whether load_data will take this for a folder of images."""
+    path = Path(source)
+    return source != "digits" and path.is_dir() and not shards_of(path)
+
+
+def shards_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+
+
+# What files of latents hold; other names in them are left alone.
+_NAMES = ("latents", "labels", "std", "latents_flipped", "std_flipped")
+
+Parts = dict[str, Tensor]
+
+
+def _from_npz(path: Path) -> Latents:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = arrays.files
+            part = {k: torch.from_numpy(arrays[k]) for k in _NAMES if k in found}
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} is no whole .npz of plain arrays: {error}") from error
+    return _latents(path, part, None, found)
+
+
+def _from_shards(paths: list[Path]) -> Latents:
+    loaded = {path: load_tensors(path) for path in paths}
+    descriptions = {path: description for path, (_, description) in loaded.items()}
+    num_classes = check_set(descriptions)
+    if any("embeds" in tensors for tensors, _ in loaded.values()):
+        raise ValueError(f"data {paths[0].parent} holds latents with prompts, which are for the refiner of a text-to-image model")
+    parts = {path: {k: v for k, v in tensors.items() if k in _NAMES} for path, (tensors, _) in loaded.items()}
+    del loaded
+    first = paths[0]
+    for path, part in parts.items():
+        shard = _latents(path, part, num_classes, list(part))
+        if part.keys() != parts[first].keys() or shard.shape != tuple(parts[first]["latents"].shape[1:]):
+            raise CheckpointError(f"{path} holds {_contents(part)}, but {first.name} holds {_contents(parts[first])}")
+    # Each name in turn, so that no more than one of them is held twice.
+    joined = {name: torch.cat([part.pop(name) for part in parts.values()]) for name in list(parts[first])}
+    return _latents(first.parent, joined, num_classes, list(joined))
+
+
+def _latents(path: Path, part: Parts, num_classes: int | None, found: list[str]) -> Latents:
+    """Latents of a file's tensors, or CheckpointError naming the file."""
+    if "latents" not in part or "labels" not in part:
+        raise CheckpointError(f"{path} must hold 'latents' and 'labels', got {', '.join(sorted(found)[:8]) or 'nothing'}")
+    others = {name: part.get(name) for name in ("std", "latents_flipped", "std_flipped")}
+    try:
+        return Latents(part["latents"], part["labels"], num_classes=num_classes, **others)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def check_set(descriptions: Mapping[Path, Mapping[str, Any] | None]) -> int | None:
+    """That shards with a description belong together and are all there -> their number of classes, if they say."""
+    (first, described), *others = descriptions.items()
+    for path, other in others:
+        differing = [k for k in _OF_A_SET if (described or {}).get(k) != (other or {}).get(k)]
+        if differing:
+            raise CheckpointError(f"{path} and {first.name} are not of one set: they differ in {', '.join(differing)}")
+    if described is None:
+        return None
+    if "shards" in described:
+        there = {int((d or {}).get("shard", -1)) for d in descriptions.values()}
+        missing = sorted(set(range(int(described["shards"]))) - there)
+        if missing or len(there) != len(descriptions):
+            what = (
+                f"shards {', '.join(map(str, missing[:8]))} of {described['shards']} are missing"
+                if missing
+                else "some shards are twice there"
+            )
+            raise CheckpointError(f"{first.parent} is no whole set of shards: {what} (encode goes on where it was stopped)")
+    classes = described.get("num_classes")
+    return None if classes is None else int(classes)
+
+
+_OF_A_SET = ("kind", "settings", "shards", "num_classes")
+
+
+def _contents(part: Parts) -> str:
+    return f"{', '.join(sorted(part))} with latents of shape {tuple(part['latents'].shape[1:])}"
+
+
+def order(length: int, seed: int, first: int, count: int) -> np.ndarray:
+    """The dataset indices of places first .. first + count in an endless series of shuffled epochs.
+
+    A function of (seed, place) alone.
+    """
+    places = np.arange(first, first + count)
+    indices = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(places // length):
+        here = places // length == epoch
+        shuffled = stream(seed, int(epoch), lane=_ORDER_LANE).permutation(length)
+        indices[here] = shuffled[places[here] % length]
+    return indices
+
+
+_ORDER_LANE = 2**62

@@ -1,0 +1,99 @@
+"""Training data with prompts: latents, and what a text-to-image model's networks are told, as flowturbo.encode writes them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor
+
+from ..models.text_to_image import Labels
+from ..runtime.rng import Draws
+from ..storage.files import CheckpointError, load_tensors
+from .latents import check_set, drawn, flips, shards_of
+
+_LATENTS = ("latents", "std", "latents_flipped", "std_flipped")
+_TOLD = ("embeds", "pooled")
+
+
+class PromptLatents:
+    """Shards that are read where they are used: the encoded prompts of a training set may not fit into memory (4 MB each for FLUX).
+
+    null: the empty prompt's conditions, one row each.
+    """
+
+    num_classes = 0
+
+    def __init__(self, paths: list[Path]) -> None:
+        loaded = {}
+        descriptions: dict[Path, dict[str, Any] | None] = {}
+        for path in paths:
+            tensors, descriptions[path] = load_tensors(path)  # one at a time; this checks it against its digest
+            loaded[path] = _checked(path, tensors)
+        check_set(descriptions)
+        first = loaded[paths[0]]
+        for path, shard in loaded.items():
+            if shard.shapes != first.shapes:
+                raise CheckpointError(f"{path} holds {shard.shapes}, but {paths[0].name} holds {first.shapes}")
+        self.null = first.null
+        channels, height, width = first.shapes["latents"]
+        self.shape = (channels, height, width)
+        self._paths, self._ends = paths, np.cumsum([shard.rows for shard in loaded.values()])
+        self._names = list(first.shapes)
+        self._open: dict[Path, safetensors.safe_open] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def batch(self, indices: np.ndarray, draws: Draws) -> tuple[Tensor, Labels]:
+        """indices (N,) -> latents (N, C, H, W) and conditions (N, ...), float32."""
+        rows = [self._row(int(index)) for index in indices]
+        found = {name: torch.cat([row[name] for row in rows]).float() for name in self._names}
+        mean, std = found["latents"], found.get("std")
+        if "latents_flipped" in found:
+            flip = flips(draws)
+            mean = torch.where(flip, found["latents_flipped"], mean)
+            std = None if std is None else torch.where(flip, found["std_flipped"], std)
+        return drawn(mean, std, draws), {name: found[name] for name in _TOLD if name in found}
+
+    def _row(self, index: int) -> dict[str, Tensor]:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        path, row = self._paths[shard], index - (self._ends[shard - 1] if shard else 0)
+        if path not in self._open:
+            self._open[path] = safetensors.safe_open(path, framework="pt")
+        return {name: self._open[path].get_slice(name)[row : row + 1] for name in self._names}
+
+
+class _Shard(NamedTuple):
+    rows: int
+    shapes: dict[str, tuple[int, ...]]
+    null: dict[str, Tensor]
+
+
+def _checked(path: Path, tensors: dict[str, Tensor]) -> _Shard:
+    rows = {name: tensor for name, tensor in tensors.items() if name in (*_LATENTS, *_TOLD)}
+    told = [name for name in _TOLD if name in rows]
+    missing = [name for name in ("latents", "embeds", *(f"null_{name}" for name in told)) if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{path} must hold {', '.join(missing)}, got {', '.join(sorted(tensors)) or 'nothing'}")
+    counts = {name: len(tensor) for name, tensor in rows.items()}
+    if len(set(counts.values())) > 1 or not counts["latents"]:
+        raise CheckpointError(f"{path} must hold as many rows of each kind, at least one, got {counts}")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} must be finite, got NaN or infinity in them")
+    shapes = {name: tuple(tensor.shape[1:]) for name, tensor in rows.items()}
+    return _Shard(counts["latents"], shapes, {name: tensors[f"null_{name}"].float() for name in told})
+
+
+def load_prompts(folder: str | os.PathLike[str]) -> PromptLatents:
+    """The shards of a folder as flowturbo.encode writes them with a model; the set must be whole. CheckpointError else."""
+    path = Path(folder)
+    shards = shards_of(path) if path.is_dir() else []
+    if not shards:
+        raise ValueError(f"data must be a folder of shards that `flowturbo encode --model` wrote, got {str(folder)!r}")
+    return PromptLatents(shards)

@@ -1,0 +1,94 @@
+"""A small classifier of digits whose features measure the quality of images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checks import natural, positive
+from ..data.latents import Latents
+from .metrics import frechet_distance
+from .statistics import without_blocks
+
+FEATURES = 32
+"""Few enough that some hundred held-out images determine a covariance."""
+
+
+class DigitClassifier(nn.Module):
+    """Images x (N, 1, 8, 8) in [-1, 1] -> logits (N, 10), from FEATURES features before the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, 64, 3, padding=1, stride=2),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, FEATURES),
+            nn.GELU(),
+        )
+        self.head = nn.Linear(FEATURES, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.trunk(x))
+
+    @torch.no_grad()
+    def read(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """latents (N, 1, 8, 8), cut off to [-1, 1] as decoding does -> features (N, FEATURES), classes (N,); on the CPU."""
+        features = self.trunk(latents.detach().cpu().float().clamp(-1, 1))
+        return features, self.head(features).argmax(dim=1)
+
+    def accuracy(self, data: Latents) -> float:
+        """The share of the data's images that get their label."""
+        return float((self.read(data.mean)[1] == data.labels).double().mean())
+
+
+def train_classifier(data: Latents, *, steps: int = 1000, batch_size: int = 64, lr: float = 3e-3, seed: int = 0) -> DigitClassifier:
+    """A classifier of 8 x 8 digits, from shifted and noisy copies of the data; on the CPU, in about 4 s for 1000 steps on one core.
+
+    With the defaults 98 to 99 % of scikit-learn's held-out digits are recognised (seeds 0 to 5). No global random number is drawn.
+    """
+    if data.shape != (1, 8, 8) or data.num_classes != 10:
+        raise ValueError(f"data must be latents (1, 8, 8) of 10 classes, got {data.shape} of {data.num_classes}")
+    positive("steps", steps)
+    generator = torch.Generator().manual_seed(natural("seed", seed))
+    with torch.device("meta"):  # else torch's own initialisation would draw from the global generator
+        network = DigitClassifier()
+    network.to_empty(device="cpu")
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_uniform_(parameter, nonlinearity="relu", generator=generator)
+        else:
+            nn.init.zeros_(parameter)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-2)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+        chosen = torch.randint(len(data), (positive("batch_size", batch_size),), generator=generator)
+        x = _augmented(data.mean[chosen], generator)
+        with torch.enable_grad():
+            F.cross_entropy(network(x), data.labels[chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return network.requires_grad_(False).eval()
+
+
+def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
+    """x (N, 1, 8, 8), the whole batch moved by up to one pixel each way, with a little noise."""
+    right, down = torch.randint(0, 3, (2,), generator=generator).tolist()
+    moved = F.pad(x, (1, 1, 1, 1), value=-1.0)[:, :, down : down + 8, right : right + 8]
+    return moved + 0.1 * torch.randn(x.shape, generator=generator)
+
+
+def read_images(classifier: DigitClassifier, latents: Tensor, labels: Tensor, held_out: Tensor) -> dict[str, Any]:
+    """What the classifier says of images."""
+    features, classes = classifier.read(latents)
+    return {
+        "frechet": frechet_distance(features, held_out),
+        "frechet_blocks": [frechet_distance(features[kept], held_out) for kept in without_blocks(len(latents))],
+        "label_share": float((classes == labels).double().mean()),
+    }

@@ -1,0 +1,1 @@
+"""Sampling, editing and sets of images."""

@@ -1,0 +1,159 @@
+"""sample(): from noise to latents or images by a plan: arguments, seeds and batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..checks import positive
+from ..models.flow_model import FlowModel, VelocityFunction
+from ..models.text_to_image import PromptModel
+from ..solver.plan import Plan, as_plan
+from .inputs import _noise, inputs_of
+from .run import Callback, Job, Watch, integrate
+from .velocity_field import FunctionField
+
+
+@torch.no_grad()
+def sample(
+    model: FlowModel | VelocityFunction,
+    plan: str | Plan,
+    labels: int | Sequence[int] | np.ndarray | Tensor | None = None,
+    *,
+    guidance: float = 1.0,
+    guidance_channels: int | None = None,
+    noise: Tensor | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+    output: Literal["latents", "uint8"] = "latents",
+    **cond: Any,
+) -> Tensor:
+    """Integrate dx/dt = v(x, t) from noise at t = 0 to data at t = 1 by a plan.
+
+    model: a FlowModel (from `load`), or any callable v(x, t, **cond) with t a scalar tensor, which needs `noise`.
+    plan: a Plan, or text such as "H1P5R3", whose grid is uniform but for models with a shift of their own (SD3, FLUX).
+    labels: N class numbers; None: unconditional, as many images as `noise` has. For a text-to-image model N prompts, or what its
+        `encode` made of them. A callable gets them as cond "labels", if given.
+    guidance: the scale s of u + s * (c - u) (classifier-free guidance), 1: none. Needs labels and a null class.
+    guidance_channels: guide the first so many channels; None: the checkpoint's convention (3 of 4 for SiT's, else all).
+    noise: (N, C, H, W); overrides seed. seed: image i draws its noise from (seed, i) alone; None: a new one every call.
+    batch_size: images at a time; None: the smallest batch size that `compile` captured and that holds all, else all. The last
+        batch is filled up to it, so that for one batch_size, device and machine an image does not depend on which others are made
+        with it; between batch sizes it agrees to rounding.
+    progress: show a bar of steps. callback: called with a StepInfo after each step; returning False ends sampling at once, with
+        the latents as they are then, of the batches begun.
+    output: "latents", or "uint8" to decode each batch as it is done.
+    cond: further arguments for a callable; tensors whose first size is N are cut into batches. For a text-to-image model
+        `negative`: the prompts to guide away from.
+
+    On CUDA the second batch of a kind is captured as a CUDA graph, from noise to decoded images, and replayed from then on,
+    whatever the labels, seed and guidance scale; a callback turns that off. Threads may sample from one model at once.
+
+    Returns latents (N, C, H, W), float32 (float64 for float64 noise), or images (N, height, width, 3), uint8, on the model's
+    device.
+    Raises ValueError or TypeError, naming the argument, for input that does not fit.
+    """
+    plan = as_plan(plan, model.shift if isinstance(model, FlowModel) else 1.0)
+    if plan.start:
+        raise ValueError(f"plan must start at 0, got one that starts at {plan.start:g}: that is for edit, which knows a source")
+    if isinstance(model, FlowModel):
+        negative = cond.pop("negative", None)
+        if cond or (negative is not None and not isinstance(model, PromptModel)):
+            raise TypeError(f"sample got unexpected arguments {sorted(cond) or ['negative']}: a FlowModel takes labels only")
+        dtype = torch.float64 if isinstance(noise, Tensor) and noise.dtype == torch.float64 else torch.float32
+        job = Job.of(model, plan, guidance, guidance_channels, output, dtype)
+        inputs = inputs_of(model, labels, guidance, noise, seed, negative)
+        start = inputs["noise"]
+        batches: Batches = ModelBatches(model, job, inputs, guidance)
+    else:
+        if labels is not None:
+            cond["labels"] = labels
+        start = _plain_function(model, plan, guidance, guidance_channels, noise, seed, output)
+        batches = _FunctionBatches(model, plan, start, cond)
+
+    return in_batches(batches, len(start), plan, batch_size, progress, callback)
+
+
+class Batches(Protocol):
+    size: int
+    """Images at a time unless the caller says."""
+
+    def run(self, rows: Tensor, watch: Watch) -> Tensor:
+        """The images of these numbers."""
+        ...
+
+
+def in_batches(batches: Batches, N: int, plan: Plan, batch_size: int | None, progress: bool, callback: Callback | None) -> Tensor:
+    """N images, batch by batch."""
+    size = batches.size if batch_size is None else positive("batch_size", batch_size)
+    done = []
+    with tqdm(total=math.ceil(N / size) * len(plan), disable=not progress, unit="step", leave=False) as bar:
+        for first in range(0, N, size):
+            rows = torch.arange(first, first + size).clamp(max=N - 1)  # the last batch repeats the last image
+            watch = Watch(plan, first, min(size, N - first), bar, callback)
+            done.append(batches.run(rows, watch)[: watch.count])
+            if watch.stopped:
+                break
+    return torch.cat(done)
+
+
+class ModelBatches:
+    """Batches of a FlowModel. inputs: what its job takes, of all images."""
+
+    def __init__(self, model: FlowModel, job: Job, inputs: dict[str, Tensor], guidance: float) -> None:
+        self.model, self.job, self.inputs, self.guidance = model, job, inputs, guidance
+        count = len(inputs["noise"])
+        self.size = model.captures.size_for(job.taking(inputs), count) or count
+
+    def run(self, rows: Tensor, watch: Watch) -> Tensor:
+        return self.job.run(self.model, {name: value[rows] for name, value in self.inputs.items()}, self.guidance, watch)
+
+
+class _FunctionBatches:
+    """Batches of a plain function."""
+
+    def __init__(self, function: VelocityFunction, plan: Plan, start: Tensor, cond: dict[str, Any]) -> None:
+        self.function, self.plan, self.start, self.cond = function, plan, start, cond
+        self.size = len(start)
+
+    def run(self, rows: Tensor, watch: Watch) -> Tensor:
+        field = FunctionField(self.function, {k: self._pick(v, rows) for k, v in self.cond.items()})
+        return integrate(self.plan, field, self.start[rows], watch)
+
+    def _pick(self, value: Any, rows: Tensor) -> Any:
+        if isinstance(value, Tensor) and value.ndim and len(value) == len(self.start):
+            return value[rows.to(value.device)]
+        if isinstance(value, list | tuple) and len(value) == len(self.start):
+            return [value[i] for i in rows.tolist()]
+        return value
+
+
+def _plain_function(
+    function: VelocityFunction,
+    plan: Plan,
+    guidance: float,
+    guidance_channels: int | None,
+    noise: Tensor | None,
+    seed: int | None,
+    output: str,
+) -> Tensor:
+    """Check the arguments -> the noise."""
+    if not callable(function):
+        raise TypeError(f"model must be a FlowModel or a callable v(x, t, **cond), got {type(function).__name__}")
+    if output != "latents":
+        raise ValueError(f"output must be 'latents' for a plain function, got {output!r}")
+    if guidance != 1 or guidance_channels is not None:
+        raise ValueError("guidance is not applied to a plain function: guide inside it, or make a FlowModel with a null class")
+    if plan.cost.refiner:
+        raise ValueError(f"plan {plan} has refiner steps, but a plain function has no refiner")
+    if noise is None:
+        raise ValueError("a plain function needs noise: the shape of x is not known")
+    return _noise(noise, seed, None)

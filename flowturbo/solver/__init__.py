@@ -1,0 +1,1 @@
+"""The method: the path, the steps, plans. It knows no model."""

@@ -1,0 +1,131 @@
+"""What is minimised: flow matching for a predictor, and the velocity refiner's objective for a refiner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flowturbo_kernels import guide
+
+from ..models.flow_model import Network
+from ..models.text_to_image import Conditions, Labels
+from ..runtime.rng import Draws
+from ..solver.path import on_path, path_velocity
+
+
+def drop_labels(y: Tensor, null_class: int, probability: float, draws: Draws) -> Tensor:
+    """Each label becomes the null class with this probability."""
+    return cast(Tensor, with_null(y, null_class, draws.uniform() < probability))
+
+
+def with_null(y: Labels, null: int | Conditions, rows: Tensor) -> Labels:
+    """y with the rows where `rows` (N,) bool says so being null: the null class, or one row of every condition that has one."""
+    if isinstance(y, Tensor):
+        return torch.where(rows.to(y.device), cast(int, null), y)
+    empty = cast(Conditions, null)
+    made = {
+        name: torch.where(rows.to(value.device).view(-1, *[1] * (value.ndim - 1)), empty[name].to(value), value)
+        for name, value in y.items()
+        if name in empty
+    }
+    return {**y, **made}
+
+
+def joined(first: Labels, second: Labels) -> Labels:
+    """The rows of both."""
+    if isinstance(first, Tensor):
+        return torch.cat([first, cast(Tensor, second)])
+    return {name: torch.cat([value, cast(Conditions, second)[name]]) for name, value in first.items()}
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """mean ||v(x_t, t, y) - (x1 - x0)||^2 with t ~ U(0, 1), each label dropped with `label_drop` (SiT, linear path)."""
+
+    null_class: int
+    label_drop: float = 0.1
+
+    def __call__(self, network: Network, data: Tensor, y: Tensor, draws: Draws) -> Tensor:
+        """data (N, C, H, W), y (N,) -> the loss, a scalar."""
+        x0 = draws.normal(data.shape[1:]).to(data)
+        t = draws.uniform().to(data)
+        dropped = drop_labels(y, self.null_class, self.label_drop, draws)
+        v = network(on_path(data, x0, t), t, dropped)
+        return (v - path_velocity(data, x0)).square().mean()
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """The refiner's objective (paper section 3.2, in the public code's form).
+
+    A frozen predictor gives v at (x_t, t). After an Euler step of length D ~ U(0, delta_max) along v, the refiner, reading v and
+    the state x' = x_t + D v at t + D, learns the offset from v to the predictor's velocity there.
+
+    The defaults are the public code's. Three of its points look like slips, and each has an option:
+    inside: keep t + D <= 1, by t ~ U(0, 1 - D); the public code lets it pass 1.
+    delta_per_row: draw D for each row; the public code draws one for the whole batch.
+    drop_before: drop the label for v too, as the paper has it; the public code gives v the true label always.
+    Beyond both: guidance = (low, high) with high > 1 makes v, and the step, the guided velocity with a scale s ~ U(low, high) for
+    each row, which is what a refiner is fed when sampling with guidance. The targets stay unguided, since guidance acts on the
+    offsets too. embedded: of a teacher whose guidance is an input (FLUX.1-dev), this scale, both networks are told it instead.
+    null: the null class, or the conditions of the empty prompt, one row each.
+    """
+
+    teacher: Callable[[Tensor, Tensor, Any], Tensor]
+    null: int | Conditions
+    guidance_channels: int
+    label_drop: float = 0.1
+    delta_max: float = 0.12
+    inside: bool = False
+    delta_per_row: bool = False
+    drop_before: bool = False
+    guidance: tuple[float, float] = (1.0, 1.0)
+    embedded: bool = False
+
+    def __call__(self, network: Network, data: Tensor, y: Labels, draws: Draws) -> Tensor:
+        """data (N, C, H, W), y (N,) -> the loss, a scalar."""
+        x0 = draws.normal(data.shape[1:]).to(data)
+        t = draws.uniform().to(data)
+        drop = draws.uniform() < self.label_drop
+        if self.embedded:
+            y = {**cast(Conditions, y), "embedded_guidance": self._scale(data, draws)}
+        dropped = with_null(y, self.null, drop)
+        if isinstance(y, Tensor):
+            drop = cast(Tensor, dropped == self.null)  # some may have no label from the start
+        if self.delta_per_row:
+            delta = self.delta_max * draws.uniform().to(data)
+        else:
+            delta = torch.full_like(t, self.delta_max * float(draws.shared.random()))
+        if self.inside:
+            t = t * (1 - delta)
+        later = t + delta
+        with torch.no_grad():
+            x = on_path(data, x0, t)
+            moving, v = self._cached_velocity(x, t, y, dropped, drop, draws)
+            x = x + delta.view(-1, 1, 1, 1) * moving
+            target = self.teacher(x, later, dropped)
+        offset = network(x, later, cast(Any, dropped), v)
+        return (offset + v - target).square().mean()
+
+    def _scale(self, x: Tensor, draws: Draws) -> Tensor:
+        low, high = self.guidance
+        return low + (high - low) * draws.uniform().to(x)
+
+    def _cached_velocity(
+        self, x: Tensor, t: Tensor, y: Labels, dropped: Labels, drop: Tensor, draws: Draws
+    ) -> tuple[Tensor, Tensor]:
+        """The velocity that moves x, and what the sampler's cache would hold for these rows, each in the half it stands for."""
+        if self.guidance[1] == 1 or self.embedded:
+            v = self.teacher(x, t, dropped if self.drop_before else y)
+            return v, v
+        scale = self._scale(x, draws)
+        null = with_null(y, self.null, torch.ones_like(drop))
+        both = self.teacher(torch.cat([x, x]), torch.cat([t, t]), joined(y, null))
+        guided = guide(both, scale.view(-1, 1, 1, 1), self.guidance_channels)
+        conditional, unconditional = guided.chunk(2)
+        cached = torch.where(drop.to(x.device).view(-1, 1, 1, 1), unconditional, conditional)
+        return conditional, cached  # x always moves by the conditional half

@@ -1,0 +1,186 @@
+"""Training a predictor by flow matching, and a refiner by a predictor."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from ..data.latents import Data, load_data, needs_vae
+from ..data.prompt_latents import load_prompts
+from ..models.checkpoint import save_sit
+from ..models.diffusers_io import WEIGHTS, write_pretrained
+from ..models.pipelines import is_pipeline, load_pipeline, move_part, network_of
+from ..models.sit import SIT_CONFIGS, SiT, SiTConfig
+from ..models.text_to_image import Conditions, PromptNetwork, guidance_style, refiner_for
+from ..models.vae import load_vae
+from ..runtime.distributed import workers
+from ..runtime.rng import stream
+from .objectives import FlowMatching, Refinement
+from .trainer import Objective, Settings, Weights, fit, provenance
+
+
+@dataclass(frozen=True)
+class Train(Settings):
+    """Train a predictor by flow matching, by default as SiT's authors do."""
+
+    model: str = "SiT-B/2"
+    """A published size such as "SiT-XL/2", or "custom" with the four sizes below."""
+    hidden: int = 384
+    """Width, for "custom"."""
+    depth: int = 12
+    """Blocks, for "custom"."""
+    heads: int = 6
+    """Attention heads, for "custom"."""
+    patch: int = 2
+    """Side of a patch of the latent, for "custom"."""
+
+    def config(self, data: Data) -> SiTConfig:
+        channels, height, width = data.shape
+        if height != width:
+            raise ValueError(f"data must have square latents, got {height} x {width}")
+        if self.model != "custom" and self.model not in SIT_CONFIGS:
+            raise ValueError(f"model must be 'custom' or one of {', '.join(SIT_CONFIGS)}, got {self.model!r}")
+        custom = SiTConfig(hidden=self.hidden, depth=self.depth, heads=self.heads, patch=self.patch, side=height)
+        return dataclasses.replace(
+            SIT_CONFIGS.get(self.model, custom),
+            side=height,
+            channels=channels,
+            num_classes=data.num_classes,
+            learned_sigma=False,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Settings):
+    """Train a refiner for a frozen predictor, by default by the objective and values of FlowTurbo's public code."""
+
+    teacher: str
+    """The predictor's file, or "digits"; or the folder or hub name of a text-to-image pipeline (2-RF, SD3, FLUX), whose refiner is
+    trained on latents and prompts as `flowturbo encode --model` writes them."""
+    heads: int | None = None
+    """The teacher's attention heads, where its width does not tell."""
+    convention: Literal["auto", "sit", "repa", "2-rf"] = "auto"
+    """"repa" for a teacher whose time runs backwards, "2-rf" for a pipeline with 2-RF's UNet."""
+    depth: int = 1
+    """Blocks of the refiner."""
+    steps: int = 30_000
+    """Updates in all."""
+    batch_size: int = 18
+    """Rows of an update, over all processes."""
+    lr: float = 5e-5
+    """AdamW's learning rate."""
+    delta_max: float = 0.12
+    """The cached velocity is up to this much time older than the refined one."""
+    inside: bool = False
+    """Keep t + delta within 1, which the public code lets pass."""
+    delta_per_row: bool = False
+    """Draw delta for each row, where the public code draws one a batch."""
+    drop_before: bool = False
+    """Drop the label for the cached velocity too, as in the paper; the public code gives it the true label always."""
+    guidance: tuple[float, float] = (1.0, 1.0)
+    """Low and high of the scale by which the cached velocity is guided; 1 1 is not at all, as in the public code. Of FLUX.1-dev,
+    the scale that both networks are told."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.delta_max < 1:
+            raise ValueError(f"delta_max must be above 0 and below 1, got {self.delta_max}")
+        if not 1 <= self.guidance[0] <= self.guidance[1] < math.inf:
+            raise ValueError(f"guidance must be (low, high) with 1 <= low <= high, got {self.guidance}")
+
+
+def train(settings: Train) -> Path:
+    """Train a predictor; returns the path of its weights."""
+    with workers(settings.device) as device:
+        data = _data(settings, device)
+        config = settings.config(data)
+        network = SiT(config).reset_parameters(_seeded(settings.seed))
+        objective = FlowMatching(config.null_class, settings.label_drop)
+        return fit(network, objective, data, settings, device, _SIT)
+
+
+def distill(settings: Distill) -> Path:
+    """Train a refiner for a frozen predictor; returns the path of its weights, for a text-to-image teacher beside a config.json."""
+    prompted = is_pipeline(settings.teacher)
+    with workers(settings.device) as device:
+        network, objective, data = (_for_prompts if prompted else _for_classes)(settings, device)
+        return fit(network, objective, data, settings, device, _PROMPTED if prompted else _SIT)
+
+
+def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Objective, Data]:
+    from ..models.load import load
+
+    if settings.convention == "2-rf":
+        raise ValueError("convention='2-rf' is for a text-to-image pipeline as teacher")
+    data = _data(settings, device)
+    teacher = load(settings.teacher, heads=settings.heads, device=device, dtype=torch.float32, convention=settings.convention)
+    if teacher.latent_shape != data.shape or teacher.num_classes < data.num_classes:
+        raise ValueError(
+            f"data has latents {data.shape} of {data.num_classes} classes, the teacher wants {teacher.latent_shape} "
+            f"of {teacher.num_classes}"
+        )
+    config = _teacher_config(teacher.predictor).refiner(settings.depth)
+    network = SiT(config).reset_parameters(_seeded(settings.seed))
+    return network, _refinement(settings, teacher.predictor, config.null_class, teacher.guidance_channels), data
+
+
+def _for_prompts(settings: Distill, device: torch.device) -> tuple[nn.Module, Objective, Data]:
+    data = load_prompts(settings.data)
+    teacher = network_of(load_pipeline(settings.teacher, ("network",)), settings.convention)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seeded(settings.seed).initial_seed())
+        refiner = refiner_for(teacher, settings.depth)
+    move_part(teacher, device, torch.float32)
+    predictor = PromptNetwork(teacher.eval().requires_grad_(False))
+    if predictor.channels != data.shape[0]:
+        raise ValueError(f"data has latents of {data.shape[0]} channels, the teacher wants {predictor.channels}")
+    null = {name: value.to(device) for name, value in data.null.items()}
+    embedded = guidance_style(teacher) == "embedded"
+    return PromptNetwork(refiner), _refinement(settings, predictor, null, data.shape[0], embedded=embedded), data
+
+
+def _refinement(settings: Distill, teacher: Any, null: int | Conditions, channels: int, embedded: bool = False) -> Refinement:
+    return Refinement(
+        teacher,
+        null,
+        channels,
+        label_drop=settings.label_drop,
+        delta_max=settings.delta_max,
+        inside=settings.inside,
+        delta_per_row=settings.delta_per_row,
+        drop_before=settings.drop_before,
+        guidance=settings.guidance,
+        embedded=embedded,
+    )
+
+
+def _data(settings: Settings, device: torch.device) -> Data:
+    vae = load_vae(settings.vae, device, torch.float32) if settings.vae and needs_vae(settings.data) else None
+    return load_data(settings.data, vae=vae, image_size=settings.image_size)
+
+
+def _save_sit(settings: Settings, network: nn.Module, step: int) -> None:
+    save_sit(settings.out / _SIT.name, cast(SiT, network), vae=settings.vae, provenance=provenance(settings, step))
+
+
+def _save_prompted(settings: Settings, network: nn.Module, step: int) -> None:
+    write_pretrained(settings.out, cast(PromptNetwork, network).module, provenance(settings, step))
+
+
+_SIT = Weights("model.safetensors", _save_sit)
+_PROMPTED = Weights(WEIGHTS, _save_prompted)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(stream(seed, 0, lane=2**61).integers(2**62)))
+
+
+def _teacher_config(predictor: Any) -> SiTConfig:
+    """Of a SiT, or of the SiT inside ReversedTime."""
+    return cast(SiT, getattr(predictor, "network", predictor)).config

@@ -1,0 +1,146 @@
+"""Compiles every kernel launch of every operation ahead of time, without a GPU; prints a JSON line a compiled kernel.
+
+A process of its own, because Triton's interpreter, which other tests turn on, must be off: python tests/helpers/aot.py ARCH...
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from limits import largest
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flowturbo_kernels import OPS, _op, _triton, _tune, sizes, use_backend
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv", torch.int64: "i64"}
+WIDE = r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|cp\.async\.c[ag]\.shared\.global[^;]*, 0x10"
+"""Loads of 16 bytes."""
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Any, tuple[Any, ...], dict[str, Any]]]:
+    """(operation, of which sizes, kernel, arguments, options) on tensors without memory: of "real" models, at the "limits" that
+    kernels state, and of "examples".
+    """
+    seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    _triton.Kernel.launch = lambda kernel, grid, *args, **options: seen.append((kernel, args, options))  # type: ignore[method-assign]
+    _op.unavailable = lambda backend, device: None  # type: ignore[assignment]
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    real = itertools.chain(
+        sizes.sit(make, 1), sizes.sit(make, 8), sizes.sit(make, 2, side=64), sizes.sit_fp8(make, 8), sizes.vae(make, 2)
+    )
+    examples = ((name, args) for name, op in OPS.items() for args in op.example(make))
+    walks = ("real", every, real), ("limits", every, largest(make)), ("examples", first, examples)
+    for kind, choose, (name, args) in ((*which, case) for *which, walk in walks for case in walk):
+        _tune.fastest = choose  # type: ignore[assignment]
+        positional = OPS[name]._positional(args, {})
+        if "triton" in OPS[name].backends and OPS[name].backends["triton"].cannot(*positional) is None:
+            with use_backend("triton"):
+                OPS[name](*args)
+        yield from ((name, kind, *launch) for launch in seen)
+        seen.clear()
+
+
+def first(ways: _tune.Ways) -> str:
+    return next(iter(ways.candidates))
+
+
+def every(ways: _tune.Ways) -> str:
+    """In place of the choice: run all candidates, so that all are recorded."""
+    for run in ways.candidates.values():
+        run(*ways.cold)
+    return next(iter(ways.candidates))
+
+
+def source(kernel: Any, args: tuple[Any, ...]) -> tuple[str, ASTSource]:
+    """(what tells it from others, the kernel specialised as a launch with these arguments would)."""
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
+    for i, (parameter, value) in enumerate(zip(inspect.signature(kernel.function).parameters.values(), args, strict=True)):
+        kind, aligned = described(value)
+        if "constexpr" in str(parameter.annotation) or (kind == "i32" and value == 1):
+            kind, constexprs[i,] = "constexpr", value
+        elif aligned:
+            attrs[i,] = [["tt.divisibility", 16]]
+        signature[parameter.name] = kind
+    return str((kernel.__name__, signature, constexprs, attrs)), ASTSource(kernel.jit, signature, constexprs, attrs)
+
+
+def described(value: Any) -> tuple[str, bool]:
+    """Triton's type of an argument, and whether it is known to be a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype], True
+    if type(value).__name__ == "TensorDescriptor":
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>", False
+    if isinstance(value, float):
+        return "fp32", False
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+    return "constexpr", False
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local bytes of a kernel, as cuobjdump reads them off it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def main(archs: list[int]) -> None:
+    assert os.environ.get("TRITON_INTERPRET") != "1"
+    done = set()
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, sizes_of, kernel, args, options in launches(dtype):
+            key, src = source(kernel, args)
+            if (key, str(options)) in done:
+                continue
+            done.add((key, str(options)))
+            for arch in archs:
+                if arch < 89 and any("fp8" in kind for kind in src.signature.values()):
+                    continue  # no e4m3 there, as the operations say
+                compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
+                ptx = compiled.asm["ptx"]
+                print(
+                    json.dumps(
+                        {
+                            "op": name,
+                            "sizes": sizes_of,
+                            "real": sizes_of == "real",
+                            "kernel": kernel.__name__,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "arch": arch,
+                            "constants": [v for v in args if isinstance(v, int | str)][-12:],
+                            "options": options,
+                            "threads": 32 * compiled.metadata.num_warps,
+                            "shared": compiled.metadata.shared,
+                            **resources(compiled.asm["cubin"]),
+                            "wgmma": "wgmma.mma_async" in ptx,
+                            "mma": "mma.sync" in ptx,
+                            "wide_loads": len(re.findall(WIDE, ptx)),
+                        }
+                    ),
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main([int(arch) for arch in sys.argv[1:]])

@@ -1,0 +1,80 @@
+"""Small files under the names of published ones, in the same formats, so that the documents' commands run as they stand there."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import complete
+import numpy as np
+import pipelines
+import torch
+from feature_network import RandomNetwork
+from paths import ROOT
+from PIL import Image
+from tiny import CONFIG, random_sit
+from torch import nn
+
+import flowturbo as ft
+
+CLASSES = 1000  # as many as the examples' labels need
+SIDE = 16  # of images of the SiT, latents are half; those of the pipelines have 32
+
+
+def write(folder: Path, pipeline_folders: dict[str, Path]) -> None:
+    """All that the documents name and do not make themselves."""
+    config = replace(CONFIG, hidden=384, heads=6, depth=1, side=SIDE // 2, num_classes=CLASSES, learned_sigma=True)
+    # As published: the predictor bare, in half of whose output nothing is read; the refiner under "ema".
+    torch.save(random_sit(config, 0).state_dict(), folder / "SiT-XL-2-256x256.pt")
+    refiner = random_sit(config.refiner(), 1).state_dict()
+    torch.save({"model": refiner, "ema": refiner}, folder / "SiT-XL-2-Refiner.pt")
+    pipelines.vae().save_pretrained(folder / "stabilityai" / "sd-vae-ft-ema")
+    for kind, name in {
+        "sd3": "stabilityai/stable-diffusion-3.5-medium",
+        "flux": "black-forest-labs/FLUX.1-dev",
+        "2rf": "XCLiu/2_rectified_flow_from_sd_1_5",
+    }.items():
+        shutil.copytree(pipeline_folders[kind], folder / name)
+    _third_text_encoder(folder / "stabilityai/stable-diffusion-3.5-medium")
+    _refiner(folder / "runs" / "2rf-refiner", pipelines.unet())
+    np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", **reference())
+    for place in ("imagenet/train/n01440764", "imagenet/train/n01443537", "captioned", "coco-reference"):
+        (folder / place).mkdir(parents=True)
+        for i in range(3):
+            _picture(folder / place / f"{i}.png", seed=i)
+    for i in range(3):
+        (folder / "captioned" / f"{i}.txt").write_text(f"noise {i}")
+    ft.Plan("LL", (0, 0.5, 1), weights=((0.5,), (0.8, -0.3))).save(folder / "tuned.json")
+    (folder / "captions.txt").write_text("a red fox\na harbour\na red house\n")
+    _picture(folder / "photo.png")
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[SIDE // 2 :] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    for name in ("bench", "tests", "pyproject.toml"):  # commands may stand in a checkout
+        (folder / name).symlink_to(ROOT / name)
+
+
+def _third_text_encoder(folder: Path) -> None:
+    """The small SD3 has none, which its class wants to be told; the published one has it."""
+    pipe = complete.complete_sd3()
+    tokenizer, encoder = complete._t5(9)
+    pipe.register_modules(tokenizer_3=tokenizer, text_encoder_3=encoder)
+    pipe.save_pretrained(folder)
+
+
+def _refiner(folder: Path, teacher: nn.Module) -> None:
+    ft.refiner_for(teacher).save_pretrained(folder)  # type: ignore[operator]
+
+
+def _picture(path: Path, seed: int = 0) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def reference() -> dict[str, np.ndarray]:
+    """In ADM's layout: images, and the means and covariances of more than those."""
+    whole = np.random.default_rng(5).integers(0, 256, (64, SIDE, SIDE, 3), dtype=np.uint8)
+    pool, spatial = (x.double().numpy() for x in RandomNetwork().read(whole))
+    gaussians = {"mu": pool.mean(0), "sigma": np.cov(pool, rowvar=False)}
+    return {"arr_0": whole[:20], **gaussians, "mu_s": spatial.mean(0), "sigma_s": np.cov(spatial, rowvar=False)}

@@ -1,0 +1,94 @@
+"""Every kernel launch of every operation, compiled for two generations of GPUs, on a machine that may have neither."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from limits import REGISTERS, SHARED, THREADS, registers
+from paths import ROOT
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict[str, Any]]:
+    """What tests/helpers/aot.py reports; one process an architecture."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "aot.py")]
+    running = [
+        subprocess.Popen([*command, str(arch)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for arch in SHARED
+    ]
+    found = []
+    for process in running:
+        out, err = process.communicate()
+        assert process.returncode == 0, err[-3000:]
+        found += [json.loads(line) for line in out.splitlines()]
+    return found
+
+
+def test_every_operation_with_a_triton_kernel_is_compiled(kernels):
+    from flowturbo_kernels import OPS
+
+    fp8 = {("quantize_rows", 80), ("linear_fp8", 80)}  # before sm_89 there is no e4m3
+    expected = {(name, arch) for name, op in OPS.items() if "triton" in op.backends for arch in SHARED} - fp8
+    assert {(k["op"], k["arch"]) for k in kernels} == expected
+    assert {k["dtype"] for k in kernels} == {"bfloat16", "float32"}
+
+
+def test_no_kernel_spills(kernels):
+    """But at the limits of what kernels take, where no model is."""
+    assert [k for k in kernels if (k["stack"] or k["local"]) and k["sizes"] != "limits"] == []
+
+
+def test_every_block_fits_a_multiprocessor(kernels):
+    """Or its launch would fail: threads, registers of all of them, shared memory."""
+    assert {k["sizes"] for k in kernels} == {"real", "limits", "examples"}
+    assert [k for k in kernels if not 32 <= k["threads"] <= THREADS] == []
+    assert [k for k in kernels if registers(k["reg"], k["threads"]) > REGISTERS] == []
+    assert [k for k in kernels if k["shared"] > SHARED[k["arch"]]] == []
+
+
+def test_products_of_16_bits_run_on_tensor_cores(kernels):
+    """wgmma, which needs 64 rows, where Hopper has it; no float32 product runs there, which would be TF32."""
+    products = [k for k in kernels if k["kernel"] in PRODUCTS]
+    assert {k["kernel"] for k in products} == set(PRODUCTS)
+    for k in products:
+        if k["op"] == "linear_fp8":
+            assert k["wgmma"] or (k["mma"] and not k["real"]), k
+        elif k["dtype"] == "float32":
+            assert not k["mma"], k
+            assert not k["wgmma"], k
+        elif k["arch"] == 90 and PRODUCTS[k["kernel"]] and k["real"]:
+            assert k["wgmma"], k
+        else:
+            assert k["mma"] or k["wgmma"], k
+
+
+PRODUCTS = {"_patch_kernel": False, "_final_kernel": False, "_attention_kernel": True, "_product_kernel": True}
+"""Kernels that multiply matrices, and whether they must use wgmma: those with few rows or features a program can't."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_adaln_kernel",
+        "_seam_kernel",
+        "_guided_update_kernel",
+        "_update_kernel",
+        "_attention_kernel",
+        "_product_kernel",
+        "_sum_kernel",
+    ],
+)
+def test_memory_bound_kernels_load_16_bytes_at_a_time(kernels, name):
+    """At the sizes of real models. (GroupNorm's load what a group has: 8 bytes for 4 channels of 16 bits, of whole lines.)"""
+    real = [k for k in kernels if k["kernel"] == name and k["real"]]
+    assert real
+    assert all(k["wide_loads"] for k in real), real

@@ -1,0 +1,103 @@
+"""Fields: the hoisted path is the step-by-step path, and makes each modulation once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from close import assert_close
+from tiny import CONFIG, HEAD_DIM_72, random_sit, tiny_model
+from torch import Tensor
+
+import flowturbo as ft
+from flowturbo.sampling import velocity_field as fields
+from flowturbo.sampling.velocity_field import GuidedField, HoistedField, field_of
+from flowturbo.solver.steps import State
+
+EVERY_STEP = "H1P1R2S1E1A1B1C2"
+
+
+def integrate(field: fields.Field, plan: ft.Plan, x: Tensor) -> Tensor:
+    state = State(x)
+    for step, t0, t1 in plan.schedule():
+        state = step(field, state, t0, t1)
+    return state.x
+
+
+def both(model: ft.FlowModel, plan: ft.Plan, guidance: float | Tensor | None, channels: int = 3) -> tuple[Tensor, Tensor]:
+    """The same images by the step-by-step path and by the hoisted one."""
+    noise, labels = ft.noise(model.latent_shape, 4, range(3)).to(model.dtype), torch.tensor([1, 8, 3])
+    with torch.no_grad():
+        plain, hoisted = (integrate(f(model, plan, labels, guidance, channels), plan, noise) for f in (GuidedField, HoistedField))
+    return plain, hoisted
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(HEAD_DIM_72, learned_sigma=True)], ids=["48", "72"])
+@pytest.mark.parametrize("guidance", [None, 1.7, "one an image"])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.6)])
+def test_the_hoisted_path_is_the_step_by_step_path(config, guidance, interval):
+    model = tiny_model(config, dtype=torch.float64)
+    scale = torch.tensor([1.3, 2.0, 0.5]).double().view(3, 1, 1, 1) if guidance == "one an image" else guidance
+    plain, hoisted = both(model, ft.Plan.parse(EVERY_STEP, shift=1.5, guidance_interval=interval), scale)
+    assert_close(hoisted, plain, 1e-13)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_in_lower_precision_they_agree_to_rounding(dtype, bound):
+    plain, hoisted = both(tiny_model(dtype=dtype), ft.Plan.parse("H1P2R2"), 1.7)
+    assert_close(hoisted, plain, bound)
+
+
+def test_a_reversed_predictor_is_hoisted_too():
+    sit = random_sit(CONFIG, 5)
+    model = ft.load(sit, random_sit(CONFIG.refiner(), 6), convention="repa", device="cpu", dtype=torch.float64)
+    assert isinstance(field_of(model, ft.Plan.parse("H1"), {"labels": torch.tensor([1])}, None, 4), HoistedField)
+    plain, hoisted = both(model, ft.Plan.parse("H1P1R1"), 1.7)
+    assert_close(hoisted, plain, 1e-13)
+
+
+@pytest.mark.parametrize("times_that_fit", [0, 1, 2, 5])
+def test_stretches_of_any_length_give_the_same_to_the_last_bit(monkeypatch, times_that_fit):
+    model = tiny_model(dtype=torch.float64)
+    plan = ft.Plan.parse("H3P2R2S1E2")
+    _, whole = both(model, plan, 1.7)
+    one_time = (CONFIG.depth * 6 + 2) * CONFIG.hidden * 6 * 8  # 3 images, 2 halves
+    monkeypatch.setattr(fields, "_HOISTED_BYTES", times_that_fit * one_time)
+    plain, parts = both(model, plan, 1.7)
+    assert_close(parts, whole, 1e-13)
+    assert_close(parts, plain, 1e-13)
+
+
+def test_each_modulation_is_made_once_and_the_null_class_once_for_all_images(monkeypatch):
+    model = tiny_model()
+    rows = []
+    for network in (model.predictor, model.refiner):
+        original = network.modulations
+        monkeypatch.setattr(network, "modulations", lambda c, of=original: rows.append(c.shape[:-1].numel()) or of(c))
+    plan = ft.Plan.parse("H4P2R2")
+    ft.sample(model, plan, [1, 8, 3], guidance=2.0, seed=0)
+    predictor, refiner = ({c.t for c in plan.calls if c.refiner == which} for which in (False, True))
+    assert sum(rows) == (len(predictor) + len(refiner)) * (3 + 1)
+    assert len(rows) == 4  # the first time of each tells the size
+
+
+def test_a_network_without_modulations_takes_the_plain_path():
+    model = tiny_model()
+    model.refiner = lambda x, t, y, v=None: v
+    field = field_of(model, ft.Plan.parse("H1R1"), {"labels": torch.tensor([1])}, 2.0, 3)
+    assert type(field) is GuidedField
+
+
+def test_a_plan_knows_the_calls_it_makes():
+    model = tiny_model()
+    plan = ft.Plan.parse("H2P1R1S1A1", guidance_interval=(0.3, 1.0))
+    calls = []
+
+    class Noting(GuidedField):
+        def _run(self, network, x, t, v):
+            calls.append((network is model.refiner, t, self._scale(t) is not None))
+            return super()._run(network, x, t, v)
+
+    integrate(Noting(model, plan, torch.tensor([1]), 2.0, 3), plan, ft.noise(model.latent_shape, 0, [0]))
+    assert calls == [tuple(c) for c in plan.calls]
