@@ -1,8 +1,9 @@
-"""The CUDA extension flowturbo_kernels._C, where there are CUDA sources and an nvcc; everything else is in pyproject.toml.
+"""The CUDA extension flowturbo_kernels._C, where there are CUDA sources and an nvcc; everything
+else is in pyproject.toml.
 
 FLOWTURBO_BUILD_CUDA=0 never builds it, =1 fails without nvcc; unset, it is built if nvcc is found.
-FLOWTURBO_CUDA_ARCHS="80;90a" names the architectures instead of those that nvcc knows of the default list.
-The extension includes no torch header: its interface is pointers, sizes and a stream.
+FLOWTURBO_CUDA_ARCHS="80;90a" names the architectures instead of those that nvcc knows of the
+default list. The extension includes no torch header: its interface is pointers, sizes and a stream.
 """
 
 import os
@@ -37,12 +38,17 @@ def find_nvcc() -> str | None:
 def architectures(nvcc: str) -> list[str]:
     if asked := os.environ.get("FLOWTURBO_CUDA_ARCHS"):
         return asked.split(";")
-    known = re.findall(r"compute_(\d+)", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout)
+    known = re.findall(
+        r"compute_(\d+)",
+        subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout,
+    )
     return [arch for arch in ARCHS if arch.rstrip("a") in known]
 
 
 class NinjaBuild(build_ext):
-    """Every source to an object in parallel, then one link by nvcc, which brings the CUDA runtime in statically."""
+    """Every source to an object in parallel, then one link by nvcc, which brings the CUDA runtime
+    in statically.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -51,14 +57,17 @@ class NinjaBuild(build_ext):
         assert nvcc is not None
         archs = architectures(nvcc)
         code = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
-        includes = " ".join(f"-I{p}" for p in (sysconfig.get_path("include"), pybind11.get_include()))
+        includes = " ".join(
+            f"-I{p}" for p in (sysconfig.get_path("include"), pybind11.get_include())
+        )
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         temp = Path(self.build_temp).resolve()
         for folder in (target.parent, temp):
             folder.mkdir(parents=True, exist_ok=True)
         lines = [
             f"builddir = {temp}",
-            f"rule compile\n  command = {nvcc} {NVCC_FLAGS} {includes} {code} -DFLOWTURBO_ARCHS='\"{' '.join(archs)}\"' "
+            f"rule compile\n  command = {nvcc} {NVCC_FLAGS} {includes} {code} "
+            f"-DFLOWTURBO_ARCHS='\"{' '.join(archs)}\"' "
             "-MD -MF $out.d -c $in -o $out\n  depfile = $out.d",
             f"rule link\n  command = {nvcc} -shared {code} $in -o $out",
         ]
@@ -72,8 +81,12 @@ class NinjaBuild(build_ext):
         subprocess.run([sys.executable, "-m", "ninja", "-f", str(script)], cwd=ROOT, check=True)
 
 
-sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.c*") if p.suffix in (".cpp", ".cu"))
+sources = sorted(
+    str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.c*") if p.suffix in (".cpp", ".cu")
+)
 if sources and find_nvcc():
-    setup(ext_modules=[Extension("flowturbo_kernels._C", sources)], cmdclass={"build_ext": NinjaBuild})
+    setup(
+        ext_modules=[Extension("flowturbo_kernels._C", sources)], cmdclass={"build_ext": NinjaBuild}
+    )
 else:
     setup()

@@ -14,7 +14,8 @@ OPTIONS = {
     "sizes": ("256 512", "64", "heights and widths of images"),
     "decode": ("yes no", "yes no", "with the VAE, without it, or both"),
     "rivals": (
-        "ours ours-fp8 ours-eager autocast eager compile max-autotune plan-graph plan-graph-hoisted "
+        "ours ours-fp8 ours-eager autocast eager compile max-autotune plan-graph "
+        "plan-graph-hoisted "
         "max-autotune-fp8 plan-graph-fp8 diffusers",
         "ours eager",
         "ours and rivals",
@@ -25,8 +26,12 @@ OPTIONS = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     for name, (cuda, cpu, what) in OPTIONS.items():
-        parser.addoption(f"--{name}", default=cuda if ON_CUDA else cpu, help=f"{what}, separated by spaces")
-    parser.addoption("--rounds", type=int, default=None, help="timed rounds of each; their median counts")
+        parser.addoption(
+            f"--{name}", default=cuda if ON_CUDA else cpu, help=f"{what}, separated by spaces"
+        )
+    parser.addoption(
+        "--rounds", type=int, default=None, help="timed rounds of each; their median counts"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,8 +46,8 @@ def rounds(request: pytest.FixtureRequest) -> int:
 
 
 ORDER = {
-    # argument: option, the first varies slowest: what is compiled for a rival serves all plans, and a run that is cut short has
-    # measured everyone at some sizes rather than someone at all.
+    # argument: option, the first varies slowest: what is compiled for a rival serves all plans, and
+    # a run that is cut short has measured everyone at some sizes rather than someone at all.
     "rival": "rivals",
     "size": "sizes",
     "batch": "batches",
@@ -58,7 +63,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if argument not in metafunc.fixturenames:
             continue
         if option is None:
-            metafunc.parametrize(argument, range(len(metafunc.module.CASES)), ids=metafunc.module.CASES)
+            metafunc.parametrize(
+                argument, range(len(metafunc.module.CASES)), ids=metafunc.module.CASES
+            )
             continue
         values = metafunc.config.getoption(option).split()
         _check(metafunc, argument, option, values)
@@ -66,6 +73,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _check(metafunc: pytest.Metafunc, argument: str, option: str, values: list[str]) -> None:
-    known = {"rival": getattr(metafunc.module, "RIVALS", None), "who": getattr(metafunc.module, "PROVIDERS", None)}.get(argument)
+    known = {
+        "rival": getattr(metafunc.module, "RIVALS", None),
+        "who": getattr(metafunc.module, "PROVIDERS", None),
+    }.get(argument)
     if known is not None and (wrong := [v for v in values if v not in known]):
-        raise pytest.UsageError(f"--{option} must be some of {', '.join(known)}, got {', '.join(wrong)}")
+        raise pytest.UsageError(
+            f"--{option} must be some of {', '.join(known)}, got {', '.join(wrong)}"
+        )

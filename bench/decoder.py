@@ -1,4 +1,6 @@
-"""The decoder of Stable Diffusion's autoencoder in plain torch, with diffusers' names, for machines without diffusers."""
+"""The decoder of Stable Diffusion's autoencoder in plain torch, with diffusers' names, for machines
+without diffusers.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from torch import Tensor, nn
 class Resnet(nn.Module):
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(groups, inputs, eps=1e-6), nn.GroupNorm(groups, outputs, eps=1e-6)
+        self.norm1, self.norm2 = (
+            nn.GroupNorm(groups, inputs, eps=1e-6),
+            nn.GroupNorm(groups, outputs, eps=1e-6),
+        )
         self.conv1, self.conv2 = (nn.Conv2d(c, outputs, 3, padding=1) for c in (inputs, outputs))
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
         self.nonlinearity: nn.Module = nn.SiLU()
@@ -62,7 +67,9 @@ class Upsampler(nn.Module):
 class Up(nn.Module):
     def __init__(self, inputs: int, outputs: int, layers: int, groups: int, last: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(Resnet(inputs if i == 0 else outputs, outputs, groups) for i in range(layers))
+        self.resnets = nn.ModuleList(
+            Resnet(inputs if i == 0 else outputs, outputs, groups) for i in range(layers)
+        )
         if not last:
             self.upsamplers = nn.ModuleList([Upsampler(outputs)])
 
@@ -73,14 +80,17 @@ class Up(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, widths: tuple[int, ...], layers: int, latent_channels: int, groups: int) -> None:
+    def __init__(
+        self, widths: tuple[int, ...], layers: int, latent_channels: int, groups: int
+    ) -> None:
         super().__init__()
         downwards = widths[::-1]
         self.conv_in = nn.Conv2d(latent_channels, downwards[0], 3, padding=1)
         self.mid_block = Middle(downwards[0], groups)
         pairs = zip((downwards[0], *downwards), downwards, strict=False)
         self.up_blocks = nn.ModuleList(
-            Up(inputs, outputs, layers + 1, groups, last=i == len(widths) - 1) for i, (inputs, outputs) in enumerate(pairs)
+            Up(inputs, outputs, layers + 1, groups, last=i == len(widths) - 1)
+            for i, (inputs, outputs) in enumerate(pairs)
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_act: nn.Module = nn.SiLU()
@@ -94,11 +104,17 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """What DiffusersVAE asks of an AutoencoderKL in order to decode. Its state is part of AutoencoderKL's."""
+    """What DiffusersVAE asks of an AutoencoderKL in order to decode. Its state is part of
+    AutoencoderKL's.
+    """
 
-    def __init__(self, widths: tuple[int, ...] = (128, 256, 512, 512), layers: int = 2, groups: int = 32) -> None:
+    def __init__(
+        self, widths: tuple[int, ...] = (128, 256, 512, 512), layers: int = 2, groups: int = 32
+    ) -> None:
         super().__init__()
-        self.config = SimpleNamespace(scaling_factor=0.18215, latent_channels=4, block_out_channels=widths)
+        self.config = SimpleNamespace(
+            scaling_factor=0.18215, latent_channels=4, block_out_channels=widths
+        )
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
         self.decoder = Decoder(widths, layers, 4, groups)
 
@@ -130,7 +146,12 @@ class Whole(nn.Module):
         return self.decoder(self.post_quant_conv(z.contiguous(memory_format=self.layout)))
 
     @classmethod
-    def of(cls, autoencoder: Autoencoder, layout: torch.memory_format, wrap: Callable[[nn.Module], nn.Module]) -> Autoencoder:
+    def of(
+        cls,
+        autoencoder: Autoencoder,
+        layout: torch.memory_format,
+        wrap: Callable[[nn.Module], nn.Module],
+    ) -> Autoencoder:
         """A copy of the autoencoder that decodes by what `wrap` makes of the whole."""
         made = copy.deepcopy(autoencoder)
         made.decoder, made.post_quant_conv = wrap(cls(made, layout)), nn.Identity()

@@ -1,9 +1,11 @@
-"""Cost as work grows: milliseconds an image over batch sizes, tokens, and numbers of H, P and R steps, as JSON and plots.
+"""Cost as work grows: milliseconds an image over batch sizes, tokens, and numbers of H, P and R
+steps, as JSON and plots.
 
     python bench/growth.py FOLDER
 
-SiT-XL/2 with random weights on a GPU, a small model elsewhere, without decoding, guidance on. growth.json is written anew after
-every point; the plots, of what there is, when all is measured or the command is interrupted.
+SiT-XL/2 with random weights on a GPU, a small model elsewhere, without decoding, guidance on.
+growth.json is written anew after every point; the plots, of what there is, when all is measured or
+the command is interrupted.
 """
 
 from __future__ import annotations
@@ -52,7 +54,12 @@ def config(side: int) -> SiTConfig:
 
 def model(side: int) -> ft.FlowModel:
     predictor = config(side)
-    made = ft.load(filled(predictor, DEVICE, 0), filled(predictor.refiner(), DEVICE, 1), device=DEVICE, dtype=DTYPE)
+    made = ft.load(
+        filled(predictor, DEVICE, 0),
+        filled(predictor.refiner(), DEVICE, 1),
+        device=DEVICE,
+        dtype=DTYPE,
+    )
     made.captures.limit = 1
     return made
 
@@ -61,7 +68,9 @@ def point(m: ft.FlowModel, side: int, plan: str, batch: int, repeats: int) -> Po
     timing = measure(m, plan, batch, 1.5, "latents", repeats=repeats)
     m.captures.clear()
     predictor = config(side)
-    limit = plan_floor(ft.Plan.parse(plan), predictor, predictor.refiner(), batch, DTYPE, DEVICE.type)
+    limit = plan_floor(
+        ft.Plan.parse(plan), predictor, predictor.refiner(), batch, DTYPE, DEVICE.type
+    )
     return {
         "plan": plan,
         "batch": batch,
@@ -72,7 +81,9 @@ def point(m: ft.FlowModel, side: int, plan: str, batch: int, repeats: int) -> Po
     }
 
 
-def points(batches: list[int], counts: list[int], sides: list[int], repeats: int) -> Iterator[tuple[str, float, Point]]:
+def points(
+    batches: list[int], counts: list[int], sides: list[int], repeats: int
+) -> Iterator[tuple[str, float, Point]]:
     """(curve, abscissa, what was measured)."""
     for side in sides:
         m = model(side)
@@ -81,7 +92,11 @@ def points(batches: list[int], counts: list[int], sides: list[int], repeats: int
                 yield "batch", batch, point(m, side, PLAN, batch, repeats)
             for letter, before in (("H", ""), ("P", "H1"), ("R", "H1")):
                 for count in counts:
-                    yield f"{letter} steps", count, point(m, side, f"{before}{letter}{count}", 8 if ON_CUDA else 1, repeats)
+                    yield (
+                        f"{letter} steps",
+                        count,
+                        point(m, side, f"{before}{letter}{count}", 8 if ON_CUDA else 1, repeats),
+                    )
         yield "tokens", config(side).tokens, point(m, side, PLAN, 4 if ON_CUDA else 1, repeats)
         del m
         collect()
@@ -100,8 +115,15 @@ def plot(curves: dict[str, list[Point]], path: Path) -> None:
     for axis, (label, names) in zip(axes, panels.items(), strict=True):
         for name in (n for n in names if n in curves):
             at = [p["at"] for p in curves[name]]
-            [line] = axis.plot(at, [p["ms_an_image"] for p in curves[name]], "o-", label=name if len(names) > 1 else PLAN)
-            axis.plot(at, [p["limit_ms_an_image"] for p in curves[name]], ":", color=line.get_color())
+            [line] = axis.plot(
+                at,
+                [p["ms_an_image"] for p in curves[name]],
+                "o-",
+                label=name if len(names) > 1 else PLAN,
+            )
+            axis.plot(
+                at, [p["limit_ms_an_image"] for p in curves[name]], ":", color=line.get_color()
+            )
             axis.set_xscale("log", base=2)
             axis.set_xticks(at, [str(a) for a in at])
             axis.legend(frameon=False)
@@ -113,23 +135,33 @@ def plot(curves: dict[str, list[Point]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     for name, (cuda, cpu, what) in SERIES.items():
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=cuda if ON_CUDA else cpu, help=what)
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each; their median counts")
+        parser.add_argument(
+            f"--{name}", type=int, nargs="+", default=cuda if ON_CUDA else cpu, help=what
+        )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed runs of each; their median counts"
+    )
     arguments = vars(parser.parse_args())
     folder: Path = arguments.pop("folder")
     folder.mkdir(parents=True, exist_ok=True)
     curves: dict[str, list[Point]] = {}
     try:
         for curve, at, measured in points(**arguments):
-            curves[curve] = sorted([*curves.get(curve, []), {"at": at, **measured}], key=lambda p: p["at"])
+            curves[curve] = sorted(
+                [*curves.get(curve, []), {"at": at, **measured}], key=lambda p: p["at"]
+            )
             ms, limit = measured["ms_an_image"], measured["limit_ms_an_image"]
             print(f"{curve} {at:g}: {ms:.2f} ms an image, limit {limit:.2f}", flush=True)
             assert math.isfinite(ms)
             append("growth", curve=curve, device=device_name(), point={"at": at, **measured})
-            text = json.dumps({"device": device_name(), "torch": torch.__version__, "curves": curves}, indent=1)
+            text = json.dumps(
+                {"device": device_name(), "torch": torch.__version__, "curves": curves}, indent=1
+            )
             write_text(folder / "growth.json", text + "\n")
     finally:
         try:

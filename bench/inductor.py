@@ -1,4 +1,6 @@
-"""The best that torch.compile can be asked for, as options of one call of it: no other network is compiled with them."""
+"""The best that torch.compile can be asked for, as options of one call of it: no other network is
+compiled with them.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,21 @@ import torch._inductor
 from torch import nn
 
 EXHAUSTIVE = "FLOWTURBO_BENCH_EXHAUSTIVE"
-"""Set to 1 in the environment: every tile of products that Inductor knows, and CUTLASS's where it is, which takes hours."""
+"""Set to 1 in the environment: every tile of products that Inductor knows, and CUTLASS's where it
+is, which takes hours.
+"""
 
 OPTIONS: dict[str, Any] = {
-    "triton.enable_persistent_tma_matmul": True,  # as the environment's ENABLE_PERSISTENT_TMA_MATMUL=1
+    # as the environment's ENABLE_PERSISTENT_TMA_MATMUL=1
+    "triton.enable_persistent_tma_matmul": True,
     "triton.enable_pdl": True,  # TORCHINDUCTOR_ENABLE_PDL=1
 }
 
 
 def best(graphs: bool) -> tuple[Callable[[nn.Module], Any], str]:
-    """What compiles a network for its largest speed, and in words how. graphs: with a CUDA graph for each of its calls."""
+    """What compiles a network for its largest speed, and in words how. graphs: with a CUDA graph
+    for each of its calls.
+    """
     mode = "max-autotune" if graphs else "max-autotune-no-cudagraphs"
     wanted, said = dict(OPTIONS), [mode]
     if os.environ.get(EXHAUSTIVE) == "1":
@@ -53,4 +60,8 @@ def no_cutlass() -> str | None:
 
     place = getattr(config, "cutlass", None) or config.cuda
     folder = Path(place.cutlass_dir)
-    return None if (folder / "python" / "cutlass_library").is_dir() else f"no CUTLASS in {folder.name or folder}"
+    return (
+        None
+        if (folder / "python" / "cutlass_library").is_dir()
+        else f"no CUTLASS in {folder.name or folder}"
+    )

@@ -1,11 +1,15 @@
-"""A pytest plugin: whatever ends is appended, as a line of JSON, to the file that FLOWTURBO_BENCH_LINES names.
+"""A pytest plugin: whatever ends is appended, as a line of JSON, to the file that
+FLOWTURBO_BENCH_LINES names.
 
-pytest-benchmark writes its report when all is over: a run that is killed leaves none, and one that is interrupted before the
-first round of a benchmark can't write it. Lines are there whatever happens to the run. bench/conftest.py brings the plugin along;
-elsewhere it is `-p lines` with bench/ on PYTHONPATH. The kinds of lines, each with the run and stage that the environment names:
+pytest-benchmark writes its report when all is over: a run that is killed leaves none, and one that
+is interrupted before the first round of a benchmark can't write it. Lines are there whatever
+happens to the run. bench/conftest.py brings the plugin along; elsewhere it is `-p lines` with
+bench/ on PYTHONPATH. The kinds of lines, each with the run and stage that the environment names:
 
-- planned: items, the tests that were collected: id, and group and who where the test's module has about(**parameters)
-- ended: one of these with its outcome, why it was skipped or failed, and measured: seconds, and the benchmark's extra_info
+- planned: items, the tests that were collected: id, and group and who where the test's module has
+    about(**parameters)
+- ended: one of these with its outcome, why it was skipped or failed, and measured: seconds, and the
+    benchmark's extra_info
 - run, stage, growth: by bench/gpu_check.sh and bench/growth.py
 """
 
@@ -21,11 +25,18 @@ FILE, RUN, STAGE = "FLOWTURBO_BENCH_LINES", "FLOWTURBO_BENCH_RUN", "FLOWTURBO_BE
 
 
 def append(kind: str, **fields: Any) -> None:
-    """One line, in one write, so that lines of several processes do not mix; nothing where no file is named."""
+    """One line, in one write, so that lines of several processes do not mix; nothing where no file
+    is named.
+    """
     path = os.environ.get(FILE)
     if not path:
         return
-    record = {"kind": kind, "run": os.environ.get(RUN, ""), "stage": os.environ.get(STAGE, ""), **fields}
+    record = {
+        "kind": kind,
+        "run": os.environ.get(RUN, ""),
+        "stage": os.environ.get(STAGE, ""),
+        **fields,
+    }
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(handle, (json.dumps(record) + "\n").encode())
@@ -51,7 +62,9 @@ def _measured(item: Any) -> dict[str, Any] | None:
 def _why(report: pytest.TestReport) -> str:
     """The reason of a skip, or the first line of an error."""
     if report.skipped:
-        return str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr).removeprefix("Skipped: ")
+        return str(
+            report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        ).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash else str(report.longrepr or "")
     return text.strip().split("\n")[0][:300]
@@ -85,12 +98,20 @@ class Writer:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
             ended = getattr(report, "flowturbo", {})
-            outcome = {"outcome": report.outcome} if report.passed else {"outcome": report.outcome, "why": _why(report)}
+            outcome = (
+                {"outcome": report.outcome}
+                if report.passed
+                else {"outcome": report.outcome, "why": _why(report)}
+            )
             append("ended", id=report.nodeid, **outcome, **ended)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not _works_for_another(config) and os.environ.get(FILE) and not config.pluginmanager.has_plugin("flowturbo writer"):
+    if (
+        not _works_for_another(config)
+        and os.environ.get(FILE)
+        and not config.pluginmanager.has_plugin("flowturbo writer")
+    ):
         config.pluginmanager.register(Writer(), "flowturbo writer")
 
 

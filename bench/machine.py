@@ -1,6 +1,7 @@
 """The machine that is measured: python bench/machine.py prints four lines for bench/gpu_check.sh.
 
-The device's name, the same as a file's name, its architecture as nvcc calls it, and as JSON all that figures depend on.
+The device's name, the same as a file's name, its architecture as nvcc calls it, and as JSON all
+that figures depend on.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = "FAKE_CUDA" in os.environ
-"""Whether the device only acts as one: kernels do nothing, so that no value may be compared and no time means anything."""
+"""Whether the device only acts as one: kernels do nothing, so that no value may be compared and no
+time means anything.
+"""
 
 
 def device_name() -> str:
     """The GPU's, or "cpu"; on a stand-in it says so, wherever the name is shown."""
     if not torch.cuda.is_available():
         return "cpu"
-    return torch.cuda.get_device_name() + (" (stand-in: no figure means anything)" if STAND_IN else "")
+    return torch.cuda.get_device_name() + (
+        " (stand-in: no figure means anything)" if STAND_IN else ""
+    )
 
 
 def file_name(device: str) -> str:
@@ -48,7 +53,11 @@ def facts() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": str(torch.version.cuda),
-        **{name: found for name in ("triton", "cupy-cuda13x", "cupy-cuda12x") if (found := _version(name))},
+        **{
+            name: found
+            for name in ("triton", "cupy-cuda13x", "cupy-cuda12x")
+            if (found := _version(name))
+        },
         **_driver(),
     }
 
@@ -64,7 +73,18 @@ def code() -> str:
     commit = _said("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
     if not commit:
         return sources
-    changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--", "bench", "csrc", "flowturbo", "flowturbo_kernels")
+    changed = _said(
+        "git",
+        "-C",
+        str(ROOT),
+        "status",
+        "--porcelain",
+        "--",
+        "bench",
+        "csrc",
+        "flowturbo",
+        "flowturbo_kernels",
+    )
     return f"commit {commit}" + (f", changed: {sources}" if changed else "")
 
 
@@ -75,14 +95,24 @@ def _driver() -> dict[str, str]:
         "clocks.max.sm": "highest SM clock",
         "clocks.sm": "SM clock before",
     }
-    line = "" if STAND_IN else _said("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader")
-    return dict(zip(names.values(), (v.strip() for v in line.split("\n")[0].split(",")), strict=False)) if line else {}
+    line = (
+        ""
+        if STAND_IN
+        else _said("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader")
+    )
+    return (
+        dict(zip(names.values(), (v.strip() for v in line.split("\n")[0].split(",")), strict=False))
+        if line
+        else {}
+    )
 
 
 def _said(*command: str) -> str:
     """What a command prints; nothing where it fails or is not there."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -96,5 +126,8 @@ def _version(name: str) -> str | None:
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        sys.exit(f"torch {torch.__version__} (CUDA of its build: {torch.version.cuda or 'none'}) finds no CUDA device")
+        sys.exit(
+            f"torch {torch.__version__} (CUDA of its build: {torch.version.cuda or 'none'}) finds "
+            "no CUDA device"
+        )
     print(device_name(), file_name(device_name()), architecture(), json.dumps(facts()), sep="\n")

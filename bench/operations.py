@@ -1,4 +1,6 @@
-"""The operations that are timed: their arguments at the sizes of published models, and a name for each."""
+"""The operations that are timed: their arguments at the sizes of published models, and a name for
+each.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def meta(*shape: int) -> Tensor:
 def shapes(
     batch: int, made: Callable[..., Tensor] = make, published: bool = DEVICE == "cuda"
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(operation, arguments) of SiT-XL/2 at 256 x 256 and of the SD decoder on a GPU; of a small model elsewhere."""
+    """(operation, arguments) of SiT-XL/2 at 256 x 256 and of the SD decoder on a GPU; of a small
+    model elsewhere.
+    """
     if published:
         yield from sizes.sit(made, batch)
         yield from sizes.sit_fp8(made, batch)
@@ -36,7 +40,9 @@ def shapes(
 
 
 def described(name: str, args: tuple[Any, ...]) -> str:
-    """The operation, the shape of its first argument, and what else tells it from others of its name at that shape."""
+    """The operation, the shape of its first argument, and what else tells it from others of its
+    name at that shape.
+    """
     text = f"{name} {'x'.join(map(str, args[0].shape))}"
     if name in ("linear", "linear_fp8", "linear_gated_residual"):
         text += f" to {args[1].shape[0]}"

@@ -1,4 +1,6 @@
-"""SiT as its users run it: nn modules and torch's own attention, in any precision that torch casts to. The rivals' network."""
+"""SiT as its users run it: nn modules and torch's own attention, in any precision that torch casts
+to. The rivals' network.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False) for _ in range(2))
+        self.norm1, self.norm2 = (
+            nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False) for _ in range(2)
+        )
         self.attn, self.mlp = Attention(hidden, heads), MLP(hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
 
@@ -71,13 +75,17 @@ class Final(nn.Module):
 class TimeEmbedder(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.mlp = nn.Sequential(
+            nn.Linear(TIME_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         half = TIME_FEATURES // 2
         frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, device=t.device) / half)
         angles = t.float()[:, None] * frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(
+            torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype)
+        )
 
 
 class PatchEmbedder(nn.Module):
@@ -133,18 +141,28 @@ class PlainSiT(nn.Module):
         config, p = self.config, self.config.patch
         side = config.side // p
         out = h.view(len(h), side, side, p, p, config.out_channels)
-        out = torch.einsum("nhwpqc->nchpwq", out).reshape(len(h), config.out_channels, config.side, config.side)
+        out = torch.einsum("nhwpqc->nchpwq", out).reshape(
+            len(h), config.out_channels, config.side, config.side
+        )
         return out[:, : config.channels]
 
 
 class HoistedSiT(nn.Module):
-    """A PlainSiT in parts, as this library's sampler takes them: the modulations of all layers and times are one product, apart
-    from x, and the GELU of a block is done by its product. compiled: what is made of the part that reads x.
+    """A PlainSiT in parts, as this library's sampler takes them: the modulations of all layers and
+    times are one product, apart from x, and the GELU of a block is done by its product. compiled:
+    what is made of the part that reads x.
     """
 
-    def __init__(self, network: PlainSiT, compiled: Callable[[nn.Module], Callable[..., Tensor]] = lambda part: part) -> None:
+    def __init__(
+        self,
+        network: PlainSiT,
+        compiled: Callable[[nn.Module], Callable[..., Tensor]] = lambda part: part,
+    ) -> None:
         super().__init__()
-        layers = [*(block.adaLN_modulation for block in network.blocks), network.final_layer.adaLN_modulation]
+        layers = [
+            *(block.adaLN_modulation for block in network.blocks),
+            network.final_layer.adaLN_modulation,
+        ]
         products = [cast(nn.Linear, layer[1]) for layer in layers]
         self.sizes = [len(product.weight) for product in products]
         self.register_buffer("weight", torch.cat([product.weight for product in products]))
@@ -152,7 +170,9 @@ class HoistedSiT(nn.Module):
         for block in network.blocks:
             block.mlp = FusedMLP(block.mlp.fc1, block.mlp.fc2)
         self.network = network
-        self._compiled = (compiled(_Evaluate(network)),)  # in a tuple, so that the weights in it are not named twice
+        self._compiled = (
+            compiled(_Evaluate(network)),
+        )  # in a tuple, so that the weights in it are not named twice
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """t (S,), y (N,) -> (S, N, D)."""
@@ -164,11 +184,15 @@ class HoistedSiT(nn.Module):
         return [m.contiguous() for m in made.split(self.sizes, dim=-1)]
 
     def evaluate(self, x: Tensor, modulations: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
-        """x (N, C, H, W) and modulations of N or 2N rows, v of as many -> what `PlainSiT` returns, of as many."""
+        """x (N, C, H, W) and modulations of N or 2N rows, v of as many -> what `PlainSiT` returns,
+        of as many.
+        """
         return self._compiled[0](x, list(modulations), v)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor:
-        return self.evaluate(x, self.modulations(self.network.t_embedder(t) + self.network.y_embedder(y)), v)
+        return self.evaluate(
+            x, self.modulations(self.network.t_embedder(t) + self.network.y_embedder(y)), v
+        )
 
 
 class _Evaluate(nn.Module):
@@ -177,7 +201,11 @@ class _Evaluate(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, modulations: list[Tensor], v: Tensor | None = None) -> Tensor:
-        network, dtype, times = self.network, self.network.pos_embed.dtype, len(modulations[0]) // len(x)
+        network, dtype, times = (
+            self.network,
+            self.network.pos_embed.dtype,
+            len(modulations[0]) // len(x),
+        )
         x = x.to(dtype)
         if v is None:
             h = network.embed(x, None).repeat(times, 1, 1)
@@ -189,7 +217,9 @@ class _Evaluate(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """An MLP whose first product does the GELU as it writes, where torch can: in cuBLASLt, for weights that are not quantised."""
+    """An MLP whose first product does the GELU as it writes, where torch can: in cuBLASLt, for
+    weights that are not quantised.
+    """
 
     def __init__(self, fc1: nn.Module, fc2: nn.Module) -> None:
         super().__init__()
@@ -200,5 +230,7 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cuda or not self.fused:  # the CPU's is another GELU
             return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        h = torch._addmm_activation(self.fc1.bias, x.flatten(0, -2), self.fc1.weight.t(), use_gelu=True)
+        h = torch._addmm_activation(
+            self.fc1.bias, x.flatten(0, -2), self.fc1.weight.t(), use_gelu=True
+        )
         return self.fc2(h.view(*x.shape[:-1], -1))

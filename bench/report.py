@@ -1,4 +1,6 @@
-"""Reports of benchmarks, read: lines as bench/lines.py writes them, and pytest-benchmark's JSON. Needs no torch."""
+"""Reports of benchmarks, read: lines as bench/lines.py writes them, and pytest-benchmark's JSON.
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ Info = Mapping[str, Any]
 
 
 class Entry(NamedTuple):
-    """One benchmark: of `group`, by `who`, in the run of that name. median: seconds of info's `calls` calls, or of a batch.
+    """One benchmark: of `group`, by `who`, in the run of that name. median: seconds of info's
+    `calls` calls, or of a batch.
 
     beside: by whom else the group was measured in the same run.
     """
@@ -38,8 +41,9 @@ class Stage(NamedTuple):
 class Device:
     """All that is known of one device. Of what was measured twice the last counts.
 
-    runs: run -> what its figures depend on. missing: (group, who) -> why it was not measured. tests: id -> outcome, of the last run
-    of the tests; failures: id -> why. growth: curve -> abscissa -> point.
+    runs: run -> what its figures depend on. missing: (group, who) -> why it was not measured.
+    tests: id -> outcome, of the last run of the tests; failures: id -> why. growth: curve ->
+        abscissa -> point.
     """
 
     name: str
@@ -58,7 +62,9 @@ class Device:
 
     def last_run(self, part: str) -> str | None:
         """The name of the last run of a part of gpu_check.sh."""
-        return next((run for run, facts in reversed(self.runs.items()) if facts.get("part") == part), None)
+        return next(
+            (run for run, facts in reversed(self.runs.items()) if facts.get("part") == part), None
+        )
 
     def take(self, group: str, who: str, median: float, info: Info, run: str) -> None:
         beside = self._beside.setdefault((run, group), {})
@@ -67,10 +73,14 @@ class Device:
 
 
 def read(paths: Iterable[Path]) -> dict[str, Device]:
-    """Devices by name, from files and from folders of them. ValueError if a named file is no report."""
+    """Devices by name, from files and from folders of them. ValueError if a named file is no
+    report.
+    """
     devices: dict[str, Device] = {}
     for path in paths:
-        for file in sorted([*path.glob("*.jsonl"), *path.glob("*.json")]) if path.is_dir() else [path]:
+        for file in (
+            sorted([*path.glob("*.jsonl"), *path.glob("*.json")]) if path.is_dir() else [path]
+        ):
             if file.suffix == ".jsonl":
                 _read_lines(file, devices)
             else:
@@ -96,7 +106,9 @@ def _read_json(file: Path, devices: dict[str, Device], named: bool) -> None:
     for found in benchmarks:
         info = found["extra_info"]
         if "device" in info:
-            _device(devices, info["device"]).take(found["group"], _who(info), found["stats"]["median"], info, "")
+            _device(devices, info["device"]).take(
+                found["group"], _who(info), found["stats"]["median"], info, ""
+            )
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:
@@ -126,7 +138,9 @@ def _read_lines(file: Path, devices: dict[str, Device]) -> None:
         elif kind == "ended" and record.get("measured"):
             planned.get(at, {}).pop(record["id"], None)
             group, stats, info = (record["measured"][key] for key in ("group", "stats", "info"))
-            _device(devices, info["device"]).take(group, record.get("who") or _who(info), stats["median"], info, at[0])
+            _device(devices, info["device"]).take(
+                group, record.get("who") or _who(info), stats["median"], info, at[0]
+            )
         elif device is None:
             continue
         elif kind == "planned":
@@ -148,7 +162,9 @@ def _ended(device: Device, record: dict[str, Any]) -> None:
         key = record["group"], record["who"]
         if outcome == "failed" or key not in device.entries:
             device.missing[key] = f"failed: {why}" if outcome == "failed" else why
-    elif outcome != "passed" or device.tests.get(record["id"]) != "failed":  # a teardown can fail after the test has passed
+    elif (
+        outcome != "passed" or device.tests.get(record["id"]) != "failed"
+    ):  # a teardown can fail after the test has passed
         device.tests[record["id"]] = outcome
         if outcome == "failed":
             device.failures[record["id"]] = why

@@ -1,13 +1,15 @@
-"""Whoever samples plans: this library and its rivals, each set up as its users would, on the same weights.
+"""Whoever samples plans: this library and its rivals, each set up as its users would, on the same
+weights.
 
-A rival is a function in RIVALS: subject -> sampler. All run the same solver steps on the same batch, in the dtype of the subject's
-weights unless they say otherwise.
+A rival is a function in RIVALS: subject -> sampler. All run the same solver steps on the same
+batch, in the dtype of the subject's weights unless they say otherwise.
 
-What is timed, of everyone the same: one batch from noise and labels on the device to latents or images there, until the device is
-idle, by the loop that flowturbo.sample runs. In it are the host's part of that loop and, where the plan is a graph, the copies
-into and out of its buffers. Not in it: making noise and labels and checking them, which flowturbo.sample does for all alike and
-`flowturbo bench` times; loading, compiling, tuning and capturing, which setting a rival up and its first call pay. cuDNN tunes
-convolutions for everyone.
+What is timed, of everyone the same: one batch from noise and labels on the device to latents or
+images there, until the device is idle, by the loop that flowturbo.sample runs. In it are the host's
+part of that loop and, where the plan is a graph, the copies into and out of its buffers. Not in it:
+making noise and labels and checking them, which flowturbo.sample does for all alike and `flowturbo
+bench` times; loading, compiling, tuning and capturing, which setting a rival up and its first call
+pay. cuDNN tunes convolutions for everyone.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ from flowturbo.runtime.device import seconds
 
 GUIDANCE = 1.5
 DEPTH, DECODER = "FLOWTURBO_BENCH_DEPTH", "FLOWTURBO_BENCH_DECODER"
-"""In the environment, for trial runs: the predictor's number of blocks, and "small" for a decoder of a hundredth of the work."""
+"""In the environment, for trial runs: the predictor's number of blocks, and "small" for a decoder
+of a hundredth of the work.
+"""
 
 
 class NotHere(Exception):
@@ -52,9 +56,11 @@ class NotHere(Exception):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is sampled: a predictor, its refiner and an autoencoder with random weights, on a device, a batch at a time.
+    """What is sampled: a predictor, its refiner and an autoencoder with random weights, on a
+    device, a batch at a time.
 
-    decoder: "full" or "small". noise (batch, C, H, W) float32 and labels (batch,) int64, on the device, for everyone.
+    decoder: "full" or "small". noise (batch, C, H, W) float32 and labels (batch,) int64, on the
+        device, for everyone.
     """
 
     predictor: SiT
@@ -75,13 +81,19 @@ class Subject:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What a table must say where it is not the published model's: its depth, and which decoder it has."""
+        """What a table must say where it is not the published model's: its depth, and which decoder
+        it has.
+        """
         return {"depth": self.predictor.config.depth, "decoder": self.decoder}
 
 
 @functools.lru_cache(maxsize=1)
-def networks(size: int, cuda: bool, depth: int | None = None, decoder: str = "full") -> tuple[SiT, SiT, Autoencoder]:
-    """SiT-XL/2 with SD's decoder on a GPU, a small one elsewhere, in bfloat16 or float32. depth: None: what that has."""
+def networks(
+    size: int, cuda: bool, depth: int | None = None, decoder: str = "full"
+) -> tuple[SiT, SiT, Autoencoder]:
+    """SiT-XL/2 with SD's decoder on a GPU, a small one elsewhere, in bfloat16 or float32. depth:
+    None: what that has.
+    """
     device = torch.device("cuda" if cuda else "cpu")
     config = replace(SIT_CONFIGS["SiT-XL/2"], side=size // 8)
     if not cuda:
@@ -92,7 +104,11 @@ def networks(size: int, cuda: bool, depth: int | None = None, decoder: str = "fu
     with torch.device(device):
         vae = Autoencoder() if decoder == "full" else Autoencoder((16, 16, 32, 32), 0, 8)
     dtype = torch.bfloat16 if cuda else torch.float32
-    nets = filled(config, device, 0), filled(config.refiner(), device, 1), vae.requires_grad_(False).eval()
+    nets = (
+        filled(config, device, 0),
+        filled(config.refiner(), device, 1),
+        vae.requires_grad_(False).eval(),
+    )
     return tuple(net.to(dtype) for net in nets)  # type: ignore[return-value]
 
 
@@ -103,7 +119,9 @@ def subject(size: int, batch: int, decode: bool) -> Subject:
     nets = networks(size, cuda, depth(), decoder)
     weight = nets[0].pos_embed
     config = nets[0].config
-    noise = rng.noise((config.channels, config.side, config.side), 0, range(batch)).to(weight.device)
+    noise = rng.noise((config.channels, config.side, config.side), 0, range(batch)).to(
+        weight.device
+    )
     labels = torch.arange(batch, device=weight.device) % config.num_classes
     return Subject(*nets, weight.device, weight.dtype, batch, decode, decoder, noise, labels)
 
@@ -135,7 +153,9 @@ def _fused(s: Subject) -> FlowModel:
 
 
 def ours(s: Subject) -> Sampler:
-    """This library: fused kernels, modulations hoisted, the whole plan and the decoding in one CUDA graph."""
+    """This library: fused kernels, modulations hoisted, the whole plan and the decoding in one CUDA
+    graph.
+    """
     return captured(s, _fused(s))
 
 
@@ -158,7 +178,10 @@ def _need_fp8(s: Subject) -> None:
         raise NotHere("scaled products in fp8 need a GPU of sm_89 or later")
     major, minor = torch.cuda.get_device_capability(s.device)
     if (major, minor) < (8, 9):
-        raise NotHere(f"scaled products in fp8 need a GPU of sm_89 or later, and this one is sm_{major}{minor}")
+        raise NotHere(
+            "scaled products in fp8 need a GPU of sm_89 or later, and this one is "
+            f"sm_{major}{minor}"
+        )
 
 
 # Plain torch
@@ -170,20 +193,32 @@ def _as_it_is(network: nn.Module) -> nn.Module:
     return network
 
 
-def _plain(s: Subject, wrap: Wrap, vae: DiffusersVAE, dtype: torch.dtype | None = None, fp8: bool = False) -> tuple[FlowModel, str]:
-    """The same sampler over plain networks, with torch's own operations, and in words who does their products in fp8."""
+def _plain(
+    s: Subject, wrap: Wrap, vae: DiffusersVAE, dtype: torch.dtype | None = None, fp8: bool = False
+) -> tuple[FlowModel, str]:
+    """The same sampler over plain networks, with torch's own operations, and in words who does
+    their products in fp8.
+    """
     base = ft.load(s.predictor, s.refiner, vae, device=s.device, dtype=s.dtype, backend="reference")
-    predictor, refiner = (PlainSiT.of(network).to(dtype or s.dtype) for network in (s.predictor, s.refiner))
+    predictor, refiner = (
+        PlainSiT.of(network).to(dtype or s.dtype) for network in (s.predictor, s.refiner)
+    )
     by = rowwise.quantise(predictor) if fp8 else ""
-    return replace(base, predictor=wrap(predictor), refiner=wrap(refiner), dtype=dtype or s.dtype), by
+    return replace(
+        base, predictor=wrap(predictor), refiner=wrap(refiner), dtype=dtype or s.dtype
+    ), by
 
 
-def _decoder_of(s: Subject, wrap: Wrap = _as_it_is, layout: torch.memory_format = torch.channels_last) -> DiffusersVAE:
+def _decoder_of(
+    s: Subject, wrap: Wrap = _as_it_is, layout: torch.memory_format = torch.channels_last
+) -> DiffusersVAE:
     return DiffusersVAE(Whole.of(s.vae, layout, wrap))
 
 
 def _faster_decoder(s: Subject, wrap: Wrap = _as_it_is) -> tuple[DiffusersVAE, str]:
-    """torch's own convolutions are faster in NHWC and its GroupNorm in NCHW: both are timed, and the faster is kept."""
+    """torch's own convolutions are faster in NHWC and its GroupNorm in NCHW: both are timed, and
+    the faster is kept.
+    """
     if not s.decode:
         return _decoder_of(s, wrap), ""
     found = {}
@@ -191,7 +226,12 @@ def _faster_decoder(s: Subject, wrap: Wrap = _as_it_is) -> tuple[DiffusersVAE, s
         vae = _decoder_of(s, wrap, layout)
         with torch.inference_mode(), tuned_convolutions():
             vae.decode(s.noise)
-            found[name] = statistics.median(seconds(lambda vae=vae: vae.decode(s.noise), s.device) for _ in range(3)), layout
+            found[name] = (
+                statistics.median(
+                    seconds(lambda vae=vae: vae.decode(s.noise), s.device) for _ in range(3)
+                ),
+                layout,
+            )
     name = min(found, key=lambda name: found[name][0])
     times = ", ".join(f"{key} {1e3 * took:.3g}" for key, (took, _) in found.items())
     return _decoder_of(s, wrap, found[name][1]), f"decoder in {name} (ms a batch: {times})"
@@ -205,9 +245,11 @@ def eager(s: Subject) -> Sampler:
 
 
 def autocast(s: Subject) -> Sampler:
-    """Plain torch with float32 weights under autocast to bfloat16, as the public code samples; decoding is eager's, without it.
+    """Plain torch with float32 weights under autocast to bfloat16, as the public code samples;
+    decoding is eager's, without it.
 
-    Autocast casts a weight once a context if it requires gradients, and in every call if not. Here one context holds a batch.
+    Autocast casts a weight once a context if it requires gradients, and in every call if not. Here
+    one context holds a batch.
     """
     vae, settings = _faster_decoder(s, _NoCast)
     model, _ = _plain(s, lambda network: network.requires_grad_(True), vae, torch.float32)
@@ -243,7 +285,9 @@ def compiled(s: Subject) -> Sampler:
 
 
 def max_autotune(s: Subject, fp8: bool = False) -> Sampler:
-    """torch.compile(mode="max-autotune") at its best: tuned products and a CUDA graph for each network call."""
+    """torch.compile(mode="max-autotune") at its best: tuned products and a CUDA graph for each
+    network call.
+    """
     torch._dynamo.reset()
     tuned, settings = inductor.best(graphs=True)
 
@@ -255,13 +299,17 @@ def max_autotune(s: Subject, fp8: bool = False) -> Sampler:
 
 
 def max_autotune_fp8(s: Subject) -> Sampler:
-    """max-autotune with the predictor's products in fp8, row by row: what ours-fp8 is to be compared with."""
+    """max-autotune with the predictor's products in fp8, row by row: what ours-fp8 is to be
+    compared with.
+    """
     _need_fp8(s)
     return max_autotune(s, fp8=True)
 
 
 class _Cloned(nn.Module):
-    """A compiled network whose result outlives its next call: its CUDA graph writes to the same place again."""
+    """A compiled network whose result outlives its next call: its CUDA graph writes to the same
+    place again.
+    """
 
     def __init__(self, network: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -273,7 +321,9 @@ class _Cloned(nn.Module):
 
 
 def plan_graph(s: Subject, hoisted: bool = False, fp8: bool = False) -> Sampler:
-    """The strongest: tuned and compiled without graphs, and then this library's own capture of the whole plan around it."""
+    """The strongest: tuned and compiled without graphs, and then this library's own capture of the
+    whole plan around it.
+    """
     if s.device.type != "cuda":
         raise NotHere("CUDA graphs need a GPU")
     torch._dynamo.reset()
@@ -287,7 +337,9 @@ def plan_graph(s: Subject, hoisted: bool = False, fp8: bool = False) -> Sampler:
 
 
 def plan_graph_hoisted(s: Subject) -> Sampler:
-    """plan-graph with two of this library's ideas in torch's words: adaLN's modulations hoisted, GELU in the product before it."""
+    """plan-graph with two of this library's ideas in torch's words: adaLN's modulations hoisted,
+    GELU in the product before it.
+    """
     return plan_graph(s, hoisted=True)
 
 
@@ -325,7 +377,9 @@ def diffusers(s: Subject) -> Sampler:
 
     torch._dynamo.reset()
     model, _ = _plain(s, _as_it_is, _decoder_of(s, tuned))
-    model = replace(model, predictor=transformer(s.predictor.config), refiner=transformer(s.refiner.config))
+    model = replace(
+        model, predictor=transformer(s.predictor.config), refiner=transformer(s.refiner.config)
+    )
     return plainly(s, model)
 
 
@@ -359,7 +413,9 @@ RIVALS: dict[str, Callable[[Subject], Sampler]] = {
 
 
 def products_of(rival: str, s: Subject) -> torch.dtype:
-    """The dtype in which a rival multiplies in the predictor's blocks. ValueError for a name that is none."""
+    """The dtype in which a rival multiplies in the predictor's blocks. ValueError for a name that
+    is none.
+    """
     if rival not in RIVALS:
         raise ValueError(f"rival must be one of {', '.join(RIVALS)}, got {rival!r}")
     if rival.endswith("-fp8"):
@@ -368,8 +424,16 @@ def products_of(rival: str, s: Subject) -> torch.dtype:
 
 
 def limit_of(rival: str, plan: str, s: Subject) -> float:
-    """Seconds below which that rival can't sample the batch by the plan, decoding included where the subject is decoded."""
+    """Seconds below which that rival can't sample the batch by the plan, decoding included where
+    the subject is decoded.
+    """
     dtype = torch.bfloat16 if rival == "autocast" else s.dtype
     configs = s.predictor.config, s.refiner.config
-    limit = roofline.plan_floor(ft.Plan.parse(plan), *configs, s.batch, dtype, s.device.type, products_of(rival, s))
-    return limit + (roofline.decode_floor(s.vae, tuple(s.noise.shape), s.dtype, s.device.type) if s.decode else 0.0)
+    limit = roofline.plan_floor(
+        ft.Plan.parse(plan), *configs, s.batch, dtype, s.device.type, products_of(rival, s)
+    )
+    return limit + (
+        roofline.decode_floor(s.vae, tuple(s.noise.shape), s.dtype, s.device.type)
+        if s.decode
+        else 0.0
+    )

@@ -1,4 +1,6 @@
-"""The limits: bytes and floating-point operations that an operation can't do without, and what this device moves and multiplies."""
+"""The limits: bytes and floating-point operations that an operation can't do without, and what this
+device moves and multiplies.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,18 @@ from flowturbo_kernels._op import tensors
 
 
 class Work(NamedTuple):
-    """bytes: every input read once, every output written once. flops: of matrix products, 2 a multiply-accumulate."""
+    """bytes: every input read once, every output written once. flops: of matrix products, 2 a
+    multiply-accumulate.
+    """
 
     bytes: int
     flops: int
 
 
 def work(name: str, args: tuple[Any, ...], results: Any) -> Work:
-    """What the operation of that name must do on these arguments. A tensor given twice is read once."""
+    """What the operation of that name must do on these arguments. A tensor given twice is read
+    once.
+    """
     distinct = {(t.data_ptr(), tuple(t.shape)): t for t in (*tensors(args), *tensors(results))}
     return Work(sum(t.numel() * t.element_size() for t in distinct.values()), _flops(name, args))
 
@@ -50,7 +56,9 @@ def _flops(name: str, args: tuple[Any, ...]) -> int:
 
 @functools.cache
 def ceilings(device: str) -> dict[str, float]:
-    """What a copy moves (bytes/s, read plus written) and what large products do (FLOP/s by dtype), measured now."""
+    """What a copy moves (bytes/s, read plus written) and what large products do (FLOP/s by dtype),
+    measured now.
+    """
     large = device == "cuda"
     source = torch.empty((1 << 30 if large else 1 << 25) // 4, device=device)
     target = torch.empty_like(source)
@@ -58,11 +66,15 @@ def ceilings(device: str) -> dict[str, float]:
     size = 8192 if large else 1024
     for dtype in (torch.bfloat16, torch.float32) if large else (torch.float32,):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        found[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds(functools.partial(torch.mm, a, b), device)
+        found[str(dtype).removeprefix("torch.")] = (
+            2 * size**3 / seconds(functools.partial(torch.mm, a, b), device)
+        )
     if large and torch.cuda.get_device_capability() >= (8, 9):
         a, b = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
         one = torch.ones((), device=device)
-        product = functools.partial(torch._scaled_mm, a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+        product = functools.partial(
+            torch._scaled_mm, a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
         found["float8_e4m3fn"] = 2 * size**3 / seconds(product, device)
     return found
 
@@ -79,8 +91,10 @@ def _rate(dtype: torch.dtype, device: str) -> float:
 
 
 LIMIT = (
-    "The ceilings are those of large products, whose clocks the power limit holds back (790 TFLOP/s in bfloat16 is such a "
-    "ceiling). At batch 1 less power is drawn: boost clocks may be higher, and a run may come below its limit."
+    "The ceilings are those of large products, whose clocks the power limit holds back (790 "
+    "TFLOP/s in bfloat16 is such a "
+    "ceiling). At batch 1 less power is drawn: boost clocks may be higher, and a run may come "
+    "below its limit."
 )
 """What to say beside a limit."""
 
@@ -94,39 +108,54 @@ def plan_floor(
     device: str,
     products: torch.dtype | None = None,
 ) -> float:
-    """Seconds below which guided sampling of a batch can't come: every call's products, or its weights read once, whichever takes
-    longer; adaLN's products once for all times, labels and the null class.
+    """Seconds below which guided sampling of a batch can't come: every call's products, or its
+    weights read once, whichever takes longer; adaLN's products once for all times, labels and the
+    null class.
 
-    products: the dtype of the four products of the predictor's blocks, where it is not dtype, as in fp8. Attention, the ends, adaLN
-    and the refiner are in dtype whatever that is. See LIMIT for what these seconds are worth.
+    products: the dtype of the four products of the predictor's blocks, where it is not dtype, as in
+    fp8. Attention, the ends, adaLN and the refiner are in dtype whatever that is. See LIMIT for
+    what these seconds are worth.
     """
     total = 0.0
     for config, refines in ((predictor, False), (refiner, True)):
         calls = [call for call in plan.calls if call.refiner == refines]
         conditions = len({call.t for call in calls}) * (batch + 1)
         kind = dtype if refines or products is None else products
-        total += sum(_call_floor(config, batch * (2 if call.guided else 1), dtype, kind, device) for call in calls)
+        total += sum(
+            _call_floor(config, batch * (2 if call.guided else 1), dtype, kind, device)
+            for call in calls
+        )
         if calls:
             weights = config.depth * 6 * config.hidden**2 * dtype.itemsize
-            total += floor(Work(weights, 2 * config.conditioning_macs() * conditions), dtype, device)
+            total += floor(
+                Work(weights, 2 * config.conditioning_macs() * conditions), dtype, device
+            )
     return total
 
 
-def _call_floor(config: SiTConfig, rows: int, dtype: torch.dtype, products: torch.dtype, device: str) -> float:
+def _call_floor(
+    config: SiTConfig, rows: int, dtype: torch.dtype, products: torch.dtype, device: str
+) -> float:
     """Of one call of a network on that many rows, adaLN's products apart."""
     weights = config.depth * 12 * config.hidden**2
     macs = weights * config.tokens
-    multiplying = 2 * rows * (macs / _rate(products, device) + (config.trunk_macs() - macs) / _rate(dtype, device))
+    multiplying = (
+        2
+        * rows
+        * (macs / _rate(products, device) + (config.trunk_macs() - macs) / _rate(dtype, device))
+    )
     return max(weights * products.itemsize / ceilings(device)["copy"], multiplying)
 
 
 def decode_flops(vae: nn.Module, latents: tuple[int, ...], doubled: bool = True) -> int:
     """Floating-point operations of decoding latents (N, C, H, W): of its products and convolutions.
 
-    doubled: count a 3x3 convolution of a nearest-neighbour doubling as the four 2x2 convolutions of the small image that give the
-    same, 4 taps a pixel instead of 9. False: as it is written.
+    doubled: count a 3x3 convolution of a nearest-neighbour doubling as the four 2x2 convolutions of
+    the small image that give the same, 4 taps a pixel instead of 9. False: as it is written.
     """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in vae.parameters()}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in vae.parameters()
+    }
     vae = copy.deepcopy(vae, memo)  # none of its memory
     spared = 0
 
@@ -144,6 +173,10 @@ def decode_flops(vae: nn.Module, latents: tuple[int, ...], doubled: bool = True)
     return counter.get_total_flops() - (spared if doubled else 0)
 
 
-def decode_floor(vae: nn.Module, latents: tuple[int, ...], dtype: torch.dtype, device: str) -> float:
-    """Seconds below which decoding can't come: its products and convolutions, the cheapest way, at the rate of products."""
+def decode_floor(
+    vae: nn.Module, latents: tuple[int, ...], dtype: torch.dtype, device: str
+) -> float:
+    """Seconds below which decoding can't come: its products and convolutions, the cheapest way, at
+    the rate of products.
+    """
     return floor(Work(0, decode_flops(vae, latents)), dtype, device)

@@ -1,4 +1,6 @@
-"""How every rival is called: the sampler's loop over the subject's noise and labels, with cuDNN's convolutions tuned."""
+"""How every rival is called: the sampler's loop over the subject's noise and labels, with cuDNN's
+convolutions tuned.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 class Sampler:
     """A plan -> a batch sampled by it. The first call may compile and capture.
 
-    model: whose networks are called. settings: in words, what was chosen for it here, for the table.
+    model: whose networks are called. settings: in words, what was chosen for it here, for the
+        table.
     """
 
     run: Callable[[str], Tensor]
@@ -38,11 +41,13 @@ class Sampler:
 
 @contextmanager
 def tuned_convolutions() -> Iterator[None]:
-    """cuDNN times its algorithms for each convolution that this thread has not met before, and keeps the fastest.
+    """cuDNN times its algorithms for each convolution that this thread has not met before, and
+    keeps the fastest.
 
-    It keeps what it took without timing as well: whoever runs one of the rivals' convolutions outside of this takes the choice away
-    from those that come after. Timing is not allowed in a capture; before each there is a run as it is, on the same thread, which
-    leaves nothing to be timed.
+    It keeps what it took without timing as well: whoever runs one of the rivals' convolutions
+    outside of this takes the choice away from those that come after. Timing is not allowed in a
+    capture; before each there is a run as it is, on the same thread, which leaves nothing to be
+    timed.
     """
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
@@ -53,10 +58,17 @@ def tuned_convolutions() -> Iterator[None]:
 
 @torch.no_grad()
 def sample(s: Subject, model: FlowModel, plan: str, kind: type[Job] = Job) -> Tensor:
-    """What flowturbo.sample does for a batch once its arguments are checked: all is on the device already."""
+    """What flowturbo.sample does for a batch once its arguments are checked: all is on the device
+    already.
+    """
     job = _job(s, model, plan, kind)
     with tqdm(disable=True) as bar:
-        return job.run(model, {"noise": s.noise, "labels": s.labels}, s.guidance, Watch(job.plan, 0, s.batch, bar, None))
+        return job.run(
+            model,
+            {"noise": s.noise, "labels": s.labels},
+            s.guidance,
+            Watch(job.plan, 0, s.batch, bar, None),
+        )
 
 
 def _job(s: Subject, model: FlowModel, plan: str, kind: type[Job]) -> Job:
@@ -68,8 +80,8 @@ def plainly(s: Subject, model: FlowModel, settings: str = "") -> Sampler:
 
 
 def captured(s: Subject, model: FlowModel, settings: str = "", kind: type[Job] = Job) -> Sampler:
-    """By a capture of the whole plan, made ahead of time. That of another plan is given up before: what memory is counted is this
-    plan's alone.
+    """By a capture of the whole plan, made ahead of time. That of another plan is given up before:
+    what memory is counted is this plan's alone.
     """
     newest = ""
 
@@ -89,11 +101,15 @@ def captured(s: Subject, model: FlowModel, settings: str = "", kind: type[Job] =
 def _capture(s: Subject, model: FlowModel, plan: str, kind: type[Job]) -> None:
     job = _job(s, model, plan, kind)
     if job.can_be_captured(model):
-        model.captures.ahead(*job.capture(model, {"noise": s.noise, "labels": s.labels}, s.guidance))
+        model.captures.ahead(
+            *job.capture(model, {"noise": s.noise, "labels": s.labels}, s.guidance)
+        )
 
 
 class AnyJob(Job):
-    """A job of networks that `sample` would not capture: it can't know that they do the same work whatever the images."""
+    """A job of networks that `sample` would not capture: it can't know that they do the same work
+    whatever the images.
+    """
 
     def can_be_captured(self, model: FlowModel) -> bool:
         return model.captures.possible(model.device)

@@ -1,10 +1,12 @@
-"""UniPC and DPM-Solver++ of diffusers as plans, to be measured by `flowturbo tune --rivals`, with the same sampler as ours.
+"""UniPC and DPM-Solver++ of diffusers as plans, to be measured by `flowturbo tune --rivals`, with
+the same sampler as ours.
 
     python bench/solvers.py rivals && flowturbo tune --rivals rivals/*.json
 
-Both are linear: from noise x and model outputs v0, v1, ... they call the model at x plus weighted outputs. The weights are read off
-by running the scheduler on unit vectors in the place of images. Of each solver and number of steps there are two plans: on
-diffusers' grid without shift, and with the shift that comes closest to the fine solution on the tuner's calibration noise.
+Both are linear: from noise x and model outputs v0, v1, ... they call the model at x plus weighted
+outputs. The weights are read off by running the scheduler on unit vectors in the place of images.
+Of each solver and number of steps there are two plans: on diffusers' grid without shift, and with
+the shift that comes closest to the fine solution on the tuner's calibration noise.
 """
 
 from __future__ import annotations
@@ -32,13 +34,17 @@ SHIFTS = (1.0, 0.5, 0.7, 1.4, 2.0, 3.0)
 
 
 def grid_of(scheduler: Any, steps: int) -> tuple[float, ...]:
-    """Our times of its calls, and 1. Its first noise level is 0.999 or so, where ours is 1: both start from the noise."""
+    """Our times of its calls, and 1. Its first noise level is 0.999 or so, where ours is 1: both
+    start from the noise.
+    """
     scheduler.set_timesteps(steps)
     return (0.0, *(1 - float(s) for s in scheduler.sigmas[1:steps]), 1.0)
 
 
 def run(scheduler: Any, steps: int, noise: Tensor, velocity: Any) -> Tensor:
-    """The scheduler as diffusers' pipelines run it; velocity(x, number of the call) -> data - noise."""
+    """The scheduler as diffusers' pipelines run it; velocity(x, number of the call) -> data -
+    noise.
+    """
     scheduler.set_timesteps(steps)
     x = noise
     for call, timestep in enumerate(scheduler.timesteps):
@@ -47,7 +53,9 @@ def run(scheduler: Any, steps: int, noise: Tensor, velocity: Any) -> Tensor:
 
 
 def plan_of(scheduler: Any, steps: int) -> Plan:
-    """Its solver as L steps: call k is made at the noise plus the velocities weighted by the difference of two rows."""
+    """Its solver as L steps: call k is made at the noise plus the velocities weighted by the
+    difference of two rows.
+    """
     points: list[Tensor] = []
     units = torch.eye(steps + 1, dtype=torch.float64).reshape(steps + 1, 1, 1, 1, steps + 1)
 
@@ -65,12 +73,16 @@ def plan_of(scheduler: Any, steps: int) -> Plan:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--most", type=int, default=6, help="steps of the longest plan")
     options = parser.parse_args()
     settings = Tune(calibration_images=64)
-    batches = calibration_batches(settings, load(settings.model, dtype=torch.float32), lambda calls: None)
+    batches = calibration_batches(
+        settings, load(settings.model, dtype=torch.float32), lambda calls: None
+    )
     for name, make in SOLVERS.items():
         for steps in range(2, options.most + 1):
             plans = {}
@@ -83,7 +95,10 @@ def main() -> None:
             for label, shift in {"": 1.0, " shifted": best}.items():
                 about = {"solver": name, "shift": shift, "steps": steps}
                 plans[shift].save(options.out / f"{name}{label}-{steps}.json", about)
-            print(f"{name} {steps}: " + ", ".join(f"shift {s:g} {e:.4f}" for s, e in errors.items()), flush=True)
+            print(
+                f"{name} {steps}: " + ", ".join(f"shift {s:g} {e:.4f}" for s, e in errors.items()),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Every operation at the sizes of published models: each backend against eager torch and torch.compile, beside the device's limits.
+"""Every operation at the sizes of published models: each backend against eager torch and
+torch.compile, beside the device's limits.
 
-    python -m pytest bench/test_kernels.py --benchmark-json=kernels.json && python bench/table.py kernels.json
+    python -m pytest bench/test_kernels.py --benchmark-json=kernels.json && python bench/table.py
+    kernels.json
 
-One benchmark group an operation and size; times are of `calls` calls in one replay. Without a GPU it runs on the CPU, at batch 1 of
-a small model, which measures only that it runs.
+One benchmark group an operation and size; times are of `calls` calls in one replay. Without a GPU
+it runs on the CPU, at batch 1 of a small model, which measures only that it runs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""Sampling whole plans, noise to images: this library against its rivals, beside the device's limit.
+"""Sampling whole plans, noise to images: this library against its rivals, beside the device's
+limit.
 
-    python -m pytest bench/test_plans.py --benchmark-json=plans.json && python bench/table.py plans.json
+    python -m pytest bench/test_plans.py --benchmark-json=plans.json && python bench/table.py
+    plans.json
 
-SiT-XL/2 with random weights and SD's decoder, guidance on, in bfloat16; without a GPU a small model, which measures only that it
-runs. --plans, --batches, --sizes, --decode and --rivals choose; the whole takes hours, since every rival compiles.
+SiT-XL/2 with random weights and SD's decoder, guidance on, in bfloat16; without a GPU a small
+model, which measures only that it runs. --plans, --batches, --sizes, --decode and --rivals choose;
+the whole takes hours, since every rival compiles.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ _prepared: dict[tuple[str, int, int, bool], Prepared | NotHere] = {}
 
 
 def prepared(rival: str, size: int, batch: int, decode: bool) -> Prepared:
-    """What is sampled, by whom, and the seconds of setting that up. The last one is kept, and given up before another is made."""
+    """What is sampled, by whom, and the seconds of setting that up. The last one is kept, and given
+    up before another is made.
+    """
     key = rival, size, batch, decode
     if key not in _prepared:
         _prepared.clear()
@@ -73,18 +78,24 @@ def about(rival: str, size: int, batch: int, decode: str, plan: str) -> dict[str
     return {"group": group(plan, size, batch, decode), "who": rival}
 
 
-def test_plan(benchmark: Any, rounds: int, rival: str, size: int, batch: int, decode: str, plan: str) -> None:
+def test_plan(
+    benchmark: Any, rounds: int, rival: str, size: int, batch: int, decode: str, plan: str
+) -> None:
     with_vae = decode == "yes"
     try:
         s, sampler, setup = prepared(rival, size, batch, with_vae)
     except NotHere as reason:
         pytest.skip(str(reason))
     cuda = s.device.type == "cuda"
-    limits = ceilings(s.device.type)  # before memory is counted: what it leaves behind is in every rival's peak, or in none
+    limits = ceilings(
+        s.device.type
+    )  # before memory is counted: what it leaves behind is in every rival's peak, or in none
     fresh_peak(s.device)
     first = setup + seconds(lambda: sampler(plan), s.device)
     result = sampler(plan)
-    assert result.shape == ((batch, size, size, 3) if with_vae else (batch, 4, size // 8, size // 8))
+    assert result.shape == (
+        (batch, size, size, 3) if with_vae else (batch, 4, size // 8, size // 8)
+    )
     assert STAND_IN or with_vae or result.isfinite().all()
 
     def run() -> None:

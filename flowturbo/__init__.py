@@ -1,4 +1,5 @@
-"""FlowTurbo: few-call sampling of flow-matching models by Heun, pseudo-corrector and velocity-refiner steps.
+"""FlowTurbo: few-call sampling of flow-matching models by Heun, pseudo-corrector and
+velocity-refiner steps.
 
 import flowturbo as ft
 model = ft.load("digits")

@@ -35,7 +35,9 @@ def whole(name: str, value: int) -> int:
 
 def finite(name: str, value: float) -> float:
     """A number that is neither NaN nor infinite."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are Real too
+    if isinstance(value, bool) or not isinstance(
+        value, numbers.Real
+    ):  # NumPy's scalars are Real too
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
@@ -43,7 +45,9 @@ def finite(name: str, value: float) -> float:
 
 
 def numbers_of(name: str, values: Iterable[float]) -> tuple[float, ...]:
-    """A list, tuple or array of numbers; NaN and infinity pass, for the caller to say where they stand."""
+    """A list, tuple or array of numbers; NaN and infinity pass, for the caller to say where they
+    stand.
+    """
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of numbers, got {values!r}")
     found = list(values)

@@ -1,4 +1,5 @@
-"""The operations of flow-matching DiTs: tensors in, tensors out; no model and no plan is known here.
+"""The operations of flow-matching DiTs: tensors in, tensors out; no model and no plan is known
+here.
 
 Usable alone:
 

@@ -13,7 +13,9 @@ def cache_folder() -> Path:
 
 
 def whole_file(path: Path, content: bytes) -> None:
-    """Written whole or not at all; a folder that can't be written costs the next process its work again, no more."""
+    """Written whole or not at all; a folder that can't be written costs the next process its work
+    again, no more.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

@@ -1,7 +1,9 @@
-"""What was measured as fastest, on disk: a file for each kind of machine, of each version of torch, Triton and these kernels.
+"""What was measured as fastest, on disk: a file for each kind of machine, of each version of torch,
+Triton and these kernels.
 
-The file holds the facts that it is of, and under each key an entry: {"fastest": name, "us": {name: microseconds of a call},
-"cannot": {name: why}}. Several processes may write: each adds to what the others wrote, and sees it when it does.
+The file holds the facts that it is of, and under each key an entry: {"fastest": name, "us": {name:
+microseconds of a call}, "cannot": {name: why}}. Several processes may write: each adds to what the
+others wrote, and sees it when it does.
 """
 
 from __future__ import annotations
@@ -28,17 +30,30 @@ except ImportError:  # Windows has none
 
 Entry = dict[str, Any]
 
-_ENVIRONMENT = ("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "NVIDIA_TF32_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT")
+_ENVIRONMENT = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUBLASLT_WORKSPACE_SIZE",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+)
 """What libraries read once, and choose their kernels by."""
 
 
 @functools.cache
 def facts(device: torch.device) -> Mapping[str, Any]:
-    """All that decides what is fastest and stays as it is in this process. Cards of one name differ in clocks and memory."""
+    """All that decides what is fastest and stays as it is in this process. Cards of one name differ
+    in clocks and memory.
+    """
     p = torch.cuda.get_device_properties(device)
     properties = {
         name: getattr(p, name, None)
-        for name in ("multi_processor_count", "L2_cache_size", "clock_rate", "memory_clock_rate", "memory_bus_width")
+        for name in (
+            "multi_processor_count",
+            "L2_cache_size",
+            "clock_rate",
+            "memory_clock_rate",
+            "memory_bus_width",
+        )
     }
     return {
         "device": p.name,
@@ -79,7 +94,9 @@ def _installed(*names: str) -> str | None:
 
 
 def _digest_of_kernels() -> str:
-    """Of this package's sources: kernels, candidates and how they are measured. Without sources, the version."""
+    """Of this package's sources: kernels, candidates and how they are measured. Without sources,
+    the version.
+    """
     texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     if not texts:
         return str(_installed("flowturbo"))
@@ -87,7 +104,9 @@ def _digest_of_kernels() -> str:
 
 
 def file(of: Mapping[str, Any]) -> Path:
-    """Where the choices are kept of machines of these facts; the name tells some of them, and a digest of all."""
+    """Where the choices are kept of machines of these facts; the name tells some of them, and a
+    digest of all.
+    """
     digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
     said = f"fastest {of['device']} torch {of['torch']} triton {of['triton']}"
     return cache_folder() / f"{re.sub('[^A-Za-z0-9.+]', '-', said)[:200]}-{digest}.json"
@@ -99,13 +118,20 @@ def read(of: Mapping[str, Any]) -> dict[str, Entry]:
         found = json.loads(file(of).read_text(encoding="utf-8"))
         if json.dumps(found["of"], sort_keys=True) != json.dumps(of, sort_keys=True):
             return {}
-        return {k: e for k, e in found["choices"].items() if isinstance(e, dict) and isinstance(e.get("fastest"), str)}
+        return {
+            k: e
+            for k, e in found["choices"].items()
+            if isinstance(e, dict) and isinstance(e.get("fastest"), str)
+        }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def add(of: Mapping[str, Any], key: str, entry: Entry, names: Container[object]) -> dict[str, Entry]:
-    """All entries, this one among them, unless another process was quicker: all go by the one that was first.
+def add(
+    of: Mapping[str, Any], key: str, entry: Entry, names: Container[object]
+) -> dict[str, Entry]:
+    """All entries, this one among them, unless another process was quicker: all go by the one that
+    was first.
 
     names: of the candidates; an entry that names another is replaced.
     """
@@ -114,14 +140,16 @@ def add(of: Mapping[str, Any], key: str, entry: Entry, names: Container[object])
         entries = read(of)
         if entries.get(key, {}).get("fastest") not in names:
             entries[key] = entry
-        whole_file(path, json.dumps({"of": of, "choices": entries}, indent=1, sort_keys=True).encode())
+        whole_file(
+            path, json.dumps({"of": of, "choices": entries}, indent=1, sort_keys=True).encode()
+        )
     return entries
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone among processes. Where the file system knows no locks, nobody is kept out: what another adds meanwhile may be lost,
-    and is measured again."""
+    """Alone among processes. Where the file system knows no locks, nobody is kept out: what another
+    adds meanwhile may be lost, and is measured again."""
     handle = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""When csrc's kernels can run, and how: through the extension, or compiled at first use by CuPy's NVRTC where it was not built."""
+"""When csrc's kernels can run, and how: through the extension, or compiled at first use by CuPy's
+NVRTC where it was not built.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ MOST_THREADS = 1024
 
 
 class Launcher(Protocol):
-    def __call__(self, name: str, grid: tuple[int, ...], threads: int, shared: int, args: bytes, stream: int) -> None: ...
+    def __call__(
+        self, name: str, grid: tuple[int, ...], threads: int, shared: int, args: bytes, stream: int
+    ) -> None: ...
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -31,8 +35,12 @@ def unavailable(device: torch.device) -> str | None:
     return _launcher(torch.cuda.get_device_capability(device))[1]
 
 
-def launch(name: str, grid: tuple[int, ...], threads: int, shared: int, args: ctypes.Structure) -> None:
-    """Run the instance of that name on torch's current stream of the current device. RuntimeError, naming it, if it can't be."""
+def launch(
+    name: str, grid: tuple[int, ...], threads: int, shared: int, args: ctypes.Structure
+) -> None:
+    """Run the instance of that name on torch's current stream of the current device. RuntimeError,
+    naming it, if it can't be.
+    """
     launcher, problem = _launcher(torch.cuda.get_device_capability())
     if launcher is None:
         raise RuntimeError(f"{name}: {problem}")
@@ -50,7 +58,10 @@ def _launcher(capability: tuple[int, int]) -> tuple[Launcher | None, str | None]
         built = extension.build_info().architectures.split()
         if runs_on(built, capability):
             return extension.launch, None
-        missing = f"the extension holds code for sm_{', sm_'.join(built)}, not for sm_{capability[0]}{capability[1]}"
+        missing = (
+            f"the extension holds code for sm_{', sm_'.join(built)}, not for "
+            f"sm_{capability[0]}{capability[1]}"
+        )
     try:
         return _nvrtc.Launcher(), None
     except ImportError as error:
@@ -60,11 +71,15 @@ def _launcher(capability: tuple[int, int]) -> tuple[Launcher | None, str | None]
 
 
 def runs_on(built: list[str], capability: tuple[int, int]) -> bool:
-    """Machine code runs on its own major version from its minor one on; with an "a", on its own architecture only."""
+    """Machine code runs on its own major version from its minor one on; with an "a", on its own
+    architecture only.
+    """
     for arch in built:
         digits, exact = re.fullmatch(r"(\d+)(a?)", arch).groups()  # type: ignore[union-attr]
         major, minor = int(digits[:-1]), int(digits[-1])
-        if (major, minor) == capability or (not exact and major == capability[0] and minor <= capability[1]):
+        if (major, minor) == capability or (
+            not exact and major == capability[0] and minor <= capability[1]
+        ):
             return True
     return False
 
@@ -74,7 +89,9 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 
 def vector(dtype: torch.dtype, *multiples: int) -> int:
-    """Numbers that a thread loads at once: 16 bytes of them where all of these counts of numbers are multiples, else one."""
+    """Numbers that a thread loads at once: 16 bytes of them where all of these counts of numbers
+    are multiples, else one.
+    """
     most = 16 // dtype.itemsize
     return most if all(m % most == 0 for m in multiples) else 1
 
@@ -92,4 +109,8 @@ def aligned(tensor: Tensor) -> Tensor:
 def same_dtype(*tensors: Any) -> str | None:
     """Why a kernel of one number type can't take these, or None."""
     dtypes = {t.dtype for t in tensors if isinstance(t, Tensor)}
-    return None if len(dtypes) <= 1 else f"tensors are of several dtypes, {', '.join(sorted(map(str, dtypes)))}"
+    return (
+        None
+        if len(dtypes) <= 1
+        else f"tensors are of several dtypes, {', '.join(sorted(map(str, dtypes)))}"
+    )

@@ -1,4 +1,6 @@
-"""The matrix product that linear's kernels share: tiles in an order that reuses the cache, split along K where tiles are few."""
+"""The matrix product that linear's kernels share: tiles in an order that reuses the cache, split
+along K where tiles are few.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +36,24 @@ EXACT_TILES = (Tile(32, 32, 32, 4, 2),)
 """For float32, which is multiplied outside the tensor cores."""
 FP8_TILES = (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4))
 SPLITS = (1, 2, 4)
-"""Parts of K that programs of their own sum up; a second kernel adds them, always in the same order, and runs the epilogue."""
+"""Parts of K that programs of their own sum up; a second kernel adds them, always in the same
+order, and runs the epilogue.
+"""
 _GROUP = 8
 
 
 @kernel
 def _finish(
-    y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, gate_b, SCALED: tl.constexpr, GELU: tl.constexpr,
+    y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, gate_b, SCALED: tl.constexpr,
+    GELU: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of a tile y at rows m and columns n."""
     if SCALED:
-        y *= tl.load(x_scale + m, mask=m < M, other=0.0)[:, None] * tl.load(weight_scale + n, mask=n < N, other=0.0)[None, :]
+        y *= (
+            tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
+            * tl.load(weight_scale + n, mask=n < N, other=0.0)[None, :]
+        )
     y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GELU:  # 0.5 * y * (1 + tanh(u)) = y * sigmoid(2u)
         u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
@@ -53,15 +61,24 @@ def _finish(
         y = y * tl.where(u >= 0, 1.0, e) / (1.0 + e)
     if RESIDUAL:
         inside = (m < M)[:, None] & (n < N)[None, :]
-        g = tl.load(gate + (m // T)[:, None] * gate_b + n[None, :], mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(residual + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0).to(tl.float32) + g * y
+        g = tl.load(gate + (m // T)[:, None] * gate_b + n[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
+        y = (
+            tl.load(residual + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
+            + g * y
+        )
     return y
 
 
 @kernel
 def _product_kernel(
-    x, weight, x_scale, weight_scale, bias, residual, gate, out, M, N, T, x_m, weight_n, gate_b, K: tl.constexpr,
-    SCALED: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
+    x, weight, x_scale, weight_scale, bias, residual, gate, out, M, N, T, x_m, weight_n, gate_b,
+    K: tl.constexpr,
+    SCALED: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -72,7 +89,9 @@ def _product_kernel(
     m = (group * GROUP + inner % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (inner // height) * BLOCK_N + tl.arange(0, BLOCK_N)
     PART: tl.constexpr = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
-    x_rows = x + (m % M).to(tl.int64)[:, None] * x_m  # rows and columns beyond the end wrap around, and are not stored
+    x_rows = (
+        x + (m % M).to(tl.int64)[:, None] * x_m
+    )  # rows and columns beyond the end wrap around, and are not stored
     weight_rows = weight + (n % N).to(tl.int64)[None, :] * weight_n
     y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, PART, BLOCK_K):
@@ -89,13 +108,30 @@ def _product_kernel(
     if SPLIT > 1:
         tl.store(out + part.to(tl.int64) * M * N + at, y, mask=inside)
     else:
-        y = _finish(y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, gate_b, SCALED, GELU, RESIDUAL)
+        y = _finish(
+            y,
+            m,
+            n,
+            M,
+            N,
+            T,
+            x_scale,
+            weight_scale,
+            bias,
+            residual,
+            gate,
+            gate_b,
+            SCALED,
+            GELU,
+            RESIDUAL,
+        )
         tl.store(out + at, y, mask=inside)
 
 
 @kernel
 def _sum_kernel(
-    parts, x_scale, weight_scale, bias, residual, gate, out, M, N, T, gate_b, SCALED: tl.constexpr, GELU: tl.constexpr,
+    parts, x_scale, weight_scale, bias, residual, gate, out, M, N, T, gate_b, SCALED: tl.constexpr,
+    GELU: tl.constexpr,
     RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -106,7 +142,23 @@ def _sum_kernel(
     for _ in tl.static_range(SPLIT):
         y += tl.load(parts + at, mask=inside, other=0.0)
         parts += tl.cast(M, tl.int64) * N
-    y = _finish(y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, gate_b, SCALED, GELU, RESIDUAL)
+    y = _finish(
+        y,
+        m,
+        n,
+        M,
+        N,
+        T,
+        x_scale,
+        weight_scale,
+        bias,
+        residual,
+        gate,
+        gate_b,
+        SCALED,
+        GELU,
+        RESIDUAL,
+    )
     tl.store(out + at, y, mask=inside)
 
 
@@ -123,28 +175,38 @@ def product(
     tokens: int = 1,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """x (M, K), rows may be strided, times weight (N, K) transposed, with the epilogue -> (M, N) in bias's dtype, or residual's.
+    """x (M, K), rows may be strided, times weight (N, K) transposed, with the epilogue -> (M, N) in
+    bias's dtype, or residual's.
 
-    residual (M, N), dense, and gate (M / tokens, N): together or not at all. scales: of the rows of x and of weight, float32 (M,)
-    and (N,), for operands in fp8.
+    residual (M, N), dense, and gate (M / tokens, N): together or not at all. scales: of the rows of
+    x and of weight, float32 (M,) and (N,), for operands in fp8.
     """
     (M, K), N = x.shape, len(weight)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    out = torch.empty(M, N, dtype=bias.dtype if residual is None else residual.dtype, device=x.device)
+    out = torch.empty(
+        M, N, dtype=bias.dtype if residual is None else residual.dtype, device=x.device
+    )
     parts = out if split == 1 else torch.empty(split, M, N, dtype=torch.float32, device=x.device)
     bias = bias.contiguous()
     with_residual = residual is not None
-    epilogue = *(scales or (bias, bias)), bias, (bias if residual is None else residual), (bias if gate is None else gate)
+    epilogue = (
+        *(scales or (bias, bias)),
+        bias,
+        (bias if residual is None else residual),
+        (bias if gate is None else gate),
+    )
     gate_b = 0 if gate is None else gate.stride(0)
     _product_kernel.launch(
         (-(-M // tile.rows) * -(-N // tile.columns), split),
         x, weight, *epilogue, parts, M, N, tokens, x.stride(0), weight.stride(0), gate_b,
-        K, scales is not None, gelu, with_residual, split, _GROUP, dot_precision(x), tile.rows, tile.columns, tile.depth,
+        K, scales is not None, gelu, with_residual, split, _GROUP, dot_precision(x), tile.rows,
+        tile.columns, tile.depth,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if split > 1:
         grid = -(-M // 16), -(-N // 128)
         _sum_kernel.launch(
-            grid, parts, *epilogue, out, M, N, tokens, gate_b, scales is not None, gelu, with_residual, split, 16, 128, num_warps=4
+            grid, parts, *epilogue, out, M, N, tokens, gate_b, scales is not None, gelu,
+            with_residual, split, 16, 128, num_warps=4
         )  # fmt: skip
     return out

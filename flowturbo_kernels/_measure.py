@@ -1,9 +1,11 @@
-"""How long a call takes on a CUDA device, on weights that are not in its cache, and without harm to other threads.
+"""How long a call takes on a CUDA device, on weights that are not in its cache, and without harm to
+other threads.
 
-Nothing is captured: while a capture is under way, whatever its mode, no other thread may wait for the device or draw its random
-numbers. Instead the device is kept busy until all calls are queued, so that it runs them one after another, as in a graph.
-Nothing but an event is waited for, which a thread beside one that captures may do. All is queued on the caller's stream: another
-one would cost a workspace of cuBLAS, and memory that no other stream takes.
+Nothing is captured: while a capture is under way, whatever its mode, no other thread may wait for
+the device or draw its random numbers. Instead the device is kept busy until all calls are queued,
+so that it runs them one after another, as in a graph. Nothing but an event is waited for, which a
+thread beside one that captures may do. All is queued on the caller's stream: another one would cost
+a workspace of cuBLAS, and memory that no other stream takes.
 """
 
 from __future__ import annotations
@@ -27,17 +29,23 @@ _LONGEST = 0.1
 _TIMES_CACHE = 3
 """How many times the size of the L2 cache the rotating weights have."""
 _MOST_COPIES = 64
-"""A network has about as many products: where more would be needed, its weights lie in the cache in earnest as well."""
+"""A network has about as many products: where more would be needed, its weights lie in the cache in
+earnest as well.
+"""
 
 
 class Timing(NamedTuple):
-    """seconds: of one call, the fastest of several timings. steady: whether most of them were about as fast."""
+    """seconds: of one call, the fastest of several timings. steady: whether most of them were about
+    as fast.
+    """
 
     seconds: float
     steady: bool
 
 
-def timing(run: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]], device: torch.device) -> Timing:
+def timing(
+    run: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]], device: torch.device
+) -> Timing:
     """Of run(*arguments), which takes the sets of arguments in turn. Results are let go at once."""
     rounds = [sets[i % len(sets)] for i in range(max(_CALLS, len(sets)))]
     run(*rounds[0])  # compiles
@@ -62,8 +70,15 @@ def _queue(run: Callable[..., Any], rounds: Sequence[tuple[Tensor, ...]]) -> Non
         run(*arguments)
 
 
-def _timed(run: Callable[..., Any], rounds: Sequence[tuple[Tensor, ...]], device: torch.device, pause: float) -> tuple[float, bool]:
-    """(seconds a call, whether the device began before the last call was queued, and so may have waited for it)."""
+def _timed(
+    run: Callable[..., Any],
+    rounds: Sequence[tuple[Tensor, ...]],
+    device: torch.device,
+    pause: float,
+) -> tuple[float, bool]:
+    """(seconds a call, whether the device began before the last call was queued, and so may have
+    waited for it).
+    """
     stream = torch.cuda.current_stream(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(int(pause * _cycles(device)))
@@ -82,11 +97,14 @@ def _cycles(device: torch.device) -> float:
 
 
 @contextmanager
-def rotating(cold: tuple[Tensor, ...], device: torch.device) -> Iterator[tuple[list[tuple[Tensor, ...]], bool]]:
-    """(sets of arguments, whether there are as many as it takes): the given ones, and copies that together outgrow the L2 cache.
+def rotating(
+    cold: tuple[Tensor, ...], device: torch.device
+) -> Iterator[tuple[list[tuple[Tensor, ...]], bool]]:
+    """(sets of arguments, whether there are as many as it takes): the given ones, and copies that
+    together outgrow the L2 cache.
 
-    A quarter of the free memory is taken at most, and left to torch's allocator at the end, for the stream's next tensors: a pool
-    of its own can't be ended while another thread captures.
+    A quarter of the free memory is taken at most, and left to torch's allocator at the end, for the
+    stream's next tensors: a pool of its own can't be ended while another thread captures.
     """
     bytes_a_set = sum(t.nbytes for t in cold)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -105,8 +123,12 @@ def rotating(cold: tuple[Tensor, ...], device: torch.device) -> Iterator[tuple[l
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """In other memory, of the same strides and alignment, by which kernels are compiled and chosen."""
-    span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    """In other memory, of the same strides and alignment, by which kernels are compiled and
+    chosen.
+    """
+    span = 1 + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     offset = tensor.data_ptr() % 16 // tensor.element_size()
     memory = torch.empty(offset + span, dtype=tensor.dtype, device=tensor.device)
     memory[offset:].copy_(tensor.as_strided((span,), (1,)))

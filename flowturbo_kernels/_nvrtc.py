@@ -1,4 +1,6 @@
-"""csrc's kernels compiled for the GPU at hand at their first use, by CuPy's NVRTC, which keeps them on disk."""
+"""csrc's kernels compiled for the GPU at hand at their first use, by CuPy's NVRTC, which keeps them
+on disk.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ FILES = {"adaln": "adaln.cu", "velocity_update": "velocity_update.cu"} | dict.fr
 
 
 def sources() -> Path:
-    """The folder of csrc: inside the installed package, or beside it in a checkout. OSError if there is none."""
+    """The folder of csrc: inside the installed package, or beside it in a checkout. OSError if
+    there is none.
+    """
     here = Path(__file__).resolve().parent
     for folder in (here / "csrc", here.parent / "csrc"):
         if (folder / "common.cuh").is_file():
@@ -27,20 +31,27 @@ def sources() -> Path:
 
 
 def options() -> tuple[str, ...]:
-    """Without the architecture. CUDA's number types come with CuPy's or, where those are not installed, with Triton's headers."""
+    """Without the architecture. CUDA's number types come with CuPy's or, where those are not
+    installed, with Triton's headers.
+    """
     found = importlib.util.find_spec("triton")
     triton = (
         []
         if found is None
-        else [f"-I{Path(p) / 'backends' / 'nvidia' / 'include'}" for p in found.submodule_search_locations or ()]
+        else [
+            f"-I{Path(p) / 'backends' / 'nvidia' / 'include'}"
+            for p in found.submodule_search_locations or ()
+        ]
     )
     return "-std=c++17", "-default-device", f"-I{sources()}", *triton
 
 
 class Launcher:
-    """launch(name, grid, threads, shared, args, stream), as the extension's, on the current device. ImportError without CuPy.
+    """launch(name, grid, threads, shared, args, stream), as the extension's, on the current device.
+    ImportError without CuPy.
 
-    Of CuPy only NVRTC and the driver are used: its runtime would be a second one beside torch's, with a context of its own to make.
+    Of CuPy only NVRTC and the driver are used: its runtime would be a second one beside torch's,
+    with a context of its own to make.
     """
 
     def __init__(self) -> None:
@@ -48,16 +59,21 @@ class Launcher:
         self.options = options()
         self._functions: dict[tuple[int, str], int] = {}
 
-    def __call__(self, name: str, grid: tuple[int, ...], threads: int, shared: int, args: bytes, stream: int) -> None:
+    def __call__(
+        self, name: str, grid: tuple[int, ...], threads: int, shared: int, args: bytes, stream: int
+    ) -> None:
         from cupy_backends.cuda.api import driver
 
         if not driver.ctxGetCurrent():
-            torch.cuda.mem_get_info()  # the thread's first call: the driver alone would make no context current
+            # the thread's first call: the driver alone would make no context current
+            torch.cuda.mem_get_info()
         struct = ctypes.create_string_buffer(args, len(args))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
         x, y, z = (*grid, 1, 1)[:3]
         function = self._function(torch.cuda.current_device(), name)
-        driver.launchKernel(function, x, y, z, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0)
+        driver.launchKernel(
+            function, x, y, z, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
+        )
 
     def _function(self, device: int, name: str) -> int:
         """The kernel's handle on that device, loaded at its first use there and kept for good."""
@@ -65,19 +81,26 @@ class Launcher:
 
         if (device, name) not in self._functions:
             lowered, code = compiled(name, torch.cuda.get_device_capability(device), self.options)
-            self._functions[device, name] = driver.moduleGetFunction(driver.moduleLoadData(code), lowered)
+            self._functions[device, name] = driver.moduleGetFunction(
+                driver.moduleLoadData(code), lowered
+            )
         return self._functions[device, name]
 
 
 def compiled(name: str, capability: tuple[int, int], flags: tuple[str, ...]) -> tuple[str, bytes]:
-    """(the kernel's name in the code, machine code for such a GPU, or PTX where NVRTC is older than it), kept on disk.
+    """(the kernel's name in the code, machine code for such a GPU, or PTX where NVRTC is older than
+    it), kept on disk.
 
     RuntimeError, with the compiler's words, if it does not compile.
     """
     from cupy.cuda import nvrtc
 
     arch, known = 10 * capability[0] + capability[1], nvrtc.getSupportedArchs()
-    target = f"-arch=sm_{arch}" if arch in known else f"-arch=compute_{max(a for a in known if a <= arch)}"
+    target = (
+        f"-arch=sm_{arch}"
+        if arch in known
+        else f"-arch=compute_{max(a for a in known if a <= arch)}"
+    )
     text = "".join(path.read_text() for path in sorted(sources().glob("*.*h"))) + source(name)
     key = repr((name, target, flags, nvrtc.getVersion(), text))
     file = cache_folder() / "nvrtc" / f"{hashlib.sha256(key.encode()).hexdigest()}.bin"
@@ -93,7 +116,9 @@ def compiled(name: str, capability: tuple[int, int], flags: tuple[str, ...]) -> 
         try:
             nvrtc.compileProgram(program, (*flags, target))
         except nvrtc.NVRTCError as error:
-            raise RuntimeError(f"{name} does not compile for {target}: {nvrtc.getProgramLog(program)}") from error
+            raise RuntimeError(
+                f"{name} does not compile for {target}: {nvrtc.getProgramLog(program)}"
+            ) from error
         lowered = nvrtc.getLoweredName(program, name)
         code = nvrtc.getCUBIN(program) if "sm_" in target else nvrtc.getPTX(program)
     finally:

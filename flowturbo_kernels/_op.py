@@ -1,4 +1,6 @@
-"""Op: one operation as a value, i.e. its reference, checks, examples and backends, under one name in OPS; the choice of backend."""
+"""Op: one operation as a value, i.e. its reference, checks, examples and backends, under one name
+in OPS; the choice of backend.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ R = TypeVar("R")
 
 
 class Make(Protocol):
-    """Makes one random tensor of the wanted shape, in the dtype and on the device that a test or a benchmark asks for."""
+    """Makes one random tensor of the wanted shape, in the dtype and on the device that a test or a
+    benchmark asks for.
+    """
 
     def __call__(self, *shape: int) -> Tensor: ...
 
@@ -31,7 +35,8 @@ class BackendError(RuntimeError):
 
 
 class Backend(NamedTuple):
-    """One way of running an operation. cannot: the reason why it can't take some arguments, or None.
+    """One way of running an operation. cannot: the reason why it can't take some arguments, or
+    None.
 
     ways: where it takes the fastest of several, what it chooses among.
     """
@@ -42,13 +47,17 @@ class Backend(NamedTuple):
 
 
 class Op(Generic[P, R]):
-    """A checked call of one of several backends. Its docstring is the contract; its reference is the meaning of every backend.
+    """A checked call of one of several backends. Its docstring is the contract; its reference is
+    the meaning of every backend.
 
-    reference: plain torch. It widens with torch.promote_types(dtype, float32), so that float64 inputs give a float64 truth.
+    reference: plain torch. It widens with torch.promote_types(dtype, float32), so that float64
+        inputs give a float64 truth.
     check: raises ValueError or TypeError, naming the argument, for inputs that no backend may read.
     example: make -> the argument tuples that tests and benchmarks walk.
-    schema: of the torch.library operator flowturbo::<name>, as which the op appears under torch.compile and torch.export.
-    lower: the op's arguments -> the schema's, where they differ. memory_format: of the operator's results.
+    schema: of the torch.library operator flowturbo::<name>, as which the op appears under
+        torch.compile and torch.export.
+    lower: the op's arguments -> the schema's, where they differ. memory_format: of the operator's
+        results.
     backends: in order of preference; see `backend`.
     """
 
@@ -68,18 +77,26 @@ class Op(Generic[P, R]):
         self.example = example
         self.lower = lower
         self.backends: dict[str, Backend] = {}
-        self._parameters = [(p.name, p.default) for p in inspect.signature(reference).parameters.values()]
+        self._parameters = [
+            (p.name, p.default) for p in inspect.signature(reference).parameters.values()
+        ]
 
         def dense(run: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args: _mapped(run(*args), lambda t: t.contiguous(memory_format=memory_format))
+            return lambda *args: _mapped(
+                run(*args), lambda t: t.contiguous(memory_format=memory_format)
+            )
 
-        self.library = torch.library.custom_op(f"flowturbo::{self.name}", dense(self._run), mutates_args=(), schema=schema)
+        self.library = torch.library.custom_op(
+            f"flowturbo::{self.name}", dense(self._run), mutates_args=(), schema=schema
+        )
         self.library.register_fake(dense(reference))
 
     def backend(
         self, name: str, cannot: Callable[..., str | None], ways: Callable[..., Ways] | None = None
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorator of a function that takes checked, defaulted, positional arguments, and is tried after those before it."""
+        """Decorator of a function that takes checked, defaulted, positional arguments, and is tried
+        after those before it.
+        """
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
             self.backends[name] = Backend(run, cannot, ways)
@@ -106,15 +123,22 @@ class Op(Generic[P, R]):
         if not _trusted.get():
             self.check(*args, **kwargs)
         name = wanted()
-        if not self.backends or name == "reference" or (name == "auto" and args and not getattr(args[0], "is_cuda", True)):
-            return self.reference(*args, **kwargs)  # by the shortest way: on the CPU small models feel every microsecond
+        if (
+            not self.backends
+            or name == "reference"
+            or (name == "auto" and args and not getattr(args[0], "is_cuda", True))
+        ):
+            return self.reference(
+                *args, **kwargs
+            )  # by the shortest way: on the CPU small models feel every microsecond
         positional = self._positional(args, kwargs)
         return self.reference(*args, **kwargs) if _for_torch(positional) else self._run(*positional)
 
     def why(self, *args: P.args, **kwargs: P.kwargs) -> tuple[str, dict[str, str]]:
         """Which backend these arguments get, and why each one before it does not.
 
-        Where it takes the fastest of several ways, and has measured it: that one's name, "torch" or "triton" and its tile.
+        Where it takes the fastest of several ways, and has measured it: that one's name, "torch" or
+        "triton" and its tile.
         """
         positional = self._positional(args, kwargs)
         reason = _for_torch(positional)
@@ -125,14 +149,20 @@ class Op(Generic[P, R]):
         return (ways(*positional).chosen() if ways else None) or name, refused
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All arguments in order, defaults filled in; `check`, of the same signature, has refused names that are none."""
-        return args + tuple(kwargs.get(name, default) for name, default in self._parameters[len(args) :])
+        """All arguments in order, defaults filled in; `check`, of the same signature, has refused
+        names that are none.
+        """
+        return args + tuple(
+            kwargs.get(name, default) for name, default in self._parameters[len(args) :]
+        )
 
     def _choose(self, args: tuple[Any, ...]) -> tuple[str, dict[str, str]]:
         name, device = wanted(), next(tensors(args)).device
         refused: dict[str, str] = {}
         if name == "reference" or (name == "auto" and device.type != "cuda"):
-            return "reference", {} if name == "reference" else dict.fromkeys(self.backends, f"tensors are on the {device.type}")
+            return "reference", {} if name == "reference" else dict.fromkeys(
+                self.backends, f"tensors are on the {device.type}"
+            )
         for candidate, backend in self.backends.items():
             if name not in ("auto", candidate):
                 continue
@@ -158,8 +188,8 @@ class Op(Generic[P, R]):
         return f"<op {self.name}>"
 
 
-# The profiler links a kernel to the innermost function that launched it, as which torch's own record_function does not count:
-# it marks a user's range, which no kernel is linked to.
+# The profiler links a kernel to the innermost function that launched it, as which torch's own
+# record_function does not count: it marks a user's range, which no kernel is linked to.
 _recorded = getattr(torch._C._profiler, "_RecordFunctionFast", torch.profiler.record_function)
 
 OPS: dict[str, Op[..., Any]] = {}
@@ -188,7 +218,9 @@ _wanted: ContextVar[str | None] = ContextVar("flowturbo_backend", default=None)
 
 
 def wanted() -> str:
-    """The backend asked for: by `use_backend`, else by the environment's FLOWTURBO_BACKEND, else "auto"."""
+    """The backend asked for: by `use_backend`, else by the environment's FLOWTURBO_BACKEND, else
+    "auto".
+    """
     return _wanted.get() or _environments()
 
 
@@ -198,10 +230,12 @@ def _environments() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run operations on one backend: "reference" (plain torch), "triton", "cuda", or "auto", as if none were named.
+    """Run operations on one backend: "reference" (plain torch), "triton", "cuda", or "auto", as if
+    none were named.
 
-    An operation that has the named backend and can't run on it raises BackendError; one that has none of that name runs its
-    reference, as all do where gradients are needed and under autocast. ValueError for another name.
+    An operation that has the named backend and can't run on it raises BackendError; one that has
+    none of that name runs its reference, as all do where gradients are needed and under autocast.
+    ValueError for another name.
     """
     token = _wanted.set(_environments() if _valid("backend", name) == "auto" else name)
     try:
@@ -215,7 +249,8 @@ _trusted = ContextVar("flowturbo_trusted", default=False)
 
 @contextmanager
 def trusted() -> Iterator[None]:
-    """Operations inside do not check their arguments: for callers who have made all of them themselves, of shapes that fit.
+    """Operations inside do not check their arguments: for callers who have made all of them
+    themselves, of shapes that fit.
 
     Checks take a tenth of a small model's time on the CPU.
     """
@@ -280,12 +315,16 @@ def wide(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def expect_shape(op_name: str, argument: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
+def expect_shape(
+    op_name: str, argument: str, tensor: Tensor, expected: tuple[int | None, ...]
+) -> None:
     """ValueError unless `tensor` has the shape `expected`; None stands for any size."""
     shape = tensor.shape
     if shape == expected:  # mostly, and quickly: on the CPU small models feel every microsecond
         return
-    if len(shape) != len(expected) or any(e is not None and e != s for e, s in zip(expected, shape, strict=True)):
+    if len(shape) != len(expected) or any(
+        e is not None and e != s for e, s in zip(expected, shape, strict=True)
+    ):
         want = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{op_name}: {argument} must have shape ({want}), got {tuple(shape)}")
 
@@ -297,12 +336,17 @@ def expect_floating(op_name: str, **tensors: Tensor) -> None:
         if not tensor.is_floating_point():
             raise TypeError(f"{op_name}: {argument} must be floating point, got {tensor.dtype}")
         if device is not None and tensor.device != device:
-            raise ValueError(f"{op_name}: all tensors must be on one device, got {argument} on {tensor.device} beside {device}")
+            raise ValueError(
+                f"{op_name}: all tensors must be on one device, got {argument} on {tensor.device} "
+                f"beside {device}"
+            )
         device = tensor.device
 
 
 def expect_one_dtype(op_name: str, **tensors: Tensor) -> None:
-    """TypeError unless all tensors have the first one's dtype; under autocast, which casts them, anything goes."""
+    """TypeError unless all tensors have the first one's dtype; under autocast, which casts them,
+    anything goes.
+    """
     first, like = next(iter(tensors.items()))
     dtype = like.dtype
     for argument, tensor in tensors.items():
@@ -310,4 +354,6 @@ def expect_one_dtype(op_name: str, **tensors: Tensor) -> None:
             kind = like.device.type
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 return
-            raise TypeError(f"{op_name}: {argument} must have the dtype of {first}, {dtype}, got {tensor.dtype}")
+            raise TypeError(
+                f"{op_name}: {argument} must have the dtype of {first}, {dtype}, got {tensor.dtype}"
+            )

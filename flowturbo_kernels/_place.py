@@ -1,7 +1,9 @@
-"""torch functions whose result does not depend, to the last bit, on where in its batch an image stands.
+"""torch functions whose result does not depend, to the last bit, on where in its batch an image
+stands.
 
-On the CPU torch hands each thread a share of a tensor, and rounds what is left over at the end of a share, less than a whole vector
-or tile, by another path. So tensors are filled up here until all shares are whole; those of published models mostly are already.
+On the CPU torch hands each thread a share of a tensor, and rounds what is left over at the end of a
+share, less than a whole vector or tile, by another path. So tensors are filled up here until all
+shares are whole; those of published models mostly are already.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _VECTORS = 64  # elements of an elementwise loop: the two longest vectors of 16-bit numbers
-_GRAIN = 32768  # elements that torch's elementwise loops give one thread at the least; GELU's takes all threads
-_ROWS = 16  # rows of a matrix product: of every filling tried with 1 to 32 threads, the smallest that made all rows equal (N > 1)
+# elements that torch's elementwise loops give one thread at the least; GELU's takes all threads
+_GRAIN = 32768
+# rows of a matrix product: of every filling tried with 1 to 32 threads, the smallest that made all
+# rows equal (N > 1)
+_ROWS = 16
 
 
 def _fills(x: Tensor) -> bool:

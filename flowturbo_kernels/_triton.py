@@ -1,4 +1,6 @@
-"""When Triton can run, and kernels that are compiled at their first launch, so that importing this package imports no Triton."""
+"""When Triton can run, and kernels that are compiled at their first launch, so that importing this
+package imports no Triton.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,17 @@ __all__ = [
 
 
 class Kernel:
-    """A function in Triton's language. launch(grid, *args, **options) is what Triton's kernel[grid](*args, **options) is."""
+    """A function in Triton's language. launch(grid, *args, **options) is what Triton's
+    kernel[grid](*args, **options) is.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.__name__, self.__doc__, self.__module__ = function.__name__, function.__doc__, function.__module__
+        self.__name__, self.__doc__, self.__module__ = (
+            function.__name__,
+            function.__doc__,
+            function.__module__,
+        )
 
     @functools.cached_property
     def jit(self) -> Any:
@@ -58,7 +66,9 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why Triton can't run on tensors of that device, or None. On the CPU it can under its interpreter (TRITON_INTERPRET=1)."""
+    """Why Triton can't run on tensors of that device, or None. On the CPU it can under its
+    interpreter (TRITON_INTERPRET=1).
+    """
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "tensors are on the cpu, and TRITON_INTERPRET=1 is not set"
     if device.type not in ("cpu", "cuda"):
@@ -75,7 +85,9 @@ _probed: set[torch.device] = set()
 
 @functools.cache
 def _problem(device: torch.device) -> str | None:
-    """What goes wrong when the smallest kernel runs: Triton needs a C compiler and Python's headers at its first launch."""
+    """What goes wrong when the smallest kernel runs: Triton needs a C compiler and Python's headers
+    at its first launch.
+    """
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -88,7 +100,10 @@ def _problem(device: torch.device) -> str | None:
             _one.launch((1,), probe)
             return None if float(probe) == 1 else "its smallest kernel gave a wrong result"
     except Exception as error:  # whatever a compiler, a linker or a driver may raise
-        return f"its smallest kernel failed ({type(error).__name__}: {error}); it needs a C compiler and Python's headers"
+        return (
+            f"its smallest kernel failed ({type(error).__name__}: {error}); it needs a C "
+            "compiler and Python's headers"
+        )
 
 
 @kernel
@@ -123,7 +138,8 @@ def next_power_of_2(n: int) -> int:
 
 
 def pieces(n: int) -> tuple[int, int]:
-    """(a, b), powers of two with a < n <= a + b, for n >= 2: a row in two loads, 1152 = 1024 + 128, 72 = 64 + 8.
+    """(a, b), powers of two with a < n <= a + b, for n >= 2: a row in two loads, 1152 = 1024 + 128,
+    72 = 64 + 8.
 
     One load of the next power of two would mask up to half of its lanes.
     """
@@ -132,7 +148,9 @@ def pieces(n: int) -> tuple[int, int]:
 
 
 def rows(x: Tensor) -> Tensor:
-    """x, or a copy, with a dense last axis, which all kernels read; the other axes keep any stride."""
+    """x, or a copy, with a dense last axis, which all kernels read; the other axes keep any
+    stride.
+    """
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -1,4 +1,6 @@
-"""The two adaLN operations of a DiT block: modulate a normalised row, and the seam between two sub-blocks."""
+"""The two adaLN operations of a DiT block: modulate a normalised row, and the seam between two
+sub-blocks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from ._triton import kernel, pieces, rows, tl, too_many_rows
 
 EPS = 1e-6
 
-# Triton: one program a row. A row is held in two pieces (see _triton.pieces), so it is read once and written once.
+# Triton: one program a row. A row is held in two pieces (see _triton.pieces), so it is read once
+# and written once.
 
 
 @kernel
@@ -34,7 +37,9 @@ def _store(ptr, main, tail, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.conste
 
 
 @kernel
-def _modulate(main, tail, shift, scale, eps, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+def _modulate(
+    main, tail, shift, scale, eps, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
+):
     """LayerNorm of one row, times (1 + scale), plus shift."""
     mean = (tl.sum(main) + tl.sum(tail)) / D
     main -= mean
@@ -42,12 +47,15 @@ def _modulate(main, tail, shift, scale, eps, D: tl.constexpr, MAIN: tl.constexpr
     rstd = 1.0 / tl.sqrt((tl.sum(main * main) + tl.sum(tail * tail)) / D + eps)
     shift_main, shift_tail = _load(shift, D, MAIN, TAIL)
     scale_main, scale_tail = _load(scale, D, MAIN, TAIL)
-    return main * rstd * (1.0 + scale_main) + shift_main, tail * rstd * (1.0 + scale_tail) + shift_tail
+    return main * rstd * (1.0 + scale_main) + shift_main, tail * rstd * (
+        1.0 + scale_tail
+    ) + shift_tail
 
 
 @kernel
 def _adaln_kernel(
-    x, shift, scale, out, T, x_b, x_t, shift_b, scale_b, eps, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
+    x, shift, scale, out, T, x_b, x_t, shift_b, scale_b, eps, D: tl.constexpr, MAIN: tl.constexpr,
+    TAIL: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, t = row // T, row % T
@@ -75,7 +83,11 @@ def _seam_kernel(
 
 def _cannot(x: Tensor, *_: Any) -> str | None:
     B, T, D = x.shape
-    return too_many_rows(B * T) if 2 <= D <= 16384 else f"the hidden size must be from 2 to 16384, got {D}"
+    return (
+        too_many_rows(B * T)
+        if 2 <= D <= 16384
+        else f"the hidden size must be from 2 to 16384, got {D}"
+    )
 
 
 def _warps(D: int) -> int:
@@ -84,7 +96,11 @@ def _warps(D: int) -> int:
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    normalised, scale, shift = F.layer_norm(x, x.shape[-1:], eps=eps), scale.to(x.dtype)[:, None], shift.to(x.dtype)[:, None]
+    normalised, scale, shift = (
+        F.layer_norm(x, x.shape[-1:], eps=eps),
+        scale.to(x.dtype)[:, None],
+        shift.to(x.dtype)[:, None],
+    )
     if torch.is_grad_enabled():
         return normalised * (1 + scale) + shift
     return normalised.mul_(1 + scale).add_(shift)
@@ -111,7 +127,8 @@ def _example(make: Make) -> Iterable[tuple[Tensor, ...]]:
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
     """LayerNorm without affine, times (1 + scale), plus shift.
 
-    x (B, T, D); shift, scale (B, D), rows may be strided -> (B, T, D) in x's dtype. Statistics in float32 or wider.
+    x (B, T, D); shift, scale (B, D), rows may be strided -> (B, T, D) in x's dtype. Statistics in
+    float32 or wider.
     """
     return _modulated(x.to(wide(x)), shift, scale, eps).to(x.dtype)
 
@@ -122,11 +139,15 @@ def _adaln_triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor
     x, shift, scale = rows(x), rows(shift), rows(scale)
     out = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
     strides = (*x.stride()[:2], shift.stride(0), scale.stride(0))
-    _adaln_kernel.launch((B * T,), x, shift, scale, out, T, *strides, eps, D, *pieces(D), num_warps=_warps(D))
+    _adaln_kernel.launch(
+        (B * T,), x, shift, scale, out, T, *strides, eps, D, *pieces(D), num_warps=_warps(D)
+    )
     return out
 
 
-def _check_seam(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) -> None:
+def _check_seam(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS
+) -> None:
     expect_shape("gated_residual_adaln", "x", x, (None, None, None))
     expect_floating("gated_residual_adaln", x=x, y=y, gate=gate, shift=shift, scale=scale)
     B, T, D = x.shape
@@ -143,15 +164,19 @@ def _example_seam(make: Make) -> Iterable[tuple[Tensor, ...]]:
 @op(
     check=_check_seam,
     example=_example_seam,
-    schema="(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
+    schema=(
+        "(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps) -> (Tensor, "
+        "Tensor)"
+    ),
 )
 def gated_residual_adaln(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS
 ) -> tuple[Tensor, Tensor]:
-    """The seam between two sub-blocks: add the gated branch to the residual stream and modulate what comes next.
+    """The seam between two sub-blocks: add the gated branch to the residual stream and modulate
+    what comes next.
 
-    x, y (B, T, D); gate, shift, scale (B, D) -> (x + gate*y, adaln_modulate of that), both (B, T, D) in x's dtype.
-    The second output is computed from the sum before it is rounded to x's dtype.
+    x, y (B, T, D); gate, shift, scale (B, D) -> (x + gate*y, adaln_modulate of that), both (B, T,
+    D) in x's dtype. The second output is computed from the sum before it is rounded to x's dtype.
     """
     dtype = wide(x)
     total = x.to(dtype) + gate.to(dtype)[:, None] * y.to(dtype)
@@ -159,13 +184,16 @@ def gated_residual_adaln(
 
 
 @gated_residual_adaln.backend("triton", cannot=_cannot)
-def _seam_triton(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _seam_triton(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     B, T, D = x.shape
     x, y, gate, shift, scale = map(rows, (x, y, gate, shift, scale))
     total, out = (torch.empty(B, T, D, dtype=x.dtype, device=x.device) for _ in range(2))
     strides = (*x.stride()[:2], *y.stride()[:2], gate.stride(0), shift.stride(0), scale.stride(0))
     _seam_kernel.launch(
-        (B * T,), x, y, gate, shift, scale, total, out, T, *strides, eps, D, *pieces(D), num_warps=_warps(D)
+        (B * T,), x, y, gate, shift, scale, total, out, T, *strides, eps, D, *pieces(D),
+        num_warps=_warps(D)
     )  # fmt: skip
     return total, out
 
@@ -176,22 +204,49 @@ def _seam_triton(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tenso
 class _AdaLN(ctypes.Structure):
     _fields_: ClassVar[Any] = (
         [(name, ctypes.c_void_p) for name in ("x", "y", "gate", "shift", "scale", "total", "out")]
-        + [(name, ctypes.c_longlong) for name in ("T", "D", "x_b", "x_t", "y_b", "y_t", "gate_b", "shift_b", "scale_b", "rows")]
+        + [
+            (name, ctypes.c_longlong)
+            for name in (
+                "T",
+                "D",
+                "x_b",
+                "x_t",
+                "y_b",
+                "y_t",
+                "gate_b",
+                "shift_b",
+                "scale_b",
+                "rows",
+            )
+        ]
         + [("eps", ctypes.c_float)]
     )
 
 
 def cuda_call(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, total: Tensor | None, out: Tensor, eps: float
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    total: Tensor | None,
+    out: Tensor,
+    eps: float,
 ) -> tuple[str, int, ctypes.Structure]:
-    """(instance, threads, arguments) of csrc's kernel; all last axes dense; y, gate and total together or not at all."""
+    """(instance, threads, arguments) of csrc's kernel; all last axes dense; y, gate and total
+    together or not at all.
+    """
     D, given = x.shape[-1], [t for t in (x, y, gate, shift, scale, total, out) if t is not None]
     V = _cuda.vector(x.dtype, D, *(stride for t in given for stride in t.stride()[:-1]))
     V = 1 if _cuda.misaligned(*given) else V
     vectors = -(-D // V)
     items = next(i for i in ((1, 4) if V > 1 else (1, 4, 16)) if vectors <= 1024 * i or i == 16)
     threads = min(1024, -(-vectors // (32 * items)) * 32)
-    strides = (*x.stride()[:2], *((0, 0) if y is None else y.stride()[:2]), 0 if gate is None else gate.stride(0))
+    strides = (
+        *x.stride()[:2],
+        *((0, 0) if y is None else y.stride()[:2]),
+        0 if gate is None else gate.stride(0),
+    )
     pointers = map(_cuda.pointer, (x, y, gate, shift, scale, total, out))
     rows = x.shape[0] * x.shape[1]
     args = _AdaLN(*pointers, x.shape[1], D, *strides, shift.stride(0), scale.stride(0), rows, eps)
@@ -212,7 +267,9 @@ def _adaln_cuda(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 @gated_residual_adaln.backend("cuda", cannot=_cannot_cuda)
-def _seam_cuda(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _seam_cuda(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     x, y, gate, shift, scale = map(rows, (x, y, gate, shift, scale))
     total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     name, threads, args = cuda_call(x, y, gate, shift, scale, total, out, eps)

@@ -13,17 +13,21 @@ from ._op import Make, expect_floating, expect_shape, op, wanted
 from ._triton import dot_precision, kernel, next_power_of_2, tl, too_large
 from ._tune import Ways, form
 
-# Triton: one program a block of queries of one head; an online softmax over blocks of keys, which are read where the qkv projection
-# left them. head_dim is a constant, so that loads are known to be aligned, and is held in two pieces: 72 = 64 + 16, half of the
-# second masked, where one power of two would multiply 128 wide.
+# Triton: one program a block of queries of one head; an online softmax over blocks of keys, which
+# are read where the qkv projection left them. head_dim is a constant, so that loads are known to be
+# aligned, and is held in two pieces: 72 = 64 + 16, half of the second masked, where one power of
+# two would multiply 128 wide.
 
 
 @kernel
 def _attention_kernel(
-    qkv, out, T, qkv_b, qkv_t, scale, HEADS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    qkv, out, T, qkv_b, qkv_t, scale, HEADS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(T, BLOCK_M)  # all in axis 0: the others end at 65535, which batch times heads may pass
+    blocks = tl.cdiv(
+        T, BLOCK_M
+    )  # all in axis 0: the others end at 65535, which batch times heads may pass
     head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     b, h = head // HEADS, head % HEADS
     q_ptr = qkv + b.to(tl.int64) * qkv_b + h * D
@@ -33,7 +37,9 @@ def _attention_kernel(
     rows = (m < T)[:, None]
     q = tl.load(q_ptr + m[:, None] * qkv_t + d[None, :], mask=rows & (d < D)[None, :], other=0.0)
     if TAIL > 0:
-        q_tail = tl.load(q_ptr + m[:, None] * qkv_t + e[None, :], mask=rows & (e < D)[None, :], other=0.0)
+        q_tail = tl.load(
+            q_ptr + m[:, None] * qkv_t + e[None, :], mask=rows & (e < D)[None, :], other=0.0
+        )
         y_tail = tl.zeros((BLOCK_M, TAIL), dtype=tl.float32)
     y = tl.zeros((BLOCK_M, MAIN), dtype=tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -41,22 +47,32 @@ def _attention_kernel(
     for start in range(0, T, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         inside = (n < T)[:, None]
-        k = tl.load(k_ptr + n[:, None] * qkv_t + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
+        k = tl.load(
+            k_ptr + n[:, None] * qkv_t + d[None, :], mask=inside & (d < D)[None, :], other=0.0
+        )
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if TAIL > 0:
-            k_tail = tl.load(k_ptr + n[:, None] * qkv_t + e[None, :], mask=inside & (e < D)[None, :], other=0.0)
+            k_tail = tl.load(
+                k_ptr + n[:, None] * qkv_t + e[None, :], mask=inside & (e < D)[None, :], other=0.0
+            )
             s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
-        s = tl.where((n < T)[None, :], s * scale, float("-inf"))  # scale holds log2(e): softmax by powers of two
+        s = tl.where(
+            (n < T)[None, :], s * scale, float("-inf")
+        )  # scale holds log2(e): softmax by powers of two
         larger = tl.maximum(largest, tl.max(s, axis=1))
         p = tl.exp2(s - larger[:, None])
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(p, axis=1)
         largest = larger
         p = p.to(q.dtype)
-        v = tl.load(v_ptr + n[:, None] * qkv_t + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
+        v = tl.load(
+            v_ptr + n[:, None] * qkv_t + d[None, :], mask=inside & (d < D)[None, :], other=0.0
+        )
         y = tl.dot(p, v, y * shrink[:, None], input_precision=PRECISION)
         if TAIL > 0:
-            v_tail = tl.load(v_ptr + n[:, None] * qkv_t + e[None, :], mask=inside & (e < D)[None, :], other=0.0)
+            v_tail = tl.load(
+                v_ptr + n[:, None] * qkv_t + e[None, :], mask=inside & (e < D)[None, :], other=0.0
+            )
             y_tail = tl.dot(p, v_tail, y_tail * shrink[:, None], input_precision=PRECISION)
     out += (b.to(tl.int64) * T + m[:, None]) * (HEADS * D) + h * D
     tl.store(out + d[None, :], y / total[:, None], mask=rows & (d < D)[None, :])
@@ -64,14 +80,23 @@ def _attention_kernel(
         tl.store(out + e[None, :], y_tail / total[:, None], mask=rows & (e < D)[None, :])
 
 
-TILES: tuple[tuple[int, int, int, int], ...] = ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3))
-"""(queries, keys, warps, stages) of a program: what `auto` chooses from on a GPU, the default first."""
+TILES: tuple[tuple[int, int, int, int], ...] = (
+    (128, 128, 8, 2),
+    (128, 64, 8, 3),
+    (64, 64, 4, 3),
+    (64, 32, 4, 3),
+)
+"""(queries, keys, warps, stages) of a program: what `auto` chooses from on a GPU, the default
+first.
+"""
 EXACT_TILES: tuple[tuple[int, int, int, int], ...] = ((16, 32, 4, 1),)
 """For float32, which is multiplied outside the tensor cores."""
 
 
 def _head_pieces(head_dim: int) -> tuple[int, int]:
-    """Powers of two, at least 16 as a matrix product needs them, that hold head_dim; the second is 0 where one does."""
+    """Powers of two, at least 16 as a matrix product needs them, that hold head_dim; the second is
+    0 where one does.
+    """
     main = max(16, next_power_of_2(head_dim + 1) // 2)
     rest = head_dim - main
     return main, max(16, next_power_of_2(rest)) if rest > 0 else 0
@@ -91,7 +116,8 @@ def _example(make: Make) -> Iterable[tuple[Tensor, ...]]:
 def attention(qkv: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(head_dim)) v, without a mask.
 
-    qkv (B, T, 3, heads, head_dim), as a qkv projection leaves it -> (B, T, heads * head_dim). head_dim need not be a power of two.
+    qkv (B, T, 3, heads, head_dim), as a qkv projection leaves it -> (B, T, heads * head_dim).
+    head_dim need not be a power of two.
     """
     B, T, _, heads, head_dim = qkv.shape
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -107,10 +133,13 @@ def _cannot(qkv: Tensor) -> str | None:
 
 
 def _ways(qkv: Tensor) -> Ways:
-    """Our tiles and, left to us ("auto"), torch's own attention. There is no weight to rotate: a plan's qkv, too, has just been
-    written, by the projection before, and as much of it as fits lies in the cache."""
+    """Our tiles and, left to us ("auto"), torch's own attention. There is no weight to rotate: a
+    plan's qkv, too, has just been written, by the projection before, and as much of it as fits lies
+    in the cache."""
     tiles = EXACT_TILES if qkv.dtype == torch.float32 else TILES
-    candidates: dict[str, Callable[..., Tensor]] = {f"triton {tile}": partial(run_tile, qkv, tile) for tile in tiles}
+    candidates: dict[str, Callable[..., Tensor]] = {
+        f"triton {tile}": partial(run_tile, qkv, tile) for tile in tiles
+    }
     if wanted() == "auto":
         candidates["torch"] = partial(attention.reference, qkv)
     return Ways(("attention", form(qkv)), candidates, qkv.device)
@@ -133,6 +162,7 @@ def run_tile(qkv: Tensor, tile: tuple[int, int, int, int]) -> Tensor:
     scale = 1.4426950408889634 / head_dim**0.5
     _attention_kernel.launch(
         (-(-T // queries) * B * heads,), qkv, out, T, *qkv.stride()[:2], scale,
-        heads, head_dim, *_head_pieces(head_dim), dot_precision(qkv), queries, keys, num_warps=warps, num_stages=stages,
+        heads, head_dim, *_head_pieces(head_dim), dot_precision(qkv), queries, keys,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

@@ -1,4 +1,6 @@
-"""The end of a DiT and of a solver step in one: final layer, unpatchify, guidance, velocity cache, and the move of x."""
+"""The end of a DiT and of a solver step in one: final layer, unpatchify, guidance, velocity cache,
+and the move of x.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +17,42 @@ from ._triton import dot_precision, kernel, next_power_of_2, rows, tl, too_large
 from .adaln import EPS, adaln_modulate
 from .velocity_update import MOST, _four, _moved, _per_image, check_guided, guided_update
 
-# Triton: one program a block of tokens of one image, both guidance halves, so that guidance crosses no program. Tokens are read
-# three times (mean, variance, projection), twice of them from the cache: 16 rows of 1152 are 37 KB in 16 bits.
+# Triton: one program a block of tokens of one image, both guidance halves, so that guidance crosses
+# no program. Tokens are read three times (mean, variance, projection), twice of them from the
+# cache: 16 rows of 1152 are 37 KB in 16 bits.
 
 
 @kernel
 def _project(
-    tokens, shift, scale, weight, bias, token_t, token, T, o, eps, D: tl.constexpr, C: tl.constexpr, CO: tl.constexpr,
-    P: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    tokens, shift, scale, weight, bias, token_t, token, T, o, eps, D: tl.constexpr,
+    C: tl.constexpr, CO: tl.constexpr,
+    P: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm, modulation and projection of one half's block of tokens: (BLOCK_T, BLOCK_O) in float32."""
+    """LayerNorm, modulation and projection of one half's block of tokens: (BLOCK_T, BLOCK_O) in
+    float32.
+    """
     total = tl.zeros((BLOCK_T,), dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = (token < T)[:, None] & (k < D)[None, :]
-        total += tl.sum(tl.load(tokens + token[:, None] * token_t + k[None, :], mask=inside, other=0.0).to(tl.float32), axis=1)
+        total += tl.sum(
+            tl.load(tokens + token[:, None] * token_t + k[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            ),
+            axis=1,
+        )
     mean = total / D
     total = tl.zeros((BLOCK_T,), dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = (token < T)[:, None] & (k < D)[None, :]
-        h = tl.load(tokens + token[:, None] * token_t + k[None, :], mask=inside, other=0.0).to(tl.float32) - mean[:, None]
+        h = (
+            tl.load(tokens + token[:, None] * token_t + k[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
+            - mean[:, None]
+        )
         total += tl.sum(tl.where(inside, h * h, 0.0), axis=1)
     rstd = 1.0 / tl.sqrt(total / D + eps)
     row = (o // C) * CO + o % C  # without the rows of the learned sigma
@@ -43,38 +60,55 @@ def _project(
     for start in range(0, D, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = (token < T)[:, None] & (k < D)[None, :]
-        h = tl.load(tokens + token[:, None] * token_t + k[None, :], mask=inside, other=0.0).to(tl.float32) - mean[:, None]
+        h = (
+            tl.load(tokens + token[:, None] * token_t + k[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
+            - mean[:, None]
+        )
         gain = 1.0 + tl.load(scale + k, mask=k < D, other=0.0).to(tl.float32)
         offset = tl.load(shift + k, mask=k < D, other=0.0).to(tl.float32)
         h = h * rstd[:, None] * gain[None, :] + offset[None, :]
-        w = tl.load(weight + row[None, :] * D + k[:, None], mask=(o < P * P * C)[None, :] & (k < D)[:, None], other=0.0)
+        w = tl.load(
+            weight + row[None, :] * D + k[:, None],
+            mask=(o < P * P * C)[None, :] & (k < D)[:, None],
+            other=0.0,
+        )
         y = tl.dot(h.to(w.dtype), w, y, input_precision=PRECISION)
     return y + tl.load(bias + row, mask=o < P * P * C, other=0.0).to(tl.float32)[None, :]
 
 
 @kernel
 def _final_kernel(
-    tokens, shift, scale, weight, bias, x, guidance, base, v0, v1, v2, v3, out, velocity, weight_v, w0, w1, w2, w3,
+    tokens, shift, scale, weight, bias, x, guidance, base, v0, v1, v2, v3, out, velocity, weight_v,
+    w0, w1, w2, w3,
     N, T, columns, channels, eps, token_b, token_t, shift_b, scale_b,
-    D: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, P: tl.constexpr, GUIDED: tl.constexpr, BASE: tl.constexpr,
-    COUNT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, P: tl.constexpr, GUIDED: tl.constexpr,
+    BASE: tl.constexpr,
+    COUNT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o = tl.arange(0, BLOCK_O)
     c = _project(
-        tokens + n * token_b, shift + n * shift_b, scale + n * scale_b, weight, bias, token_t, token, T, o, eps,
+        tokens + n * token_b, shift + n * shift_b, scale + n * scale_b, weight, bias, token_t,
+        token, T, o, eps,
         D, C, CO, P, PRECISION, BLOCK_T, BLOCK_O, BLOCK_K,
     )  # fmt: skip
     HW = T * P * P
     pixel, channel = o // C, o % C
-    y, z = (token // columns)[:, None] * P + (pixel // P)[None, :], (token % columns)[:, None] * P + (pixel % P)[None, :]
+    y, z = (
+        (token // columns)[:, None] * P + (pixel // P)[None, :],
+        (token % columns)[:, None] * P + (pixel % P)[None, :],
+    )
     at = (n * C + channel[None, :]) * HW + y * columns * P + z
     inside = (token < T)[:, None] & (o < P * P * C)[None, :]
     if GUIDED:
         m = n + N
         u = _project(
-            tokens + m * token_b, shift + m * shift_b, scale + m * scale_b, weight, bias, token_t, token, T, o, eps,
+            tokens + m * token_b, shift + m * shift_b, scale + m * scale_b, weight, bias, token_t,
+            token, T, o, eps,
             D, C, CO, P, PRECISION, BLOCK_T, BLOCK_O, BLOCK_K,
         )  # fmt: skip
         guided = u + tl.load(guidance + n).to(tl.float32) * (c - u)
@@ -118,18 +152,28 @@ def _check(
     expect_shape(name, "weight", weight, (None, D))
     expect_shape(name, "bias", bias, (weight.shape[0],))
     _patch(tokens, weight, x)
-    raw = x[:1, :1, :1, :1].expand(R, C, H, W)  # stands for the network's output: its shape, device and dtype
+    raw = x[:1, :1, :1, :1].expand(
+        R, C, H, W
+    )  # stands for the network's output: its shape, device and dtype
     check_guided(name, x, raw, guidance, channels, base, velocities, weights)
 
 
 def _patch(tokens: Tensor, weight: Tensor, x: Tensor) -> tuple[int, int]:
-    """(patch p, output channels: C, or 2C with a learned sigma), from the number of tokens and the rows of the weight."""
+    """(patch p, output channels: C, or 2C with a learned sigma), from the number of tokens and the
+    rows of the weight.
+    """
     T, (_, C, H, W) = tokens.shape[1], x.shape
     p = math.isqrt(H * W // T) if T else 0
     if not p or p * p * T != H * W or H % p or W % p:
-        raise ValueError(f"final_update: tokens must be as many as square patches fill x {tuple(x.shape)}, got {T}")
+        raise ValueError(
+            f"final_update: tokens must be as many as square patches fill x {tuple(x.shape)}, got "
+            f"{T}"
+        )
     if weight.shape[0] not in (p * p * C, 2 * p * p * C):
-        raise ValueError(f"final_update: weight must have {p * p * C} or {2 * p * p * C} rows, got {weight.shape[0]}")
+        raise ValueError(
+            f"final_update: weight must have {p * p * C} or {2 * p * p * C} rows, got "
+            f"{weight.shape[0]}"
+        )
     return p, weight.shape[0] // (p * p)
 
 
@@ -143,17 +187,33 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
         R, T = halves * N, (side // p) ** 2
         outputs = sigma * p * p * C
         latents = (N, C, side, side)
-        layer = make(R, T, D), make(R, D), make(R, D), make(outputs, D) / D**0.5, make(outputs), make(*latents)
+        layer = (
+            make(R, T, D),
+            make(R, D),
+            make(R, D),
+            make(outputs, D) / D**0.5,
+            make(outputs),
+            make(*latents),
+        )
         guidance = None if halves == 1 else 1.5 if sigma == 2 else make(N, 1, 1, 1)
         yield *layer, guidance, min(C, 3), 0.1
-        yield *layer, guidance, C, 0.05, make(R, *latents[1:]), [make(R, *latents[1:]), make(*latents)], [0.05, -0.02]
+        yield (
+            *layer,
+            guidance,
+            C,
+            0.05,
+            make(R, *latents[1:]),
+            [make(R, *latents[1:]), make(*latents)],
+            [0.05, -0.02],
+        )
 
 
 @op(
     check=_check,
     example=_example,
-    schema="(Tensor tokens, Tensor shift, Tensor scale, Tensor weight, Tensor bias, Tensor x, Tensor? guidance, int channels,"
-    " float weight_v, Tensor? base, Tensor[] velocities, float[] weights, float eps) -> (Tensor, Tensor)",
+    schema="(Tensor tokens, Tensor shift, Tensor scale, Tensor weight, Tensor bias, Tensor x, "
+    "Tensor? guidance, int channels, float weight_v, Tensor? base, Tensor[] velocities, "
+    "float[] weights, float eps) -> (Tensor, Tensor)",
     lower=lambda tokens, shift, scale, weight, bias, x, guidance, *rest: (
         *(tokens, shift, scale, weight, bias, x),
         None if guidance is None else _per_image(tokens, guidance).view(-1, 1, 1, 1),
@@ -177,31 +237,51 @@ def final_update(
 ) -> tuple[Tensor, Tensor]:
     """The final layer of a DiT, then guided_update, with nothing between them written to memory.
 
-    tokens (R, T, D), of the trunk; shift, scale (R, D); weight (p * p * C, D), channels innermost, or twice the rows, of which a
-    learned sigma's are not read; bias; x (N, C, H, W), H * W = p * p * T, R = 2N with guidance, conditional rows first, or N with
-    None; the rest as in `guided_update` -> (x moved, (N, C, H, W); v, (R, C, H, W)), both in x's dtype.
-    The projection's input is rounded to the tokens' dtype, its output to none.
+    tokens (R, T, D), of the trunk; shift, scale (R, D); weight (p * p * C, D), channels innermost,
+    or twice the rows, of which a learned sigma's are not read; bias; x (N, C, H, W), H * W = p * p
+    * T, R = 2N with guidance, conditional rows first, or N with None; the rest as in
+    `guided_update` -> (x moved, (N, C, H, W); v, (R, C, H, W)), both in x's dtype. The projection's
+    input is rounded to the tokens' dtype, its output to none.
     """
     dtype = wide(tokens)
     p, outputs = _patch(tokens, weight, x)
     (R, _, D), (_, C, H, W) = tokens.shape, x.shape
     h = adaln_modulate.reference(tokens.to(dtype), shift, scale, eps).to(tokens.dtype).to(dtype)
-    weight, bias = weight.view(p * p, outputs, D)[:, :C].reshape(-1, D), bias.view(p * p, outputs)[:, :C].reshape(-1)
+    weight, bias = (
+        weight.view(p * p, outputs, D)[:, :C].reshape(-1, D),
+        bias.view(p * p, outputs)[:, :C].reshape(-1),
+    )
     y = F.linear(h, weight.to(dtype), bias.to(dtype))
     raw = y.view(R, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(R, C, H, W)
-    moved, v = guided_update.reference(x.to(wide(x)), raw, guidance, channels, weight_v, base, velocities, weights)
+    moved, v = guided_update.reference(
+        x.to(wide(x)), raw, guidance, channels, weight_v, base, velocities, weights
+    )
     return moved.to(x.dtype), v.to(x.dtype)
 
 
-def _cannot(tokens: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, x: Tensor, *rest: Any) -> str | None:
+def _cannot(
+    tokens: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    *rest: Any,
+) -> str | None:
     if not tokens.dtype == weight.dtype == bias.dtype:
         return "tensors are of several dtypes, under autocast"
     if len(rest[-3]) > MOST:
         return f"at most {MOST} velocities, got {len(rest[-3])}"
-    if reason := too_many_images(len(x)) or too_large(max(tokens.shape[1] * tokens.stride(1), x[:1].numel())):
+    if reason := too_many_images(len(x)) or too_large(
+        max(tokens.shape[1] * tokens.stride(1), x[:1].numel())
+    ):
         return reason
     p, _ = _patch(tokens, weight, x)
-    return None if p * p * x.shape[1] <= 256 else f"at most 256 outputs a token, got {p * p * x.shape[1]}"
+    return (
+        None
+        if p * p * x.shape[1] <= 256
+        else f"at most 256 outputs a token, got {p * p * x.shape[1]}"
+    )
 
 
 @final_update.backend("triton", cannot=_cannot)
@@ -224,7 +304,10 @@ def _final_triton(
     (R, T, D), (N, C, _, W) = tokens.shape, x.shape
     tokens, shift, scale, x = rows(tokens), rows(shift), rows(scale), x.contiguous()
     tensors, numbers = _four([v[:N] for v in velocities], weights, x)
-    out, velocity = torch.empty_like(x), torch.empty(R, *x.shape[1:], dtype=x.dtype, device=x.device)
+    out, velocity = (
+        torch.empty_like(x),
+        torch.empty(R, *x.shape[1:], dtype=x.dtype, device=x.device),
+    )
     block_o = max(16, next_power_of_2(p * p * C))
     block_t, block_k = 16, 128 if block_o <= 64 else 64
     if tokens.dtype == torch.float32:
@@ -232,9 +315,12 @@ def _final_triton(
     _final_kernel.launch(
         (-(-T // block_t), N),
         tokens, shift, scale, weight.contiguous(), bias.contiguous(), x,
-        x if guidance is None else _per_image(tokens, guidance), x if base is None else base.contiguous(), *tensors, out, velocity,
-        float(weight_v), *numbers, N, T, W // p, channels, eps, *tokens.stride()[:2], shift.stride(0), scale.stride(0),
-        D, C, outputs, p, guidance is not None, base is not None, len(velocities), dot_precision(tokens), block_t, block_o, block_k,
+        x if guidance is None else _per_image(tokens, guidance),
+        x if base is None else base.contiguous(), *tensors, out, velocity,
+        float(weight_v), *numbers, N, T, W // p, channels, eps, *tokens.stride()[:2],
+        shift.stride(0), scale.stride(0),
+        D, C, outputs, p, guidance is not None, base is not None, len(velocities),
+        dot_precision(tokens), block_t, block_o, block_k,
         num_warps=4,
     )  # fmt: skip
     return out, velocity

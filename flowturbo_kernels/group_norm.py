@@ -16,19 +16,23 @@ from ._triton import kernel, next_power_of_2, tl, too_many_images
 
 EPS = 1e-6
 _PIXELS = 256
-"""Pixels of one program: one program a group would leave most of a GPU idle (32 groups, 132 multiprocessors)."""
+"""Pixels of one program: one program a group would leave most of a GPU idle (32 groups, 132
+multiprocessors).
+"""
 
 _HELD = 4096
 """Numbers that a program of Triton's holds at once: 32 a thread. Of 16384 the registers spill."""
 
-# Triton, two passes. Statistics: a program reads all channels of a block of pixels, and leaves each group's mean and sum of squared
-# differences from it. Application: a program joins its image's partial statistics (Chan et al. 1983), exact for any offset of the
-# data, and writes a block of pixels. Channels are contiguous, so both passes read whole lines.
+# Triton, two passes. Statistics: a program reads all channels of a block of pixels, and leaves each
+# group's mean and sum of squared differences from it. Application: a program joins its image's
+# partial statistics (Chan et al. 1983), exact for any offset of the data, and writes a block of
+# pixels. Channels are contiguous, so both passes read whole lines.
 
 
 @kernel
 def _statistics_kernel(
-    x, means, squares, HW, blocks, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr, BLOCK_P: tl.constexpr,
+    x, means, squares, HW, blocks, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
@@ -42,7 +46,9 @@ def _statistics_kernel(
     for start in range(0, PIXELS, BLOCK_P):
         pixel = first + start + tl.arange(0, BLOCK_P)
         at = (n * HW + pixel[:, None, None]) * C + channel[None, :, :]
-        total += tl.load(x + at, mask=(pixel < HW)[:, None, None] & known[None, :, :], other=0.0).to(tl.float32)
+        total += tl.load(
+            x + at, mask=(pixel < HW)[:, None, None] & known[None, :, :], other=0.0
+        ).to(tl.float32)
     mean = tl.sum(tl.sum(total, axis=2), axis=0) / count
     total = tl.zeros((BLOCK_P, BLOCK_G, BLOCK_C), dtype=tl.float32)
     for start in range(0, PIXELS, BLOCK_P):
@@ -58,7 +64,8 @@ def _statistics_kernel(
 
 @kernel
 def _apply_kernel(
-    x, weight, bias, means, squares, out, HW, blocks, eps, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr,
+    x, weight, bias, means, squares, out, HW, blocks, eps, C: tl.constexpr, G: tl.constexpr,
+    PIXELS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     n, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
@@ -68,7 +75,9 @@ def _apply_kernel(
         b = first + tl.arange(0, BLOCK_B)
         known = (b < blocks)[:, None] & (group < G)[None, :]
         share = tl.minimum(HW - b * PIXELS, PIXELS) * 1.0 / HW
-        part = tl.load(means + (n * blocks + b[:, None]) * G + group[None, :], mask=known, other=0.0)
+        part = tl.load(
+            means + (n * blocks + b[:, None]) * G + group[None, :], mask=known, other=0.0
+        )
         total += tl.sum(part * share[:, None], axis=0)
     mean = total
     total = tl.zeros((BLOCK_G,), dtype=tl.float32)
@@ -78,7 +87,10 @@ def _apply_kernel(
         count = tl.minimum(HW - b * PIXELS, PIXELS) * (C // G) * 1.0
         place = (n * blocks + b[:, None]) * G + group[None, :]
         difference = tl.load(means + place, mask=known, other=0.0) - mean[None, :]
-        square = tl.load(squares + place, mask=known, other=0.0) + count[:, None] * difference * difference
+        square = (
+            tl.load(squares + place, mask=known, other=0.0)
+            + count[:, None] * difference * difference
+        )
         total += tl.sum(tl.where(known, square, 0.0), axis=0)
     rstd = 1.0 / tl.sqrt(total / (HW * (C // G) * 1.0) + eps)
     inner = tl.arange(0, BLOCK_C)
@@ -90,7 +102,10 @@ def _apply_kernel(
         pixel = block * PIXELS + start + tl.arange(0, BLOCK_P)
         at = (n * HW + pixel[:, None, None]) * C + channel[None, :, :]
         inside = (pixel < HW)[:, None, None] & known[None, :, :]
-        y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * gain[None, :, :] + offset[None, :, :]
+        y = (
+            tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * gain[None, :, :]
+            + offset[None, :, :]
+        )
         y = tl.where(inside, y, 0.0)  # so that no exponential of what is not data overflows
         tl.store(out + at, y / (1.0 + tl.exp(-y)), mask=inside)
 
@@ -106,7 +121,12 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 32, eps: float
 
 
 def _example(make: Make) -> Iterable[tuple[Any, ...]]:
-    for N, C, H, W, groups in ((1, 4, 1, 1, 2), (2, 32, 8, 8, 32), (2, 96, 5, 7, 32), (1, 512, 20, 20, 32)):
+    for N, C, H, W, groups in (
+        (1, 4, 1, 1, 2),
+        (2, 32, 8, 8, 32),
+        (2, 96, 5, 7, 32),
+        (1, 512, 20, 20, 32),
+    ):
         x = make(N, C, H, W).to(memory_format=torch.channels_last)
         yield x, make(C), make(C), groups
 
@@ -117,10 +137,14 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
     schema="(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> Tensor",
     memory_format=torch.channels_last,
 )
-def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 32, eps: float = EPS) -> Tensor:
-    """silu(GroupNorm(x)): statistics over each group's channels and all pixels of an image, in float32 or wider.
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int = 32, eps: float = EPS
+) -> Tensor:
+    """silu(GroupNorm(x)): statistics over each group's channels and all pixels of an image, in
+    float32 or wider.
 
-    x (N, C, H, W), best in channels-last memory; weight, bias (C,) -> (N, C, H, W) in x's dtype, channels-last.
+    x (N, C, H, W), best in channels-last memory; weight, bias (C,) -> (N, C, H, W) in x's dtype,
+    channels-last.
     """
     dtype = wide(x)
     y = F.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps)
@@ -130,7 +154,10 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 32, e
 def _cannot(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> str | None:
     C = x.shape[1]
     if next_power_of_2(groups) * next_power_of_2(C // groups) > _HELD:
-        return f"at most {_HELD} channels, with groups and their sizes filled up to powers of two, got {C} in {groups} groups"
+        return (
+            f"at most {_HELD} channels, with groups and their sizes filled up to powers of "
+            f"two, got {C} in {groups} groups"
+        )
     return too_many_images(len(x))
 
 
@@ -139,7 +166,9 @@ def _group_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps
     N, C, H, W = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     blocks = -(-H * W // _PIXELS)
-    means, squares = (torch.empty(N, blocks, groups, dtype=torch.float32, device=x.device) for _ in range(2))
+    means, squares = (
+        torch.empty(N, blocks, groups, dtype=torch.float32, device=x.device) for _ in range(2)
+    )
     out = torch.empty_like(x)
     block_g, block_c = next_power_of_2(groups), next_power_of_2(C // groups)
     block_p = max(1, min(_PIXELS, _HELD // (block_g * block_c)))
@@ -179,7 +208,13 @@ def cuda_calls(
     grid = partial.shape[2], N
     kind = f"<{_cuda.NAMES[x.dtype]},{V}>"
     return [
-        (f"flowturbo::group_norm_statistics{kind}", grid, threads, 4 * (threads * V + groups), args),
+        (
+            f"flowturbo::group_norm_statistics{kind}",
+            grid,
+            threads,
+            4 * (threads * V + groups),
+            args,
+        ),
         (f"flowturbo::group_norm_apply{kind}", grid, 256, 8 * groups + 12 * 256, args),
     ]
 
@@ -195,7 +230,11 @@ def _cannot_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: floa
 @group_norm_silu.backend("cuda", cannot=_cannot_cuda)
 def _group_norm_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     N, C, H, W = x.shape
-    x, weight, bias = x.contiguous(memory_format=torch.channels_last), weight.contiguous(), bias.contiguous()
+    x, weight, bias = (
+        x.contiguous(memory_format=torch.channels_last),
+        weight.contiguous(),
+        bias.contiguous(),
+    )
     if C > _cuda.MOST_THREADS:  # which only vectors can take, and those must be aligned
         x, weight, bias = map(_cuda.aligned, (x, weight, bias))
     partial = torch.empty(2, N, -(-H * W // _PIXELS), groups, dtype=torch.float32, device=x.device)

@@ -42,19 +42,30 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
     schema="(Tensor x, Tensor weight, Tensor bias, str? activation) -> Tensor",
 )
 def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None = None) -> Tensor:
-    """x (..., K) times weight (N, K) transposed, plus bias (N,), through tanh-GELU if asked -> (..., N)."""
+    """x (..., K) times weight (N, K) transposed, plus bias (N,), through tanh-GELU if asked ->
+    (..., N).
+    """
     y = matmul(x, weight, bias)
     return gelu_tanh(y) if activation == "gelu_tanh" else y
 
 
 def _mixed(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> str | None:
-    return None if x.dtype == weight.dtype == bias.dtype else "x, weight and bias are of several dtypes, under autocast"
+    return (
+        None
+        if x.dtype == weight.dtype == bias.dtype
+        else "x, weight and bias are of several dtypes, under autocast"
+    )
 
 
 def _tiles(flat: Tensor, weight: Tensor, **epilogue: Any) -> dict[str, Callable[..., Tensor]]:
     """The kernel's candidates for a product of rows `flat` (M, K), functions of weight and bias."""
-    tilings = _tilings(*flat.shape, len(weight), flat.dtype == torch.float32, "residual" in epilogue)
-    return {name: partial(product, flat, tile=tile, split=split, **epilogue) for name, tile, split in tilings}
+    tilings = _tilings(
+        *flat.shape, len(weight), flat.dtype == torch.float32, "residual" in epilogue
+    )
+    return {
+        name: partial(product, flat, tile=tile, split=split, **epilogue)
+        for name, tile, split in tilings
+    }
 
 
 @functools.lru_cache(1024)
@@ -73,7 +84,9 @@ def _tilings(M: int, K: int, N: int, exact: bool, residual: bool) -> list[tuple[
 
 
 def _ways(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None) -> Ways:
-    """Our tiles and, left to us ("auto"), torch's product: cuBLASLt's, whose GELU epilogue is torch._addmm_activation's on CUDA."""
+    """Our tiles and, left to us ("auto"), torch's product: cuBLASLt's, whose GELU epilogue is
+    torch._addmm_activation's on CUDA.
+    """
     flat = rows(x.reshape(-1, x.shape[-1]))
     gelu = activation == "gelu_tanh"
     candidates = _tiles(flat, weight, gelu=gelu)
@@ -81,7 +94,12 @@ def _ways(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None
         candidates = {"torch": partial(linear.reference, flat, activation=activation), **candidates}
         if gelu and x.dtype != torch.float32:  # for which cuBLASLt's accuracy is not documented
             candidates = {"cublaslt gelu": partial(_product_with_gelu, flat), **candidates}
-    return Ways(("linear", activation, form(flat), form(weight), form(bias)), candidates, x.device, (weight, bias))
+    return Ways(
+        ("linear", activation, form(flat), form(weight), form(bias)),
+        candidates,
+        x.device,
+        (weight, bias),
+    )
 
 
 def _product_with_gelu(flat: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -89,7 +107,9 @@ def _product_with_gelu(flat: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @linear.backend("triton", cannot=_mixed, ways=_ways)
-def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
+def _linear_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None
+) -> Tensor:
     y: Tensor = _ways(x, weight, bias, activation).run()
     return y.view(*x.shape[:-1], len(weight))
 
@@ -115,10 +135,14 @@ def _example_gated(make: Make) -> Iterable[tuple[Any, ...]]:
     example=_example_gated,
     schema="(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor gate) -> Tensor",
 )
-def linear_gated_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
-    """A branch's last product and its way back into the residual stream: residual + gate * (x times weight transposed, plus bias).
+def linear_gated_residual(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor
+) -> Tensor:
+    """A branch's last product and its way back into the residual stream: residual + gate * (x times
+    weight transposed, plus bias).
 
-    x (B, T, K), weight (N, K), bias (N,), residual (B, T, N), gate (B, N), rows may be strided -> (B, T, N) in residual's dtype.
+    x (B, T, K), weight (N, K), bias (N,), residual (B, T, N), gate (B, N), rows may be strided ->
+    (B, T, N) in residual's dtype.
     """
     y = matmul(x, weight, bias)
     dtype = wide(residual, y)
@@ -127,14 +151,21 @@ def linear_gated_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Ten
 
 def _gated_ways(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor) -> Ways:
     flat = rows(x.reshape(-1, x.shape[-1]))
-    candidates = _tiles(flat, weight, residual=residual.contiguous(), gate=rows(gate), tokens=x.shape[1])
+    candidates = _tiles(
+        flat, weight, residual=residual.contiguous(), gate=rows(gate), tokens=x.shape[1]
+    )
     if wanted() == "auto":
-        candidates = {"torch": partial(linear_gated_residual.reference, x, residual=residual, gate=gate), **candidates}
+        candidates = {
+            "torch": partial(linear_gated_residual.reference, x, residual=residual, gate=gate),
+            **candidates,
+        }
     question = "linear_gated_residual", *map(form, (x, weight, bias, residual, gate))
     return Ways(question, candidates, x.device, (weight, bias))
 
 
 @linear_gated_residual.backend("triton", cannot=_mixed, ways=_gated_ways)
-def _gated_triton(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
+def _gated_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor
+) -> Tensor:
     y: Tensor = _gated_ways(x, weight, bias, residual, gate).run()
     return y.view(*x.shape[:-1], len(weight))

@@ -1,4 +1,6 @@
-"""Matrix products in fp8 (e4m3), one scale a row: an option that changes results, never taken unasked."""
+"""Matrix products in fp8 (e4m3), one scale a row: an option that changes results, never taken
+unasked.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def _example_quantize(make: Make) -> Iterable[tuple[Any, ...]]:
 
 @op(check=_check_quantize, example=_example_quantize, schema="(Tensor x) -> (Tensor, Tensor)")
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) -> (q (M, K) in float8_e4m3fn, scale (M,) float32), x ~ q * scale: every row's largest magnitude becomes 448."""
+    """x (M, K) -> (q (M, K) in float8_e4m3fn, scale (M,) float32), x ~ q * scale: every row's
+    largest magnitude becomes 448.
+    """
     values = x.to(wide(x))
     scale = (values.abs().amax(dim=1) / LARGEST).clamp(min=_TINY)
     return (values / scale[:, None]).to(torch.float8_e4m3fn), scale.to(torch.float32)
@@ -64,7 +68,9 @@ def _quantize_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     x = rows(x)
     out, scale = _quantized(x)
     K = x.shape[1]
-    _quantize_kernel.launch((len(x),), x, out, scale, x.stride(0), K, _TINY, next_power_of_2(K), num_warps=4)
+    _quantize_kernel.launch(
+        (len(x),), x, out, scale, x.stride(0), K, _TINY, next_power_of_2(K), num_warps=4
+    )
     return out, scale
 
 
@@ -74,12 +80,21 @@ def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, torch.empty(len(x), dtype=torch.float32, device=x.device)
 
 
-def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None = None) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    activation: Activation | None = None,
+) -> None:
     expect_floating("linear_fp8", x=x, weight=weight, weight_scale=weight_scale, bias=bias)
     if x.ndim < 1:
         raise ValueError("linear_fp8: x must have at least one dimension, got a scalar")
     if weight.dtype != torch.float8_e4m3fn:
-        raise TypeError(f"linear_fp8: weight must be torch.float8_e4m3fn (see quantize_rows), got {weight.dtype}")
+        raise TypeError(
+            "linear_fp8: weight must be torch.float8_e4m3fn (see quantize_rows), got "
+            f"{weight.dtype}"
+        )
     if weight_scale.dtype != torch.float32:
         raise TypeError(f"linear_fp8: weight_scale must be torch.float32, got {weight_scale.dtype}")
     expect_shape("linear_fp8", "weight", weight, (None, x.shape[-1]))
@@ -100,25 +115,45 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
     example=_example,
     schema="(Tensor x, Tensor weight, Tensor weight_scale, Tensor bias, str? activation) -> Tensor",
 )
-def linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None = None) -> Tensor:
+def linear_fp8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    activation: Activation | None = None,
+) -> Tensor:
     """`linear` with both operands in fp8: x is quantised row by row here, the weight beforehand.
 
-    x (..., K), 16 bits or float32; weight (N, K) float8_e4m3fn and weight_scale (N,) float32, of `quantize_rows`; bias (N,)
-    -> (..., N) in x's dtype. Sums in float32. The relative error of a product is about 4 %: of e4m3's 3 bits of mantissa.
+    x (..., K), 16 bits or float32; weight (N, K) float8_e4m3fn and weight_scale (N,) float32, of
+    `quantize_rows`; bias (N,) -> (..., N) in x's dtype. Sums in float32. The relative error of a
+    product is about 4 %: of e4m3's 3 bits of mantissa.
     """
     dtype = wide(x)
     q, scale = quantize_rows.reference(x.reshape(-1, x.shape[-1]))
-    y = (q.to(dtype) @ weight.to(dtype).t()) * scale.to(dtype)[:, None] * weight_scale.to(dtype) + bias.to(dtype)
+    y = (q.to(dtype) @ weight.to(dtype).t()) * scale.to(dtype)[:, None] * weight_scale.to(
+        dtype
+    ) + bias.to(dtype)
     y = gelu_tanh(y) if activation == "gelu_tanh" else y
     return y.to(x.dtype).view(*x.shape[:-1], len(weight))
 
 
-def _cannot(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None) -> str | None:
+def _cannot(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None
+) -> str | None:
     return _no_fp8(x) or (None if x.dtype == bias.dtype else "x and bias are of several dtypes")
 
 
-def _ways(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None) -> Ways:
-    """Of a product of quantised rows: our tiles and, left to us ("auto"), torch's scaled product."""
+def _ways(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    activation: Activation | None,
+) -> Ways:
+    """Of a product of quantised rows: our tiles and, left to us ("auto"), torch's scaled
+    product.
+    """
     gelu = activation == "gelu_tanh"
     candidates: dict[str, Callable[..., Tensor]] = {
         f"triton {tuple(tile)}": partial(_tile, q, scale, tile=tile, gelu=gelu)
@@ -135,18 +170,32 @@ def _ways_of(x: Tensor, *rest: Any) -> Ways:
 
 
 @linear_fp8.backend("triton", cannot=_cannot, ways=_ways_of)
-def _fp8_triton(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
+def _fp8_triton(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None
+) -> Tensor:
     q, scale = _quantize_triton(x.reshape(-1, x.shape[-1]))
     y: Tensor = _ways(q, scale, weight, weight_scale, bias, activation).run()
     return y.view(*x.shape[:-1], len(weight))
 
 
-def _tile(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, *, tile: Tile, gelu: bool) -> Tensor:
+def _tile(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    *,
+    tile: Tile,
+    gelu: bool,
+) -> Tensor:
     return product(q, weight, bias, tile, gelu=gelu, scales=(scale, weight_scale))
 
 
-def _scaled_mm(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, *, gelu: bool) -> Tensor:
+def _scaled_mm(
+    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, *, gelu: bool
+) -> Tensor:
     y = torch._scaled_mm(
-        q, weight.t(), scale[:, None], weight_scale[None], bias=bias, out_dtype=bias.dtype, use_fast_accum=True
+        q, weight.t(), scale[:, None], weight_scale[None], bias=bias, out_dtype=bias.dtype,
+        use_fast_accum=True
     )  # fmt: skip
     return gelu_tanh(y) if gelu else y

@@ -11,18 +11,29 @@ from torch import Tensor
 
 from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op
 from ._place import matmul
-from ._triton import MOST_IMAGES, dot_precision, kernel, next_power_of_2, tl, too_large, too_many_images
+from ._triton import (
+    MOST_IMAGES,
+    dot_precision,
+    kernel,
+    next_power_of_2,
+    tl,
+    too_large,
+    too_many_images,
+)
 
 _FEATURES = 32
-"""Of one program, at the least: as many in float32, of which more spill outside the tensor cores, and twice as many in 16 bits."""
+"""Of one program, at the least: as many in float32, of which more spill outside the tensor cores,
+and twice as many in 16 bits.
+"""
 
-# Triton: one program a block of tokens by a block of features; feature k = (channel, row, column) of a patch is read where it lies,
-# from x or from v.
+# Triton: one program a block of tokens by a block of features; feature k = (channel, row, column)
+# of a patch is read where it lies, from x or from v.
 
 
 @kernel
 def _patch_kernel(
-    x, v, weight, bias, positions, out, x_rows, tokens, columns, x_b, x_c, x_h, x_w, v_b, v_c, v_h, v_w,
+    x, v, weight, bias, positions, out, x_rows, tokens, columns, x_b, x_c, x_h, x_w, v_b, v_c, v_h,
+    v_w,
     D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr, HAS_V: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -36,12 +47,30 @@ def _patch_kernel(
         k = start + tl.arange(0, BLOCK_K)
         c, i, j = k // (P * P), (k // P) % P, k % P
         inside = (token < tokens)[:, None] & (k < K)[None, :]
-        at_x = (b % x_rows) * x_b + c[None, :] * x_c + (row[:, None] + i[None, :]) * x_h + (column[:, None] + j[None, :]) * x_w
-        patches = tl.load(x + at_x, mask=inside & (c < C)[None, :], other=0.0).to(weight.dtype.element_ty)
+        at_x = (
+            (b % x_rows) * x_b
+            + c[None, :] * x_c
+            + (row[:, None] + i[None, :]) * x_h
+            + (column[:, None] + j[None, :]) * x_w
+        )
+        patches = tl.load(x + at_x, mask=inside & (c < C)[None, :], other=0.0).to(
+            weight.dtype.element_ty
+        )
         if HAS_V:
-            at_v = b * v_b + (c - C)[None, :] * v_c + (row[:, None] + i[None, :]) * v_h + (column[:, None] + j[None, :]) * v_w
-            patches += tl.load(v + at_v, mask=inside & (c >= C)[None, :], other=0.0).to(weight.dtype.element_ty)
-        w = tl.load(weight + feature[None, :] * K + k[:, None], mask=(feature < D)[None, :] & (k < K)[:, None], other=0.0)
+            at_v = (
+                b * v_b
+                + (c - C)[None, :] * v_c
+                + (row[:, None] + i[None, :]) * v_h
+                + (column[:, None] + j[None, :]) * v_w
+            )
+            patches += tl.load(v + at_v, mask=inside & (c >= C)[None, :], other=0.0).to(
+                weight.dtype.element_ty
+            )
+        w = tl.load(
+            weight + feature[None, :] * K + k[:, None],
+            mask=(feature < D)[None, :] & (k < K)[:, None],
+            other=0.0,
+        )
         total = tl.dot(patches, w, total, input_precision=PRECISION)
     total += tl.load(bias + feature, mask=feature < D, other=0.0).to(tl.float32)[None, :]
     inside = (token < tokens)[:, None] & (feature < D)[None, :]
@@ -51,7 +80,13 @@ def _patch_kernel(
     tl.store(out + b * tokens * D + at, total, mask=inside)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None, positions: Tensor | None = None) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    v: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> None:
     expect_floating("patch_embed", x=x, weight=weight, bias=bias)
     expect_one_dtype("patch_embed", weight=weight, bias=bias)
     expect_shape("patch_embed", "x", x, (None, None, None, None))
@@ -60,24 +95,47 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None, pos
         expect_floating("patch_embed", x=x, v=v)
         expect_shape("patch_embed", "v", v, (None, *x.shape[1:]))
         if not len(x) or len(v) % len(x):
-            raise ValueError(f"patch_embed: v must have a multiple of the {len(x)} rows of x, got {len(v)}")
+            raise ValueError(
+                f"patch_embed: v must have a multiple of the {len(x)} rows of x, got {len(v)}"
+            )
         channels *= 2
     expect_shape("patch_embed", "weight", weight, (None, channels, None, None))
-    expect_shape("patch_embed", "weight", weight, (None, channels, weight.shape[2], weight.shape[2]))
+    expect_shape(
+        "patch_embed", "weight", weight, (None, channels, weight.shape[2], weight.shape[2])
+    )
     expect_shape("patch_embed", "bias", bias, (weight.shape[0],))
     p = weight.shape[2]
     if x.shape[2] % p or x.shape[3] % p:
-        raise ValueError(f"patch_embed: x's height and width must be multiples of the patch {p}, got {tuple(x.shape)}")
+        raise ValueError(
+            f"patch_embed: x's height and width must be multiples of the patch {p}, got "
+            f"{tuple(x.shape)}"
+        )
     if positions is not None:
         expect_floating("patch_embed", x=x, positions=positions)
         expect_one_dtype("patch_embed", weight=weight, positions=positions)
-        expect_shape("patch_embed", "positions", positions, ((x.shape[2] // p) * (x.shape[3] // p), weight.shape[0]))
+        expect_shape(
+            "patch_embed",
+            "positions",
+            positions,
+            ((x.shape[2] // p) * (x.shape[3] // p), weight.shape[0]),
+        )
 
 
 def _example(make: Make) -> Iterable[tuple[Any, ...]]:
-    for B, C, side, p, D in ((1, 1, 8, 2, 16), (2, 4, 8, 2, 72), (3, 4, 16, 4, 96), (1, 4, 32, 8, 384)):
+    for B, C, side, p, D in (
+        (1, 1, 8, 2, 16),
+        (2, 4, 8, 2, 72),
+        (3, 4, 16, 4, 96),
+        (1, 4, 32, 8, 384),
+    ):
         yield make(B, C, side, side), make(D, C, p, p) / p, make(D), None
-        yield make(B, C, side, side), make(D, 2 * C, p, p) / p, make(D), make(2 * B, C, side, side), make((side // p) ** 2, D)
+        yield (
+            make(B, C, side, side),
+            make(D, 2 * C, p, p) / p,
+            make(D),
+            make(2 * B, C, side, side),
+            make((side // p) ** 2, D),
+        )
 
 
 @op(
@@ -85,21 +143,29 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
     example=_example,
     schema="(Tensor x, Tensor weight, Tensor bias, Tensor? v, Tensor? positions) -> Tensor",
 )
-def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+def patch_embed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    v: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
     """Cut into p x p patches and project each.
 
-    x (B, C, H, W); weight (D, C, p, p), or (D, 2C, p, p) with v as the second C channels; v (k * B, C, H, W), whose k parts all
-    go with x; bias (D,); positions (T, D), T = H/p * W/p, to be added -> (B or k * B, T, D), patches row by row, in the weight's
-    dtype, to which x and v are rounded.
+    x (B, C, H, W); weight (D, C, p, p), or (D, 2C, p, p) with v as the second C channels; v (k * B,
+    C, H, W), whose k parts all go with x; bias (D,); positions (T, D), T = H/p * W/p, to be added
+    -> (B or k * B, T, D), patches row by row, in the weight's dtype, to which x and v are rounded.
     """
-    both = x if v is None else torch.cat([x.repeat(len(v) // len(x), 1, 1, 1), v.to(x.dtype)], dim=1)
+    both = (
+        x if v is None else torch.cat([x.repeat(len(v) // len(x), 1, 1, 1), v.to(x.dtype)], dim=1)
+    )
     tokens = _projected(both.to(weight.dtype), weight, bias)
     return tokens if positions is None else tokens + positions
 
 
 def _projected(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (B, C, H, W) -> (B, T, D): off the CPU as a product, since cuDNN's convolutions of float32 are in TF32 by torch's default,
-    which errs by 1e-4, and products are not."""
+    """x (B, C, H, W) -> (B, T, D): off the CPU as a product, since cuDNN's convolutions of float32
+    are in TF32 by torch's default, which errs by 1e-4, and products are not."""
     if _convolves(x):
         return F.conv2d(x, weight, bias, stride=weight.shape[2]).flatten(2).transpose(1, 2)
     (B, C, H, W), p = x.shape, weight.shape[2]
@@ -111,23 +177,40 @@ def _convolves(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _cannot(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None) -> str | None:
+def _cannot(
+    x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None
+) -> str | None:
     same = weight.dtype == bias.dtype and (positions is None or positions.dtype == weight.dtype)
     mixed = None if same else "weight, bias and positions are of several dtypes, under autocast"
-    D, p, most = weight.shape[0], weight.shape[2], MOST_IMAGES * _FEATURES  # blocks of features are on a grid's second axis
+    D, p, most = (
+        weight.shape[0],
+        weight.shape[2],
+        MOST_IMAGES * _FEATURES,
+    )  # blocks of features are on a grid's second axis
     if most < D:
         return f"at most {most} features, got {D}"
     tokens = x.shape[2] // p * (x.shape[3] // p)
-    return mixed or too_many_images(len(x if v is None else v)) or too_large(max(D * tokens, weight.numel(), _span(x), _span(v)))
+    return (
+        mixed
+        or too_many_images(len(x if v is None else v))
+        or too_large(max(D * tokens, weight.numel(), _span(x), _span(v)))
+    )
 
 
 def _span(x: Tensor | None) -> int:
     """How far an image's numbers reach in memory."""
-    return 0 if x is None else 1 + sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return (
+        0
+        if x is None
+        else 1
+        + sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    )
 
 
 @patch_embed.backend("triton", cannot=_cannot)
-def _patch_triton(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None) -> Tensor:
+def _patch_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None
+) -> Tensor:
     x_rows, C, H, W = x.shape
     B = x_rows if v is None else len(v)
     D, _, p, _ = weight.shape
@@ -140,6 +223,7 @@ def _patch_triton(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, pos
         x, x if v is None else v, weight.contiguous(), bias.contiguous(),
         bias if positions is None else positions.contiguous(), out, x_rows, tokens, W // p,
         *x.stride(), *(x if v is None else v).stride(),
-        D, K, C, p, v is not None, positions is not None, dot_precision(weight), block_t, block_d, block_k, num_warps=4,
+        D, K, C, p, v is not None, positions is not None, dot_precision(weight), block_t, block_d,
+        block_k, num_warps=4,
     )  # fmt: skip
     return out

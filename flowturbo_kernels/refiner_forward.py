@@ -1,4 +1,6 @@
-"""A whole refiner evaluation, from x and a velocity to the moved x and the refined velocity, in few launches."""
+"""A whole refiner evaluation, from x and a velocity to the moved x and the refined velocity, in few
+launches.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class Linear(NamedTuple):
 
 
 class BlockWeights(NamedTuple):
-    """The matrix products of a DiT block of hidden size D: qkv (3D, D), proj (D, D), fc1 (4D, D), fc2 (D, 4D)."""
+    """The matrix products of a DiT block of hidden size D: qkv (3D, D), proj (D, D), fc1 (4D, D),
+    fc2 (D, 4D).
+    """
 
     qkv: Linear
     proj: Linear
@@ -31,7 +35,9 @@ class BlockWeights(NamedTuple):
 
 
 class RefinerWeights(NamedTuple):
-    """A refiner but for its conditioning. embed: weight (D, 2C, p, p); positions (T, D); final: weight (p * p * C or twice, D)."""
+    """A refiner but for its conditioning. embed: weight (D, 2C, p, p); positions (T, D); final:
+    weight (p * p * C or twice, D).
+    """
 
     embed: Linear
     positions: Tensor
@@ -53,14 +59,16 @@ def refiner_forward(
     velocities: Sequence[Tensor] = (),
     velocity_weights: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Refine a velocity and move by it: one evaluation of a refiner step (paper section 3.2), with its update.
+    """Refine a velocity and move by it: one evaluation of a refiner step (paper section 3.2), with
+    its update.
 
-    modulations: adaLN's, which depend on times and labels alone and so are made beforehand: (R, 6D) for each block, shift, scale
-    and gate of attention, then of the MLP, and (R, 2D) for the final layer. x (N, C, H, W); v (R, C, H, W), what the refiner
-    reads, R = 2N with guidance, conditional rows first, or N with guidance None; origin (N, C, H, W), what is moved, x if None;
-    base (R, C, H, W), what the offset is added to, v if None; the rest as in `guided_update`
-    -> (origin moved, refined velocity), both in origin's dtype.
-    2 + 7 * blocks launches: x is read once for both halves, and nothing is concatenated or converted on its own.
+    modulations: adaLN's, which depend on times and labels alone and so are made beforehand: (R, 6D)
+    for each block, shift, scale and gate of attention, then of the MLP, and (R, 2D) for the final
+    layer. x (N, C, H, W); v (R, C, H, W), what the refiner reads, R = 2N with guidance, conditional
+    rows first, or N with guidance None; origin (N, C, H, W), what is moved, x if None; base (R, C,
+    H, W), what the offset is added to, v if None; the rest as in `guided_update` -> (origin moved,
+    refined velocity), both in origin's dtype. 2 + 7 * blocks launches: x is read once for both
+    halves, and nothing is concatenated or converted on its own.
     """
     tokens = patch_embed(x, *weights.embed, v, weights.positions)
     B, T, D = tokens.shape
@@ -70,8 +78,12 @@ def refiner_forward(
         qkv = linear(h, *block.qkv).view(B, T, 3, weights.heads, D // weights.heads)
         y = linear(attention(qkv), *block.proj)
         tokens, h = gated_residual_adaln(tokens, y, gate_msa, shift_mlp, scale_mlp)
-        tokens = linear_gated_residual(linear(h, *block.fc1, "gelu_tanh"), *block.fc2, tokens, gate_mlp)
+        tokens = linear_gated_residual(
+            linear(h, *block.fc1, "gelu_tanh"), *block.fc2, tokens, gate_mlp
+        )
     shift, scale = modulations[-1].chunk(2, dim=-1)
     origin, base = x if origin is None else origin, v if base is None else base
     layer = tokens, shift, scale, *weights.final
-    return final_update(*layer, origin, guidance, channels, weight_v, base, velocities, velocity_weights)
+    return final_update(
+        *layer, origin, guidance, channels, weight_v, base, velocities, velocity_weights
+    )

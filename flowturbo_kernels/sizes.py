@@ -1,4 +1,6 @@
-"""Arguments of the operations as published models have them: what benchmarks time and what kernels are compiled for."""
+"""Arguments of the operations as published models have them: what benchmarks time and what kernels
+are compiled for.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from .linear_fp8 import quantize_rows
 def sit(
     make: Make, batch: int, *, hidden: int = 1152, heads: int = 16, side: int = 32, patch: int = 2
 ) -> Iterator[tuple[str, Any]]:
-    """(operation, arguments) of one guided call of a SiT on `batch` images: SiT-XL/2 at 256 x 256, unless told."""
+    """(operation, arguments) of one guided call of a SiT on `batch` images: SiT-XL/2 at 256 x 256,
+    unless told.
+    """
     N, R, T, D, C, p = batch, 2 * batch, (side // patch) ** 2, hidden, 4, patch
     latents = C, side, side
     modulations = make(R, 6 * D).chunk(6, dim=1)
@@ -22,11 +26,22 @@ def sit(
     yield "adaln_modulate", (tokens, *modulations[:2])
     yield "gated_residual_adaln", (tokens, y, *modulations[2:5])
     yield "attention", (make(R, T, 3, heads, D // heads),)
-    for K, M, activation in ((D, 3 * D, None), (D, D, None), (D, 4 * D, "gelu_tanh"), (4 * D, D, None)):
+    for K, M, activation in (
+        (D, 3 * D, None),
+        (D, D, None),
+        (D, 4 * D, "gelu_tanh"),
+        (4 * D, D, None),
+    ):
         yield "linear", (make(R, T, K), make(M, K) / K**0.5, make(M), activation)
-    yield "linear_gated_residual", (make(R, T, 4 * D), make(D, 4 * D) / D**0.5, make(D), tokens, modulations[5])
+    yield (
+        "linear_gated_residual",
+        (make(R, T, 4 * D), make(D, 4 * D) / D**0.5, make(D), tokens, modulations[5]),
+    )
     yield "patch_embed", (make(R, *latents), make(D, C, p, p), make(D), None, make(T, D))
-    yield "patch_embed", (make(N, *latents), make(D, 2 * C, p, p), make(D), make(R, *latents), make(T, D))
+    yield (
+        "patch_embed",
+        (make(N, *latents), make(D, 2 * C, p, p), make(D), make(R, *latents), make(T, D)),
+    )
     x, v, raw = make(N, *latents), make(R, *latents), make(R, *latents)
     yield "velocity_update", (x, [v, raw], [0.05, 0.05])
     yield "guide", (raw, 1.5, 3)
@@ -36,7 +51,9 @@ def sit(
     yield "final_update", (*layer, x, 1.5, 3, 0.05, v, [v], [0.05])
 
 
-def sit_fp8(make: Make, batch: int, *, hidden: int = 1152, tokens: int = 256) -> Iterator[tuple[str, Any]]:
+def sit_fp8(
+    make: Make, batch: int, *, hidden: int = 1152, tokens: int = 256
+) -> Iterator[tuple[str, Any]]:
     """(operation, arguments) of the products of a guided call of a SiT in fp8."""
     x = make(2 * batch, tokens, hidden)
     for K, N, activation in ((hidden, 3 * hidden, None), (hidden, 4 * hidden, "gelu_tanh")):
@@ -45,7 +62,9 @@ def sit_fp8(make: Make, batch: int, *, hidden: int = 1152, tokens: int = 256) ->
 
 
 def vae(make: Make, batch: int, side: int = 32) -> Iterator[tuple[str, Any]]:
-    """(operation, arguments) of the SD autoencoder's decoder from latents of that side: one of each width."""
+    """(operation, arguments) of the SD autoencoder's decoder from latents of that side: one of each
+    width.
+    """
     for channels, scale in ((512, 1), (512, 4), (256, 8), (128, 8)):
         x = make(batch, channels, side * scale, side * scale).to(memory_format=torch.channels_last)
         yield "group_norm_silu", (x, make(channels), make(channels), 32)

@@ -1,4 +1,6 @@
-"""What surrounds the network in a solver step: guidance, moving x along velocities, and both with the cache in one pass."""
+"""What surrounds the network in a solver step: guidance, moving x along velocities, and both with
+the cache in one pass.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ MOST = 4
 """Velocities that a kernel takes: those of Adams-Bashforth of order 4."""
 _BLOCK = 1024
 
-# Triton: one program a block of one image's elements; offsets n * S + i of dense tensors, S elements an image.
+# Triton: one program a block of one image's elements; offsets n * S + i of dense tensors, S
+# elements an image.
 
 
 @kernel
@@ -92,16 +95,24 @@ def _too_many(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float])
     return f"at most {MOST} velocities, got {len(velocities)}" if len(velocities) > MOST else None
 
 
-def _four(velocities: Sequence[Tensor], weights: Sequence[float], filler: Tensor) -> tuple[Any, ...]:
-    """Kernel arguments: four dense tensors, and four weights; those beyond the count are not read."""
+def _four(
+    velocities: Sequence[Tensor], weights: Sequence[float], filler: Tensor
+) -> tuple[Any, ...]:
+    """Kernel arguments: four dense tensors, and four weights; those beyond the count are not
+    read.
+    """
     missing = MOST - len(velocities)
-    return tuple(v.contiguous() for v in velocities) + (filler,) * missing, (*map(float, weights), *(0.0,) * missing)
+    return tuple(v.contiguous() for v in velocities) + (filler,) * missing, (
+        *map(float, weights),
+        *(0.0,) * missing,
+    )
 
 
 def _check(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> None:
     if not velocities or len(velocities) != len(weights):
         raise ValueError(
-            f"velocity_update: weights must be as many as velocities, and at least one, got {len(weights)} and {len(velocities)}"
+            "velocity_update: weights must be as many as velocities, and at least one, got "
+            f"{len(weights)} and {len(velocities)}"
         )
     _check_velocities("velocity_update", x, velocities)
 
@@ -110,7 +121,10 @@ def _check_velocities(op_name: str, x: Tensor, velocities: Sequence[Tensor]) -> 
     for k, v in enumerate(velocities):
         expect_floating(op_name, x=x, **{f"velocities[{k}]": v})
         if v.shape[1:] != x.shape[1:] or len(v) < len(x):
-            raise ValueError(f"{op_name}: velocities[{k}] must have at least the rows of x {tuple(x.shape)}, got {tuple(v.shape)}")
+            raise ValueError(
+                f"{op_name}: velocities[{k}] must have at least the rows of x {tuple(x.shape)}, "
+                f"got {tuple(v.shape)}"
+            )
 
 
 def _example(make: Make) -> Iterable[tuple[Any, ...]]:
@@ -127,8 +141,8 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
 def velocity_update(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """x plus the weighted velocities: every explicit step that moves x is one call of this.
 
-    x (N, ...); velocities: each (N or more, ...), of which the first N rows are read; weights: floats, with the step size in them
-    -> (N, ...) in x's dtype.
+    x (N, ...); velocities: each (N or more, ...), of which the first N rows are read; weights:
+    floats, with the step size in them -> (N, ...) in x's dtype.
     """
     N, dtype = len(x), wide(x, *velocities)
     total = x.to(dtype)
@@ -143,7 +157,9 @@ def _update_triton(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[fl
     tensors, numbers = _four([v[: len(x)] for v in velocities], weights, x)
     out = torch.empty_like(x)
     size = x.numel()
-    _update_kernel.launch((-(-size // _BLOCK),), x, *tensors, out, *numbers, size, len(velocities), _BLOCK)
+    _update_kernel.launch(
+        (-(-size // _BLOCK),), x, *tensors, out, *numbers, size, len(velocities), _BLOCK
+    )
     return out
 
 
@@ -152,10 +168,15 @@ def _check_guide(v: Tensor, scale: float | Tensor, channels: int) -> None:
     _check_halves("guide", "v", v, scale, channels)
 
 
-def _check_halves(op_name: str, argument: str, v: Tensor, scale: float | Tensor, channels: int) -> None:
+def _check_halves(
+    op_name: str, argument: str, v: Tensor, scale: float | Tensor, channels: int
+) -> None:
     expect_shape(op_name, argument, v, (None, None, None, None))
     if v.shape[0] % 2:
-        raise ValueError(f"{op_name}: {argument} must hold a conditional and an unconditional half, got {v.shape[0]} rows")
+        raise ValueError(
+            f"{op_name}: {argument} must hold a conditional and an unconditional half, got "
+            f"{v.shape[0]} rows"
+        )
     if isinstance(scale, Tensor):
         expect_shape(op_name, "scale", scale, (v.shape[0] // 2, 1, 1, 1))
     if not 1 <= channels <= v.shape[1]:
@@ -189,21 +210,26 @@ def _as_tensor(v: Tensor, scale: float | Tensor) -> Tensor:
 def guide(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
     """Classifier-free guidance of a velocity or of an offset.
 
-    v (2N, C, H, W), conditional rows first -> the same shape: the first `channels` channels become u + scale * (c - u) in both
-    halves, the others keep their own half's value. scale: a number, or (N, 1, 1, 1) for one an image.
+    v (2N, C, H, W), conditional rows first -> the same shape: the first `channels` channels become
+    u + scale * (c - u) in both halves, the others keep their own half's value. scale: a number, or
+    (N, 1, 1, 1) for one an image.
     """
     c, u = v[:, :channels].to(wide(v)).chunk(2)
     guided = (u + scale * (c - u)).to(v.dtype)
     return torch.cat([torch.cat([guided, guided]), v[:, channels:]], dim=1)
 
 
-@guide.backend("triton", cannot=lambda v, *_: too_many_images(len(v) // 2) or too_large(v[:1].numel()))
+@guide.backend(
+    "triton", cannot=lambda v, *_: too_many_images(len(v) // 2) or too_large(v[:1].numel())
+)
 def _guide_triton(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
     v = v.contiguous()
     N, S, HW = len(v) // 2, v[0].numel(), v[0, 0].numel()
     out = torch.empty_like(v)
     block = min(_BLOCK, next_power_of_2(S))
-    _guide_kernel.launch((-(-S // block), N), v, _per_image(v, scale), out, N, S, HW, channels, block)
+    _guide_kernel.launch(
+        (-(-S // block), N), v, _per_image(v, scale), out, N, S, HW, channels, block
+    )
     return out
 
 
@@ -242,7 +268,10 @@ def check_guided(
         expect_floating(name, x=x, base=base)
         expect_shape(name, "base", base, tuple(raw.shape))
     if len(velocities) != len(weights):
-        raise ValueError(f"{name}: weights must be as many as velocities, got {len(weights)} and {len(velocities)}")
+        raise ValueError(
+            f"{name}: weights must be as many as velocities, got {len(weights)} and "
+            f"{len(velocities)}"
+        )
     _check_velocities(name, x, velocities)
 
 
@@ -265,9 +294,15 @@ def _example_guided(make: Make) -> Iterable[tuple[Any, ...]]:
 @op(
     check=_check_guided,
     example=_example_guided,
-    schema="(Tensor x, Tensor raw, Tensor? scale, int channels, float weight, Tensor? base, Tensor[] velocities, float[] weights)"
+    schema="(Tensor x, Tensor raw, Tensor? scale, int channels, float weight, Tensor? base, "
+    "Tensor[] velocities, float[] weights)"
     " -> (Tensor, Tensor)",
-    lower=lambda x, raw, scale, *rest: (x, raw, None if scale is None else _as_tensor(raw, scale), *rest),
+    lower=lambda x, raw, scale, *rest: (
+        x,
+        raw,
+        None if scale is None else _as_tensor(raw, scale),
+        *rest,
+    ),
 )
 def guided_update(
     x: Tensor,
@@ -279,12 +314,14 @@ def guided_update(
     velocities: Sequence[Tensor] = (),
     weights: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
-    """All of a step that follows its network: guide the raw output, add it to a base velocity, keep that, move x.
+    """All of a step that follows its network: guide the raw output, add it to a base velocity, keep
+    that, move x.
 
-    x (N, C, H, W); raw (2N, C, H, W), conditional rows first, or (N, C, H, W) with scale None; scale, channels as in `guide`; base
-    of raw's shape, the velocity that a refiner's offset corrects; velocities and weights as in `velocity_update`, none by default
-    -> (x + the weighted velocities + weight * v, in x's dtype; v = guide(raw) + base, of raw's shape, in x's dtype).
-    x moves by v before v is rounded to x's dtype.
+    x (N, C, H, W); raw (2N, C, H, W), conditional rows first, or (N, C, H, W) with scale None;
+    scale, channels as in `guide`; base of raw's shape, the velocity that a refiner's offset
+    corrects; velocities and weights as in `velocity_update`, none by default -> (x + the weighted
+    velocities + weight * v, in x's dtype; v = guide(raw) + base, of raw's shape, in x's dtype). x
+    moves by v before v is rounded to x's dtype.
     """
     dtype = wide(x, raw)
     v = raw.to(dtype)
@@ -351,9 +388,15 @@ def cuda_call(
     weight: float = 0.0,
     channels: int = 0,
 ) -> tuple[str, tuple[int, int], int, ctypes.Structure]:
-    """(instance, grid, threads, arguments) of csrc's kernel; all tensors dense, scale (N,) float32; out may be x."""
+    """(instance, grid, threads, arguments) of csrc's kernel; all tensors dense, scale (N,) float32;
+    out may be x.
+    """
     N, S, HW = len(x), x[0].numel(), x[0, 0].numel() if x.ndim > 2 else x[0].numel()
-    V = 1 if _cuda.misaligned(x, raw, base, *velocities, out, velocity) else _cuda.vector(x.dtype, S, HW)
+    V = (
+        1
+        if _cuda.misaligned(x, raw, base, *velocities, out, velocity)
+        else _cuda.vector(x.dtype, S, HW)
+    )
     threads = min(256, -(-S // V // 32) * 32)
     args = _VelocityUpdate(
         *map(_cuda.pointer, (x, raw, scale, base)),
@@ -362,26 +405,46 @@ def cuda_call(
         N, S, HW, weight, (ctypes.c_float * MOST)(*weights), len(velocities), channels,
     )  # fmt: skip
     kinds = _cuda.NAMES[x.dtype], _cuda.NAMES[x.dtype if raw is None else raw.dtype]
-    return f"flowturbo::velocity_update<{kinds[0]},{kinds[1]},{V}>", (-(-S // (V * threads)), N), threads, args
+    return (
+        f"flowturbo::velocity_update<{kinds[0]},{kinds[1]},{V}>",
+        (-(-S // (V * threads)), N),
+        threads,
+        args,
+    )
 
 
 def _cannot_cuda(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> str | None:
-    return _too_many(x, velocities, weights) or too_many_images(len(x)) or _cuda.same_dtype(x, *velocities)
+    return (
+        _too_many(x, velocities, weights)
+        or too_many_images(len(x))
+        or _cuda.same_dtype(x, *velocities)
+    )
 
 
 @velocity_update.backend("cuda", cannot=_cannot_cuda)
 def _update_cuda(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
-    name, grid, threads, args = cuda_call(x, None, None, None, [v[: len(x)].contiguous() for v in velocities], weights, out, None)
+    name, grid, threads, args = cuda_call(
+        x, None, None, None, [v[: len(x)].contiguous() for v in velocities], weights, out, None
+    )
     _cuda.launch(name, grid, threads, 0, args)
     return out
 
 
 def _cannot_guided_cuda(x: Tensor, raw: Tensor, *rest: Any) -> str | None:
     base, velocities, weights = rest[-3:]
-    mixed = None if x.dtype in (torch.float32, raw.dtype) else f"raw is {raw.dtype} beside x of {x.dtype}"
-    return _too_many(x, velocities, weights) or too_many_images(len(x)) or mixed or _cuda.same_dtype(x, base, *velocities)
+    mixed = (
+        None
+        if x.dtype in (torch.float32, raw.dtype)
+        else f"raw is {raw.dtype} beside x of {x.dtype}"
+    )
+    return (
+        _too_many(x, velocities, weights)
+        or too_many_images(len(x))
+        or mixed
+        or _cuda.same_dtype(x, base, *velocities)
+    )
 
 
 @guided_update.backend("cuda", cannot=_cannot_guided_cuda)
@@ -400,6 +463,8 @@ def _guided_update_cuda(
     scales = None if scale is None else _per_image(raw, scale).float()
     others = [v[: len(x)].contiguous() for v in velocities]
     base = None if base is None else base.contiguous()
-    name, grid, threads, args = cuda_call(x, raw, scales, base, others, weights, out, velocity, weight, channels)
+    name, grid, threads, args = cuda_call(
+        x, raw, scales, base, others, weights, out, velocity, weight, channels
+    )
     _cuda.launch(name, grid, threads, 0, args)
     return out, velocity

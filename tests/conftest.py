@@ -1,4 +1,6 @@
-"""Without a GPU, Triton's kernels run in its interpreter; the variable must be set before Triton is imported."""
+"""Without a GPU, Triton's kernels run in its interpreter; the variable must be set before Triton is
+imported.
+"""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +21,9 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def nothing_that_cuda_forbids() -> Iterator[None]:
-    """On the stand-in for a CUDA device a test fails if it did what CUDA forbids, and took no note of it."""
+    """On the stand-in for a CUDA device a test fails if it did what CUDA forbids, and took no note
+    of it.
+    """
     yield
     if fake_cuda.PRESENT and (done := fake_cuda.violations()):
         pytest.fail("what CUDA forbids was done:\n" + "\n".join(done))
@@ -27,7 +31,9 @@ def nothing_that_cuda_forbids() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Products of tiny matrices gain nothing from threads, and sums in another order would not be equal to the last bit."""
+    """Products of tiny matrices gain nothing from threads, and sums in another order would not be
+    equal to the last bit.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

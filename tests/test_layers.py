@@ -1,4 +1,6 @@
-"""The laws of the layout: imports point downwards only, and importing the package costs nothing that is not needed."""
+"""The laws of the layout: imports point downwards only, and importing the package costs nothing
+that is not needed.
+"""
 
 import ast
 import subprocess
@@ -12,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 PACKAGE, KERNELS = "flowturbo", "flowturbo_kernels"
 
-# Folders of flowturbo from the bottom up: a module may import from its own folder and from those below it.
+# Folders of flowturbo from the bottom up: a module may import from its own folder and from those
+# below it.
 FOLDERS = (
     "runtime",
     "storage",
@@ -31,11 +34,19 @@ GROUND = {"checks", "version"}
 """The loose modules that everything may import."""
 FACES = {PACKAGE, f"{PACKAGE}.__main__"}
 """What a user sees and runs: nothing in the package imports them."""
-OUTSIDE = {"bench", "tests", *(path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")), "recipe", "calls"}
+OUTSIDE = {
+    "bench",
+    "tests",
+    *(path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")),
+    "recipe",
+    "calls",
+}
 
 
 def layer(module: str) -> int:
-    """Of "flowturbo.models.sit" and the like; -1 for the kernels, 0 for the loose modules, the faces above all."""
+    """Of "flowturbo.models.sit" and the like; -1 for the kernels, 0 for the loose modules, the
+    faces above all.
+    """
     parts = module.split(".")
     if parts[0] == KERNELS:
         return -1
@@ -53,7 +64,9 @@ def modules(package: str, root: Path = ROOT) -> dict[str, Path]:
 
 
 def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """Every module that this one imports, at the top or inside a function, with relative names resolved."""
+    """Every module that this one imports, at the top or inside a function, with relative names
+    resolved.
+    """
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -90,7 +103,11 @@ def broken_laws(edges: dict[str, set[str]]) -> list[str]:
             top = target.split(".")[0]
             if top in OUTSIDE or (top in (PACKAGE, KERNELS) and layer(target) > layer(module)):
                 broken.append(f"{module} imports {target}")
-    broken += [f"{module} imports itself, through others" for module in edges if module in reachable(edges, module)]
+    broken += [
+        f"{module} imports itself, through others"
+        for module in edges
+        if module in reachable(edges, module)
+    ]
     return broken
 
 
@@ -100,17 +117,25 @@ def folder(module: str) -> str:
 
 def test_imports_point_downwards_only():
     edges = graph()
-    assert {folder(module) for module in edges if module.startswith(f"{PACKAGE}.")} == {*FOLDERS, *GROUND, "__main__"}
+    assert {folder(module) for module in edges if module.startswith(f"{PACKAGE}.")} == {
+        *FOLDERS,
+        *GROUND,
+        "__main__",
+    }
     assert broken_laws(edges) == []
 
 
 def test_folders_have_no_cycle():
-    """It follows from the order; asked of the folders themselves, so that an order with equals would still be held to it."""
+    """It follows from the order; asked of the folders themselves, so that an order with equals
+    would still be held to it.
+    """
     between: dict[str, set[str]] = {}
     for module, targets in graph().items():
         if module not in FACES:
             between.setdefault(folder(module), set()).update(
-                folder(t) for t in targets if t.startswith(f"{PACKAGE}.") and folder(t) != folder(module)
+                folder(t)
+                for t in targets
+                if t.startswith(f"{PACKAGE}.") and folder(t) != folder(module)
             )
     assert not [name for name in between if name in reachable(between, name)]
 
@@ -125,19 +150,28 @@ def test_steps_and_plans_know_no_model():
     edges = graph()
     for module in edges:
         if folder(module) in ("solver", "runtime"):
-            assert not [t for t in reachable(edges, module) if t.startswith("flowturbo.models")], module
+            assert not [t for t in reachable(edges, module) if t.startswith("flowturbo.models")], (
+                module
+            )
 
 
 @pytest.fixture(scope="module")
 def sources() -> dict[Path, str]:
-    return {path.relative_to(ROOT): path.read_text() for path in (modules(PACKAGE) | modules(KERNELS)).values()}
+    return {
+        path.relative_to(ROOT): path.read_text()
+        for path in (modules(PACKAGE) | modules(KERNELS)).values()
+    }
 
 
 @pytest.mark.parametrize(
     "file, line, breaks",
     [
         ("flowturbo/runtime/rng.py", "from ..sampling.sampler import sample", True),
-        ("flowturbo/models/sit.py", "def f():\n    from ..sampling.velocity_field import GuidedField", True),
+        (
+            "flowturbo/models/sit.py",
+            "def f():\n    from ..sampling.velocity_field import GuidedField",
+            True,
+        ),
         ("flowturbo/solver/steps.py", "import flowturbo", True),
         ("flowturbo/solver/steps.py", "from .. import sample", True),
         ("flowturbo/training/train.py", "from ..cli import main", True),
@@ -190,7 +224,9 @@ assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
 if {package!r} == {KERNELS!r}:
     assert not any(n.split(".")[0] == {PACKAGE!r} for n in new)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -14,7 +14,9 @@ from ..runtime.device import Dtype, dtype_of
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn a published checkpoint into a checked safetensors file with only the weights that sample."""
+    """Turn a published checkpoint into a checked safetensors file with only the weights that
+    sample.
+    """
 
     source: tyro.conf.Positional[Path]
     """The .pt, .pth or .safetensors file."""

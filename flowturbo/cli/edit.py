@@ -22,18 +22,26 @@ class Edit(Model):
     """Change images towards classes: each is mixed with noise and sampled from there."""
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Image files (cropped to squares of the model's size, on white where transparent), or one .npz as sample writes it."""
+    """Image files (cropped to squares of the model's size, on white where transparent), or one .npz
+    as sample writes it.
+    """
     labels: tuple[int, ...] = ()
-    """What to make of them: one class number, or one an image. A model that reads text takes --prompts likewise."""
+    """What to make of them: one class number, or one an image. A model that reads text takes
+    --prompts likewise.
+    """
     strength: float = 0.6
     """Above 0, at most 1: how much of the image is forgotten."""
     out: Path = Path("edited.png")
-    """A grid with the images above and what became of them below (.png), or an .npz as sample writes it."""
+    """A grid with the images above and what became of them below (.png), or an .npz as sample
+    writes it.
+    """
 
 
 @dataclass(frozen=True)
 class Inpaint(Edit):
-    """Make a part of images anew and keep the rest: the part in a mask, in a box, or where an image is transparent."""
+    """Make a part of images anew and keep the rest: the part in a mask, in a box, or where an image
+    is transparent.
+    """
 
     strength: float = 1.0
     """Above 0, at most 1: how much of the part is forgotten."""
@@ -42,7 +50,9 @@ class Inpaint(Edit):
     box: tuple[float, float, float, float] | None = None
     """Left, top, right and bottom of the part, as shares of width and height."""
     out: Path = Path("inpainted.png")
-    """A grid with the images above and what became of them below (.png), or an .npz as sample writes it."""
+    """A grid with the images above and what became of them below (.png), or an .npz as sample
+    writes it.
+    """
 
 
 def run_edit(settings: Edit) -> str:
@@ -65,7 +75,10 @@ def run_edit(settings: Edit) -> str:
 def _images(paths: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
     if any(path.suffix == ".npz" for path in paths):
         if len(paths) > 1:
-            raise ValueError(f"images must be image files or one .npz, got {len(paths)} files with an .npz among them")
+            raise ValueError(
+                f"images must be image files or one .npz, got {len(paths)} files with an .npz "
+                "among them"
+            )
         return read_npz(paths[0])
     return np.stack([read_image(path, size[0]) for path in paths])
 
@@ -83,5 +96,7 @@ def _mask(settings: Inpaint, images: np.ndarray) -> np.ndarray:
         return np.stack([read_mask(settings.mask, height, path) for path in files])
     masks = [read_transparency(path, height) for path in files]
     if not masks or any(mask is None for mask in masks):
-        raise ValueError("mask or box must say what to make anew, where images are not transparent there")
+        raise ValueError(
+            "mask or box must say what to make anew, where images are not transparent there"
+        )
     return np.stack([mask for mask in masks if mask is not None])

@@ -14,8 +14,10 @@ from flowturbo_kernels import OPS, BackendError, wanted
 def report() -> str:
     """Versions, devices, the state of the CUDA extension and the backend of every operation."""
     lines = [
-        f"flowturbo {_version('flowturbo')}, Python {platform.python_version()}, {platform.platform()}",
-        f"torch {torch.__version__} ({torch.get_num_threads()} threads), CUDA of its build: {torch.version.cuda or 'none'}",
+        f"flowturbo {_version('flowturbo')}, Python {platform.python_version()}, "
+        f"{platform.platform()}",
+        f"torch {torch.__version__} ({torch.get_num_threads()} threads), CUDA of its build: "
+        f"{torch.version.cuda or 'none'}",
         f"devices: {_devices()}",
         *(f"{name} {_version(name)}" for name in ("triton", "diffusers", "scikit-learn")),
         f"cupy {_version('cupy-cuda13x', 'cupy-cuda12x')}",
@@ -36,7 +38,10 @@ def _backend(name: str) -> str:
     except BackendError as error:
         return f"{name:<21} none       {error}"
     why = "; ".join(f"{backend}: {reason}" for backend, reason in refused.items())
-    return f"{name:<21} {chosen:<10} {why or ('the first that can' if wanted() == 'auto' else 'asked for by name')}"
+    return (
+        f"{name:<21} {chosen:<10} "
+        f"{why or ('the first that can' if wanted() == 'auto' else 'asked for by name')}"
+    )
 
 
 def _version(*names: str) -> str:
@@ -50,7 +55,9 @@ def _version(*names: str) -> str:
 
 def _devices() -> str:
     if not torch.cuda.is_available():
-        return f"cpu ({platform.processor() or platform.machine()}); no CUDA device that torch can use"
+        return (
+            f"cpu ({platform.processor() or platform.machine()}); no CUDA device that torch can use"
+        )
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
@@ -59,6 +66,12 @@ def _extension() -> str:
         built = importlib.import_module("flowturbo_kernels._C").build_info()
     except ImportError as error:
         return f"not built ({error})"
-    devices = f"{built.devices} devices" if built.devices else f"no device ({built.problem or 'none found'})"
+    devices = (
+        f"{built.devices} devices"
+        if built.devices
+        else f"no device ({built.problem or 'none found'})"
+    )
     version = f"{built.cuda_version // 1000}.{built.cuda_version % 1000 // 10}"
-    return f"built with CUDA {version} for sm_{', sm_'.join(built.architectures.split())}; {devices}"
+    return (
+        f"built with CUDA {version} for sm_{', sm_'.join(built.architectures.split())}; {devices}"
+    )

@@ -27,7 +27,9 @@ from .sample import Sample, Verify, run_sample, run_verify
 
 @dataclass(frozen=True)
 class EncodeFiles(Encode):
-    """Encode images, and captions if they have them, into shards of latents, once for all trainings."""
+    """Encode images, and captions if they have them, into shards of latents, once for all
+    trainings.
+    """
 
     source: tyro.conf.Positional[Path]
     out: tyro.conf.Positional[Path]
@@ -54,7 +56,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "bench": (Bench, bench),
     "info": (Info, lambda _: info.report()),
 }
-"""Each command: the settings that are its flags, and what it does with them; what that returns is printed."""
+"""Each command: the settings that are its flags, and what it does with them; what that returns is
+printed.
+"""
 
 WITH_FLAG: dict[tuple[str, str], tuple[type, Callable[[Any], object]]] = {
     ("evaluate", "--metrics"): (Fidelity, fidelity),
@@ -63,9 +67,13 @@ WITH_FLAG: dict[tuple[str, str], tuple[type, Callable[[Any], object]]] = {
 
 
 def parse(words: Sequence[str]) -> Any:
-    """The settings that a command line means. SystemExit, with the reason on standard error, where it means none."""
+    """The settings that a command line means. SystemExit, with the reason on standard error, where
+    it means none.
+    """
     flags = {word.split("=")[0] for word in words}
-    commands = COMMANDS | {name: entry for (name, flag), entry in WITH_FLAG.items() if flag in flags}
+    commands = COMMANDS | {
+        name: entry for (name, flag), entry in WITH_FLAG.items() if flag in flags
+    }
     subcommands = [
         Annotated[settings, tyro.conf.subcommand(name, prefix_name=False)]  # type: ignore[valid-type]
         for name, (settings, _) in commands.items()
@@ -74,17 +82,24 @@ def parse(words: Sequence[str]) -> Any:
     return tyro.cli(
         choices,
         prog="flowturbo",
-        description="Few-call sampling of flow-matching models. Add --debug to any command for a full traceback.",
+        description=(
+            "Few-call sampling of flow-matching models. Add --debug to any command for a "
+            "full traceback."
+        ),
         args=list(words),
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status. Errors are one line unless --debug is given."""
+    """Run the command line; returns the exit status. Errors are one line unless --debug is
+    given.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     settings = parse([word for word in words if word != "--debug"])
-    run = next(run for kind, run in [*COMMANDS.values(), *WITH_FLAG.values()] if type(settings) is kind)
+    run = next(
+        run for kind, run in [*COMMANDS.values(), *WITH_FLAG.values()] if type(settings) is kind
+    )
     try:
         result = run(settings)
     except KeyboardInterrupt:

@@ -20,22 +20,28 @@ class Weights:
     """Which model is loaded, and how."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])] = "digits"
-    """A .pt, .pth or .safetensors file with SiT's keys, or "digits"; or folder or hub name of a diffusers pipeline of SD3, FLUX or
-    2-RF, which makes images from --prompts."""
+    """A .pt, .pth or .safetensors file with SiT's keys, or "digits"; or folder or hub name of a
+    diffusers pipeline of SD3, FLUX or 2-RF, which makes images from --prompts."""
     refiner: str | None = None
     """The refiner's file, for a pipeline its folder; the bundled model brings its own."""
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels"; left out: what the model's file names."""
+    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels"; left out:
+    what the model's file names.
+    """
     heads: int | None = None
     """Attention heads, for checkpoints of an unpublished width."""
     convention: Literal["auto", "sit", "repa", "2-rf"] = "auto"
-    """"repa" for checkpoints whose time runs backwards, "2-rf" for a Stable Diffusion pipeline with 2-RF's UNet."""
+    """"repa" for checkpoints whose time runs backwards, "2-rf" for a Stable Diffusion pipeline with
+    2-RF's UNet.
+    """
     device: str | None = None
     """"cuda" or "cpu"; left out: a GPU if there is one."""
     dtype: Dtype | None = None
     """Left out: bfloat16 on a GPU, float32 on the CPU."""
     quantize: Literal["fp8"] | None = None
-    """"fp8" for the predictor's products in e4m3: faster on recent GPUs, and slightly other images."""
+    """"fp8" for the predictor's products in e4m3: faster on recent GPUs, and slightly other
+    images.
+    """
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,9 @@ class Model(Weights):
     """Which model runs, and how."""
 
     plan: str | None = None
-    """Steps in order, a letter with a count each: H Heun, P pseudo corrector, R refiner, S refiner after equation 7, E Euler,
-    A, B, C Adams-Bashforth of order 2, 3, 4. Or a .json file with a plan that `tune` found. Left out: H1P5R3, or H1P5 where there
-    is no refiner."""
+    """Steps in order, a letter with a count each: H Heun, P pseudo corrector, R refiner, S refiner
+    after equation 7, E Euler, A, B, C Adams-Bashforth of order 2, 3, 4. Or a .json file with a plan
+    that `tune` found. Left out: H1P5R3, or H1P5 where there is no refiner."""
     guidance: Annotated[float, tyro.conf.arg(aliases=["--cfg-scale"])] = 1.5
     """Guidance scale; 1 is none."""
     guidance_channels: int | None = None
@@ -90,11 +96,26 @@ def _loaded(settings: Model) -> tuple[FlowModel, Plan, dict[str, Any]]:
 
 def _plan(settings: Model, text: str, own_shift: float) -> Plan:
     if text.endswith(".json"):
-        if settings.grid is not None or settings.shift is not None or settings.guidance_interval != (0.0, 1.0):
-            raise ValueError("a plan's file holds its grid and guidance interval: leave out grid, shift and guidance_interval")
+        if (
+            settings.grid is not None
+            or settings.shift is not None
+            or settings.guidance_interval != (0.0, 1.0)
+        ):
+            raise ValueError(
+                "a plan's file holds its grid and guidance interval: leave out grid, shift and "
+                "guidance_interval"
+            )
         return as_plan(text)
-    shift = settings.shift if settings.shift is not None else 1.0 if settings.grid is not None else own_shift
-    return Plan.parse(text, grid=settings.grid, shift=shift, guidance_interval=settings.guidance_interval)
+    shift = (
+        settings.shift
+        if settings.shift is not None
+        else 1.0
+        if settings.grid is not None
+        else own_shift
+    )
+    return Plan.parse(
+        text, grid=settings.grid, shift=shift, guidance_interval=settings.guidance_interval
+    )
 
 
 def load_checkpoint(settings: Weights) -> FlowModel:
@@ -117,7 +138,9 @@ def load_checkpoint(settings: Weights) -> FlowModel:
 def _pipeline(settings: Model) -> FlowModel:
     _only("a model of classes", settings, "labels", "heads", "quantize")
     if settings.convention not in ("auto", "2-rf"):
-        raise ValueError(f"convention must be 'auto' or '2-rf' for a pipeline, got {settings.convention!r}")
+        raise ValueError(
+            f"convention must be 'auto' or '2-rf' for a pipeline, got {settings.convention!r}"
+        )
     if not settings.prompts:
         raise ValueError("prompts must be at least one text for a text-to-image model")
     return from_pipeline(

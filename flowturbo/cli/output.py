@@ -19,7 +19,8 @@ _SMALLEST = 96
 
 
 def labelled_grid(images: Tensor, labels: Sequence[str], columns: int | None = None) -> Image.Image:
-    """images (N, height, width, 3) uint8, one label each -> one picture; images under 96 pixels are enlarged by whole factors.
+    """images (N, height, width, 3) uint8, one label each -> one picture; images under 96 pixels are
+    enlarged by whole factors.
 
     Labels wider than an image are cut short.
     """
@@ -35,10 +36,18 @@ def labelled_grid(images: Tensor, labels: Sequence[str], columns: int | None = N
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
     for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         x, y = (i % columns) * cell[0] + _MARGIN, (i // columns) * cell[1] + _MARGIN
-        enlarged = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        enlarged = Image.fromarray(image).resize(
+            (width * factor, height * factor), Image.Resampling.NEAREST
+        )
         picture.paste(enlarged, (x, y))
         fitting = _cut(label, lambda text: font.getlength(text) <= width * factor)
-        draw.text((x + width * factor / 2, y + height * factor + 1), fitting, fill="black", font=font, anchor="ma")
+        draw.text(
+            (x + width * factor / 2, y + height * factor + 1),
+            fitting,
+            fill="black",
+            font=font,
+            anchor="ma",
+        )
     return picture
 
 
@@ -47,7 +56,9 @@ def _cut(label: str, fits: Callable[[str], bool]) -> str:
     label = " ".join(label.split())
     if fits(label):
         return label
-    return next((text for end in range(len(label), 0, -1) if fits(text := f"{label[:end].rstrip()}...")), "")
+    return next(
+        (text for end in range(len(label), 0, -1) if fits(text := f"{label[:end].rstrip()}...")), ""
+    )
 
 
 def _check_out(out: Path) -> None:
@@ -55,7 +66,9 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"out must end in .png or .npz, got {str(out)!r}")
 
 
-def _write(out: Path, images: Tensor, labels: Sequence[int] | Sequence[str], before: Tensor | None = None) -> None:
+def _write(
+    out: Path, images: Tensor, labels: Sequence[int] | Sequence[str], before: Tensor | None = None
+) -> None:
     """A grid, under the images that were there before if any; or the images as numbers."""
     with atomic_write(out) as file:
         if out.suffix == ".npz":
@@ -67,10 +80,17 @@ def _write(out: Path, images: Tensor, labels: Sequence[int] | Sequence[str], bef
             if before is None:
                 picture = labelled_grid(images, names)
             else:
-                picture = labelled_grid(torch.cat([before.cpu(), images.cpu()]), [*[""] * len(before), *names], columns=len(names))
+                picture = labelled_grid(
+                    torch.cat([before.cpu(), images.cpu()]),
+                    [*[""] * len(before), *names],
+                    columns=len(names),
+                )
             picture.save(file, format="PNG")
 
 
 def _said(out: Path, count: int, plan: Plan) -> str:
     cost = plan.cost
-    return f"{out}: {count} images by {plan} ({cost.predictor} predictor and {cost.refiner} refiner calls)"
+    return (
+        f"{out}: {count} images by {plan} ({cost.predictor} predictor and {cost.refiner} "
+        "refiner calls)"
+    )

@@ -20,23 +20,29 @@ from .output import _check_out, _said, _write
 
 @dataclass(frozen=True)
 class Sample(Model):
-    """Sample images by a plan. With no arguments: ten digits by the bundled model, as samples.png."""
+    """Sample images by a plan. With no arguments: ten digits by the bundled model, as
+    samples.png.
+    """
 
     labels: tuple[int, ...] | None = None
     """Class numbers; left out: all of the model's."""
     prompts_file: Path | None = None
     """A text file with a prompt a line, in the place of --prompts."""
     label_rule: LabelRule = "cycle"
-    """Image i gets: "cycle": of the labels or prompts number i, from the first again after the last; "random": one drawn from
-    (seed, i)."""
+    """Image i gets: "cycle": of the labels or prompts number i, from the first again after the
+    last; "random": one drawn from (seed, i)."""
     num: Annotated[int | None, tyro.conf.arg(aliases=["--num-fid-samples"])] = None
-    """How many images; left out: one of each label or prompt, and ten where --labels says nothing."""
+    """How many images; left out: one of each label or prompt, and ten where --labels says
+    nothing.
+    """
     out: Annotated[Path, tyro.conf.arg(aliases=["--sample-dir"])] = Path("samples.png")
-    """A labelled grid (.png; the image itself where a prompt makes one); an .npz with arr_0 (N, height, width, 3), uint8, and
-    labels; or, without a suffix, a folder of such files, with a manifest: for large sets, also under torchrun, which go on from
-    what is there."""
+    """A labelled grid (.png; the image itself where a prompt makes one); an .npz with arr_0 (N,
+    height, width, 3), uint8, and labels; or, without a suffix, a folder of such files, with a
+    manifest: for large sets, also under torchrun, which go on from what is there."""
     shard_size: int | None = None
-    """Images a file of a folder, a multiple of --batch-size; left out: the first from 256 on (--batch-size is then 64)."""
+    """Images a file of a folder, a multiple of --batch-size; left out: the first from 256 on
+    (--batch-size is then 64).
+    """
 
 
 def run_sample(settings: Sample) -> str:
@@ -46,7 +52,9 @@ def run_sample(settings: Sample) -> str:
         if settings.prompts:
             raise ValueError("give prompts or prompts_file, not both")
         settings = replace(settings, prompts=read_prompts(settings.prompts_file))
-    if settings.out.is_dir() or settings.out.suffix[1:].isdigit() or not settings.out.suffix:  # a folder may be called cfg1.5
+    if (
+        settings.out.is_dir() or settings.out.suffix[1:].isdigit() or not settings.out.suffix
+    ):  # a folder may be called cfg1.5
         return _sample_set(settings)
     _check_out(settings.out)
     model, plan, options = _loaded(settings)
@@ -62,14 +70,18 @@ def _labels(settings: Sample, model: FlowModel) -> list[Any]:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """The lines of a text file. ValueError, with its number, for an empty one: images would be of other prompts than thought."""
+    """The lines of a text file. ValueError, with its number, for an empty one: images would be of
+    other prompts than thought.
+    """
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts_file {path} can't be read as text: {error}") from None
     empty = [number for number, line in enumerate(lines, 1) if not line.strip()]
     if empty:
-        raise ValueError(f"prompts_file must hold a prompt a line, but line {empty[0]} of {path} is empty")
+        raise ValueError(
+            f"prompts_file must hold a prompt a line, but line {empty[0]} of {path} is empty"
+        )
     return tuple(lines)
 
 
@@ -78,24 +90,40 @@ def _sample_set(settings: Sample) -> str:
         model, plan, options = _loaded(replace(settings, device=str(device)))
         labels = _labels(settings, model)
         names = {"model": settings.model, "refiner": settings.refiner, "vae": settings.vae}
-        about = {name: Path(value).name if value and Path(value).exists() else value for name, value in names.items()}
+        about = {
+            name: Path(value).name if value and Path(value).exists() else value
+            for name, value in names.items()
+        }
         if settings.prompts_file is not None:
             source = settings.prompts_file.name
         else:
             source = "given" if settings.labels or settings.prompts else "all"
         about |= {"label_rule": settings.label_rule, "labels": source}
         del options["output"]
-        manifest = generate(model, plan, labels, settings.out, shard_size=settings.shard_size, about=about, **options)
+        manifest = generate(
+            model,
+            plan,
+            labels,
+            settings.out,
+            shard_size=settings.shard_size,
+            about=about,
+            **options,
+        )
     return f"{_said(settings.out, len(labels), plan)}, {_proved(manifest)}"
 
 
 def _proved(manifest: Mapping[str, Any]) -> str:
-    return f"each once and whole in {len(manifest['shards'])} shards, images_sha256 {manifest['images_sha256']}"
+    return (
+        f"each once and whole in {len(manifest['shards'])} shards, images_sha256 "
+        f"{manifest['images_sha256']}"
+    )
 
 
 @dataclass(frozen=True)
 class Verify:
-    """Check a folder of images that sample wrote: each image once and in its place, every byte as it was written."""
+    """Check a folder of images that sample wrote: each image once and in its place, every byte as
+    it was written.
+    """
 
     folder: tyro.conf.Positional[Path]
     """The folder."""
@@ -104,5 +132,10 @@ class Verify:
 
 
 def run_verify(settings: Verify) -> str:
-    manifest = verify(settings.folder) if settings.npz is None else join(settings.folder, settings.npz)
-    return f"{settings.npz or settings.folder}: images {manifest['first']} to {manifest['last']}, {_proved(manifest)}"
+    manifest = (
+        verify(settings.folder) if settings.npz is None else join(settings.folder, settings.npz)
+    )
+    return (
+        f"{settings.npz or settings.folder}: images {manifest['first']} to {manifest['last']}, "
+        f"{_proved(manifest)}"
+    )

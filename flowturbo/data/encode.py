@@ -1,4 +1,6 @@
-"""Images to latents, once, for all trainings: shards of a VAE's posteriors, of those of the mirrored images, and of captions."""
+"""Images to latents, once, for all trainings: shards of a VAE's posteriors, of those of the
+mirrored images, and of captions.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +29,24 @@ from ..storage.images import ImageFiles, scan, scan_captions, square
 
 @dataclass(frozen=True)
 class Encode:
-    """Encode images, and captions if they have them, into shards of latents, once for all trainings."""
+    """Encode images, and captions if they have them, into shards of latents, once for all
+    trainings.
+    """
 
     source: Path
-    """A folder of images with a sub-folder a class; or an .npz of images (N, height, width, 3) uint8 in "arr_0", with their labels
-    in "labels" or "arr_1" (without: all of class 0), which is held in memory. With a model: a folder of images with captions, in
-    metadata.jsonl (a line each with "file_name" and "text") or in a .txt beside each image."""
+    """A folder of images with a sub-folder a class; or an .npz of images (N, height, width, 3)
+    uint8 in "arr_0", with their labels in "labels" or "arr_1" (without: all of class 0), which is
+    held in memory. With a model: a folder of images with captions, in metadata.jsonl (a line each
+    with "file_name" and "text") or in a .txt beside each image."""
     out: Path
     """Folder for the shards. One that holds shards of the same encoding is gone on with."""
     vae: str = "stabilityai/sd-vae-ft-ema"
-    """Folder or hub name of a diffusers AutoencoderKL, or "pixels"; with a model, its own is used."""
+    """Folder or hub name of a diffusers AutoencoderKL, or "pixels"; with a model, its own is
+    used.
+    """
     model: str | None = None
-    """Folder or hub name of a diffusers text-to-image pipeline, by whose VAE and text encoders images and captions are encoded, for
-    the training of its refiner."""
+    """Folder or hub name of a diffusers text-to-image pipeline, by whose VAE and text encoders
+    images and captions are encoded, for the training of its refiner."""
     image_size: int = 256
     """Side of the square that images are cropped to."""
     batch_size: int = 32
@@ -86,11 +93,13 @@ class _Source(Protocol):
 def encode(settings: Encode) -> Path:
     """Write the shards that are not there yet; returns their folder, for load_data.
 
-    Shard k is latents-0000k-of-0000n.safetensors, with latents, std (unless the VAE is exact), labels and, with flips,
-    latents_flipped and std_flipped: latents (N, C, H, W) as a model sees them, labels (N,) int64. Of captioned images it holds, in
-    place of labels, what the pipeline's networks are told: embeds (N, L, D), perhaps pooled (N, P), and the same of the empty
-    caption, null_embeds (1, L, D) and null_pooled, for load_prompts. Its description says which
-    images and settings it was made from. Shards appear whole or not at all, so that a stopped run can be started again; for one
+    Shard k is latents-0000k-of-0000n.safetensors, with latents, std (unless the VAE is exact),
+    labels and, with flips,
+    latents_flipped and std_flipped: latents (N, C, H, W) as a model sees them, labels (N,) int64.
+    Of captioned images it holds, in place of labels, what the pipeline's networks are told: embeds
+    (N, L, D), perhaps pooled (N, P), and the same of the empty caption, null_embeds (1, L, D) and
+    null_pooled, for load_prompts. Its description says which images and settings it was made from.
+    Shards appear whole or not at all, so that a stopped run can be started again; for one
     batch_size and device they hold the same values as those of a run that was not stopped.
     """
     device = choose_device(settings.device)
@@ -144,9 +153,13 @@ class _Classes:
 
 
 class _Captions:
-    """Prompts, encoded by a pipeline; and the empty one, as null_..., in the place of a class that is no class."""
+    """Prompts, encoded by a pipeline; and the empty one, as null_..., in the place of a class that
+    is no class.
+    """
 
-    def __init__(self, captions: list[str], pipe: Any, settings: Encode, device: torch.device) -> None:
+    def __init__(
+        self, captions: list[str], pipe: Any, settings: Encode, device: torch.device
+    ) -> None:
         self.captions, self.pipe, self.settings, self.device = captions, pipe, settings, device
         self.description = {"settings": {"model": settings.model}}
 
@@ -164,7 +177,9 @@ class _Captions:
 
     def _stored(self, texts: list[str]) -> dict[str, Tensor]:
         found = encode_prompts(self.pipe, texts, None, self.device)
-        stored = {name: values.to(_DTYPES[self.settings.dtype]).cpu() for name, values in found.items()}
+        stored = {
+            name: values.to(_DTYPES[self.settings.dtype]).cpu() for name, values in found.items()
+        }
         for values in stored.values():
             _check_finite(values, texts, f"model {self.settings.model!r}", self.settings)
         return stored
@@ -173,13 +188,20 @@ class _Captions:
 def _opened(settings: Encode, device: torch.device) -> tuple[_Source, _Labels, VAE]:
     if settings.model is None:
         source = _open(settings.source, settings.out)
-        return source, _Classes(source.labels, source.classes, settings), load_vae(settings.vae, device, torch.float32)
+        return (
+            source,
+            _Classes(source.labels, source.classes, settings),
+            load_vae(settings.vae, device, torch.float32),
+        )
     _check_outside(settings.source, settings.out)
     images = scan_captions(settings.source)
     pipe = load_pipeline(settings.model, ("text", "vae"))
     missing = [name for name in ("vae", "text_encoder") if getattr(pipe, name, None) is None]
     if missing:
-        raise ValueError(f"model {settings.model!r} must be a pipeline with {' and '.join(missing)} to encode with")
+        raise ValueError(
+            f"model {settings.model!r} must be a pipeline with {' and '.join(missing)} to encode "
+            "with"
+        )
     wide = torch.float32 if device.type == "cpu" else torch.bfloat16
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name != "transformer":  # it is a shell, without weights
@@ -193,7 +215,9 @@ def _rows(shard: int, settings: Encode, count: int) -> range:
     return range(shard * size, min((shard + 1) * size, count))
 
 
-def _plan(settings: Encode, source: _Source, labels: _Labels, vae: VAE) -> dict[str, dict[str, Any]]:
+def _plan(
+    settings: Encode, source: _Source, labels: _Labels, vae: VAE
+) -> dict[str, dict[str, Any]]:
     """File names of all shards, with their descriptions."""
     shards = -(-len(source) // cast(int, settings.shard_size))
     shared = {
@@ -214,24 +238,38 @@ def _plan(settings: Encode, source: _Source, labels: _Labels, vae: VAE) -> dict[
     }
     wanted = {}
     for k in range(shards):
-        known = "\n".join(f"{labels.known(i)} {source.names[i]}" for i in _rows(k, settings, len(source)))
+        known = "\n".join(
+            f"{labels.known(i)} {source.names[i]}" for i in _rows(k, settings, len(source))
+        )
         digest = hashlib.sha256(known.encode(errors="surrogateescape")).hexdigest()
-        wanted[f"latents-{k:05d}-of-{shards:05d}.safetensors"] = {**shared, "shard": k, "images": digest}
+        wanted[f"latents-{k:05d}-of-{shards:05d}.safetensors"] = {
+            **shared,
+            "shard": k,
+            "images": digest,
+        }
     return json.loads(json.dumps(wanted))
 
 
 def _there(out: Path, wanted: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """The wanted shards that are there and whole. ValueError if the folder holds any others, which must not be mixed with these."""
+    """The wanted shards that are there and whole. ValueError if the folder holds any others, which
+    must not be mixed with these.
+    """
     there = set()
     for path in sorted(out.glob("[!.]*.safetensors")):
         if path.name not in wanted:
-            raise ValueError(f"out {out} holds {path.name}, which is none of the {len(wanted)} shards of these settings: {_CURE}")
+            raise ValueError(
+                f"out {out} holds {path.name}, which is none of the {len(wanted)} shards of these "
+                f"settings: {_CURE}"
+            )
         try:
             _, description = load_tensors(path)
         except CheckpointError:
             continue  # damaged: made again
         if description != wanted[path.name]:
-            raise ValueError(f"out {out}: {path.name} was made {_difference(description or {}, wanted[path.name])}: {_CURE}")
+            raise ValueError(
+                f"out {out}: {path.name} was made "
+                f"{_difference(description or {}, wanted[path.name])}: {_CURE}"
+            )
         there.add(path.name)
     return there
 
@@ -246,7 +284,11 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     changed = [k for k in new if old.get(k) != new[k]]
     if changed:
         return (
-            "with other settings (" + ", ".join(f"{k} was {_short(old.get(k))} and is now {_short(new[k])}" for k in changed) + ")"
+            "with other settings ("
+            + ", ".join(
+                f"{k} was {_short(old.get(k))} and is now {_short(new[k])}" for k in changed
+            )
+            + ")"
         )
     return "from other images" if before.get("images") != now["images"] else "by another version"
 
@@ -257,8 +299,12 @@ def _short(value: object) -> str:
 
 
 @torch.no_grad()
-def _encoded(source: _Source, images: range, vae: VAE, settings: Encode, bar: Any) -> dict[str, Tensor]:
-    """The tensors of one shard. Its batches begin with it, so that they are the same whichever shards were there before."""
+def _encoded(
+    source: _Source, images: range, vae: VAE, settings: Encode, bar: Any
+) -> dict[str, Tensor]:
+    """The tensors of one shard. Its batches begin with it, so that they are the same whichever
+    shards were there before.
+    """
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(images), settings.batch_size):
         rows = images[start : start + settings.batch_size]
@@ -268,7 +314,9 @@ def _encoded(source: _Source, images: range, vae: VAE, settings: Encode, bar: An
             for name, values in (("latents", mean), ("std", std)):
                 if values is not None:
                     stored = values.to(_DTYPES[settings.dtype]).cpu()
-                    _check_finite(stored, [source.names[i] for i in rows], f"vae {settings.vae!r}", settings)
+                    _check_finite(
+                        stored, [source.names[i] for i in rows], f"vae {settings.vae!r}", settings
+                    )
                     parts.setdefault(name + suffix, []).append(stored)
         bar.update(len(rows))
     return {name: torch.cat(values) for name, values in parts.items()}
@@ -282,7 +330,9 @@ def _check_finite(values: Tensor, names: list[str], who: str, settings: Encode) 
 
 
 def _open(path: Path, out: Path) -> _Arrays | ImageFiles:
-    """The images of a folder or an .npz. ValueError for anything else, or where `out` would become one of its classes."""
+    """The images of a folder or an .npz. ValueError for anything else, or where `out` would become
+    one of its classes.
+    """
     if path.suffix == ".npz":
         return _Arrays(path)
     _check_outside(path, out)
@@ -307,18 +357,34 @@ class _Arrays:
                 found = arrays.files
                 self.images: np.ndarray = arrays["arr_0"] if "arr_0" in found else np.empty(0)
                 name = next((name for name in ("labels", "arr_1") if name in found), None)
-                labels = np.zeros(len(self.images), dtype=np.int64) if name is None else arrays[name]
+                labels = (
+                    np.zeros(len(self.images), dtype=np.int64) if name is None else arrays[name]
+                )
             with zipfile.ZipFile(path) as archive:
                 checksum = archive.getinfo("arr_0.npy").CRC if "arr_0" in found else 0
         except MemoryError:
             raise
         except Exception as error:
             raise CheckpointError(f"{path} is no whole .npz of plain arrays: {error}") from error
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3:] != (3,) or not self.images.size:
-            got = f"{self.images.shape}, {self.images.dtype}" if "arr_0" in found else f"only {', '.join(found) or 'nothing'}"
-            raise ValueError(f"{path} must hold images (N, height, width, 3) of uint8 in arr_0, got {got}")
+        if (
+            self.images.dtype != np.uint8
+            or self.images.ndim != 4
+            or self.images.shape[3:] != (3,)
+            or not self.images.size
+        ):
+            got = (
+                f"{self.images.shape}, {self.images.dtype}"
+                if "arr_0" in found
+                else f"only {', '.join(found) or 'nothing'}"
+            )
+            raise ValueError(
+                f"{path} must hold images (N, height, width, 3) of uint8 in arr_0, got {got}"
+            )
         if labels.shape != (len(self.images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
-            raise ValueError(f"{path} must hold a label from 0 on for each of its {len(self.images)} images in {name}")
+            raise ValueError(
+                f"{path} must hold a label from 0 on for each of its {len(self.images)} images in "
+                f"{name}"
+            )
         self.labels = labels.astype(np.int64)
         self.names = [f"image {i} of {checksum:08x}" for i in range(len(self.images))]
 

@@ -1,4 +1,6 @@
-"""Training data: latents with labels, from scikit-learn's digits, from files of latents, or from folders of images."""
+"""Training data: latents with labels, from scikit-learn's digits, from files of latents, or from
+folders of images.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Data(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: np.ndarray, draws: Draws) -> tuple[Tensor, Labels]:
-        """indices (N,) -> latents (N, C, H, W) float32 and labels (N,) int64. Anything random comes from draws."""
+        """indices (N,) -> latents (N, C, H, W) float32 and labels (N,) int64. Anything random comes
+        from draws.
+        """
         ...
 
 
@@ -38,7 +42,8 @@ class Latents:
 
     mean (N, C, H, W); labels (N,) whole numbers from 0.
     std: of the encoder's posterior, from which each use draws anew; None: the latents are exact.
-    latents_flipped, std_flipped: of the mirrored images; each use takes these or the others with equal chance.
+    latents_flipped, std_flipped: of the mirrored images; each use takes these or the others with
+        equal chance.
     num_classes: None: one more than the largest label.
     """
 
@@ -52,10 +57,13 @@ class Latents:
         std_flipped: Tensor | None = None,
     ) -> None:
         if mean.ndim != 4 or not len(mean):
-            raise ValueError(f"latents must have shape (N, C, H, W) with N at least 1, got {tuple(mean.shape)}")
+            raise ValueError(
+                f"latents must have shape (N, C, H, W) with N at least 1, got {tuple(mean.shape)}"
+            )
         if labels.shape != (len(mean),) or labels.is_floating_point():
             raise ValueError(
-                f"labels must be {len(mean)} whole numbers, one a latent, got shape {tuple(labels.shape)}, {labels.dtype}"
+                f"labels must be {len(mean)} whole numbers, one a latent, got shape "
+                f"{tuple(labels.shape)}, {labels.dtype}"
             )
         flipped_std_fits = (std_flipped is None) == (std is None or latents_flipped is None)
         if not flipped_std_fits:
@@ -63,10 +71,15 @@ class Latents:
         others = {"std": std, "latents_flipped": latents_flipped, "std_flipped": std_flipped}
         for name, values in others.items():
             if values is not None and values.shape != mean.shape:
-                raise ValueError(f"{name} must have the latents' shape {tuple(mean.shape)}, got {tuple(values.shape)}")
+                raise ValueError(
+                    f"{name} must have the latents' shape {tuple(mean.shape)}, got "
+                    f"{tuple(values.shape)}"
+                )
         for name, values in ({"latents": mean} | others).items():
             # In pieces: the mask of all would be half as large as float16 latents are.
-            if values is not None and not all(piece.isfinite().all() for piece in values.split(4096)):
+            if values is not None and not all(
+                piece.isfinite().all() for piece in values.split(4096)
+            ):
                 raise ValueError(f"{name} must be finite, got NaN or infinity in them")
         if int(labels.min()) < 0:
             raise ValueError(f"labels must be from 0 on, got {int(labels.min())}")
@@ -93,10 +106,11 @@ class Latents:
 
 
 class ImageFolder:
-    """A folder of images with a sub-folder a class: each use reads a file, mirrors every other one, and encodes it anew.
+    """A folder of images with a sub-folder a class: each use reads a file, mirrors every other one,
+    and encodes it anew.
 
-    Convenient, but the encoder runs at every step: for a long training, encode once (flowturbo.encode) and train on its latents,
-    which give the same batches up to their rounding.
+    Convenient, but the encoder runs at every step: for a long training, encode once
+    (flowturbo.encode) and train on its latents, which give the same batches up to their rounding.
     """
 
     def __init__(self, folder: str | os.PathLike[str], vae: VAE, image_size: int) -> None:
@@ -149,17 +163,23 @@ def digits(part: str = "train") -> Latents:
     return Latents(pixels, torch.from_numpy(labels[chosen]), num_classes=10)
 
 
-def load_data(source: str | os.PathLike[str], vae: VAE | None = None, image_size: int | None = None) -> Data:
+def load_data(
+    source: str | os.PathLike[str], vae: VAE | None = None, image_size: int | None = None
+) -> Data:
     """Training data, one of:
 
     - "digits".
-    - An .npz with arrays "latents" (N, C, H, W) and "labels" (N,); perhaps "std", of the encoder's posterior, so that each use
-      draws anew; perhaps "latents_flipped" (with "std_flipped" if there is "std"), of the mirrored images.
-    - A folder of .safetensors shards with the same names, all of them with the same ones. Of shards that flowturbo.encode wrote,
-      a set must be whole; their number of classes counts, otherwise it is one more than the largest label.
-    - A folder of images with a sub-folder a class; it alone uses vae and image_size, and needs both.
+    - An .npz with arrays "latents" (N, C, H, W) and "labels" (N,); perhaps "std", of the encoder's
+      posterior, so that each use draws anew; perhaps "latents_flipped" (with "std_flipped" if there
+      is "std"), of the mirrored images.
+    - A folder of .safetensors shards with the same names, all of them with the same ones. Of shards
+      that flowturbo.encode wrote, a set must be whole; their number of classes counts, otherwise it
+      is one more than the largest label.
+    - A folder of images with a sub-folder a class; it alone uses vae and image_size, and needs
+        both.
 
-    Latents are as the model sees them, scaled by the VAE's factor, float16 or wider. Files of latents are held in memory.
+    Latents are as the model sees them, scaled by the VAE's factor, float16 or wider. Files of
+    latents are held in memory.
     """
     if source == "digits":
         return digits()
@@ -168,7 +188,8 @@ def load_data(source: str | os.PathLike[str], vae: VAE | None = None, image_size
         return _from_npz(path)
     if not path.is_dir():
         raise ValueError(
-            "data must be 'digits', an .npz file, a folder of .safetensors shards or a folder of images with a sub-folder a class, "
+            "data must be 'digits', an .npz file, a folder of .safetensors shards or a folder of "
+            "images with a sub-folder a class, "
             f"got {str(source)!r}"
         )
     shards = shards_of(path)
@@ -176,10 +197,13 @@ def load_data(source: str | os.PathLike[str], vae: VAE | None = None, image_size
         return _from_shards(shards)
     if not any(entry.is_dir() for entry in path.iterdir()):
         raise ValueError(
-            f"data must be a folder of .safetensors shards or of images with a sub-folder a class, but {path} has neither"
+            "data must be a folder of .safetensors shards or of images with a sub-folder a "
+            f"class, but {path} has neither"
         )
     if vae is None or image_size is None:
-        raise ValueError(f"data {str(source)!r} is a folder of images, which needs a vae and an image_size")
+        raise ValueError(
+            f"data {str(source)!r} is a folder of images, which needs a vae and an image_size"
+        )
     return ImageFolder(path, vae, image_size)
 
 
@@ -218,23 +242,38 @@ def _from_shards(paths: list[Path]) -> Latents:
     descriptions = {path: description for path, (_, description) in loaded.items()}
     num_classes = check_set(descriptions)
     if any("embeds" in tensors for tensors, _ in loaded.values()):
-        raise ValueError(f"data {paths[0].parent} holds latents with prompts, which are for the refiner of a text-to-image model")
-    parts = {path: {k: v for k, v in tensors.items() if k in _NAMES} for path, (tensors, _) in loaded.items()}
+        raise ValueError(
+            f"data {paths[0].parent} holds latents with prompts, which are for the refiner of a "
+            "text-to-image model"
+        )
+    parts = {
+        path: {k: v for k, v in tensors.items() if k in _NAMES}
+        for path, (tensors, _) in loaded.items()
+    }
     del loaded
     first = paths[0]
     for path, part in parts.items():
         shard = _latents(path, part, num_classes, list(part))
-        if part.keys() != parts[first].keys() or shard.shape != tuple(parts[first]["latents"].shape[1:]):
-            raise CheckpointError(f"{path} holds {_contents(part)}, but {first.name} holds {_contents(parts[first])}")
+        if part.keys() != parts[first].keys() or shard.shape != tuple(
+            parts[first]["latents"].shape[1:]
+        ):
+            raise CheckpointError(
+                f"{path} holds {_contents(part)}, but {first.name} holds {_contents(parts[first])}"
+            )
     # Each name in turn, so that no more than one of them is held twice.
-    joined = {name: torch.cat([part.pop(name) for part in parts.values()]) for name in list(parts[first])}
+    joined = {
+        name: torch.cat([part.pop(name) for part in parts.values()]) for name in list(parts[first])
+    }
     return _latents(first.parent, joined, num_classes, list(joined))
 
 
 def _latents(path: Path, part: Parts, num_classes: int | None, found: list[str]) -> Latents:
     """Latents of a file's tensors, or CheckpointError naming the file."""
     if "latents" not in part or "labels" not in part:
-        raise CheckpointError(f"{path} must hold 'latents' and 'labels', got {', '.join(sorted(found)[:8]) or 'nothing'}")
+        raise CheckpointError(
+            f"{path} must hold 'latents' and 'labels', got "
+            f"{', '.join(sorted(found)[:8]) or 'nothing'}"
+        )
     others = {name: part.get(name) for name in ("std", "latents_flipped", "std_flipped")}
     try:
         return Latents(part["latents"], part["labels"], num_classes=num_classes, **others)
@@ -243,12 +282,16 @@ def _latents(path: Path, part: Parts, num_classes: int | None, found: list[str])
 
 
 def check_set(descriptions: Mapping[Path, Mapping[str, Any] | None]) -> int | None:
-    """That shards with a description belong together and are all there -> their number of classes, if they say."""
+    """That shards with a description belong together and are all there -> their number of classes,
+    if they say.
+    """
     (first, described), *others = descriptions.items()
     for path, other in others:
         differing = [k for k in _OF_A_SET if (described or {}).get(k) != (other or {}).get(k)]
         if differing:
-            raise CheckpointError(f"{path} and {first.name} are not of one set: they differ in {', '.join(differing)}")
+            raise CheckpointError(
+                f"{path} and {first.name} are not of one set: they differ in {', '.join(differing)}"
+            )
     if described is None:
         return None
     if "shards" in described:
@@ -260,7 +303,10 @@ def check_set(descriptions: Mapping[Path, Mapping[str, Any] | None]) -> int | No
                 if missing
                 else "some shards are twice there"
             )
-            raise CheckpointError(f"{first.parent} is no whole set of shards: {what} (encode goes on where it was stopped)")
+            raise CheckpointError(
+                f"{first.parent} is no whole set of shards: {what} (encode goes on where it was "
+                "stopped)"
+            )
     classes = described.get("num_classes")
     return None if classes is None else int(classes)
 

@@ -1,4 +1,6 @@
-"""Training data with prompts: latents, and what a text-to-image model's networks are told, as flowturbo.encode writes them."""
+"""Training data with prompts: latents, and what a text-to-image model's networks are told, as
+flowturbo.encode writes them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ _TOLD = ("embeds", "pooled")
 
 
 class PromptLatents:
-    """Shards that are read where they are used: the encoded prompts of a training set may not fit into memory (4 MB each for FLUX).
+    """Shards that are read where they are used: the encoded prompts of a training set may not fit
+    into memory (4 MB each for FLUX).
 
     null: the empty prompt's conditions, one row each.
     """
@@ -32,13 +35,17 @@ class PromptLatents:
         loaded = {}
         descriptions: dict[Path, dict[str, Any] | None] = {}
         for path in paths:
-            tensors, descriptions[path] = load_tensors(path)  # one at a time; this checks it against its digest
+            tensors, descriptions[path] = load_tensors(
+                path
+            )  # one at a time; this checks it against its digest
             loaded[path] = _checked(path, tensors)
         check_set(descriptions)
         first = loaded[paths[0]]
         for path, shard in loaded.items():
             if shard.shapes != first.shapes:
-                raise CheckpointError(f"{path} holds {shard.shapes}, but {paths[0].name} holds {first.shapes}")
+                raise CheckpointError(
+                    f"{path} holds {shard.shapes}, but {paths[0].name} holds {first.shapes}"
+                )
         self.null = first.null
         channels, height, width = first.shapes["latents"]
         self.shape = (channels, height, width)
@@ -77,23 +84,38 @@ class _Shard(NamedTuple):
 def _checked(path: Path, tensors: dict[str, Tensor]) -> _Shard:
     rows = {name: tensor for name, tensor in tensors.items() if name in (*_LATENTS, *_TOLD)}
     told = [name for name in _TOLD if name in rows]
-    missing = [name for name in ("latents", "embeds", *(f"null_{name}" for name in told)) if name not in tensors]
+    missing = [
+        name
+        for name in ("latents", "embeds", *(f"null_{name}" for name in told))
+        if name not in tensors
+    ]
     if missing:
-        raise CheckpointError(f"{path} must hold {', '.join(missing)}, got {', '.join(sorted(tensors)) or 'nothing'}")
+        raise CheckpointError(
+            f"{path} must hold {', '.join(missing)}, got {', '.join(sorted(tensors)) or 'nothing'}"
+        )
     counts = {name: len(tensor) for name, tensor in rows.items()}
     if len(set(counts.values())) > 1 or not counts["latents"]:
-        raise CheckpointError(f"{path} must hold as many rows of each kind, at least one, got {counts}")
+        raise CheckpointError(
+            f"{path} must hold as many rows of each kind, at least one, got {counts}"
+        )
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {name} must be finite, got NaN or infinity in them")
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in rows.items()}
-    return _Shard(counts["latents"], shapes, {name: tensors[f"null_{name}"].float() for name in told})
+    return _Shard(
+        counts["latents"], shapes, {name: tensors[f"null_{name}"].float() for name in told}
+    )
 
 
 def load_prompts(folder: str | os.PathLike[str]) -> PromptLatents:
-    """The shards of a folder as flowturbo.encode writes them with a model; the set must be whole. CheckpointError else."""
+    """The shards of a folder as flowturbo.encode writes them with a model; the set must be whole.
+    CheckpointError else.
+    """
     path = Path(folder)
     shards = shards_of(path) if path.is_dir() else []
     if not shards:
-        raise ValueError(f"data must be a folder of shards that `flowturbo encode --model` wrote, got {str(folder)!r}")
+        raise ValueError(
+            "data must be a folder of shards that `flowturbo encode --model` wrote, got "
+            f"{str(folder)!r}"
+        )
     return PromptLatents(shards)

@@ -1,4 +1,6 @@
-"""What the demo's page shows of images and milliseconds, as HTML. Pictures are in it losslessly; nothing is fetched."""
+"""What the demo's page shows of images and milliseconds, as HTML. Pictures are in it losslessly;
+nothing is fetched.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,20 @@ CSS = """
 .ft-title {display: flex; gap: 14px; align-items: baseline; padding: 4px 2px 0}
 .ft-title b {font-size: 1.5rem; font-weight: 700}
 .ft-title span {color: var(--neutral-500); font-size: .9rem}
-.ft-side {border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 14px 16px 12px; min-height: 140px;
+.ft-side {border: 1px solid var(--border-color-primary); border-radius: 10px;
+  padding: 14px 16px 12px; min-height: 140px;
   background: var(--background-fill-primary)}
-.ft-head {display: flex; justify-content: space-between; align-items: baseline; gap: 12px; min-height: 42px; margin: 0}
+.ft-head {display: flex; justify-content: space-between; align-items: baseline; gap: 12px;
+  min-height: 42px; margin: 0}
 .ft-plan {font-weight: 650; font-size: 1.05rem; overflow-wrap: anywhere}
-.ft-name {background: var(--color-accent); color: white; border-radius: 5px; padding: 1px 8px; margin-right: 9px; font-size: .9rem}
+.ft-name {background: var(--color-accent); color: white; border-radius: 5px; padding: 1px 8px;
+  margin-right: 9px; font-size: .9rem}
 .ft-calls, .ft-note, .ft-speed small {color: var(--neutral-500); font-size: .82rem}
 .ft-calls {font-weight: 400; display: block}
 .ft-speed {text-align: right; white-space: nowrap}
 .ft-speed b {font-size: 1.7rem; font-weight: 650; font-variant-numeric: tabular-nums}
-.ft-bar {height: 3px; margin: 6px 0 10px; background: var(--border-color-primary); border-radius: 2px}
+.ft-bar {height: 3px; margin: 6px 0 10px; background: var(--border-color-primary);
+  border-radius: 2px}
 .ft-bar div {height: 100%; background: var(--color-accent); border-radius: 2px}
 .ft-images {display: grid; grid-template-columns: repeat(auto-fill, minmax(72px, 1fr)); gap: 8px}
 .ft-images.ft-large {grid-template-columns: repeat(auto-fill, minmax(150px, 1fr))}
@@ -33,7 +39,8 @@ CSS = """
 .ft-small img {image-rendering: pixelated}
 .ft-sum {padding: 10px 2px 0; font-size: .95rem}
 .ft-note {padding: 2px}
-.ft-error {white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: .85rem; color: #b3261e; background: #fdecea;
+.ft-error {white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: .85rem;
+  color: #b3261e; background: #fdecea;
   border: 1px solid #f3b8b3; border-radius: 8px; padding: 10px 14px; margin: 0}
 .ft-curve img {width: 100%; max-width: 1000px; border-radius: 8px}
 """
@@ -49,8 +56,10 @@ def curve(plot: bytes, guidance: float) -> str:
     """The plot of the velocity, and what it is of."""
     return (
         f'<div class="ft-curve"><img src="{png(plot)}" alt="the velocity\'s curve"></div>'
-        f'<div class="ft-note">The predictor\'s velocity along {CURVE_IMAGES} trajectories of {CURVE_STEPS} Heun steps, guidance '
-        f"{guidance:g}. Where it hardly changes, a step may take the last velocity instead of a new one (P), or mend it by a small "
+        f'<div class="ft-note">The predictor\'s velocity along {CURVE_IMAGES} trajectories of '
+        f"{CURVE_STEPS} Heun steps, guidance "
+        f"{guidance:g}. Where it hardly changes, a step may take the last velocity instead of a "
+        "new one (P), or mend it by a small "
         "network (R).</div>"
     )
 
@@ -68,12 +77,16 @@ def png(data: bytes) -> str:
 
 
 def side(name: str, found: Side | None, labels: list[int]) -> str:
-    """Plan A or B: its calls, its images as far as they are, and milliseconds an image once they are known."""
+    """Plan A or B: its calls, its images as far as they are, and milliseconds an image once they
+    are known.
+    """
     badge = f'<span class="ft-name">{name}</span>'
     if found is None:
         return f'<div class="ft-side">{badge}</div>'
     cost = found.plan.cost
-    calls = f"{cost.predictor} predictor calls" + (f", {cost.refiner} refiner calls" if cost.refiner else "")
+    calls = f"{cost.predictor} predictor calls" + (
+        f", {cost.refiner} refiner calls" if cost.refiner else ""
+    )
     kind = ""
     figures = []
     if found.images is not None:
@@ -81,11 +94,16 @@ def side(name: str, found: Side | None, labels: list[int]) -> str:
         kind = "ft-small" if min(pixels.shape[1:3]) < _SMALL else "ft-large"
         for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
             said = f"class {label}"
-            figures.append(f'<figure><img src="{picture(image)}" alt="image {i}, {said}"><figcaption>{said}</figcaption></figure>')
+            figures.append(
+                f'<figure><img src="{picture(image)}" alt="image {i}, '
+                f'{said}"><figcaption>{said}</figcaption></figure>'
+            )
     share = 100 * found.step / len(found.plan)
     return (
-        f'<div class="ft-side" data-done="{str(found.speed is not None).lower()}"><div class="ft-head">'
-        f'<div class="ft-plan">{badge}{html.escape(str(found.plan))}<span class="ft-calls">{calls}</span></div>'
+        f'<div class="ft-side" data-done="{str(found.speed is not None).lower()}"><div '
+        'class="ft-head">'
+        f'<div class="ft-plan">{badge}{html.escape(str(found.plan))}<span '
+        f'class="ft-calls">{calls}</span></div>'
         f'<div class="ft-speed">{_speed(found, len(labels))}</div></div>'
         f'<div class="ft-bar"><div style="width: {share:.0f}%"></div></div>'
         f'<div class="ft-images {kind}">{"".join(figures)}</div></div>'
@@ -95,7 +113,8 @@ def side(name: str, found: Side | None, labels: list[int]) -> str:
 def _speed(found: Side, count: int) -> str:
     if found.speed is None:
         done = found.step == len(found.plan)
-        return f"<small>{'measuring ...' if done else f'step {found.step} of {len(found.plan)}'}</small>"
+        text = "measuring ..." if done else f"step {found.step} of {len(found.plan)}"
+        return f"<small>{text}</small>"
     return f"<b>{_figures(1e3 * found.speed.seconds / count)}</b> ms an image"
 
 
@@ -111,13 +130,20 @@ def summary(found: Comparison) -> str:
     ratio = found.b.speed.seconds / found.a.speed.seconds
     level = 0.95 < ratio < 1.05  # closer is nothing that so few runs tell
     faster, slower = ("A", "B") if ratio > 1 else ("B", "A")
-    speed = "Both take about the same time" if level else f"{faster} is {max(ratio, 1 / ratio):.1f} times as fast as {slower}"
+    speed = (
+        "Both take about the same time"
+        if level
+        else f"{faster} is {max(ratio, 1 / ratio):.1f} times as fast as {slower}"
+    )
     runs, count = found.a.speed.runs, len(found.labels)
     return (
-        f'<div class="ft-sum">From the same noise, the images of A and B differ by <b>{_figures(found.rms)}</b> of 255 levels '
+        '<div class="ft-sum">From the same noise, the images of A and B differ by '
+        f"<b>{_figures(found.rms)}</b> of 255 levels "
         f"(root mean square). {speed}.</div>"
-        f'<div class="ft-note">Milliseconds: median of {runs} {"runs" if runs > 1 else "run"} of {count} '
-        f"image{'s' if count > 1 else ''} at a time, A and B in turn, decoding included; the previews are of a run that is not "
+        f'<div class="ft-note">Milliseconds: median of {runs} {"runs" if runs > 1 else "run"} of '
+        f"{count} "
+        f"image{'s' if count > 1 else ''} at a time, A and B in turn, decoding included; the "
+        "previews are of a run that is not "
         "timed.</div>"
     )
 

@@ -49,7 +49,9 @@ def application(studio: Studio, guidance: float) -> FastAPI:
         show_error=False,
         max_file_size="20mb",
         ssr_mode=False,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gr.themes.Default(
+            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
         css=show.CSS,
     )
     return app
@@ -67,7 +69,10 @@ class NothingFromElsewhere:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Send) -> None:
         async def with_policy(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"content-security-policy", POLICY.encode()),
+                ]
             await send(message)
 
         with suppress(ClientDisconnect):  # who leaves while sending makes no error
@@ -75,9 +80,13 @@ class NothingFromElsewhere:
 
 
 def page(studio: Studio, guidance: float) -> gr.Blocks:
-    """Controls on the left, for all tabs: what changes there is shown at once, but for inpainting, which waits for its button."""
+    """Controls on the left, for all tabs: what changes there is shown at once, but for inpainting,
+    which waits for its button.
+    """
     factor = math.ceil(EDITOR / studio.height)
-    with gr.Blocks(title="flowturbo", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
+    with gr.Blocks(
+        title="flowturbo", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)
+    ) as blocks:
         gr.HTML(show.title(studio.about()))
         tab, source, number = gr.State("sample"), gr.State(None), gr.State(0)
         with gr.Row():
@@ -94,11 +103,23 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
                         editor = _editor(studio, factor)
                         with gr.Row():
                             another = gr.Button("New image", min_width=100, elem_id="another")
-                            change = gr.Button("Inpaint", variant="primary", min_width=100, elem_id="change")
+                            change = gr.Button(
+                                "Inpaint", variant="primary", min_width=100, elem_id="change"
+                            )
                         part = gr.Radio(
-                            [("painted part", "mask"), ("whole image", "all")], value="mask", label="Make anew", elem_id="part"
+                            [("painted part", "mask"), ("whole image", "all")],
+                            value="mask",
+                            label="Make anew",
+                            elem_id="part",
                         )
-                        strength = gr.Slider(0.05, 1, 1, step=0.05, label="Strength (1 forgets all)", elem_id="strength")
+                        strength = gr.Slider(
+                            0.05,
+                            1,
+                            1,
+                            step=0.05,
+                            label="Strength (1 forgets all)",
+                            elem_id="strength",
+                        )
                     with gr.Column(scale=3, min_width=420):
                         changed = [*_sides("changed"), gr.HTML(elem_id="changed-summary")]
                 with gr.Tab("Velocity") as velocity_tab:
@@ -111,7 +132,11 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
                 yield gr.skip()
 
         def alter(
-            painted: dict[str, Any] | None, image: np.ndarray | None, part: str, strength: float, *asked: Any
+            painted: dict[str, Any] | None,
+            image: np.ndarray | None,
+            part: str,
+            strength: float,
+            *asked: Any,
         ) -> Iterator[Any]:
             def run() -> Iterator[Comparison]:
                 if image is None:
@@ -123,7 +148,11 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
 
         def pose(image: np.ndarray) -> tuple[Any, ...]:
             """An image to paint on, each of its pixels a square where it is small."""
-            return image, {"background": _enlarged(image, factor), "layers": [], "composite": None}, _no_error()
+            return (
+                image,
+                {"background": _enlarged(image, factor), "layers": [], "composite": None},
+                _no_error(),
+            )
 
         def draw(number: int, *asked: Any) -> tuple[Any, ...]:
             return number + 1, *_or_error(lambda: pose(studio.picture(Asked(*asked), number)), 3)
@@ -134,7 +163,9 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
         def bring(painted: dict[str, Any], image: np.ndarray | None) -> tuple[Any, ...]:
             background = painted["background"]
             # The editor also says "upload" of what it was given from here.
-            if background is None or (image is not None and np.array_equal(background[..., :3], _enlarged(image, factor))):
+            if background is None or (
+                image is not None and np.array_equal(background[..., :3], _enlarged(image, factor))
+            ):
                 return (gr.skip(),) * 3
             return _or_error(lambda: pose(studio.fitted(Image.fromarray(background))), 3)
 
@@ -143,23 +174,50 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
                 return gr.skip(), gr.skip()
             return _or_error(lambda: (show.curve(studio.curve(guidance), guidance), _no_error()), 2)
 
-        # One request at a time: two would share the machine, and their milliseconds would be of both.
-        asks: dict[str, Any] = dict(concurrency_limit=1, concurrency_id="model", api_visibility="private", show_progress="hidden")
+        # One request at a time: two would share the machine, and their milliseconds would be of
+        # both.
+        asks: dict[str, Any] = dict(
+            concurrency_limit=1,
+            concurrency_id="model",
+            api_visibility="private",
+            show_progress="hidden",
+        )
         told: dict[str, Any] = dict(queue=False, api_visibility="private", show_progress="hidden")
         live = (sample, [tab, *controls], [*sampled, error])
         posed = [source, editor, error]
-        seed, guidance_scale = (controls[Asked._fields.index(name)] for name in ("seed", "guidance"))
+        seed, guidance_scale = (
+            controls[Asked._fields.index(name)] for name in ("seed", "guidance")
+        )
         # Not `change`, which also tells of what the page begins with.
-        gr.on([blocks.load, *(control.input for control in controls)], *live, trigger_mode="always_last", **asks)
-        after.click(lambda seed: (seed or 0) + 1, seed, seed, **told).then(*live, trigger_mode="always_last", **asks)
+        gr.on(
+            [blocks.load, *(control.input for control in controls)],
+            *live,
+            trigger_mode="always_last",
+            **asks,
+        )
+        after.click(lambda seed: (seed or 0) + 1, seed, seed, **told).then(
+            *live, trigger_mode="always_last", **asks
+        )
         sample_tab.select(lambda: "sample", None, tab, **told).then(*live, **asks)
-        inpaint_tab.select(lambda: "inpaint", None, tab, **told).then(first, [source, number, *controls], [number, *posed], **asks)
+        inpaint_tab.select(lambda: "inpaint", None, tab, **told).then(
+            first, [source, number, *controls], [number, *posed], **asks
+        )
         another.click(draw, [number, *controls], [number, *posed], trigger_mode="once", **asks)
         editor.upload(bring, [editor, source], posed, **asks)
         editor.clear(lambda: None, None, source, **told)
-        change.click(alter, [editor, source, part, strength, *controls], [*changed, error], trigger_mode="once", **asks)
-        velocity_tab.select(lambda: "velocity", None, tab, **told).then(inspect, [tab, guidance_scale], [curve, error], **asks)
-        guidance_scale.input(inspect, [tab, guidance_scale], [curve, error], trigger_mode="always_last", **asks)
+        change.click(
+            alter,
+            [editor, source, part, strength, *controls],
+            [*changed, error],
+            trigger_mode="once",
+            **asks,
+        )
+        velocity_tab.select(lambda: "velocity", None, tab, **told).then(
+            inspect, [tab, guidance_scale], [curve, error], **asks
+        )
+        guidance_scale.input(
+            inspect, [tab, guidance_scale], [curve, error], trigger_mode="always_last", **asks
+        )
     return blocks.queue(max_size=WAITING, api_open=False)
 
 
@@ -168,13 +226,24 @@ def _controls(studio: Studio, guidance: float) -> tuple[list[Any], gr.Button]:
     names = list(studio.plans)
     numbers = [(str(i), i) for i in range(studio.model.num_classes)]
     plans = [
-        gr.Dropdown(names, value=value, label=f"Plan {name}", allow_custom_value=True, elem_id=f"plan-{name.lower()}")
+        gr.Dropdown(
+            names,
+            value=value,
+            label=f"Plan {name}",
+            allow_custom_value=True,
+            elem_id=f"plan-{name.lower()}",
+        )
         for name, value in (("A", names[0]), ("B", names[min(1, len(names) - 1)]))
     ]
     classes = gr.Dropdown(
-        [("each in turn", "cycle"), ("at random", "random"), *numbers], value="cycle", label="Class", elem_id="class"
+        [("each in turn", "cycle"), ("at random", "random"), *numbers],
+        value="cycle",
+        label="Class",
+        elem_id="class",
     )
-    count = gr.Slider(1, studio.most_images, min(10, studio.most_images), step=1, label="Images", elem_id="images")
+    count = gr.Slider(
+        1, studio.most_images, min(10, studio.most_images), step=1, label="Images", elem_id="images"
+    )
     seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
     after = gr.Button("Next seed", size="sm", elem_id="next")
     scale = gr.Slider(
@@ -194,7 +263,10 @@ def _controls(studio: Studio, guidance: float) -> tuple[list[Any], gr.Button]:
 
 def _sides(name: str) -> list[gr.HTML]:
     """Where two plans are shown."""
-    return [gr.HTML(show.side(side.upper(), None, []), elem_id=f"{name}-{side}", min_width=300) for side in "ab"]
+    return [
+        gr.HTML(show.side(side.upper(), None, []), elem_id=f"{name}-{side}", min_width=300)
+        for side in "ab"
+    ]
 
 
 def _editor(studio: Studio, factor: int) -> gr.ImageEditor:
@@ -238,7 +310,10 @@ def _shown(run: Callable[[], Iterator[Comparison]]) -> Iterator[tuple[Any, ...]]
     """What becomes of both sides, the summary and the error; an error leaves what was there."""
     try:
         for found in run():
-            sides = (show.side(name, side, found.labels) for name, side in (("A", found.a), ("B", found.b)))
+            sides = (
+                show.side(name, side, found.labels)
+                for name, side in (("A", found.a), ("B", found.b))
+            )
             yield *sides, show.summary(found), _no_error()
     except REFUSALS as error:
         yield gr.skip(), gr.skip(), gr.skip(), _error(error)

@@ -1,4 +1,6 @@
-"""What the demo's page asks of a model: checked, bounded, and one thing at a time, so that milliseconds are of nothing else."""
+"""What the demo's page asks of a model: checked, bounded, and one thing at a time, so that
+milliseconds are of nothing else.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,9 @@ MOST_PIXELS, LONGEST_SHAPE = 4096 * 4096, 8
 
 
 class Asked(NamedTuple):
-    """What a visitor chose. plan_a, plan_b: names of plans offered, or letters. classes: a class number for all images, or "cycle"
-    or "random" as in class_labels. low, high: the times between which guidance is on."""
+    """What a visitor chose. plan_a, plan_b: names of plans offered, or letters. classes: a class
+    number for all images, or "cycle" or "random" as in class_labels. low, high: the times between
+    which guidance is on."""
 
     plan_a: str
     plan_b: str
@@ -66,7 +69,9 @@ class Speed(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What one plan made. images (N, height, width, 3) uint8 on the CPU: where it heads for, after `step` of the plan's steps."""
+    """What one plan made. images (N, height, width, 3) uint8 on the CPU: where it heads for, after
+    `step` of the plan's steps.
+    """
 
     plan: Plan
     step: int = 0
@@ -84,7 +89,9 @@ class Comparison(NamedTuple):
     @property
     def rms(self) -> float | None:
         """How far the images are from each other, in levels of 255; None before both are made."""
-        done = all(side.images is not None and side.step == len(side.plan) for side in (self.a, self.b))
+        done = all(
+            side.images is not None and side.step == len(side.plan) for side in (self.a, self.b)
+        )
         return rms_distance(self.a.images, self.b.images) if done else None  # type: ignore[arg-type]
 
 
@@ -95,8 +102,9 @@ class Left(Exception):
 class Studio:
     """A model that decodes, and what a visitor may ask of it.
 
-    plans: the names of those offered, and the plan where the name is that of a file. Visitors name these, or write letters: nothing
-        that they write is taken for a file's name. name: of the model, for people.
+    plans: the names of those offered, and the plan where the name is that of a file. Visitors name
+        these, or write letters: nothing that they write is taken for a file's name. name: of the
+        model, for people.
     """
 
     def __init__(
@@ -112,7 +120,8 @@ class Studio:
         self.most_images, self.most_steps = most_images, most_steps
         self.height, self.width = image_size(model)
         self._curve = lru_cache(maxsize=64)(self._draw_curve)
-        # One thread: torch keeps a team of threads for each that calls it, and several teams get in each other's way.
+        # One thread: torch keeps a team of threads for each that calls it, and several teams get in
+        # each other's way.
         self._worker = ThreadPoolExecutor(1, "studio")
         self._closed = threading.Event()
 
@@ -124,20 +133,31 @@ class Studio:
     def about(self) -> str:
         """The model and the machine, in words."""
         refiner = "a refiner" if self.model.refiner is not None else "no refiner"
-        images = f"{self.model.num_classes} classes, images of {self.height} x {self.width}, {refiner}"
-        return f"{self.name}: {images}. {device_name(self.model.device)}, {str(self.model.dtype).removeprefix('torch.')}."
+        images = (
+            f"{self.model.num_classes} classes, images of {self.height} x {self.width}, {refiner}"
+        )
+        return (
+            f"{self.name}: {images}. {device_name(self.model.device)}, "
+            f"{str(self.model.dtype).removeprefix('torch.')}."
+        )
 
     def plan(self, text: str, interval: tuple[float, float] = (0.0, 1.0)) -> Plan:
-        """A plan offered, or one in letters, on the model's own grid. ValueError or TypeError for any other, and for long ones."""
+        """A plan offered, or one in letters, on the model's own grid. ValueError or TypeError for
+        any other, and for long ones.
+        """
         found = self.plans.get(text) if isinstance(text, str) else None
         if found is None:
             plan = Plan.parse(text, shift=self.model.shift, guidance_interval=interval)
         elif interval == (0.0, 1.0):
             plan = found
         else:
-            raise ValueError("a plan's file holds its guidance interval: leave guidance on from 0 to 1")
+            raise ValueError(
+                "a plan's file holds its guidance interval: leave guidance on from 0 to 1"
+            )
         if len(plan) > self.most_steps:
-            raise ValueError(f"plan must have at most {self.most_steps} steps in this demo, got {len(plan)}")
+            raise ValueError(
+                f"plan must have at most {self.most_steps} steps in this demo, got {len(plan)}"
+            )
         if plan.cost.refiner and self.model.refiner is None:
             raise ValueError(f"plan {plan} has refiner steps, but the model has no refiner")
         return plan
@@ -146,28 +166,43 @@ class Studio:
         """One an image."""
         count, seed = whole("images", asked.images), natural("seed", asked.seed)
         if not 1 <= count <= self.most_images:
-            raise ValueError(f"images must be from 1 to {self.most_images} in this demo, got {count}")
+            raise ValueError(
+                f"images must be from 1 to {self.most_images} in this demo, got {count}"
+            )
         if isinstance(asked.classes, str):
             return class_labels(asked.classes, count, self.model.num_classes, seed).tolist()
         return [whole("class", asked.classes)] * count
 
     def sample(self, asked: Asked) -> Iterator[Comparison]:
-        """Images of both plans as they come about, and their speed in the end: those of `flowturbo.sample`, to the bit."""
+        """Images of both plans as they come about, and their speed in the end: those of
+        `flowturbo.sample`, to the bit.
+        """
         labels = self.labels(asked)
-        yield from self._compare(asked, labels, partial(sample, self.model, labels=labels, **_options(asked)))
+        yield from self._compare(
+            asked, labels, partial(sample, self.model, labels=labels, **_options(asked))
+        )
 
-    def change(self, asked: Asked, image: np.ndarray, mask: np.ndarray | None, strength: float) -> Iterator[Comparison]:
+    def change(
+        self, asked: Asked, image: np.ndarray, mask: np.ndarray | None, strength: float
+    ) -> Iterator[Comparison]:
         """The same of `flowturbo.inpaint`, or of `edit` where there is no mask.
 
         image (height, width, 3) uint8; mask (height, width) bool.
         """
         labels = self.labels(asked)
-        how: dict[str, Any] = dict(images=image[None], labels=labels, strength=strength, **_options(asked))
-        run = partial(edit, self.model, **how) if mask is None else partial(inpaint, self.model, mask=mask, **how)
+        how: dict[str, Any] = dict(
+            images=image[None], labels=labels, strength=strength, **_options(asked)
+        )
+        run = (
+            partial(edit, self.model, **how)
+            if mask is None
+            else partial(inpaint, self.model, mask=mask, **how)
+        )
         yield from self._compare(asked, labels, run)
 
     def picture(self, asked: Asked, number: int) -> np.ndarray:
-        """(height, width, 3) uint8: an image by plan A to inpaint; of the class asked, or of one after the other.
+        """(height, width, 3) uint8: an image by plan A to inpaint; of the class asked, or of one
+        after the other.
 
         Not of the noise that inpainting begins with, which would bring back what it replaces.
         """
@@ -175,7 +210,13 @@ class Studio:
         label = number % self.model.num_classes if isinstance(asked.classes, str) else asked.classes
         noise = rng.noise(self.model.latent_shape, asked.seed, [PICTURES + number])
         options = {**_options(asked), "noise": noise}
-        return self._worker.submit(sample, self.model, plan, label, **options).result()[0].cpu().numpy().copy()
+        return (
+            self._worker.submit(sample, self.model, plan, label, **options)
+            .result()[0]
+            .cpu()
+            .numpy()
+            .copy()
+        )
 
     def curve(self, guidance: float) -> bytes:
         """The plot of `velocity_curve` as a PNG. Kept for each guidance scale."""
@@ -184,23 +225,32 @@ class Studio:
 
     def _draw_curve(self, guidance: float) -> bytes:
         file = io.BytesIO()
-        measured = velocity_curve(self.model, guidance=guidance, steps=CURVE_STEPS, images=CURVE_IMAGES, batch_size=CURVE_IMAGES)
+        measured = velocity_curve(
+            self.model,
+            guidance=guidance,
+            steps=CURVE_STEPS,
+            images=CURVE_IMAGES,
+            batch_size=CURVE_IMAGES,
+        )
         plot_velocity(measured, file)
         return file.getvalue()
 
     def fitted(self, image: Image.Image) -> np.ndarray:
-        """A visitor's image -> (height, width, 3) uint8, cropped and resized. ValueError for a huge or a very long one."""
+        """A visitor's image -> (height, width, 3) uint8, cropped and resized. ValueError for a huge
+        or a very long one.
+        """
         width, height = image.size
         if width * height > MOST_PIXELS or max(width, height) > LONGEST_SHAPE * min(width, height):
             raise ValueError(
-                f"image must have at most {MOST_PIXELS} pixels and be at most {LONGEST_SHAPE} times as long as wide, "
+                f"image must have at most {MOST_PIXELS} pixels and be at most {LONGEST_SHAPE} "
+                "times as long as wide, "
                 f"got {width} x {height}"
             )
         return fitted(image, self.height).copy()
 
     def painted(self, paint: np.ndarray) -> np.ndarray:
-        """paint (any height, any width) uint8, the opacity of what was drawn over an image -> (height, width) bool: the image's
-        pixels of which at least a quarter is covered."""
+        """paint (any height, any width) uint8, the opacity of what was drawn over an image ->
+        (height, width) bool: the image's pixels of which at least a quarter is covered."""
         share = Image.fromarray(paint).resize((self.width, self.height), Image.Resampling.BOX)
         return np.asarray(share) >= 63
 
@@ -214,7 +264,9 @@ class Studio:
                 raise type(error)(f"Plan {name}: {error}") from None
         return plans
 
-    def _compare(self, asked: Asked, labels: list[int], run: Callable[..., Tensor]) -> Iterator[Comparison]:
+    def _compare(
+        self, asked: Asked, labels: list[int], run: Callable[..., Tensor]
+    ) -> Iterator[Comparison]:
         """run: (plan=, callback=) -> images."""
         plans = self._plans(asked)
 
@@ -260,8 +312,12 @@ class Studio:
                 found.append(seconds(run, self.model.device))
         return [Speed(statistics.median(found), len(found)) for found in times]
 
-    def _watched(self, work: Callable[[Callable[[Comparison], None]], None]) -> Iterator[Comparison]:
-        """What work shows while it runs in the worker, the newest where several are waiting. It ends when nobody looks any more."""
+    def _watched(
+        self, work: Callable[[Callable[[Comparison], None]], None]
+    ) -> Iterator[Comparison]:
+        """What work shows while it runs in the worker, the newest where several are waiting. It
+        ends when nobody looks any more.
+        """
         shown: queue.SimpleQueue[Comparison | None] = queue.SimpleQueue()
         left = threading.Event()
 

@@ -18,7 +18,9 @@ FEATURES = 32
 
 
 class DigitClassifier(nn.Module):
-    """Images x (N, 1, 8, 8) in [-1, 1] -> logits (N, 10), from FEATURES features before the last layer."""
+    """Images x (N, 1, 8, 8) in [-1, 1] -> logits (N, 10), from FEATURES features before the last
+    layer.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +40,9 @@ class DigitClassifier(nn.Module):
 
     @torch.no_grad()
     def read(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """latents (N, 1, 8, 8), cut off to [-1, 1] as decoding does -> features (N, FEATURES), classes (N,); on the CPU."""
+        """latents (N, 1, 8, 8), cut off to [-1, 1] as decoding does -> features (N, FEATURES),
+        classes (N,); on the CPU.
+        """
         features = self.trunk(latents.detach().cpu().float().clamp(-1, 1))
         return features, self.head(features).argmax(dim=1)
 
@@ -47,16 +51,24 @@ class DigitClassifier(nn.Module):
         return float((self.read(data.mean)[1] == data.labels).double().mean())
 
 
-def train_classifier(data: Latents, *, steps: int = 1000, batch_size: int = 64, lr: float = 3e-3, seed: int = 0) -> DigitClassifier:
-    """A classifier of 8 x 8 digits, from shifted and noisy copies of the data; on the CPU, in about 4 s for 1000 steps on one core.
+def train_classifier(
+    data: Latents, *, steps: int = 1000, batch_size: int = 64, lr: float = 3e-3, seed: int = 0
+) -> DigitClassifier:
+    """A classifier of 8 x 8 digits, from shifted and noisy copies of the data; on the CPU, in about
+    4 s for 1000 steps on one core.
 
-    With the defaults 98 to 99 % of scikit-learn's held-out digits are recognised (seeds 0 to 5). No global random number is drawn.
+    With the defaults 98 to 99 % of scikit-learn's held-out digits are recognised (seeds 0 to 5). No
+    global random number is drawn.
     """
     if data.shape != (1, 8, 8) or data.num_classes != 10:
-        raise ValueError(f"data must be latents (1, 8, 8) of 10 classes, got {data.shape} of {data.num_classes}")
+        raise ValueError(
+            f"data must be latents (1, 8, 8) of 10 classes, got {data.shape} of {data.num_classes}"
+        )
     positive("steps", steps)
     generator = torch.Generator().manual_seed(natural("seed", seed))
-    with torch.device("meta"):  # else torch's own initialisation would draw from the global generator
+    with torch.device(
+        "meta"
+    ):  # else torch's own initialisation would draw from the global generator
         network = DigitClassifier()
     network.to_empty(device="cpu")
     for parameter in network.parameters():
@@ -68,7 +80,9 @@ def train_classifier(data: Latents, *, steps: int = 1000, batch_size: int = 64, 
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
-        chosen = torch.randint(len(data), (positive("batch_size", batch_size),), generator=generator)
+        chosen = torch.randint(
+            len(data), (positive("batch_size", batch_size),), generator=generator
+        )
         x = _augmented(data.mean[chosen], generator)
         with torch.enable_grad():
             F.cross_entropy(network(x), data.labels[chosen]).backward()
@@ -84,11 +98,15 @@ def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     return moved + 0.1 * torch.randn(x.shape, generator=generator)
 
 
-def read_images(classifier: DigitClassifier, latents: Tensor, labels: Tensor, held_out: Tensor) -> dict[str, Any]:
+def read_images(
+    classifier: DigitClassifier, latents: Tensor, labels: Tensor, held_out: Tensor
+) -> dict[str, Any]:
     """What the classifier says of images."""
     features, classes = classifier.read(latents)
     return {
         "frechet": frechet_distance(features, held_out),
-        "frechet_blocks": [frechet_distance(features[kept], held_out) for kept in without_blocks(len(latents))],
+        "frechet_blocks": [
+            frechet_distance(features[kept], held_out) for kept in without_blocks(len(latents))
+        ],
         "label_share": float((classes == labels).double().mean()),
     }

@@ -1,4 +1,6 @@
-"""Images scored as published ImageNet figures are: FID, sFID, inception score, precision and recall by ADM's protocol."""
+"""Images scored as published ImageNet figures are: FID, sFID, inception score, precision and recall
+by ADM's protocol.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +34,24 @@ NEIGHBOURS = 3
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Score images by FID and its kin, as ADM's evaluator does: an .npz or a folder of samples, or what a model makes by plans.
+    """Score images by FID and its kin, as ADM's evaluator does: an .npz or a folder of samples, or
+    what a model makes by plans.
 
-    With --samples, the images of a file or folder. With --model, each of the plans makes --images of them as they are scored. A
-    folder of results made with the same settings is gone on with; metrics and plans may be added.
+    With --samples, the images of a file or folder. With --model, each of the plans makes --images
+    of them as they are scored. A folder of results made with the same settings is gone on with;
+    metrics and plans may be added.
     """
 
     metrics: tuple[str, ...]
     """Any of fid, sfid, is, precision, recall, with commas or spaces between them."""
     reference: Path | None = None
-    """An .npz in ADM's layout, such as VIRTUAL_imagenet256_labeled.npz, or a folder of images; all but "is" need one."""
+    """An .npz in ADM's layout, such as VIRTUAL_imagenet256_labeled.npz, or a folder of images; all
+    but "is" need one.
+    """
     samples: Path | None = None
-    """An .npz with arr_0 (N, height, width, 3) uint8, a folder of such files as sample writes it, or a folder of images."""
+    """An .npz with arr_0 (N, height, width, 3) uint8, a folder of such files as sample writes it,
+    or a folder of images.
+    """
     out: Path = Path("fidelity")
     """Folder for report.md, report.json, and the features of all images."""
     inception: Path | None = None
@@ -57,7 +65,9 @@ class Fidelity:
     vae: str | None = None
     """As for sample."""
     plans: tuple[str, ...] = ("H1P5R3",)
-    """Plans that make images, letters or .json files, each from the same noise. Image i is of class i % (number of classes)."""
+    """Plans that make images, letters or .json files, each from the same noise. Image i is of class
+    i % (number of classes).
+    """
     guidance: float = 1.5
     """Scale of classifier-free guidance, 1 for none."""
     guidance_channels: int | None = None
@@ -73,15 +83,22 @@ class Fidelity:
 
     def __post_init__(self) -> None:
         given = [self.metrics] if isinstance(self.metrics, str) else self.metrics
-        metrics = tuple(dict.fromkeys(name for words in given for name in words.replace(",", " ").split()))
+        metrics = tuple(
+            dict.fromkeys(name for words in given for name in words.replace(",", " ").split())
+        )
         object.__setattr__(self, "metrics", metrics)
         if not metrics or not set(metrics) <= set(TITLES):
-            raise ValueError(f"metrics must be some of {', '.join(TITLES)}, got {', '.join(metrics) or 'none'}")
+            raise ValueError(
+                f"metrics must be some of {', '.join(TITLES)}, got {', '.join(metrics) or 'none'}"
+            )
         for name in ("reference", "samples", "out", "inception"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
         if (self.samples is None) == (self.model is None):
-            raise ValueError(f"give samples or a model to make them, {'one' if self.samples is None else 'not both'}")
+            raise ValueError(
+                "give samples or a model to make them, "
+                f"{'one' if self.samples is None else 'not both'}"
+            )
         if self.reference is None and metrics != ("is",):
             raise ValueError("reference must be given: all metrics but is compare with one")
         finite("guidance", self.guidance)
@@ -130,32 +147,52 @@ def _check_reference(settings: Fidelity, reference: Reference | None) -> None:
     has = {"fid": reference.pool is not None, "sfid": reference.spatial is not None, "is": True}
     lacking = [metric for metric in settings.metrics if not has.get(metric, False)]
     if lacking:
-        raise ValueError(f"reference {settings.reference} has no arr_0, the images that {', '.join(lacking)} need")
+        raise ValueError(
+            f"reference {settings.reference} has no arr_0, the images that {', '.join(lacking)} "
+            "need"
+        )
 
 
-def _check_counts(settings: Fidelity, reference: Reference | None, sets: Mapping[str, ImageSet]) -> None:
+def _check_counts(
+    settings: Fidelity, reference: Reference | None, sets: Mapping[str, ImageSet]
+) -> None:
     least = NEIGHBOURS + 1 if {"precision", "recall"} & set(settings.metrics) else 2
     compared = dict(sets)
-    if reference is not None and reference.images is not None and _needs_images(reference, settings.metrics):
+    if (
+        reference is not None
+        and reference.images is not None
+        and _needs_images(reference, settings.metrics)
+    ):
         compared["reference"] = reference.images
     for name, images in compared.items():
         if len(images) < least:
-            raise ValueError(f"{', '.join(settings.metrics)} need at least {least} images, but {name} has {len(images)}")
+            raise ValueError(
+                f"{', '.join(settings.metrics)} need at least {least} images, but {name} has "
+                f"{len(images)}"
+            )
 
 
 def _check_widths(network: FeatureNetwork, reference: Reference | None) -> None:
     gaussians = () if reference is None else (("mu", reference.pool), ("mu_s", reference.spatial))
     for (name, gaussian), width in zip(gaussians, network.description["widths"], strict=False):
         if gaussian is not None and len(gaussian.mean) != width:
-            raise ValueError(f"reference has {name} of {len(gaussian.mean)} features, but the network gives {width}")
+            raise ValueError(
+                f"reference has {name} of {len(gaussian.mean)} features, but the network gives "
+                f"{width}"
+            )
 
 
 def _model(settings: Fidelity) -> FlowModel:
     assert settings.model is not None
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    model = load(settings.model, settings.refiner, settings.vae, device=settings.device, dtype=dtype)
+    model = load(
+        settings.model, settings.refiner, settings.vae, device=settings.device, dtype=dtype
+    )
     if model.vae is None:
-        raise ValueError("vae must be given: images are scored, and the model's file names none that decodes its latents")
+        raise ValueError(
+            "vae must be given: images are scored, and the model's file names none that decodes "
+            "its latents"
+        )
     refined = [plan for plan in settings.plans if as_plan(plan).cost.refiner]
     if refined and model.refiner is None:
         raise ValueError(f"refiner must be given: of the plans, {', '.join(refined)} need one")
@@ -167,12 +204,20 @@ def _samples(settings: Fidelity, model: FlowModel | None) -> dict[str, ImageSet]
     if model is not None:
         count = 50_000 if settings.images is None else settings.images
         plans = map(as_plan, settings.plans)
-        how = (count, settings.guidance, settings.guidance_channels, settings.seed, settings.batch_size)
+        how = (
+            count,
+            settings.guidance,
+            settings.guidance_channels,
+            settings.seed,
+            settings.batch_size,
+        )
         return {plan.name: Made(model, plan, *how) for plan in plans}
     assert settings.samples is not None
     images = open_images(settings.samples, "samples")
     if settings.images is not None and settings.images > len(images):
-        raise ValueError(f"images must be at most the {len(images)} of {settings.samples}, got {settings.images}")
+        raise ValueError(
+            f"images must be at most the {len(images)} of {settings.samples}, got {settings.images}"
+        )
     return {"samples": images if settings.images is None else _First(images, settings.images)}
 
 
@@ -226,15 +271,26 @@ def _begin(
         return {**ours, "files": files, "rows": []}
     before = {**_read(path), "files": files}  # they may have moved: their digests are compared
     if changed := changes(before, ours, _PARTS):
-        raise ValueError(f"{path} is of an evaluation with other settings ({'; '.join(changed)}): choose another folder as out")
+        raise ValueError(
+            f"{path} is of an evaluation with other settings ({'; '.join(changed)}): choose "
+            "another folder as out"
+        )
     return before
 
 
-def _described(settings: Fidelity, model: FlowModel | None, sets: Mapping[str, ImageSet]) -> dict[str, Any]:
-    """What the samples are and all that a rerun needs to make them. Plans may be added, so they are in the rows."""
+def _described(
+    settings: Fidelity, model: FlowModel | None, sets: Mapping[str, ImageSet]
+) -> dict[str, Any]:
+    """What the samples are and all that a rerun needs to make them. Plans may be added, so they are
+    in the rows.
+    """
     if model is None:
         return dict(next(iter(sets.values())).description)
-    guided = model.guidance_channels if settings.guidance_channels is None else settings.guidance_channels
+    guided = (
+        model.guidance_channels
+        if settings.guidance_channels is None
+        else settings.guidance_channels
+    )
     return {
         "kind": "made by the model",
         "images": len(next(iter(sets.values()))),
@@ -296,7 +352,9 @@ def _is(compared: Compared) -> dict[str, float]:
 
 def _precision_recall(compared: Compared) -> dict[str, float]:
     assert compared.reference is not None
-    found = precision_recall(compared.reference.pool, compared.samples.pool, NEIGHBOURS, compared.device)
+    found = precision_recall(
+        compared.reference.pool, compared.samples.pool, NEIGHBOURS, compared.device
+    )
     return dict(zip(("precision", "recall"), found, strict=True))
 
 
@@ -322,16 +380,22 @@ def _row(
 ) -> dict[str, float]:
     """The figures of one set."""
     of_reference = {k: results[k] for k in ("reference", "network", "environment", "settings")}
-    of_samples = {k: results[k] for k in ("samples", "network", "environment", "settings")} | {"name": name}
+    of_samples = {k: results[k] for k in ("samples", "network", "environment", "settings")} | {
+        "name": name
+    }
     features = settings.out / "features"
     target = None
     if reference is not None and _needs_images(reference, metrics):
         assert reference.images is not None
-        target = stored_features(reference.images, network, features / "reference", of_reference, settings.batch_size)
+        target = stored_features(
+            reference.images, network, features / "reference", of_reference, settings.batch_size
+        )
     found = stored_features(images, network, features / name, of_samples, settings.batch_size)
     gaussians = (None, None) if reference is None else (reference.pool, reference.spatial)
     # Not every other device has float64.
-    compared = Compared(found, target, gaussians, network, device if device.type == "cuda" else torch.device("cpu"))
+    compared = Compared(
+        found, target, gaussians, network, device if device.type == "cuda" else torch.device("cpu")
+    )
     figures: dict[str, float] = {}
     for metric in metrics:
         if metric not in figures:
@@ -340,5 +404,7 @@ def _row(
 
 
 def _needs_images(reference: Reference, metrics: Sequence[str]) -> bool:
-    without = {"is"} | ({"fid"} if reference.pool else set()) | ({"sfid"} if reference.spatial else set())
+    without = (
+        {"is"} | ({"fid"} if reference.pool else set()) | ({"sfid"} if reference.spatial else set())
+    )
     return not set(metrics) <= without

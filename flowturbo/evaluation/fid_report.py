@@ -1,4 +1,6 @@
-"""The report of a fidelity evaluation as text: the figures, what is to be kept in mind with them, and all that a rerun needs."""
+"""The report of a fidelity evaluation as text: the figures, what is to be kept in mind with them,
+and all that a rerun needs.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,15 @@ PUBLISHED_IMAGES = 50_000
 LOSSY = {".jpg", ".jpeg", ".webp"}
 
 PROTOCOL = (
-    "FID is the squared Fréchet distance of Gaussians with the means and unbiased covariances of the pool features, in float64; "
+    "FID is the squared Fréchet distance of Gaussians with the means and unbiased covariances of "
+    "the pool features, in float64; "
     "sFID that of the spatial features (ADM's evaluator; Nash et al. 2021).",
-    "The inception score is the mean over groups of {split} images in order, of logits without bias; ± is the standard deviation.",
-    "Precision and recall (Kynkäänniemi et al. 2019) take balls up to the {neighbours}rd nearest other image, by pool features, in "
-    "float64. ADM's evaluator takes distances in float16 where they fit, so that its third decimal may differ.",
+    "The inception score is the mean over groups of {split} images in order, of logits without "
+    "bias; ± is the standard deviation.",
+    "Precision and recall (Kynkäänniemi et al. 2019) take balls up to the {neighbours}rd nearest "
+    "other image, by pool features, in "
+    "float64. ADM's evaluator takes distances in float16 where they fit, so that its third "
+    "decimal may differ.",
     "Images come as uint8 and are resized by the network's code; nothing is cropped.",
 )
 
@@ -29,14 +35,24 @@ def fidelity_table(results: Mapping[str, Any]) -> str:
         "| samples | images | " + " | ".join(TITLES[metric] for metric in shown) + " |",
         "|---|--:|" + "--:|" * len(shown),
     ]
-    lines += [f"| {row['samples']} | {row['images']} | {' | '.join(_cell(row, metric) for metric in shown)} |" for row in rows]
+    lines += [
+        f"| {row['samples']} | {row['images']} | "
+        f"{' | '.join(_cell(row, metric) for metric in shown)} |"
+        for row in rows
+    ]
     if notes := warnings(results):
         lines += ["", "## To be kept in mind", "", *(f"- {note}" for note in notes)]
     lines += ["", "## What a rerun needs", ""]
     for part in ("files", "samples", "reference", "network", "environment", "settings"):
         if results[part]:
             lines.append(f"- **{part}**: {'; '.join(_told(results[part]))}")
-    lines += ["", "## How it is measured", "", *(f"- {line.format(**results['protocol'])}" for line in PROTOCOL), ""]
+    lines += [
+        "",
+        "## How it is measured",
+        "",
+        *(f"- {line.format(**results['protocol'])}" for line in PROTOCOL),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -52,12 +68,20 @@ def _told(part: Mapping[str, Any], before: str = "") -> list[str]:
     """key value, with the keys of what is inside in front."""
     said = []
     for key, value in part.items():
-        said += _told(value, f"{before}{key}.") if isinstance(value, Mapping) else [f"{before}{key} {_plain(value)}"]
+        said += (
+            _told(value, f"{before}{key}.")
+            if isinstance(value, Mapping)
+            else [f"{before}{key} {_plain(value)}"]
+        )
     return said
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+    return (
+        ", ".join(map(str, value))
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else str(value)
+    )
 
 
 def warnings(results: Mapping[str, Any]) -> list[str]:
@@ -68,19 +92,37 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     for count in sorted({row["images"] for row in results["rows"]}):
         widest = max(network["widths"])
         if count <= widest and metrics & {"fid", "sfid"}:
-            notes.append(f"{count} images don't determine a covariance of {widest} features: FID and sFID are far too large.")
+            notes.append(
+                f"{count} images don't determine a covariance of {widest} features: FID and sFID "
+                "are far too large."
+            )
         elif count != PUBLISHED_IMAGES:
-            notes.append(f"Published figures are of {PUBLISHED_IMAGES} images, these of {count}: FID falls with their number.")
+            notes.append(
+                f"Published figures are of {PUBLISHED_IMAGES} images, these of {count}: FID falls "
+                "with their number."
+            )
         split = results["protocol"]["split"]
         if "is" in metrics and count % split:
-            notes.append(f"The last group of the inception score has {count % split} images instead of {split}.")
+            notes.append(
+                f"The last group of the inception score has {count % split} images instead of "
+                f"{split}."
+            )
     if metrics & {"fid", "sfid"} and reference.get("gaussians") == "of its images":
         notes.append(
-            f"The reference has no mu and sigma, so FID is to the Gaussian of its {reference['images']} images. Published figures "
+            "The reference has no mu and sigma, so FID is to the Gaussian of its "
+            f"{reference['images']} images. Published figures "
             f"of ImageNet are to that of the whole training set, which ADM's file holds."
         )
-    if results["samples"].get("size") and reference.get("size") and results["samples"]["size"] != reference["size"]:
-        notes.append(f"Samples have {results['samples']['size']} pixels, the reference {reference['size']}.")
+    if (
+        results["samples"].get("size")
+        and reference.get("size")
+        and results["samples"]["size"] != reference["size"]
+    ):
+        notes.append(
+            f"Samples have {results['samples']['size']} pixels, the reference {reference['size']}."
+        )
     if lossy := LOSSY & set(results["samples"].get("formats", [])):
-        notes.append(f"Samples are stored with losses ({', '.join(sorted(lossy))}), which FID sees.")
+        notes.append(
+            f"Samples are stored with losses ({', '.join(sorted(lossy))}), which FID sees."
+        )
     return notes

@@ -1,4 +1,6 @@
-"""Sets of images to be scored, read in order, a run at a time: files in ADM's layout, folders of images, a model's own images."""
+"""Sets of images to be scored, read in order, a run at a time: files in ADM's layout, folders of
+images, a model's own images.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +45,31 @@ class ImageSet(Protocol):
 
 
 def open_images(path: Path, name: str) -> Shards | Files:
-    """The images of an .npz, or of a folder of .npz files or of image files, in the order of their names. name: of the argument."""
+    """The images of an .npz, or of a folder of .npz files or of image files, in the order of their
+    names. name: of the argument.
+    """
     if path.suffix == ".npz":
         return Shards([path])
     if not path.is_dir():
         what = "is a file of another kind" if path.exists() else "does not exist"
-        raise ValueError(f"{name} must be an .npz or a folder of .npz files or images, but {path} {what}")
+        raise ValueError(
+            f"{name} must be an .npz or a folder of .npz files or images, but {path} {what}"
+        )
     found = sorted(
-        p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
+        p
+        for p in path.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
     )
-    shards, files = [p for p in found if p.suffix == ".npz"], [p for p in found if p.suffix.lower() in EXTENSIONS]
+    shards, files = (
+        [p for p in found if p.suffix == ".npz"],
+        [p for p in found if p.suffix.lower() in EXTENSIONS],
+    )
     if bool(shards) == bool(files):
         has = "both" if shards else "neither"
-        raise ValueError(f"{name} must be a folder of .npz files or of images ({', '.join(EXTENSIONS)}), but {path} has {has}")
+        raise ValueError(
+            f"{name} must be a folder of .npz files or of images ({', '.join(EXTENSIONS)}), but "
+            f"{path} has {has}"
+        )
     if files:
         return Files(path, files)
     _check_whole(path, shards)
@@ -70,20 +84,30 @@ def _check_whole(folder: Path, paths: Sequence[Path]) -> None:
         wanted = [(k, numbers[0][1]) for k in range(numbers[0][1])]
         if numbers != wanted:
             missing = sorted({k for k, _ in wanted} - {k for k, _ in numbers})
-            which = f"{', '.join(map(str, missing[:8]))} are missing" if missing else "of several sets are in it"
-            raise CheckpointError(f"{folder} is no whole set of {len(wanted)} shards: shards {which}")
+            which = (
+                f"{', '.join(map(str, missing[:8]))} are missing"
+                if missing
+                else "of several sets are in it"
+            )
+            raise CheckpointError(
+                f"{folder} is no whole set of {len(wanted)} shards: shards {which}"
+            )
 
 
 class Shards:
-    """arr_0 (N, height, width, 3) uint8 of one .npz, or of several joined. Of a file that is not compressed only what is asked for
-    is read; a compressed one is held in memory while its images are."""
+    """arr_0 (N, height, width, 3) uint8 of one .npz, or of several joined. Of a file that is not
+    compressed only what is asked for is read; a compressed one is held in memory while its images
+    are."""
 
     def __init__(self, paths: Sequence[Path], folder: Path | None = None) -> None:
         self.arrays = [_Array(path) for path in paths]
         for array in self.arrays:
             if array.shape[1:] != self.arrays[0].shape[1:]:
                 first = self.arrays[0]
-                raise CheckpointError(f"{array.path} has images of {array.shape[1:]}, but {first.path} of {first.shape[1:]}")
+                raise CheckpointError(
+                    f"{array.path} has images of {array.shape[1:]}, but {first.path} of "
+                    f"{first.shape[1:]}"
+                )
         self.starts = np.cumsum([0, *(array.shape[0] for array in self.arrays)]).tolist()
         self.folder = folder
         self._digest = ""
@@ -94,11 +118,19 @@ class Shards:
 
     @property
     def description(self) -> dict[str, Any]:
-        """The digest is over all arrays of the files as they are read, whatever their compression."""
+        """The digest is over all arrays of the files as they are read, whatever their
+        compression.
+        """
         if not self._digest:
             self._digest = _digest_of_arrays([array.path for array in self.arrays])
         size = list(self.arrays[0].shape[1:3])
-        return {"kind": ".npz", "images": len(self), "size": size, "sha256": self._digest, **_manifest(self.folder)}
+        return {
+            "kind": ".npz",
+            "images": len(self),
+            "size": size,
+            "sha256": self._digest,
+            **_manifest(self.folder),
+        }
 
     def read(self, first: int, count: int) -> np.ndarray:
         parts = []
@@ -127,30 +159,44 @@ class _Array:
                 with archive.open(member) as file:
                     self.shape = _header(file)
             self.stored = member.compress_type == zipfile.ZIP_STORED
-            if self.stored:  # the values as they are stand behind the zip's header and that of the array
+            if (
+                self.stored
+            ):  # the values as they are stand behind the zip's header and that of the array
                 with open(path, "rb") as plain:
                     plain.seek(member.header_offset + 26)
                     plain.seek(sum(struct.unpack("<HH", plain.read(4))), os.SEEK_CUR)
                     _header(plain)
                     self.offset = plain.tell()
         except KeyError:
-            raise CheckpointError(f"{path} has no arr_0, the images (N, height, width, 3) uint8 of ADM's layout") from None
+            raise CheckpointError(
+                f"{path} has no arr_0, the images (N, height, width, 3) uint8 of ADM's layout"
+            ) from None
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{path} is no whole .npz of images: {error or type(error).__name__}") from error
+            raise CheckpointError(
+                f"{path} is no whole .npz of images: {error or type(error).__name__}"
+            ) from error
 
     def rows(self, first: int, count: int) -> np.ndarray:
         row = math.prod(self.shape[1:])
-        values = np.fromfile(self.path, dtype=np.uint8, count=count * row, offset=self.offset + first * row)
+        values = np.fromfile(
+            self.path, dtype=np.uint8, count=count * row, offset=self.offset + first * row
+        )
         return values.reshape(count, *self.shape[1:])
 
 
 def _header(file: IO[bytes]) -> tuple[int, int, int, int]:
     """The shape of an array of images, whose header is read."""
     version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     shape, fortran, dtype = read(file)
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not math.prod(shape) or fortran:
-        raise ValueError(f"arr_0 must be (N, height, width, 3) uint8 with N at least 1, got {shape} {dtype}")
+        raise ValueError(
+            f"arr_0 must be (N, height, width, 3) uint8 with N at least 1, got {shape} {dtype}"
+        )
     return shape
 
 
@@ -158,7 +204,9 @@ def _digest_of_arrays(paths: Sequence[Path]) -> str:
     """SHA-256 over the arrays of some .npz files; zipfile compares each with its checksum."""
     hashed = hashlib.sha256()
     total = sum(path.stat().st_size for path in paths)
-    with tqdm(total=total, disable=None, unit="B", unit_scale=True, desc="checking", leave=False) as bar:
+    with tqdm(
+        total=total, disable=None, unit="B", unit_scale=True, desc="checking", leave=False
+    ) as bar:
         for path in paths:
             try:
                 with zipfile.ZipFile(path) as archive:
@@ -179,7 +227,9 @@ def _manifest(folder: Path | None) -> dict[str, Any]:
     if path is None or not path.is_file():
         return {}
     try:
-        return {"manifest": {k: v for k, v in json.loads(path.read_text()).items() if k != "shards"}}
+        return {
+            "manifest": {k: v for k, v in json.loads(path.read_text()).items() if k != "shards"}
+        }
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is no manifest: {error}") from None
 
@@ -201,11 +251,24 @@ class Files:
             hashed = hashlib.sha256()
             for path in tqdm(self.paths, disable=None, unit="file", desc="checking", leave=False):
                 data = path.read_bytes()
-                hashed.update(f"{path.relative_to(self.folder)} {len(data)}\n".encode(errors="surrogateescape"))
+                hashed.update(
+                    f"{path.relative_to(self.folder)} {len(data)}\n".encode(
+                        errors="surrogateescape"
+                    )
+                )
                 hashed.update(data)
             self._digest = hashed.hexdigest()
-        found = {"kind": "image files", "images": len(self), "size": list(self.size), "sha256": self._digest}
-        return {**found, "formats": sorted({path.suffix.lower() for path in self.paths}), **_manifest(self.folder)}
+        found = {
+            "kind": "image files",
+            "images": len(self),
+            "size": list(self.size),
+            "sha256": self._digest,
+        }
+        return {
+            **found,
+            "formats": sorted({path.suffix.lower() for path in self.paths}),
+            **_manifest(self.folder),
+        }
 
     def read(self, first: int, count: int) -> np.ndarray:
         paths = self.paths[first : first + count]
@@ -213,24 +276,40 @@ class Files:
         for path, image in zip(paths, images, strict=True):
             if image.shape[:2] != self.size:
                 raise ValueError(
-                    f"images must be of one size, but {path} is of {image.shape[:2]} and {self.paths[0]} of {self.size}"
+                    f"images must be of one size, but {path} is of {image.shape[:2]} and "
+                    f"{self.paths[0]} of {self.size}"
                 )
         return np.stack(images)
 
 
 class Made:
-    """Images that a model makes by a plan as they are asked for: image i of class i % (number of classes), from noise (seed, i).
+    """Images that a model makes by a plan as they are asked for: image i of class i % (number of
+    classes), from noise (seed, i).
 
-    Rounded to uint8 by the model's decoder. Read from multiples of batch_size on they are the same to the last bit.
+    Rounded to uint8 by the model's decoder. Read from multiples of batch_size on they are the same
+    to the last bit.
     """
 
     def __init__(
-        self, model: FlowModel, plan: Plan, count: int, guidance: float, guidance_channels: int | None, seed: int, batch_size: int
+        self,
+        model: FlowModel,
+        plan: Plan,
+        count: int,
+        guidance: float,
+        guidance_channels: int | None,
+        seed: int,
+        batch_size: int,
     ) -> None:
         self.model, self.plan, self.count = model, plan, count
-        self.options: dict[str, Any] = dict(guidance=guidance, guidance_channels=guidance_channels, batch_size=batch_size)
+        self.options: dict[str, Any] = dict(
+            guidance=guidance, guidance_channels=guidance_channels, batch_size=batch_size
+        )
         self.seed = seed
-        self.description: dict[str, Any] = {"kind": "made by the model", "plan": str(plan), "images": count}
+        self.description: dict[str, Any] = {
+            "kind": "made by the model",
+            "plan": str(plan),
+            "images": count,
+        }
         if plan.name != str(plan):
             self.description["steps"] = repr(plan)
 
@@ -246,26 +325,42 @@ class Made:
 
 
 class Reference:
-    """What samples are compared with: images, and in ADM's files also Gaussians of the features of a whole training set.
+    """What samples are compared with: images, and in ADM's files also Gaussians of the features of
+    a whole training set.
 
-    pool, spatial: those Gaussians, or None where the file has none. images: None in a file of Gaussians alone.
+    pool, spatial: those Gaussians, or None where the file has none. images: None in a file of
+        Gaussians alone.
     """
 
     def __init__(self, path: Path) -> None:
         arrays = _gaussian_arrays(path) if path.suffix == ".npz" and path.is_file() else {}
-        self.pool, self.spatial = _gaussian(path, arrays, "mu", "sigma"), _gaussian(path, arrays, "mu_s", "sigma_s")
+        self.pool, self.spatial = (
+            _gaussian(path, arrays, "mu", "sigma"),
+            _gaussian(path, arrays, "mu_s", "sigma_s"),
+        )
         alone = bool(arrays) and not _has(path, "arr_0.npy")
         self.images = None if alone else open_images(path, "reference")
         self.name, self._paths = path.name, [path]
 
     @property
     def description(self) -> dict[str, Any]:
-        stored = [names for names, found in (("mu, sigma", self.pool), ("mu_s, sigma_s", self.spatial)) if found is not None]
+        stored = [
+            names
+            for names, found in (("mu, sigma", self.pool), ("mu_s, sigma_s", self.spatial))
+            if found is not None
+        ]
         if self.images is None:
-            found: dict[str, Any] = {"kind": ".npz", "images": 0, "sha256": _digest_of_arrays(self._paths)}
+            found: dict[str, Any] = {
+                "kind": ".npz",
+                "images": 0,
+                "sha256": _digest_of_arrays(self._paths),
+            }
         else:
             found = self.images.description
-        return {**found, "gaussians": f"its own {' and '.join(stored)}" if stored else "of its images"}
+        return {
+            **found,
+            "gaussians": f"its own {' and '.join(stored)}" if stored else "of its images",
+        }
 
 
 def _has(path: Path, member: str) -> bool:
@@ -281,18 +376,35 @@ def _gaussian_arrays(path: Path) -> dict[str, np.ndarray]:
     except MemoryError:
         raise
     except Exception as error:  # numpy raises half a dozen kinds for damaged files
-        raise CheckpointError(f"{path} is no whole .npz of plain arrays: {error or type(error).__name__}") from error
+        raise CheckpointError(
+            f"{path} is no whole .npz of plain arrays: {error or type(error).__name__}"
+        ) from error
 
 
-def _gaussian(path: Path, arrays: Mapping[str, np.ndarray], mean: str, covariance: str) -> Gaussian | None:
+def _gaussian(
+    path: Path, arrays: Mapping[str, np.ndarray], mean: str, covariance: str
+) -> Gaussian | None:
     if mean not in arrays and covariance not in arrays:
         return None
     shapes = [arrays[name].shape if name in arrays else None for name in (mean, covariance)]
     a, b = (_float64(arrays.get(name)) for name in (mean, covariance))
-    if a is None or b is None or a.ndim != 1 or b.shape != (len(a), len(a)) or not (a.isfinite().all() and b.isfinite().all()):
-        raise CheckpointError(f"{path} must hold {mean} (D,) and {covariance} (D, D), finite numbers, got shapes {shapes}")
+    if (
+        a is None
+        or b is None
+        or a.ndim != 1
+        or b.shape != (len(a), len(a))
+        or not (a.isfinite().all() and b.isfinite().all())
+    ):
+        raise CheckpointError(
+            f"{path} must hold {mean} (D,) and {covariance} (D, D), finite numbers, got shapes "
+            f"{shapes}"
+        )
     return Gaussian(a, b)
 
 
 def _float64(array: np.ndarray | None) -> Tensor | None:
-    return None if array is None or array.dtype.kind not in "fiu" else torch.from_numpy(array.astype(np.float64))
+    return (
+        None
+        if array is None or array.dtype.kind not in "fiu"
+        else torch.from_numpy(array.astype(np.float64))
+    )

@@ -1,4 +1,6 @@
-"""Features by which images are compared, stored as they come: those of Inception v3 of 2015-12-05, as torch-fidelity runs it."""
+"""Features by which images are compared, stored as they come: those of Inception v3 of 2015-12-05,
+as torch-fidelity runs it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class FeatureNetwork(Protocol):
     """What an evaluation asks of a network."""
 
     description: dict[str, Any]
-    """What a report says of it; an evaluation goes on only with the same. In it, widths: D and S."""
+    """What a report says of it; an evaluation goes on only with the same. In it, widths: D and
+    S.
+    """
 
     def read(self, images: np.ndarray) -> Features:
         """images (N, height, width, 3) uint8."""
@@ -55,36 +59,49 @@ SPATIAL_CHANNELS = 7
 
 
 class Inception:
-    """Inception v3 of 2015-12-05, with which all FID of ADM's protocol are taken, on torch-fidelity's port of the TensorFlow graph.
+    """Inception v3 of 2015-12-05, with which all FID of ADM's protocol are taken, on
+    torch-fidelity's port of the TensorFlow graph.
 
-    Images are resized to 299 x 299 as TensorFlow 1 does (bilinear, corners not aligned, no half-pixel centres, no antialiasing) and
-    scaled to (x - 128) / 128. In float32, without TF32.
+    Images are resized to 299 x 299 as TensorFlow 1 does (bilinear, corners not aligned, no
+    half-pixel centres, no antialiasing) and scaled to (x - 128) / 128. In float32, without TF32.
 
-    pool: "pool_3:0", 2048 features. spatial: the first 7 channels of "mixed_6/conv:0", 17 x 17, flattened as (height, width,
-    channel), the order of TensorFlow and so of mu_s and sigma_s in ADM's files. logits: without the bias, as ADM's evaluator and
-    the inception score's own code take them.
+    pool: "pool_3:0", 2048 features. spatial: the first 7 channels of "mixed_6/conv:0", 17 x 17,
+    flattened as (height, width, channel), the order of TensorFlow and so of mu_s and sigma_s in
+    ADM's files. logits: without the bias, as ADM's evaluator and the inception score's own code
+    take them.
 
-    "mixed_6/conv" is Mixed_6d.branch1x1 after its ReLU. The module is certain: torch-fidelity's converter of the weights maps
-    mixed_6/conv/conv2d_params to Mixed_6d.branch1x1.conv. So is the ReLU as far as the list of the graph's nodes tells: a layer's
-    are conv2d_params, Conv2D, batchnorm, CheckNumerics, control_dependency and, last, the layer's bare name, and no node but that
-    one can be the activation. It was not compared with TensorFlow's own values here.
+    "mixed_6/conv" is Mixed_6d.branch1x1 after its ReLU. The module is certain: torch-fidelity's
+    converter of the weights maps mixed_6/conv/conv2d_params to Mixed_6d.branch1x1.conv. So is the
+    ReLU as far as the list of the graph's nodes tells: a layer's are conv2d_params, Conv2D,
+    batchnorm, CheckNumerics, control_dependency and, last, the layer's bare name, and no node but
+    that one can be the activation. It was not compared with TensorFlow's own values here.
     """
 
-    def __init__(self, weights: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu") -> None:
-        """weights: one of WEIGHTS; None: where `find_weights` finds one. CheckpointError for a file of other content."""
+    def __init__(
+        self, weights: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        """weights: one of WEIGHTS; None: where `find_weights` finds one. CheckpointError for a file
+        of other content.
+        """
         path = find_weights(weights)
         digest = file_digest(path)
         if not str(digest).startswith(SHA256):
             raise CheckpointError(
-                f"{path} does not hold the weights of {WEIGHTS[0]}, whose SHA-256 begins with {SHA256}: this file's is {digest}"
+                f"{path} does not hold the weights of {WEIGHTS[0]}, whose SHA-256 begins with "
+                f"{SHA256}: this file's is {digest}"
             )
-        # The extractor unpickles whatever file it is given. So it gets no file, but a copy in memory of the plain tensors.
+        # The extractor unpickles whatever file it is given. So it gets no file, but a copy in
+        # memory of the plain tensors.
         copy = io.BytesIO()
         torch.save(load_torch_file(path), copy)
         copy.seek(0)
         extractor = _extractor()
-        with torch.random.fork_rng(devices=[]):  # its layers draw random weights before they get these
-            network: nn.Module = extractor("inception-v3-compat", ["2048"], feature_extractor_weights_path=copy)
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # its layers draw random weights before they get these
+            network: nn.Module = extractor(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=copy
+            )
         self.network: Any = network.to(device)
         self.device = torch.device(device)
         self.description = {
@@ -100,9 +117,13 @@ class Inception:
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
         seen: list[Tensor] = []
         branch = self.network.Mixed_6d.branch1x1
-        watching = branch.register_forward_hook(lambda module, inputs, output: seen.append(output[:, :SPATIAL_CHANNELS].clone()))
+        watching = branch.register_forward_hook(
+            lambda module, inputs, output: seen.append(output[:, :SPATIAL_CHANNELS].clone())
+        )
         try:
-            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            with torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+            ):
                 (pool,) = self.network(pixels)
         finally:
             watching.remove()
@@ -113,39 +134,50 @@ class Inception:
 
 
 def find_weights(given: str | os.PathLike[str] | None = None) -> Path:
-    """The file of Inception's weights. Nothing is downloaded: CheckpointError says which file to put where.
+    """The file of Inception's weights. Nothing is downloaded: CheckpointError says which file to
+    put where.
 
-    It is the given one, else the one that FLOWTURBO_INCEPTION names, else one of WEIGHTS in FLOWTURBO_CACHE (else
-    ~/.cache/flowturbo) or among torch hub's checkpoints, where torch-fidelity and pytorch-fid put them.
+    It is the given one, else the one that FLOWTURBO_INCEPTION names, else one of WEIGHTS in
+    FLOWTURBO_CACHE (else ~/.cache/flowturbo) or among torch hub's checkpoints, where torch-fidelity
+    and pytorch-fid put them.
     """
     named = given or os.environ.get("FLOWTURBO_INCEPTION")
     if named:
         path = Path(named).expanduser()
         if not path.is_file():
-            raise CheckpointError(f"{path}, named as the weights of Inception, does not exist: {_cure(path.parent)}")
+            raise CheckpointError(
+                f"{path}, named as the weights of Inception, does not exist: {_cure(path.parent)}"
+            )
         return path
     cache = Path(os.environ.get("FLOWTURBO_CACHE") or Path.home() / ".cache" / "flowturbo")
     folders = (cache, Path(torch.hub.get_dir()) / "checkpoints")
     found = [folder / name for folder in folders for name in WEIGHTS if (folder / name).is_file()]
     if not found:
-        raise CheckpointError(f"the weights of Inception are not in {' or '.join(map(str, folders))}: {_cure(cache)}")
+        raise CheckpointError(
+            f"the weights of Inception are not in {' or '.join(map(str, folders))}: {_cure(cache)}"
+        )
     return found[0]
 
 
 def _cure(folder: Path) -> str:
-    return f"download {URL} (91 MB) and put it into {folder}, or name the file by --inception or FLOWTURBO_INCEPTION"
+    return (
+        f"download {URL} (91 MB) and put it into {folder}, or name the file by --inception or "
+        "FLOWTURBO_INCEPTION"
+    )
 
 
 def _extractor() -> Any:
-    """torch-fidelity's class. Importing its package would import torchvision, for networks that are not used here and which this
-    one does not need: so its module is imported without the package's own __init__."""
+    """torch-fidelity's class. Importing its package would import torchvision, for networks that are
+    not used here and which this one does not need: so its module is imported without the package's
+    own __init__."""
     package, module = "torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"
     if package in sys.modules:
         return importlib.import_module(module).FeatureExtractorInceptionV3
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise ValueError(
-            "these metrics need torch-fidelity: pip install 'flowturbo[metrics]', or, so that its dependency torchvision does not "
+            "these metrics need torch-fidelity: pip install 'flowturbo[metrics]', or, so that its "
+            "dependency torchvision does not "
             "replace your torch, pip install --no-deps torch-fidelity"
         )
     bare = types.ModuleType(package)
@@ -163,11 +195,17 @@ SHARD = 1000
 
 
 def stored_features(
-    images: ImageSet, network: FeatureNetwork, folder: Path, identity: Mapping[str, Any], batch_size: int
+    images: ImageSet,
+    network: FeatureNetwork,
+    folder: Path,
+    identity: Mapping[str, Any],
+    batch_size: int,
 ) -> Features:
-    """Features of all images, written to files in `folder` as they come, and read from those that are there.
+    """Features of all images, written to files in `folder` as they come, and read from those that
+    are there.
 
-    identity: what the features depend on. ValueError for a file that is of another, CheckpointError for a damaged one.
+    identity: what the features depend on. ValueError for a file that is of another, CheckpointError
+        for a damaged one.
     """
     size = batch_size * max(1, SHARD // batch_size)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,19 +220,29 @@ def stored_features(
             if path.exists():
                 tensors, described = load_tensors(path)
                 if described != ours:
-                    raise ValueError(f"{path} is of an evaluation with other settings: choose another folder as out")
+                    raise ValueError(
+                        f"{path} is of an evaluation with other settings: choose another folder "
+                        "as out"
+                    )
                 bar.update(count)
             else:
-                tensors = _read_features(images, network, range(first, first + count), batch_size, bar)
+                tensors = _read_features(
+                    images, network, range(first, first + count), batch_size, bar
+                )
                 save_tensors(path, tensors, ours)
             parts.append(tensors)
     return Features(*(torch.cat([part[name] for part in parts]) for name in Features._fields))
 
 
-def _read_features(images: ImageSet, network: FeatureNetwork, rows: range, batch_size: int, bar: Any) -> dict[str, Tensor]:
+def _read_features(
+    images: ImageSet, network: FeatureNetwork, rows: range, batch_size: int, bar: Any
+) -> dict[str, Tensor]:
     done = []
     for first in range(rows.start, rows.stop, batch_size):
         count = min(batch_size, rows.stop - first)
         done.append(network.read(images.read(first, count)))
         bar.update(count)
-    return {name: torch.cat(values) for name, values in zip(Features._fields, zip(*done, strict=True), strict=True)}
+    return {
+        name: torch.cat(values)
+        for name, values in zip(Features._fields, zip(*done, strict=True), strict=True)
+    }

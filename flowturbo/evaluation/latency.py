@@ -38,17 +38,22 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Bench:
-    """Time plans of a model: milliseconds an image, images a second, memory, and the share of decoding.
+    """Time plans of a model: milliseconds an image, images a second, memory, and the share of
+    decoding.
 
     With --profile, also where the time goes.
     """
 
     model: str = "digits"
-    """A .pt, .pth or .safetensors file with SiT's keys, "digits", or a size such as "SiT-XL/2": random weights."""
+    """A .pt, .pth or .safetensors file with SiT's keys, "digits", or a size such as "SiT-XL/2":
+    random weights.
+    """
     refiner: str | None = None
     """The refiner's file; the bundled model and random weights bring their own."""
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels"; left out: what the model's file names."""
+    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels"; left out:
+    what the model's file names.
+    """
     image_size: int = 256
     """Height and width of the images, for random weights; latents are an eighth."""
     plans: tuple[str, ...] = ("H1P5R3", "H8")
@@ -72,7 +77,9 @@ class Bench:
     out: Path | None = None
     """A .json file for the figures."""
     profile: Path | None = None
-    """A folder for a trace (to open in ui.perfetto.dev or chrome://tracing) and a table of time per operation of each run."""
+    """A folder for a trace (to open in ui.perfetto.dev or chrome://tracing) and a table of time per
+    operation of each run.
+    """
 
     def __post_init__(self) -> None:
         for plan in self.plans:
@@ -88,10 +95,12 @@ class Bench:
 
 
 class Timing(NamedTuple):
-    """One plan at one batch size. seconds: of a run of the whole batch, the median, with the fastest and slowest beside it.
+    """One plan at one batch size. seconds: of a run of the whole batch, the median, with the
+    fastest and slowest beside it.
 
-    first_seconds: of the first run, with all that is loaded, compiled and captured for it. decode_seconds: of decoding alone; 0
-    without. peak_bytes: of device memory, weights included; None on the CPU, where torch does not count it.
+    first_seconds: of the first run, with all that is loaded, compiled and captured for it.
+    decode_seconds: of decoding alone; 0 without. peak_bytes: of device memory, weights included;
+        None on the CPU, where torch does not count it.
     """
 
     plan: str
@@ -112,7 +121,9 @@ def bench(settings: Bench) -> str:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
     output: Literal["latents", "uint8"] = "latents" if model.vae is None else "uint8"
-    model.captures.limit = max(8, len(settings.plans) * len(settings.batch_sizes)) if settings.graph else 0
+    model.captures.limit = (
+        max(8, len(settings.plans) * len(settings.batch_sizes)) if settings.graph else 0
+    )
     work = list(itertools.product(settings.plans, settings.batch_sizes))
     timings = []
     for plan, batch in tqdm(work, unit="run", leave=False, disable=not sys.stderr.isatty()):
@@ -122,7 +133,9 @@ def bench(settings: Bench) -> str:
         model.captures.clear()
     environment = {
         "model": settings.model,
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(model.device)
+        if model.device.type == "cuda"
+        else "cpu",
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "guidance": settings.guidance,
@@ -135,7 +148,11 @@ def bench(settings: Bench) -> str:
     }
     if settings.out is not None:
         write_text(
-            settings.out, json.dumps({"environment": environment, "timings": [t._asdict() for t in timings]}, indent=1) + "\n"
+            settings.out,
+            json.dumps(
+                {"environment": environment, "timings": [t._asdict() for t in timings]}, indent=1
+            )
+            + "\n",
         )
     return table(timings, environment)
 
@@ -145,25 +162,34 @@ def table(timings: list[Timing], environment: Mapping[str, Any]) -> str:
     lines = [
         what,
         "",
-        "| plan | batch | ms an image | images a second | ms a batch (fastest, slowest) | first run, s | decoding | peak memory |",
+        "| plan | batch | ms an image | images a second | ms a batch (fastest, slowest) | first "
+        "run, s | decoding | peak memory |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for t in timings:
         memory = "" if t.peak_bytes is None else f"{t.peak_bytes / 2**20:.0f} MiB"
         share = f"{100 * t.decode_seconds / t.seconds:.0f} %" if t.decode_seconds else ""
         lines.append(
-            f"| {t.plan} | {t.batch} | {1e3 * t.seconds / t.batch:.2f} | {t.batch / t.seconds:.1f} | {1e3 * t.seconds:.2f} "
-            f"({1e3 * t.fastest:.2f}, {1e3 * t.slowest:.2f}) | {t.first_seconds:.2f} | {share} | {memory} |"
+            f"| {t.plan} | {t.batch} | {1e3 * t.seconds / t.batch:.2f} | "
+            f"{t.batch / t.seconds:.1f} | {1e3 * t.seconds:.2f} "
+            f"({1e3 * t.fastest:.2f}, {1e3 * t.slowest:.2f}) | {t.first_seconds:.2f} | {share} | "
+            f"{memory} |"
         )
     return "\n".join(lines)
 
 
 def measure(
-    model: FlowModel, plan: str, batch: int, guidance: float, output: Literal["latents", "uint8"], repeats: int = 10
+    model: FlowModel,
+    plan: str,
+    batch: int,
+    guidance: float,
+    output: Literal["latents", "uint8"],
+    repeats: int = 10,
 ) -> Timing:
     """Time `sample` of one batch, as a user calls it, noise and labels included.
 
-    The model's captures are given up before: memory is counted of this plan at this batch size alone.
+    The model's captures are given up before: memory is counted of this plan at this batch size
+    alone.
     """
     run = _run_of(model, plan, batch, guidance, output)
     cuda = model.device.type == "cuda"
@@ -183,15 +209,20 @@ def measure(
     if output == "uint8":
         latents = torch.randn(batch, *model.latent_shape, device=model.device)
         model.decode(latents)
-        decoding = statistics.median(seconds(lambda: model.decode(latents), model.device) for _ in range(repeats))
-    return Timing(plan, batch, statistics.median(times), min(times), max(times), first_seconds, decoding, peak)
+        decoding = statistics.median(
+            seconds(lambda: model.decode(latents), model.device) for _ in range(repeats)
+        )
+    return Timing(
+        plan, batch, statistics.median(times), min(times), max(times), first_seconds, decoding, peak
+    )
 
 
 def fresh_peak(device: torch.device) -> None:
-    """Give the device back what nothing uses any more, and count the peak of its memory from there on.
+    """Give the device back what nothing uses any more, and count the peak of its memory from there
+    on.
 
-    Memory that was freed, but is still reserved, would be in the next peak, and so would the workspaces that cuBLAS keeps for every
-    stream that ever multiplied, of 33 MiB each on Hopper.
+    Memory that was freed, but is still reserved, would be in the next peak, and so would the
+    workspaces that cuBLAS keeps for every stream that ever multiplied, of 33 MiB each on Hopper.
     """
     gc.collect()
     if device.type != "cuda":
@@ -209,20 +240,33 @@ def _run_of(
     model: FlowModel, plan: str, batch: int, guidance: float, output: Literal["latents", "uint8"]
 ) -> Callable[[], torch.Tensor]:
     labels = [i % model.num_classes for i in range(batch)]
-    return lambda: sample(model, plan, labels, guidance=guidance, seed=0, batch_size=batch, output=output)
+    return lambda: sample(
+        model, plan, labels, guidance=guidance, seed=0, batch_size=batch, output=output
+    )
 
 
-def profile_run(model: FlowModel, plan: str, batch: int, guidance: float, output: Literal["latents", "uint8"], folder: Path) -> str:
-    """Trace one run -> the table of time per operation, which is also written to the folder, beside the trace.
+def profile_run(
+    model: FlowModel,
+    plan: str,
+    batch: int,
+    guidance: float,
+    output: Literal["latents", "uint8"],
+    folder: Path,
+) -> str:
+    """Trace one run -> the table of time per operation, which is also written to the folder, beside
+    the trace.
 
-    It runs without a graph, whose kernels could not be told apart by operation, and after a run that warms up.
+    It runs without a graph, whose kernels could not be told apart by operation, and after a run
+    that warms up.
     """
     limit, model.captures.limit = model.captures.limit, 0
     run = _run_of(model, plan, batch, guidance, output)
     cuda = model.device.type == "cuda"
     try:
         run()
-        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as trace:
+        with profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        ) as trace:
             run()
             if cuda:
                 torch.cuda.synchronize(model.device)
@@ -239,16 +283,20 @@ def profile_run(model: FlowModel, plan: str, batch: int, guidance: float, output
 
 
 def operations_table(events: Any, cuda: bool) -> str:
-    """Time per operation of this library, then of torch's own outside them, of all that the profiler saw.
+    """Time per operation of this library, then of torch's own outside them, of all that the
+    profiler saw.
 
-    events: of torch.profiler. On CUDA an operation's time is that of the kernels and copies that were launched in it; those that no
-    operation launched are a row of their own, so that all is the device's whole time.
+    events: of torch.profiler. On CUDA an operation's time is that of the kernels and copies that
+    were launched in it; those that no operation launched are a row of their own, so that all is the
+    device's whole time.
     """
 
     def outermost(event: Any, ours: bool) -> bool:
         parent = event.cpu_parent
         while parent is not None:
-            if parent.name.startswith("flowturbo::") or (not ours and parent.name.startswith("aten::")):
+            if parent.name.startswith("flowturbo::") or (
+                not ours and parent.name.startswith("aten::")
+            ):
                 return False
             parent = parent.cpu_parent
         return True
@@ -257,19 +305,29 @@ def operations_table(events: Any, cuda: bool) -> str:
     on_device = 0.0
     for event in events:
         if event.device_type != DeviceType.CPU:
-            # A range that is marked on the device's timeline too has its operation's name, and is no work.
+            # A range that is marked on the device's timeline too has its operation's name, and is
+            # no work.
             on_device += 0.0 if event.is_user_annotation else event.time_range.elapsed_us()
             continue
         ours = event.name.startswith("flowturbo::")
         if (ours or event.name.startswith("aten::")) and outermost(event, ours):
-            rows.setdefault(event.name, []).append(float(event.device_time_total if cuda else event.cpu_time_total))
+            rows.setdefault(event.name, []).append(
+                float(event.device_time_total if cuda else event.cpu_time_total)
+            )
     known = sum(sum(times) for times in rows.values())
     total = max(known, on_device) if cuda else known
     where = "on the device" if cuda else "on the CPU"
-    lines = [f"Milliseconds {where}, of one run without a graph.", "", "| operation | calls | ms | share |", "|---|--:|--:|--:|"]
+    lines = [
+        f"Milliseconds {where}, of one run without a graph.",
+        "",
+        "| operation | calls | ms | share |",
+        "|---|--:|--:|--:|",
+    ]
 
     def row(name: str, calls: int | str, time: float) -> str:
-        return f"| {name} | {calls} | {time / 1e3:.3f} | {100 * time / total if total else 0:.1f} % |"
+        return (
+            f"| {name} | {calls} | {time / 1e3:.3f} | {100 * time / total if total else 0:.1f} % |"
+        )
 
     for name, times in sorted(rows.items(), key=lambda item: -sum(item[1])):
         lines.append(row(name, len(times), sum(times)))
@@ -287,13 +345,17 @@ def _model(settings: Bench) -> FlowModel:
         return load(settings.model, settings.refiner, settings.vae, **options)
     if settings.refiner is not None:
         raise ValueError(f"refiner must be left out for random weights, got {settings.refiner!r}")
-    predictor, refiner = untrained(settings.model, settings.image_size, choose_device(settings.device))
+    predictor, refiner = untrained(
+        settings.model, settings.image_size, choose_device(settings.device)
+    )
     return load(predictor, refiner, settings.vae, **options)
 
 
 @torch.no_grad()
 def _quantized(model: FlowModel) -> float:
-    """Quantise the predictor in place -> the relative error of its velocity, at eight times, on pure noise."""
+    """Quantise the predictor in place -> the relative error of its velocity, at eight times, on
+    pure noise.
+    """
     sit = model.predictor.network if isinstance(model.predictor, ReversedTime) else model.predictor
     if not isinstance(sit, SiT):
         raise ValueError(f"quantize needs a SiT, got {type(sit).__name__}")

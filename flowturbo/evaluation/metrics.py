@@ -1,4 +1,6 @@
-"""What images are measured by: Fréchet and RMS distances, inception score, precision, recall; and a small classifier of digits."""
+"""What images are measured by: Fréchet and RMS distances, inception score, precision, recall; and a
+small classifier of digits.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +15,39 @@ from ..checks import positive
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """features (N, D) and (M, D) -> the Fréchet distance of the Gaussians with their means and covariances, in float64.
+    """features (N, D) and (M, D) -> the Fréchet distance of the Gaussians with their means and
+    covariances, in float64.
 
-    |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2 with A, B the unbiased covariances: what FID takes of Inception's
-    features. ValueError for fewer than two rows, widths that differ, NaN or infinity.
+    |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2 with A, B the unbiased covariances:
+    what FID takes of Inception's features. ValueError for fewer than two rows, widths that differ,
+    NaN or infinity.
     """
     a, b = _pair("features_a", features_a, "features_b", features_b)
     return _frechet(*_mean_and_root(a), *_mean_and_root(b))
 
 
 def _frechet(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) -> float:
-    # With A = Ra' Ra and B = Rb' Rb the last trace is the sum of the singular values of Ra Rb'. No square root of a small
-    # eigenvalue is taken, which would turn its rounding error of 1e-16 into 1e-8, so singular covariances do no harm.
+    # With A = Ra' Ra and B = Rb' Rb the last trace is the sum of the singular values of Ra Rb'. No
+    # square root of a small eigenvalue is taken, which would turn its rounding error of 1e-16 into
+    # 1e-8, so singular covariances do no harm.
     overlap = torch.linalg.svdvals(root_a @ root_b.T).sum()
-    squared = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * overlap
+    squared = (
+        (mean_a - mean_b).square().sum()
+        + root_a.square().sum()
+        + root_b.square().sum()
+        - 2 * overlap
+    )
     return max(0.0, float(squared))
 
 
-def _pair(name_a: str, features_a: Tensor, name_b: str, features_b: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(
+    name_a: str, features_a: Tensor, name_b: str, features_b: Tensor
+) -> tuple[Tensor, Tensor]:
     a, b = _features(name_a, features_a), _features(name_b, features_b)
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"{name_a} and {name_b} must have the same width, got {a.shape[1]} and {b.shape[1]}")
+        raise ValueError(
+            f"{name_a} and {name_b} must have the same width, got {a.shape[1]} and {b.shape[1]}"
+        )
     return a, b
 
 
@@ -41,7 +55,9 @@ def _features(name: str, features: Tensor) -> Tensor:
     if not isinstance(features, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(features).__name__}")
     if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
-        raise ValueError(f"{name} must have shape (N, D) with N at least 2, got {tuple(features.shape)}")
+        raise ValueError(
+            f"{name} must have shape (N, D) with N at least 2, got {tuple(features.shape)}"
+        )
     if not features.isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinity in it")
     return features.detach().to("cpu", torch.float64)
@@ -68,7 +84,9 @@ class Gaussian(NamedTuple):
     def of(cls, features: Tensor) -> Gaussian:
         """features (N, D), of any floating type; summed in float64."""
         if features.ndim != 2 or len(features) < 2:
-            raise ValueError(f"features must have shape (N, D) with N at least 2, got {tuple(features.shape)}")
+            raise ValueError(
+                f"features must have shape (N, D) with N at least 2, got {tuple(features.shape)}"
+            )
         if not features.isfinite().all():
             raise ValueError("features must be finite, got NaN or infinity in them")
         mean = features.mean(dim=0, dtype=torch.float64)
@@ -84,14 +102,19 @@ class Gaussian(NamedTuple):
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """R with R' R the covariance. Eigenvalues that rounding can't tell from zero are zero: the root of their error is larger."""
+    """R with R' R the covariance. Eigenvalues that rounding can't tell from zero are zero: the root
+    of their error is larger.
+    """
     values, vectors = torch.linalg.eigh(covariance)
-    values = torch.where(values > len(values) * torch.finfo(values.dtype).eps * values[-1], values, 0)
+    values = torch.where(
+        values > len(values) * torch.finfo(values.dtype).eps * values[-1], values, 0
+    )
     return values.sqrt()[:, None] * vectors.T
 
 
 def inception_score(logits: Tensor, split: int = 5000) -> tuple[float, float]:
-    """logits (N, classes) -> mean and standard deviation over runs of `split` images of exp(mean KL(p(y|x) || p(y))), in float64.
+    """logits (N, classes) -> mean and standard deviation over runs of `split` images of exp(mean
+    KL(p(y|x) || p(y))), in float64.
 
     As ADM's evaluator splits: in order, with a shorter last run where N is no multiple.
     """
@@ -108,15 +131,20 @@ def inception_score(logits: Tensor, split: int = 5000) -> tuple[float, float]:
 def precision_recall(
     reference: Tensor, samples: Tensor, neighbours: int = 3, device: torch.device | str = "cpu"
 ) -> tuple[float, float]:
-    """features (N, D), (M, D) -> the share of samples within the reference's manifold, and of the reference within the samples'.
+    """features (N, D), (M, D) -> the share of samples within the reference's manifold, and of the
+    reference within the samples'.
 
-    Improved precision and recall (Kynkäänniemi et al. 2019): a set's manifold is the union of balls around its features, each
-    reaching to its `neighbours`-th nearest other one. ValueError unless both sets have more rows than that. Distances are taken in
-    float64, ROWS rows at a time, on `device`.
+    Improved precision and recall (Kynkäänniemi et al. 2019): a set's manifold is the union of balls
+    around its features, each reaching to its `neighbours`-th nearest other one. ValueError unless
+    both sets have more rows than that. Distances are taken in float64, ROWS rows at a time, on
+    `device`.
     """
     a, b = (x.to(device) for x in _pair("reference", reference, "samples", samples))
     if min(len(a), len(b)) <= neighbours:
-        raise ValueError(f"precision and recall need more than {neighbours} images on each side, got {len(a)} and {len(b)}")
+        raise ValueError(
+            f"precision and recall need more than {neighbours} images on each side, got {len(a)} "
+            f"and {len(b)}"
+        )
     reach_a, reach_b = _reach(a, neighbours), _reach(b, neighbours)
     samples_inside = torch.zeros(len(b), dtype=torch.bool, device=a.device)
     reference_inside = []
@@ -128,8 +156,15 @@ def precision_recall(
 
 
 def _reach(x: Tensor, neighbours: int) -> Tensor:
-    """(N, D) -> (N,): the squared distance of each row to its neighbour of that rank; the row itself is the one of rank 0."""
-    return torch.cat([_squared_distances(rows, x).kthvalue(neighbours + 1, dim=1).values for rows in x.split(ROWS)])
+    """(N, D) -> (N,): the squared distance of each row to its neighbour of that rank; the row
+    itself is the one of rank 0.
+    """
+    return torch.cat(
+        [
+            _squared_distances(rows, x).kthvalue(neighbours + 1, dim=1).values
+            for rows in x.split(ROWS)
+        ]
+    )
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -137,7 +172,12 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rms_distance(a: Tensor, b: Tensor) -> float:
-    """Root of the mean square of a - b over all values, in float64. ValueError for other shapes, or none."""
+    """Root of the mean square of a - b over all values, in float64. ValueError for other shapes, or
+    none.
+    """
     if a.shape != b.shape or not a.numel():
-        raise ValueError(f"a and b must have one shape with at least one value, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(
+            f"a and b must have one shape with at least one value, got {tuple(a.shape)} and "
+            f"{tuple(b.shape)}"
+        )
     return float((a.double() - b.to(a.device).double()).square().mean().sqrt())

@@ -1,4 +1,6 @@
-"""The pictures of `evaluate`: quality against cost, and the velocity along a trajectory. Needs matplotlib (extra "eval")."""
+"""The pictures of `evaluate`: quality against cost, and the velocity along a trajectory. Needs
+matplotlib (extra "eval").
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,18 @@ FAMILIES = {
     "FlowTurbo": ("#d55e00", "o"),
     "Adams-Bashforth + refiner": ("#9c5a00", "P"),
 }
-_FONT: Any = {"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5}
+_FONT: Any = {
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+}
 
 
 def need_matplotlib() -> None:
-    """ValueError, with the cure, where matplotlib is missing; called before the work whose result is to be drawn."""
+    """ValueError, with the cure, where matplotlib is missing; called before the work whose result
+    is to be drawn.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -34,17 +43,22 @@ def need_matplotlib() -> None:
 
 
 def plot_quality(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """The results of `evaluate` as a PNG: each distance against predictor-call equivalents and against milliseconds.
+    """The results of `evaluate` as a PNG: each distance against predictor-call equivalents and
+    against milliseconds.
 
-    The grey staircase is the best that plans without refiner steps reach. Labelled are the plans on it and all with refiner steps,
-    those below or left of it in bold. Plans far above the front are left out, and named at the top.
+    The grey staircase is the best that plans without refiner steps reach. Labelled are the plans on
+    it and all with refiner steps, those below or left of it in bold. Plans far above the front are
+    left out, and named at the top.
     """
     need_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     rows = sorted(results["rows"], key=lambda row: row["cost"])
-    distances = (("rms", f"RMS distance to {results['fine']['plan']}"), ("frechet", "Fréchet distance to held-out digits"))
+    distances = (
+        ("rms", f"RMS distance to {results['fine']['plan']}"),
+        ("frechet", "Fréchet distance to held-out digits"),
+    )
     costs = (("cost", "cost in predictor calls"), ("ms_per_image", "milliseconds an image"))
     with rc_context(_FONT):
         figure = Figure(figsize=(13, 11), dpi=120, layout="constrained")
@@ -83,27 +97,56 @@ def _scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
     if staircase:
         x, y = zip(*staircase, strict=True)
         end = max(row[cost] for row in rows)
-        axes.step([*x, end], [*y, y[-1]], where="post", color="#bbbbbb", linewidth=5, zorder=0, label="best without refiner")
+        axes.step(
+            [*x, end],
+            [*y, y[-1]],
+            where="post",
+            color="#bbbbbb",
+            linewidth=5,
+            zorder=0,
+            label="best without refiner",
+        )
     for name, (colour, marker) in FAMILIES.items():
         chosen = [row for row in rows if row["family"] == name]
         if chosen:
             size = 52 if chosen[0]["refiner_calls"] else 26
             at = ([row[cost] for row in chosen], [row[distance] for row in chosen])
-            axes.scatter(*at, s=size, color=colour, marker=marker, edgecolors="white", linewidths=0.6, label=name, zorder=2)
+            axes.scatter(
+                *at,
+                s=size,
+                color=colour,
+                marker=marker,
+                edgecolors="white",
+                linewidths=0.6,
+                label=name,
+                zorder=2,
+            )
     _plain_ticks(axes.xaxis, (1, 1.5, 2, 3, 4, 6, 8))
     _plain_ticks(axes.yaxis)
     axes.grid(True, which="major", color="#e6e6e6", linewidth=0.7, zorder=-1)
     axes.margins(x=0.07, y=0.07)
     if above:
         names = ", ".join(f"{row['plan']} {row[distance]:.3g}" for row in above)
-        axes.text(0.99, 0.99, f"above the picture: {names}", transform=axes.transAxes, ha="right", va="top", color="#666666")
+        axes.text(
+            0.99,
+            0.99,
+            f"above the picture: {names}",
+            transform=axes.transAxes,
+            ha="right",
+            va="top",
+            color="#666666",
+        )
 
 
 def _split(rows: Sequence[Row], distance: str) -> tuple[list[Row], list[Row]]:
-    """Rows to draw, and those far above the front. A distance of 0, the fine solution's own, has no place on a log axis."""
+    """Rows to draw, and those far above the front. A distance of 0, the fine solution's own, has no
+    place on a log axis.
+    """
     front = pareto_front([(row["cost"], row[distance]) for row in rows])
     most = 1.4 * max(row[distance] for row, on_front in zip(rows, front, strict=True) if on_front)
-    return [row for row in rows if 0 < row[distance] <= most], [row for row in rows if row[distance] > most]
+    return [row for row in rows if 0 < row[distance] <= most], [
+        row for row in rows if row[distance] > most
+    ]
 
 
 def _best_without(rows: Sequence[Row], cost: str, distance: str) -> list[Row]:
@@ -143,7 +186,10 @@ def _label(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
         beaten = [other[distance] for other in front if other[cost] <= row[cost]]
         bold = row["refiner_calls"] > 0 and all(row[distance] < other for other in beaten)
         size = 7.5
-        width, height = (0.76 if bold else 0.68) * size * len(row["plan"]) * pixels, 1.15 * size * pixels
+        width, height = (
+            (0.76 if bold else 0.68) * size * len(row["plan"]) * pixels,
+            1.15 * size * pixels,
+        )
         x, y = to_pixels((row[cost], row[distance]))
         places = []
         for reach in (7, 16, 26):
@@ -151,7 +197,9 @@ def _label(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
                 # the label's middle: its near edge is `reach` points from the point
                 mx, my = x + i * (reach * pixels + width / 2), y + j * (reach * pixels + height / 2)
                 box = (mx - width / 2, my - height / 2, mx + width / 2, my + height / 2)
-                outside = box[0] < frame[0] or box[1] < frame[1] or box[2] > frame[2] or box[3] > frame[3]
+                outside = (
+                    box[0] < frame[0] or box[1] < frame[1] or box[2] > frame[2] or box[3] > frame[3]
+                )
                 hidden = sum(_overlap(box, other) for other in boxes) + (1e6 if outside else 0)
                 places.append((hidden + 2 * reach, mx, my, box))
         _, mx, my, box = min(places)
@@ -176,8 +224,8 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def plot_velocity(results: Mapping[str, Any], path: str | os.PathLike[str] | IO[bytes]) -> None:
-    """The results of `velocity_curve` as a PNG, a file or written to one: how fast the velocity changes, and its angle to itself at
-    other times."""
+    """The results of `velocity_curve` as a PNG, a file or written to one: how fast the velocity
+    changes, and its angle to itself at other times."""
     need_matplotlib()
     from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure
@@ -188,7 +236,13 @@ def plot_velocity(results: Mapping[str, Any], path: str | os.PathLike[str] | IO[
         figure = Figure(figsize=(10.5, 4.2), dpi=130, layout="constrained")
         left, right = figure.subplots(1, 2)
         left.fill_between(
-            middles, rate["p10"], rate["p90"], color="#0072b2", alpha=0.2, linewidth=0, label="10th to 90th percentile"
+            middles,
+            rate["p10"],
+            rate["p90"],
+            color="#0072b2",
+            alpha=0.2,
+            linewidth=0,
+            label="10th to 90th percentile",
         )
         left.plot(middles, rate["mean"], color="#0072b2", linewidth=2, label="mean over images")
         left.set_yscale("log")
@@ -198,7 +252,9 @@ def plot_velocity(results: Mapping[str, Any], path: str | os.PathLike[str] | IO[
         left.legend(frameon=False)
         colours = colormaps["viridis"]
         for time, cosine in results["cosine"].items():
-            right.plot(times, cosine, color=colours(0.9 * float(time)), linewidth=2, label=f"s = {time}")
+            right.plot(
+                times, cosine, color=colours(0.9 * float(time)), linewidth=2, label=f"s = {time}"
+            )
             right.plot([float(time)], [1], "o", color=colours(0.9 * float(time)), markersize=5)
         right.set_title("Is it still the velocity of another time s?")
         right.set_ylabel("cosine of the angle between v(t) and v(s)")

@@ -1,4 +1,6 @@
-"""Quality against cost, measured: a table and a plot of plans; and how the velocity changes along a trajectory."""
+"""Quality against cost, measured: a table and a plot of plans; and how the velocity changes along a
+trajectory.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,42 @@ from .statistics import BLOCKS, family, without_blocks
 PLANS = (
     *("E1", "E2", "E3", "E4", "E8", "E16"),
     *("H1", "H2", "H3", "H4", "H6", "H8"),
-    *("H1P1", "H1P2", "H1P3", "H1P4", "H1P5", "H1P6", "H2P4", "H2P5", "H2P8", "H2P9", "H5P7", "H8P9"),
+    *(
+        "H1P1",
+        "H1P2",
+        "H1P3",
+        "H1P4",
+        "H1P5",
+        "H1P6",
+        "H2P4",
+        "H2P5",
+        "H2P8",
+        "H2P9",
+        "H5P7",
+        "H8P9",
+    ),
     *("A2", "A3", "A4", "A5", "A6", "A7", "A8", "A9", "A13", "A18"),
     *("B3", "B4", "B5", "B6", "B7", "B8", "B9", "B12", "B13", "B17", "B26"),
     *("C5", "C8", "C12", "C18", "C26"),
-    *("H1R1", "H1R2", "H1P1R1", "H1P1R2", "H1P2R1", "H1P2R2", "H1P3R2", "H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3", "H8P9R5"),
+    *(
+        "H1R1",
+        "H1R2",
+        "H1P1R1",
+        "H1P1R2",
+        "H1P2R1",
+        "H1P2R2",
+        "H1P3R2",
+        "H1P5R3",
+        "H2P4R2",
+        "H2P8R2",
+        "H5P7R3",
+        "H8P9R5",
+    ),
     *("H1P2S1", "H1P5S3"),
     *("E1R1", "A2R1", "A3R1", "A4R1", "B5R1"),
 )
-"""Plans with refiner steps, the paper's and others, and rivals of each family at their costs, rounded down and up to whole calls.
+"""Plans with refiner steps, the paper's and others, and rivals of each family at their costs,
+rounded down and up to whole calls.
 
 No plan starts with P: P4 and H1P3 run the same calls."""
 
@@ -52,16 +81,20 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure plans of a model of the digits: quality against cost, as a table (Markdown, JSON) and a plot.
+    """Measure plans of a model of the digits: quality against cost, as a table (Markdown, JSON) and
+    a plot.
 
-    About 20 minutes with the defaults on two idle cores. Whatever else runs on the machine falsifies the milliseconds.
+    About 20 minutes with the defaults on two idle cores. Whatever else runs on the machine
+    falsifies the milliseconds.
 
-    With --metrics, images of any kind are scored instead, as published figures are: evaluate --metrics fid --help has those flags.
+    With --metrics, images of any kind are scored instead, as published figures are: evaluate
+    --metrics fid --help has those flags.
     """
 
     out: Path = Path("evaluation")
-    """Folder for quality.md, quality.json, quality.png, and fine.safetensors, the fine solution. A folder that holds plans measured
-    with the same settings goes on from them; plans may be added."""
+    """Folder for quality.md, quality.json, quality.png, and fine.safetensors, the fine solution. A
+    folder that holds plans measured with the same settings goes on from them; plans may be
+    added."""
     model: str = "digits"
     """A bundled name or a predictor's file; of latents (1, 8, 8) and 10 classes."""
     refiner: str | None = None
@@ -77,7 +110,9 @@ class Evaluate:
     reference_plan: str = "H200"
     """The plan of the fine solution."""
     batch_size: int = 250
-    """Images at a time. The first batch of a plan is not timed, so images must be at least two batches."""
+    """Images at a time. The first batch of a plan is not timed, so images must be at least two
+    batches.
+    """
     seed: int = 0
     """Of the noise."""
     classifier_steps: int = 1000
@@ -92,21 +127,31 @@ class Evaluate:
             positive(name, getattr(self, name))
         if self.images < 2 * self.batch_size:
             raise ValueError(
-                f"images must be at least 2 * batch_size = {2 * self.batch_size} (the first batch is not timed), got {self.images}"
+                f"images must be at least 2 * batch_size = {2 * self.batch_size} (the first batch "
+                f"is not timed), got {self.images}"
             )
         if not 2 * BLOCKS <= self.reference_images <= self.images:
-            raise ValueError(f"reference_images must be from {2 * BLOCKS} to images = {self.images}, got {self.reference_images}")
+            raise ValueError(
+                f"reference_images must be from {2 * BLOCKS} to images = {self.images}, got "
+                f"{self.reference_images}"
+            )
         if isinstance(self.plans, str) or not self.plans:
             raise ValueError(f"plans must be a list of at least one plan, got {self.plans!r}")
         parsed = [Plan.parse(plan) for plan in self.plans]
         for i, plan in enumerate(parsed):
             if plan in parsed[:i]:
-                raise ValueError(f"plans must differ, but {self.plans[parsed.index(plan)]!r} and {self.plans[i]!r} are the same")
+                raise ValueError(
+                    f"plans must differ, but {self.plans[parsed.index(plan)]!r} and "
+                    f"{self.plans[i]!r} are the same"
+                )
         if Plan.parse(self.reference_plan).cost.refiner:
-            raise ValueError(f"reference_plan must do without the refiner, got {self.reference_plan!r}")
+            raise ValueError(
+                f"reference_plan must do without the refiner, got {self.reference_plan!r}"
+            )
 
 
-# May differ between an evaluation and its continuation. The model is known by its files' digests, the device by its name.
+# May differ between an evaluation and its continuation. The model is known by its files' digests,
+# the device by its name.
 _FREE = {"out", "plans", "device"}
 
 
@@ -127,7 +172,8 @@ def evaluate(settings: Evaluate) -> Path:
 def _check_model(model: FlowModel, plans: Sequence[Plan]) -> None:
     if model.latent_shape != (1, 8, 8) or model.num_classes != 10:
         raise ValueError(
-            f"model must have latents (1, 8, 8) of 10 classes, as the digits are, since quality is judged by a classifier of "
+            "model must have latents (1, 8, 8) of 10 classes, as the digits are, since quality "
+            "is judged by a classifier of "
             f"digits; got latents {model.latent_shape} of {model.num_classes} classes"
         )
     refined = [str(plan) for plan in plans if plan.cost.refiner]
@@ -141,7 +187,9 @@ def _begin(path: Path, settings: Evaluate, model: FlowModel) -> dict[str, Any]:
     ours: dict[str, Any] = {
         "format": FORMAT,
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE},
-        "seed_rule": "noise of image i: flowturbo.noise(latent_shape, seed, [i]); class of image i: i % 10",
+        "seed_rule": (
+            "noise of image i: flowturbo.noise(latent_shape, seed, [i]); class of image i: i % 10"
+        ),
         "model": {
             **model_digests(settings.model, settings.refiner),
             "predictor_macs": model.macs[0],
@@ -155,7 +203,8 @@ def _begin(path: Path, settings: Evaluate, model: FlowModel) -> dict[str, Any]:
     changed = changes(before, ours, ("settings", "model", "environment"))
     if changed:
         raise ValueError(
-            f"{path} belongs to an evaluation with other settings ({'; '.join(changed)}): choose another folder as out"
+            f"{path} belongs to an evaluation with other settings ({'; '.join(changed)}): choose "
+            "another folder as out"
         )
     return before
 
@@ -164,7 +213,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text())
         known = results["format"] == FORMAT
-        known = known and all(isinstance(results[k], dict) for k in ("settings", "model", "environment"))
+        known = known and all(
+            isinstance(results[k], dict) for k in ("settings", "model", "environment")
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no results of an evaluation: {error!r}") from None
     if not known:
@@ -172,7 +223,9 @@ def _read(path: Path) -> dict[str, Any]:
     return results
 
 
-def _measure(results: dict[str, Any], path: Path, settings: Evaluate, model: FlowModel, plans: Sequence[Plan]) -> None:
+def _measure(
+    results: dict[str, Any], path: Path, settings: Evaluate, model: FlowModel, plans: Sequence[Plan]
+) -> None:
     """Add the rows that are missing, each written to `path` as it comes."""
     done = {row["plan"] for row in results["rows"]}
     pending = [plan for plan in plans if str(plan) not in done]
@@ -181,8 +234,14 @@ def _measure(results: dict[str, Any], path: Path, settings: Evaluate, model: Flo
     train, test = digits("train"), digits("test")
     classifier = train_classifier(train, steps=settings.classifier_steps)
     held_out = classifier.read(test.mean)[0]
-    results["classifier"] = {"held_out_accuracy": classifier.accuracy(test), "held_out_images": len(test)}
-    results["floor"] = {"frechet": frechet_distance(classifier.read(train.mean)[0], held_out), "images": len(train)}
+    results["classifier"] = {
+        "held_out_accuracy": classifier.accuracy(test),
+        "held_out_images": len(test),
+    }
+    results["floor"] = {
+        "frechet": frechet_distance(classifier.read(train.mean)[0], held_out),
+        "images": len(train),
+    }
     noise = rng.noise(model.latent_shape, settings.seed, range(settings.images))
     labels = torch.arange(settings.images) % 10
     refiner_cost = results["model"]["refiner_macs"] / results["model"]["predictor_macs"]
@@ -199,7 +258,9 @@ def _measure(results: dict[str, Any], path: Path, settings: Evaluate, model: Flo
         results["fine"] |= read_images(classifier, fine, labels[first], held_out)
         for plan in pending:
             bar.set_postfix_str(str(plan))
-            latents, milliseconds = _timed_run(model, plan, noise, labels, settings, bar, cost(plan))
+            latents, milliseconds = _timed_run(
+                model, plan, noise, labels, settings, bar, cost(plan)
+            )
             if not latents.isfinite().all():
                 raise ValueError(f"plans: {plan} gives NaN or infinity, so it can't be measured")
             row = {
@@ -212,7 +273,9 @@ def _measure(results: dict[str, Any], path: Path, settings: Evaluate, model: Flo
                 **read_images(classifier, latents, labels, held_out),
                 "frechet_first": frechet_distance(classifier.read(latents[first])[0], held_out),
                 "rms": rms_distance(latents[first], fine),
-                "rms_blocks": [rms_distance(latents[kept], fine[kept]) for kept in without_blocks(len(fine))],
+                "rms_blocks": [
+                    rms_distance(latents[kept], fine[kept]) for kept in without_blocks(len(fine))
+                ],
             }
             results["rows"].append(row)
             write_text(path, _json(results))
@@ -226,15 +289,28 @@ def _json(results: Mapping[str, Any]) -> str:
 
 
 def _timed_run(
-    model: FlowModel, plan: Plan, noise: Tensor, labels: Tensor, settings: Evaluate, bar: Any, cost: float
+    model: FlowModel,
+    plan: Plan,
+    noise: Tensor,
+    labels: Tensor,
+    settings: Evaluate,
+    bar: Any,
+    cost: float,
 ) -> tuple[Tensor, float]:
-    """Latents on the CPU, and milliseconds an image: the median over all batches but the first, which warms up."""
+    """Latents on the CPU, and milliseconds an image: the median over all batches but the first,
+    which warms up.
+    """
     done, times = [], []
     for first in range(0, len(noise), settings.batch_size):
         part = slice(first, first + settings.batch_size)
         begun = time.perf_counter()
         latents = sample(
-            model, plan, labels[part], noise=noise[part], guidance=settings.guidance, batch_size=settings.batch_size
+            model,
+            plan,
+            labels[part],
+            noise=noise[part],
+            guidance=settings.guidance,
+            batch_size=settings.batch_size,
         ).cpu()  # waits for the device
         times.append(time.perf_counter() - begun)
         done.append(latents)
@@ -243,15 +319,25 @@ def _timed_run(
 
 
 def _fine_solution(
-    results: Mapping[str, Any], settings: Evaluate, model: FlowModel, plan: Plan, noise: Tensor, labels: Tensor, bar: Any
+    results: Mapping[str, Any],
+    settings: Evaluate,
+    model: FlowModel,
+    plan: Plan,
+    noise: Tensor,
+    labels: Tensor,
+    bar: Any,
 ) -> Tensor:
-    """The reference plan's latents, from the file of an earlier part of this evaluation if there is one."""
+    """The reference plan's latents, from the file of an earlier part of this evaluation if there is
+    one.
+    """
     path = settings.out / "fine.safetensors"
     identity = {k: results[k] for k in ("settings", "model", "environment")}
     if path.exists():
         tensors, described = load_tensors(path)
         if described != identity:
-            raise CheckpointError(f"{path} belongs to an evaluation with other settings: choose another folder as out")
+            raise CheckpointError(
+                f"{path} belongs to an evaluation with other settings: choose another folder as out"
+            )
         bar.update(plan.cost.predictor * len(noise))
         return tensors["latents"]
     bar.set_postfix_str(f"{plan}, the fine solution")
@@ -260,7 +346,13 @@ def _fine_solution(
         bar.update(plan.cost.predictor * len(info.x) / len(plan))
 
     fine = sample(
-        model, plan, labels, noise=noise, guidance=settings.guidance, batch_size=settings.batch_size, callback=advance
+        model,
+        plan,
+        labels,
+        noise=noise,
+        guidance=settings.guidance,
+        batch_size=settings.batch_size,
+        callback=advance,
     ).cpu()
     save_tensors(path, {"latents": fine}, identity)
     return fine

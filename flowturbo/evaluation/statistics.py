@@ -14,8 +14,13 @@ from ..solver.plan import Plan
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """(cost, distance) of each plan -> whether it is on the front: no other is at most as high in both, and lower in one."""
-    return [not any(c <= cost and d <= distance and (c, d) != (cost, distance) for c, d in points) for cost, distance in points]
+    """(cost, distance) of each plan -> whether it is on the front: no other is at most as high in
+    both, and lower in one.
+    """
+    return [
+        not any(c <= cost and d <= distance and (c, d) != (cost, distance) for c, d in points)
+        for cost, distance in points
+    ]
 
 
 def group(row: Row) -> str:
@@ -35,7 +40,9 @@ def group(row: Row) -> str:
 
 
 BLOCKS = 10
-"""Groups of images that are left out in turn, to know how far a distance hangs on which images were made."""
+"""Groups of images that are left out in turn, to know how far a distance hangs on which images were
+made.
+"""
 
 
 def without_blocks(count: int) -> list[Tensor]:
@@ -57,14 +64,18 @@ def family(plan: Plan) -> str:
 Row = Mapping[str, Any]
 
 
-def judge(row: Row, rivals: Sequence[Row], quality: str, cost: str, most: float) -> tuple[str, Row | None]:
+def judge(
+    row: Row, rivals: Sequence[Row], quality: str, cost: str, most: float
+) -> tuple[str, Row | None]:
     """One of OUTCOMES, and the best of the rivals whose cost is at most `most`."""
     affordable = [rival for rival in rivals if rival[cost] <= most]
     if not affordable:
         return "no rival", None
     best = min(affordable, key=lambda rival: rival[quality])
     gain = best[quality] - row[quality]
-    doubt = 2 * jackknife_error([b - a for a, b in zip(row[f"{quality}_blocks"], best[f"{quality}_blocks"], strict=True)])
+    doubt = 2 * jackknife_error(
+        [b - a for a, b in zip(row[f"{quality}_blocks"], best[f"{quality}_blocks"], strict=True)]
+    )
     return ("better" if gain > doubt else "worse" if gain < -doubt else "level"), best
 
 

@@ -30,7 +30,9 @@ REFERENCE_TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class InspectVelocity:
-    """Show how a predictor's velocity changes along its trajectories, which is what caching and refining it rely on."""
+    """Show how a predictor's velocity changes along its trajectories, which is what caching and
+    refining it rely on.
+    """
 
     out: Path = Path("velocity")
     """Folder for velocity.json and velocity.png."""
@@ -41,7 +43,9 @@ class InspectVelocity:
     steps: int = 100
     """Heun steps of a trajectory."""
     images: int = 100
-    """How many trajectories. Image i is of class i % (number of classes), and its noise a function of (seed, i)."""
+    """How many trajectories. Image i is of class i % (number of classes), and its noise a function
+    of (seed, i).
+    """
     batch_size: int = 100
     """Images at a time."""
     seed: int = 0
@@ -77,13 +81,22 @@ def inspect_velocity(settings: InspectVelocity) -> Path:
 
 
 def velocity_curve(
-    model: FlowModel, *, guidance: float, steps: int, images: int, batch_size: int, seed: int = 0, progress: bool = False
+    model: FlowModel,
+    *,
+    guidance: float,
+    steps: int,
+    images: int,
+    batch_size: int,
+    seed: int = 0,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """How the velocity changes along trajectories of `steps` Heun steps, as `plot_velocity` draws it.
+    """How the velocity changes along trajectories of `steps` Heun steps, as `plot_velocity` draws
+    it.
 
-    times (steps + 1); for each step change, |v(t + dt) - v(t)| / |v(t)|, and rate, that divided by dt, each as mean and 10th and
-    90th percentile over the images; and cosine: for each of some reference times s the mean cosine of the angle between v(t) and
-    v(s). Image i is of class i % (number of classes), and its noise a function of (seed, i). ValueError where a velocity is zero.
+    times (steps + 1); for each step change, |v(t + dt) - v(t)| / |v(t)|, and rate, that divided by
+    dt, each as mean and 10th and 90th percentile over the images; and cosine: for each of some
+    reference times s the mean cosine of the angle between v(t) and v(s). Image i is of class i %
+    (number of classes), and its noise a function of (seed, i). ValueError where a velocity is zero.
     """
     plan = Plan.parse(f"H{steps}")
     references = [round(s * steps) for s in REFERENCE_TIMES]
@@ -97,13 +110,17 @@ def velocity_curve(
         if not sizes.all():
             raise ValueError("the model has a velocity of zero: is it trained?")
         changes.append((v[1:] - v[:-1]).norm(dim=2) / sizes[:-1])
-        cosines.append(torch.stack([torch.cosine_similarity(v, v[k : k + 1], dim=2) for k in references]))
+        cosines.append(
+            torch.stack([torch.cosine_similarity(v, v[k : k + 1], dim=2) for k in references])
+        )
     change, cosine = torch.cat(changes, dim=1), torch.cat(cosines, dim=2).mean(dim=2)
     return {
         "times": list(plan.grid),
         "change": _spread(change),
         "rate": _spread(change * steps),
-        "cosine": {f"{plan.grid[k]:g}": row.tolist() for k, row in zip(references, cosine, strict=True)},
+        "cosine": {
+            f"{plan.grid[k]:g}": row.tolist() for k, row in zip(references, cosine, strict=True)
+        },
     }
 
 
@@ -117,9 +134,19 @@ def _spread(values: Tensor) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def trajectory_velocities(model: FlowModel, plan: Plan, labels: Tensor, noise: Tensor, guidance: float) -> Tensor:
-    """labels (N,), noise (N, C, H, W), a plan of Heun steps -> (len(plan) + 1, N, C, H, W): the velocity at each grid time."""
-    field = GuidedField(model, plan, labels.to(model.device), None if guidance == 1 else guidance, model.guidance_channels)
+def trajectory_velocities(
+    model: FlowModel, plan: Plan, labels: Tensor, noise: Tensor, guidance: float
+) -> Tensor:
+    """labels (N,), noise (N, C, H, W), a plan of Heun steps -> (len(plan) + 1, N, C, H, W): the
+    velocity at each grid time.
+    """
+    field = GuidedField(
+        model,
+        plan,
+        labels.to(model.device),
+        None if guidance == 1 else guidance,
+        model.guidance_channels,
+    )
     calls: list[Tensor] = []
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -127,5 +154,6 @@ def trajectory_velocities(model: FlowModel, plan: Plan, labels: Tensor, noise: T
         return calls[-1]
 
     end = sample(velocity, plan, noise=noise.to(model.device))
-    # A Heun step's first call is at the trajectory's own state; its second, at the state that the first one predicts, is not.
+    # A Heun step's first call is at the trajectory's own state; its second, at the state that the
+    # first one predicts, is not.
     return torch.stack([*calls[::2], velocity(end, torch.ones(()))])

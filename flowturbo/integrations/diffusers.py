@@ -1,4 +1,5 @@
-"""accelerate(): a plan, and if wanted a refiner, fused kernels and CUDA graphs, inside a diffusers pipeline; restore() undoes it.
+"""accelerate(): a plan, and if wanted a refiner, fused kernels and CUDA graphs, inside a diffusers
+pipeline; restore() undoes it.
 
 Only this pipeline's own objects are touched, never a class.
 """
@@ -32,7 +33,9 @@ _STOCK = ("diffusers", "FlowMatchEulerDiscreteScheduler")
 
 @dataclass
 class Accelerated:
-    """What was done to a pipeline, and what it has done since. seconds: on the host, of the predictor's calls."""
+    """What was done to a pipeline, and what it has done since. seconds: on the host, of the
+    predictor's calls.
+    """
 
     plan: Plan
     before: Any
@@ -51,31 +54,46 @@ def accelerate(
     graph: bool = False,
     grid: Grid = "auto",
 ) -> Any:
-    """Let a diffusers flow-matching pipeline (SD3, FLUX, ...) sample by a plan: called as before, it makes the plan's calls.
+    """Let a diffusers flow-matching pipeline (SD3, FLUX, ...) sample by a plan: called as before,
+    it makes the plan's calls.
 
     plan: a Plan, or text such as "H1P5". num_inference_steps then means nothing.
-    refiner: for plans with R or S steps, a network as `refiner_for` makes it, or the folder it was saved to; prompts, guidance and
-        whatever else the transformer is told are taken from its last call.
-    graph: run the transformer with fused adaLN kernels, and on CUDA as a graph for each shape of its inputs, at most eight. What is
-        changed in a LoRA later, other than its weights (set_adapters), is not noticed: restore, and accelerate again.
+    refiner: for plans with R or S steps, a network as `refiner_for` makes it, or the folder it was
+        saved to; prompts, guidance and whatever else the transformer is told are taken from its
+        last call.
+    graph: run the transformer with fused adaLN kernels, and on CUDA as a graph for each shape of
+        its inputs, at most eight. What is changed in a LoRA later, other than its weights
+        (set_adapters), is not noticed: restore, and accelerate again.
     grid: which noise levels: see integrations.scheduler.PlanScheduler.
-    LoRAs, ControlNets, callbacks, generators, image-to-image and inpainting work as before; threads may share the pipeline.
-    Returns the pipeline. Raises ValueError where it is accelerated already, TypeError where its scheduler is no flow matching's.
+    LoRAs, ControlNets, callbacks, generators, image-to-image and inpainting work as before; threads
+    may share the pipeline. Returns the pipeline. Raises ValueError where it is accelerated already,
+    TypeError where its scheduler is no flow matching's.
     """
     if not hasattr(pipe, "scheduler"):
-        raise TypeError(f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}")
+        raise TypeError(
+            f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
+        )
     from .scheduler import PlanScheduler
 
     if isinstance(pipe.scheduler, PlanScheduler):
-        raise ValueError(f"this pipeline is accelerated by plan {pipe.scheduler.plan} already: restore it first")
+        raise ValueError(
+            f"this pipeline is accelerated by plan {pipe.scheduler.plan} already: restore it first"
+        )
     plan = as_plan(plan)
     if bool(plan.cost.refiner) != (refiner is not None):
-        what = "has refiner steps: give a refiner" if plan.cost.refiner else "has no refiner steps, but a refiner was given"
+        what = (
+            "has refiner steps: give a refiner"
+            if plan.cost.refiner
+            else "has no refiner steps, but a refiner was given"
+        )
         raise ValueError(f"plan {plan} {what}")
     scheduler = PlanScheduler.of(pipe.scheduler, plan, grid)
     network = getattr(pipe, "transformer", None)
     if (refiner is not None or graph) and type(network).__name__ not in KINDS:
-        raise TypeError(f"refiner and graph know the transformers {', '.join(KINDS)}, not {type(network).__name__}")
+        raise TypeError(
+            f"refiner and graph know the transformers {', '.join(KINDS)}, not "
+            f"{type(network).__name__}"
+        )
     module = None if refiner is None else check_refiner(refiner, network)
 
     done = Accelerated(plan, pipe.scheduler, scheduler)
@@ -95,7 +113,8 @@ def accelerate(
     if isinstance(network, nn.Module):
         done.undo += _counted(network, done)
     pipe.scheduler = scheduler
-    # A pipeline is saved with the class of each of its parts: with ours it could not be loaded again.
+    # A pipeline is saved with the class of each of its parts: with ours it could not be loaded
+    # again.
     pipe.register_to_config(scheduler=_STOCK)
     done.undo.append(patch(pipe, _MARK, done))
     return pipe
@@ -123,20 +142,25 @@ def accelerated(pipe: Any, plan: str | Plan, *args: Any, **options: Any) -> Iter
 
 
 def summary(model: Any) -> str:
-    """A line a capture: what it runs, milliseconds with and without the graph, memory, how often; and what failed, and why.
+    """A line a capture: what it runs, milliseconds with and without the graph, memory, how often;
+    and what failed, and why.
 
-    model: a FlowModel, or a diffusers pipeline that `accelerate` was called on, of which it tells plan, calls and milliseconds too.
-    ValueError where the pipeline is not accelerated.
+    model: a FlowModel, or a diffusers pipeline that `accelerate` was called on, of which it tells
+    plan, calls and milliseconds too. ValueError where the pipeline is not accelerated.
     """
     if isinstance(model, FlowModel):
         return str(model.captures)
     done = _done(model)
-    lines = [f"plan {done.plan}: {done.plan.cost.predictor} predictor and {done.plan.cost.refiner} refiner calls a run"]
+    lines = [
+        f"plan {done.plan}: {done.plan.cost.predictor} predictor and {done.plan.cost.refiner} "
+        "refiner calls a run"
+    ]
     each = f", {1e3 * done.seconds / done.calls:.2f} ms each on the host" if done.calls else ""
     lines.append(f"{done.calls} predictor calls so far{each}")
     if done.captures is not None:
         lines += [
-            f"captured for {c.key.size} rows: {c.memory / 2**20:.0f} MiB, replayed {c.hits} times" for c in done.captures.report()
+            f"captured for {c.key.size} rows: {c.memory / 2**20:.0f} MiB, replayed {c.hits} times"
+            for c in done.captures.report()
         ]
         lines += [f"not captured: {why}" for why in done.captures.refused().values()]
     return "\n".join(lines)
@@ -150,9 +174,15 @@ def _done(pipe: Any) -> Accelerated:
 
 
 def _timesteps_of_the_plan(
-    original: Callable[..., Any], scheduler: PlanScheduler, num_inference_steps: int, *rest: Any, **more: Any
+    original: Callable[..., Any],
+    scheduler: PlanScheduler,
+    num_inference_steps: int,
+    *rest: Any,
+    **more: Any,
 ) -> Any:
-    """Image-to-image pipelines count from the number of steps they asked for; the plan has as many as it makes calls."""
+    """Image-to-image pipelines count from the number of steps they asked for; the plan has as many
+    as it makes calls.
+    """
     return original(len(scheduler.timesteps), *rest, **more)
 
 
@@ -168,4 +198,7 @@ def _counted(network: nn.Module, done: Accelerated) -> list[Undo]:
             done.calls += 1
             done.seconds += time.perf_counter() - began.at
 
-    return [network.register_forward_pre_hook(before).remove, network.register_forward_hook(after).remove]
+    return [
+        network.register_forward_pre_hook(before).remove,
+        network.register_forward_hook(after).remove,
+    ]

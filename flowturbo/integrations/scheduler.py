@@ -1,7 +1,8 @@
-"""A plan as a diffusers scheduler: one "timestep" is one predictor call, so that any flow-matching pipeline runs the plan's steps.
+"""A plan as a diffusers scheduler: one "timestep" is one predictor call, so that any flow-matching
+pipeline runs the plan's steps.
 
-Time here is minus the noise level sigma of diffusers, from -1 to 0: it rises as ours does, a step's length is the difference of two
-sigmas, and the velocity, data - noise, is minus the model's output.
+Time here is minus the noise level sigma of diffusers, from -1 to 0: it rises as ours does, a step's
+length is the difference of two sigmas, and the velocity, data - noise, is minus the model's output.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class _Wanted(Exception):
 
 
 class _Known(Field):
-    """A field that answers the predictor calls of one step with velocities that are known already."""
+    """A field that answers the predictor calls of one step with velocities that are known
+    already.
+    """
 
     def __init__(self, velocities: Sequence[Tensor], refine: Refine | None) -> None:
         self._left, self._refine = list(velocities), refine
@@ -90,18 +93,30 @@ def predictor_calls(steps: Sequence[Step], times: Sequence[float]) -> list[Point
 
 
 class Run:
-    """One pass through the plan, or through its rest: it takes velocities, and says where the next one is wanted."""
+    """One pass through the plan, or through its rest: it takes velocities, and says where the next
+    one is wanted.
+    """
 
-    def __init__(self, steps: Sequence[Step], times: Sequence[float], calls: Sequence[Point], first: int, x: Tensor) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        times: Sequence[float],
+        calls: Sequence[Point],
+        first: int,
+        x: Tensor,
+    ) -> None:
         self.steps, self.times = steps, times
         self.step, time = calls[first]
-        # In the middle of a step there is no earlier velocity; the one that comes is that of the state where the next step starts.
+        # In the middle of a step there is no earlier velocity; the one that comes is that of the
+        # state where the next step starts.
         self._between = time != times[self.step]
         self.state, self.wanted, self._known = State(x), x, list[Tensor]()
         self.returned: Tensor | None = None
 
     def adopt(self, sample: Tensor) -> None:
-        """What a pipeline or callback has done to the latents since they were returned is done to the state."""
+        """What a pipeline or callback has done to the latents since they were returned is done to
+        the state.
+        """
         if sample is not self.returned:
             change = sample.to(self.wanted.dtype) - self.wanted
             self.state = self.state._replace(x=self.state.x + change)
@@ -125,7 +140,9 @@ class Run:
 
 
 class _Threads:
-    """Values that every thread has for itself, and those that the first one set before any other came."""
+    """Values that every thread has for itself, and those that the first one set before any other
+    came.
+    """
 
     def __init__(self) -> None:
         self.first: dict[str, Any] = {}
@@ -153,7 +170,9 @@ def _restored(values: dict[str, Any]) -> _Threads:
 
 
 class _PerThread:
-    """An attribute of which every thread has its own value: stock schedulers share theirs, and threads on a pipeline collide."""
+    """An attribute of which every thread has its own value: stock schedulers share theirs, and
+    threads on a pipeline collide.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -170,36 +189,68 @@ class _PerThread:
 class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     """FlowMatchEulerDiscreteScheduler whose timesteps are the predictor calls of a plan.
 
-    plan: a Plan, or text such as "H1P5", whose own grid plan_grid then is. stock: the configuration of the scheduler whose place
-        it takes.
-    grid: "pipeline": the noise levels that the pipeline would use for as many Euler steps as the plan has steps, its shift
-        included; "corrected": the same with the shift applied once, where a pipeline that gives no sigmas has it applied twice
-        (diffusers' open issue 13243); "plan": the plan's own grid; "auto": the plan's where it is not uniform, else the pipeline's.
+    plan: a Plan, or text such as "H1P5", whose own grid plan_grid then is. stock: the configuration
+        of the scheduler whose place it takes.
+    grid: "pipeline": the noise levels that the pipeline would use for as many Euler steps as the
+        plan has steps, its shift included; "corrected": the same with the shift applied once, where
+        a pipeline that gives no sigmas has it applied twice (diffusers' open issue 13243); "plan":
+        the plan's own grid; "auto": the plan's where it is not uniform, else the pipeline's.
     """
 
-    timesteps, sigmas, num_inference_steps = _PerThread("timesteps"), _PerThread("sigmas"), _PerThread("num_inference_steps")
-    _step_index, _begin_index, _run = _PerThread("_step_index"), _PerThread("_begin_index"), _PerThread("_run")
+    timesteps, sigmas, num_inference_steps = (
+        _PerThread("timesteps"),
+        _PerThread("sigmas"),
+        _PerThread("num_inference_steps"),
+    )
+    _step_index, _begin_index, _run = (
+        _PerThread("_step_index"),
+        _PerThread("_begin_index"),
+        _PerThread("_run"),
+    )
     _times = _PerThread("_times")
 
     def __init__(
-        self, plan: str | Plan = "H1P5", grid: Grid = "auto", plan_grid: Sequence[float] | None = None, **stock: Any
+        self,
+        plan: str | Plan = "H1P5",
+        grid: Grid = "auto",
+        plan_grid: Sequence[float] | None = None,
+        **stock: Any,
     ) -> None:
         self._run = None
         super().__init__(**stock)
         self.plan = as_plan(plan) if plan_grid is None else Plan.parse(str(plan), grid=plan_grid)
         if grid not in ("auto", "pipeline", "corrected", "plan"):
-            raise ValueError(f"grid must be 'auto', 'pipeline', 'corrected' or 'plan', got {grid!r}")
+            raise ValueError(
+                f"grid must be 'auto', 'pipeline', 'corrected' or 'plan', got {grid!r}"
+            )
         if self.plan.start:
-            raise ValueError(f"plan must start at 0, got {self.plan.start:g}: pipelines start later by themselves, by strength")
+            raise ValueError(
+                f"plan must start at 0, got {self.plan.start:g}: pipelines start later by "
+                "themselves, by strength"
+            )
         if self.plan.guidance_interval != (0.0, 1.0):
-            raise ValueError(f"plan must have no guidance interval, got {self.plan.guidance_interval}: a pipeline guides by itself")
+            raise ValueError(
+                f"plan must have no guidance interval, got {self.plan.guidance_interval}: a "
+                "pipeline guides by itself"
+            )
         for name in ("stochastic_sampling", "invert_sigmas"):
             if self.config.get(name):
                 raise ValueError(f"a scheduler with {name} can't run a plan")
         uniform = all(abs(t - i / len(self.plan)) < 1e-12 for i, t in enumerate(self.plan.grid))
         if self.plan.weights and grid not in ("auto", "plan"):
-            raise ValueError(f"grid must be 'plan' for a plan with fitted weights, which hold on its own grid alone, got {grid!r}")
-        self.grid = "plan" if self.plan.weights else grid if grid != "auto" else "pipeline" if uniform else "plan"
+            raise ValueError(
+                "grid must be 'plan' for a plan with fitted weights, which hold on its own grid "
+                f"alone, got {grid!r}"
+            )
+        self.grid = (
+            "plan"
+            if self.plan.weights
+            else grid
+            if grid != "auto"
+            else "pipeline"
+            if uniform
+            else "plan"
+        )
         self.refiner: Refine | None = None
         self._warned = False
         self.register_to_config(plan=str(self.plan), plan_grid=list(self.plan.grid), grid=grid)
@@ -208,8 +259,13 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     def of(cls, scheduler: Any, plan: str | Plan, grid: Grid = "auto") -> PlanScheduler:
         """In the place of that scheduler. TypeError for a scheduler of another kind."""
         if type(scheduler) is not FlowMatchEulerDiscreteScheduler:
-            raise TypeError(f"plans take the place of FlowMatchEulerDiscreteScheduler, not of {type(scheduler).__name__}")
-        return cls(plan, grid, **{key: value for key, value in scheduler.config.items() if key in _STOCK})
+            raise TypeError(
+                "plans take the place of FlowMatchEulerDiscreteScheduler, not of "
+                f"{type(scheduler).__name__}"
+            )
+        return cls(
+            plan, grid, **{key: value for key, value in scheduler.config.items() if key in _STOCK}
+        )
 
     @property
     def calls(self) -> int:
@@ -224,12 +280,19 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         mu: float | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Noise levels as for `len(plan)` Euler steps of the stock scheduler: given ones are resampled to that number."""
-        asked = num_inference_steps if num_inference_steps is not None else len(sigmas if sigmas is not None else timesteps or ())
+        """Noise levels as for `len(plan)` Euler steps of the stock scheduler: given ones are
+        resampled to that number.
+        """
+        asked = (
+            num_inference_steps
+            if num_inference_steps is not None
+            else len(sigmas if sigmas is not None else timesteps or ())
+        )
         if asked not in (len(self.plan), self.calls) and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{asked} steps were asked for: plan {self.plan} has {len(self.plan)} and makes {self.calls} predictor calls, "
+                f"{asked} steps were asked for: plan {self.plan} has {len(self.plan)} and makes "
+                f"{self.calls} predictor calls, "
                 "whatever num_inference_steps says",
                 stacklevel=2,
             )
@@ -243,21 +306,33 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
             elif sigmas is not None:
                 super().set_timesteps(device=device, mu=mu, sigmas=_resampled(sigmas, count))
             elif self.grid == "corrected":
-                super().set_timesteps(device=device, mu=mu, sigmas=list(np.linspace(1, 1 / count, count)))
+                super().set_timesteps(
+                    device=device, mu=mu, sigmas=list(np.linspace(1, 1 / count, count))
+                )
             else:
                 super().set_timesteps(count, device=device, mu=mu)
         levels = self.sigmas
         self._times = [-s for s in levels.tolist()]
         at = [p.time for p in predictor_calls(self.plan.steps, self._times)]
-        self.sigmas = torch.tensor([*(-t for t in at), float(levels[-1])], dtype=torch.float32, device=levels.device)
+        self.sigmas = torch.tensor(
+            [*(-t for t in at), float(levels[-1])], dtype=torch.float32, device=levels.device
+        )
         self.timesteps = self.sigmas[:-1] * self.config["num_train_timesteps"]
         self.num_inference_steps = len(self.timesteps)
         self._step_index = self._begin_index = self._run = None
 
     def step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, *args: Any, return_dict: bool = True, **options: Any
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        *args: Any,
+        return_dict: bool = True,
+        **options: Any,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
-        """Take the output of one predictor call -> where the next one is to be made; after the last, the result."""
+        """Take the output of one predictor call -> where the next one is to be made; after the
+        last, the result.
+        """
         unused = {"generator", "s_churn", "s_tmin", "s_tmax", "s_noise"}
         if args or any(value is not None for name, value in options.items() if name not in unused):
             raise ValueError(f"a plan's steps take no further arguments, got {[*args, *options]}")
@@ -276,19 +351,36 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         run.returned = x.to(model_output.dtype)
         if self._step_index == len(self.timesteps):
             self._run = None
-        return (run.returned,) if not return_dict else FlowMatchEulerDiscreteSchedulerOutput(prev_sample=run.returned)
+        return (
+            (run.returned,)
+            if not return_dict
+            else FlowMatchEulerDiscreteSchedulerOutput(prev_sample=run.returned)
+        )
 
 
 # By the names in a signature diffusers tells what of a saved configuration is an argument.
-_OURS, _STOCK = (inspect.signature(kind.__init__).parameters for kind in (PlanScheduler, FlowMatchEulerDiscreteScheduler))
+_OURS, _STOCK = (
+    inspect.signature(kind.__init__).parameters
+    for kind in (PlanScheduler, FlowMatchEulerDiscreteScheduler)
+)
 PlanScheduler.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [*(p for p in _OURS.values() if p.kind is not p.VAR_KEYWORD), *(p for name, p in _STOCK.items() if name != "self")]
+    [
+        *(p for p in _OURS.values() if p.kind is not p.VAR_KEYWORD),
+        *(p for name, p in _STOCK.items() if name != "self"),
+    ]
 )
 
 
 def _resampled(levels: Sequence[float], count: int) -> list[float]:
-    """Noise levels or timesteps of any number of steps, which end at 0, as those of `count` steps."""
+    """Noise levels or timesteps of any number of steps, which end at 0, as those of `count`
+    steps.
+    """
     given = np.append(np.asarray(levels, dtype=np.float64), 0.0)
     if len(given) == count + 1:
         return [float(level) for level in given[:-1]]
-    return [float(level) for level in np.interp(np.linspace(0, len(given) - 1, count + 1), np.arange(len(given)), given)[:-1]]
+    return [
+        float(level)
+        for level in np.interp(
+            np.linspace(0, len(given) - 1, count + 1), np.arange(len(given)), given
+        )[:-1]
+    ]

@@ -1,4 +1,5 @@
-"""What accelerate sets on the instance of a pipeline's transformer: fused adaLN, CUDA graphs, and a refiner beside it.
+"""What accelerate sets on the instance of a pipeline's transformer: fused adaLN, CUDA graphs, and a
+refiner beside it.
 
 Every function returns, or every object has, what takes it away again.
 """
@@ -20,7 +21,12 @@ from ..models.text_to_image import KINDS
 from ..runtime.cuda_graphs import Captures, Key
 
 Undo = Callable[[], object]
-_NOT_FOR_REFINERS = ("block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples", "skip_layers")
+_NOT_FOR_REFINERS = (
+    "block_controlnet_hidden_states",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+    "skip_layers",
+)
 
 
 def patch(thing: Any, name: str, value: Any) -> Undo:
@@ -38,7 +44,9 @@ def patch(thing: Any, name: str, value: Any) -> Undo:
 
 
 def fuse_adaln(network: nn.Module) -> list[Undo]:
-    """Run LayerNorm and modulation of every adaLN layer in one operation. The layers' own products stay, with their LoRAs."""
+    """Run LayerNorm and modulation of every adaLN layer in one operation. The layers' own products
+    stay, with their LoRAs.
+    """
     undo = []
     for module in network.modules():
         fused = _FUSED.get(type(module).__name__)
@@ -49,7 +57,14 @@ def fuse_adaln(network: nn.Module) -> list[Undo]:
     return undo
 
 
-def _zero(layer: Any, x: Tensor, timestep: Any = None, class_labels: Any = None, hidden_dtype: Any = None, emb: Any = None) -> Any:
+def _zero(
+    layer: Any,
+    x: Tensor,
+    timestep: Any = None,
+    class_labels: Any = None,
+    hidden_dtype: Any = None,
+    emb: Any = None,
+) -> Any:
     shift, scale, *rest = layer.linear(layer.silu(emb)).chunk(6, dim=1)
     return adaln_modulate(x, shift, scale, layer.norm.eps), *rest
 
@@ -72,7 +87,9 @@ _FUSED: dict[str, Callable[..., Any]] = {
 
 
 class Graphed:
-    """Calls of a network replayed from captures, one for every structure, shape and dtype of its arguments."""
+    """Calls of a network replayed from captures, one for every structure, shape and dtype of its
+    arguments.
+    """
 
     def __init__(self, network: nn.Module, captures: Captures) -> None:
         self.network, self.captures = network, captures
@@ -84,12 +101,23 @@ class Graphed:
         tensors = {f"input{i}": leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
         one_result = kwargs.get("return_dict") is False
-        offloaded = hasattr(self.network, "_hf_hook")  # weights come and go: every call would be another capture
+        offloaded = hasattr(
+            self.network, "_hf_hook"
+        )  # weights come and go: every call would be another capture
         here = all(tensor.device == device for tensor in tensors.values())
-        if not one_result or offloaded or not here or torch.is_grad_enabled() or not self.captures.possible(device):
+        if (
+            not one_result
+            or offloaded
+            or not here
+            or torch.is_grad_enabled()
+            or not self.captures.possible(device)
+        ):
             return self._original(*args, **kwargs)
         fixed = repr([None if isinstance(leaf, Tensor) else leaf for leaf in leaves])
-        settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+        settings = (
+            torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(),
+        )
         shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in tensors.items())
 
         def body(**inputs: Tensor) -> Tensor:
@@ -98,13 +126,19 @@ class Graphed:
             return self._original(*again, **options)[0]
 
         rows = next(iter(tensors.values())).shape[0]
-        return (self.captures.run(Key((str(structure), fixed, shapes, settings), rows), body, tensors, [self.network]),)
+        return (
+            self.captures.run(
+                Key((str(structure), fixed, shapes, settings), rows), body, tensors, [self.network]
+            ),
+        )
 
 
 class Refining:
-    """The refiner beside a transformer: told what this was told in its last call, it gives the offset of a velocity.
+    """The refiner beside a transformer: told what this was told in its last call, it gives the
+    offset of a velocity.
 
-    Where the call had both halves, unconditional first, as SD3's pipelines make it, the offset is guided by the pipeline's scale.
+    Where the call had both halves, unconditional first, as SD3's pipelines make it, the offset is
+    guided by the pipeline's scale.
     """
 
     def __init__(self, pipe: Any, network: nn.Module, refiner: nn.Module) -> None:
@@ -125,12 +159,19 @@ class Refining:
         calls = getattr(self._local, "calls", [])
         if len(calls) != 1 or "hidden_states" not in calls[0]:
             raise ValueError(
-                f"a refiner follows one call of the transformer a step, by keyword, got {len(calls)}: is true_cfg_scale in use?"
+                "a refiner follows one call of the transformer a step, by keyword, got "
+                f"{len(calls)}: is true_cfg_scale in use?"
             )
         told = {name: value for name, value in calls[0].items() if name not in _NOT_FOR_REFINERS}
         last, halves = told["hidden_states"], len(told["hidden_states"]) // len(x)
-        told["hidden_states"] = torch.cat([x, v], dim=-1 if self._packed else 1).repeat(halves, *[1] * (x.ndim - 1)).to(last.dtype)
-        told["timestep"] = torch.full_like(told["timestep"], noise_level * (1 if self._packed else 1000))
+        told["hidden_states"] = (
+            torch.cat([x, v], dim=-1 if self._packed else 1)
+            .repeat(halves, *[1] * (x.ndim - 1))
+            .to(last.dtype)
+        )
+        told["timestep"] = torch.full_like(
+            told["timestep"], noise_level * (1 if self._packed else 1000)
+        )
         offset = self.kind.sign * self.refiner(**told | {"return_dict": False})[0].to(x.dtype)
         if halves == 2:
             unconditional, conditional = offset.chunk(2)

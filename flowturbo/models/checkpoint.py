@@ -1,4 +1,6 @@
-"""SiT checkpoints: published files (SiT, FlowTurbo, REPA; .pt or .safetensors) and our own, read and written."""
+"""SiT checkpoints: published files (SiT, FlowTurbo, REPA; .pt or .safetensors) and our own, read
+and written.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ _DROPPED = {"sit": (), "repa": ("projectors.",)}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A SiT's weights with what they mean. vae: the name that images are decoded by, if the file knows it."""
+    """A SiT's weights with what they mean. vae: the name that images are decoded by, if the file
+    knows it.
+    """
 
     model: SiT
     convention: Convention
@@ -41,12 +45,13 @@ def load_sit(
     heads: int | None = None,
     convention: Literal["auto", "sit", "repa"] = "auto",
 ) -> Checkpoint:
-    """Read a SiT from a .pt, .pth or .safetensors file, sizes read off its tensors, on the CPU in the file's dtype.
+    """Read a SiT from a .pt, .pth or .safetensors file, sizes read off its tensors, on the CPU in
+    the file's dtype.
 
-    The weights may be bare, or under "ema" (taken if there) or "model", as SiT's, FlowTurbo's and REPA's trainers write them.
-    Files are never unpickled beyond plain tensors and argparse.Namespace.
-    convention "auto": our own files say theirs; files with REPA's projectors are "repa"; all others "sit".
-    Raises CheckpointError naming the file and what is wrong with it.
+    The weights may be bare, or under "ema" (taken if there) or "model", as SiT's, FlowTurbo's and
+    REPA's trainers write them. Files are never unpickled beyond plain tensors and
+    argparse.Namespace. convention "auto": our own files say theirs; files with REPA's projectors
+    are "repa"; all others "sit". Raises CheckpointError naming the file and what is wrong with it.
     """
     if convention not in ("auto", *CONVENTIONS):
         raise ValueError(f"convention must be 'auto', 'sit' or 'repa', got {convention!r}")
@@ -55,7 +60,9 @@ def load_sit(
         _check_description(path, described, role)
     found: Convention = described["convention"] if described else _guess_convention(state)
     if convention not in ("auto", found) and (described or found == "repa"):
-        raise CheckpointError(f"{path}: convention {convention!r} was asked for, but the file is of {found!r}")
+        raise CheckpointError(
+            f"{path}: convention {convention!r} was asked for, but the file is of {found!r}"
+        )
     chosen = found if convention == "auto" else convention
     state = {k: v for k, v in state.items() if not k.startswith(_DROPPED[chosen])}
     try:
@@ -65,8 +72,16 @@ def load_sit(
         raise CheckpointError(f"{path} is no SiT checkpoint: it has no {error.args[0]!r}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if not described and role == "predictor" and config.depth == 1 and not config.learned_sigma and config.channels == 8:
-        raise CheckpointError(f"{path} is a refiner (one block, x and v as input): give it as refiner=")
+    if (
+        not described
+        and role == "predictor"
+        and config.depth == 1
+        and not config.learned_sigma
+        and config.channels == 8
+    ):
+        raise CheckpointError(
+            f"{path} is a refiner (one block, x and v as input): give it as refiner="
+        )
     described = described or {}
     return Checkpoint(model, chosen, described.get("vae"), described.get("provenance"))
 
@@ -79,12 +94,16 @@ def save_sit(
     vae: str | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a SiT as safetensors, atomically, with its sizes, convention, and a digest over the whole file.
+    """Write a SiT as safetensors, atomically, with its sizes, convention, and a digest over the
+    whole file.
 
     ValueError for one that is quantised: files hold the weights that it was quantised from.
     """
     if any(isinstance(module, Fp8Linear) for module in model.modules()):
-        raise ValueError("model must not be quantised to be saved: save it before quantize_(), and load it with quantize='fp8'")
+        raise ValueError(
+            "model must not be quantised to be saved: save it before quantize_(), and load it "
+            "with quantize='fp8'"
+        )
     description = {
         "format": FORMAT,
         "role": "refiner" if model.config.reads_velocity else "predictor",
@@ -106,7 +125,9 @@ def convert(
     vae: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Turn a published checkpoint into our safetensors file: only the weights that sample, checked, with a digest."""
+    """Turn a published checkpoint into our safetensors file: only the weights that sample, checked,
+    with a digest.
+    """
     if Path(target).suffix != ".safetensors":
         raise ValueError(f"target must end in .safetensors, got {str(target)!r}")
     checkpoint = load_sit(source, role, heads=heads, convention=convention)
@@ -120,7 +141,9 @@ def convert(
 
 
 def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The weights of a file, unwrapped from "ema" or "model", and its description if it is one of ours."""
+    """The weights of a file, unwrapped from "ema" or "model", and its description if it is one of
+    ours.
+    """
     suffix = Path(path).suffix.lower()
     state: Any
     described: dict[str, Any] | None = None
@@ -135,24 +158,32 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
             state = state[wrapper]
             break
     if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(f"{path} holds no weights: expected a mapping of names to tensors, got {_kind(state)}")
+        raise CheckpointError(
+            f"{path} holds no weights: expected a mapping of names to tensors, got {_kind(state)}"
+        )
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: expected a tensor under {name!r}, got {_kind(value)}")
         if value.layout != torch.strided or value.is_meta:
             raise CheckpointError(
-                f"{path}: expected a dense tensor with its numbers under {name!r}, got {value.layout}, {value.device}"
+                f"{path}: expected a dense tensor with its numbers under {name!r}, got "
+                f"{value.layout}, {value.device}"
             )
     return dict(state), described
 
 
 def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
-    """A SiT that holds exactly these tensors, not copies. ValueError naming missing, extra or misshapen keys."""
+    """A SiT that holds exactly these tensors, not copies. ValueError naming missing, extra or
+    misshapen keys.
+    """
     with torch.device("meta"):
         model = SiT(config)
     expected = model.state_dict()
     if scales := sorted(name for name in state if name.endswith(".weight_scale")):
-        raise ValueError(f"it is quantised, and only the weights before that can be loaded, with quantize='fp8' ({_some(scales)})")
+        raise ValueError(
+            "it is quantised, and only the weights before that can be loaded, with "
+            f"quantize='fp8' ({_some(scales)})"
+        )
     problems = []
     for what, names in (
         ("missing", expected.keys() - state.keys()),
@@ -162,7 +193,10 @@ def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
             problems.append(f"{what}: {_some(sorted(names))}")
     for name in sorted(expected.keys() & state.keys()):
         if state[name].shape != expected[name].shape:
-            problems.append(f"{name} must have shape {tuple(expected[name].shape)}, got {tuple(state[name].shape)}")
+            problems.append(
+                f"{name} must have shape {tuple(expected[name].shape)}, got "
+                f"{tuple(state[name].shape)}"
+            )
         elif not state[name].is_floating_point():
             problems.append(f"{name} must be floating point, got {state[name].dtype}")
     if problems:
@@ -171,7 +205,9 @@ def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
     return model.requires_grad_(False).eval()
 
 
-def _config(state: Mapping[str, Tensor], described: Mapping[str, Any] | None, role: Role, heads: int | None) -> SiTConfig:
+def _config(
+    state: Mapping[str, Tensor], described: Mapping[str, Any] | None, role: Role, heads: int | None
+) -> SiTConfig:
     if described is None:
         return config_from_state(state, reads_velocity=role == "refiner", heads=heads)
     try:
@@ -183,15 +219,21 @@ def _config(state: Mapping[str, Tensor], described: Mapping[str, Any] | None, ro
     return config
 
 
-def _check_description(path: str | os.PathLike[str], described: Mapping[str, Any], role: Role) -> None:
+def _check_description(
+    path: str | os.PathLike[str], described: Mapping[str, Any], role: Role
+) -> None:
     if described.get("format") != FORMAT or "config" not in described:
         raise CheckpointError(
-            f"{path} is no model file of format {FORMAT} (it says {described.get('kind', described.get('format'))!r})"
+            f"{path} is no model file of format {FORMAT} (it says "
+            f"{described.get('kind', described.get('format'))!r})"
         )
     if described.get("role") != role:
         raise CheckpointError(f"{path} is a {described.get('role')}, but was given as {role}=")
     if described.get("convention") not in CONVENTIONS:
-        raise CheckpointError(f"{path} is of convention {described.get('convention')!r}; known are {', '.join(CONVENTIONS)}")
+        raise CheckpointError(
+            f"{path} is of convention {described.get('convention')!r}; known are "
+            f"{', '.join(CONVENTIONS)}"
+        )
 
 
 def _guess_convention(state: Mapping[str, Tensor]) -> Convention:

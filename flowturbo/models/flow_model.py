@@ -17,14 +17,18 @@ from .vae import VAE
 
 
 class Network(Protocol):
-    """A predictor, called without v, or a refiner, called with it. x (N, C, H, W), t (N,), y (N,), v like x -> like x."""
+    """A predictor, called without v, or a refiner, called with it. x (N, C, H, W), t (N,), y (N,),
+    v like x -> like x.
+    """
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor: ...
 
 
 @runtime_checkable
 class AdaptiveNetwork(Network, Protocol):
-    """A network that time and label enter only by modulations of its layers, so that these can be made apart from x."""
+    """A network that time and label enter only by modulations of its layers, so that these can be
+    made apart from x.
+    """
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """t (S,) and y (N,), every time with every label -> (S, N, D)."""
@@ -35,15 +39,19 @@ class AdaptiveNetwork(Network, Protocol):
         ...
 
     def evaluate(self, x: Tensor, modulations: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
-        """The network on given modulations, whose R rows may be twice those of x: both halves of guidance -> R rows."""
+        """The network on given modulations, whose R rows may be twice those of x: both halves of
+        guidance -> R rows.
+        """
         ...
 
 
 @dataclass
 class FlowModel:
-    """What `sample` needs to know of a class-conditional flow model, in our convention: t = 0 is noise, v = data - noise.
+    """What `sample` needs to know of a class-conditional flow model, in our convention: t = 0 is
+    noise, v = data - noise.
 
-    latent_shape: (C, H, W). null_class: the label of the unconditional half, None if the model has none, which rules guidance out.
+    latent_shape: (C, H, W). null_class: the label of the unconditional half, None if the model has
+        none, which rules guidance out.
     guidance_channels: how many channels guidance acts on unless a call says otherwise.
     """
 
@@ -59,29 +67,41 @@ class FlowModel:
     backend: str = "auto"
     """Which kernels `sample` and `decode` run: see flowturbo_kernels.use_backend."""
     macs: tuple[int, int] | None = None
-    """Multiply-accumulates of one predictor and one refiner forward of one sample, where they are known."""
+    """Multiply-accumulates of one predictor and one refiner forward of one sample, where they are
+    known.
+    """
     shift: float = 1.0
     """Of the time grid on which plans given as text run: see Plan.parse."""
     captures: Captures = field(default_factory=Captures, init=False, repr=False, compare=False)
-    """CUDA graphs of whole runs; `captures.limit` bounds them, `captures.clear()` gives up their memory. See flowturbo.summary."""
+    """CUDA graphs of whole runs; `captures.limit` bounds them, `captures.clear()` gives up their
+    memory. See flowturbo.summary.
+    """
 
     def guided(self, guidance: float) -> bool:
         """Whether this scale runs both halves. ValueError where the model can't be guided."""
         if guidance != 1 and self.null_class is None:
-            raise ValueError(f"guidance={guidance} needs a model with a null class, and this one has none")
+            raise ValueError(
+                f"guidance={guidance} needs a model with a null class, and this one has none"
+            )
         return guidance != 1
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (N, C, H, W) -> images (N, height, width, 3), uint8, on the model's device. ValueError without a vae."""
+        """latents (N, C, H, W) -> images (N, height, width, 3), uint8, on the model's device.
+        ValueError without a vae.
+        """
         if self.vae is None:
-            raise ValueError("decode needs a vae: give one to load, such as vae='stabilityai/sd-vae-ft-ema'")
+            raise ValueError(
+                "decode needs a vae: give one to load, such as vae='stabilityai/sd-vae-ft-ema'"
+            )
         with use_backend(self.backend):
             return self.vae.decode(latents.to(self.device))
 
 
 class ReversedTime(nn.Module):
-    """A predictor whose time runs from data (0) to noise (1), as REPA's, in our convention: -v(x, 1 - t)."""
+    """A predictor whose time runs from data (0) to noise (1), as REPA's, in our convention: -v(x, 1
+    - t).
+    """
 
     def __init__(self, network: SiT) -> None:
         super().__init__()

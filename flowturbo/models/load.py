@@ -21,7 +21,9 @@ from .sit import SiT
 from .vae import VAE, load_vae
 
 
-def model_digests(model: str | os.PathLike[str], refiner: str | os.PathLike[str] | None) -> dict[str, str | None]:
+def model_digests(
+    model: str | os.PathLike[str], refiner: str | os.PathLike[str] | None
+) -> dict[str, str | None]:
     """SHA-256 of a model's files; a bundled model brings its own refiner."""
     bundled = MODELS.get(str(model))
     return {
@@ -63,20 +65,22 @@ def load(
 ) -> FlowModel:
     """A flow model from checkpoints.
 
-    predictor, refiner: a .pt, .pth or .safetensors file with SiT's keys (see checkpoint.load_sit), a bundled name ("digits", which
-        brings its refiner), or a SiT, which is moved and cast in place. The refiner must read and return latents of the
-        predictor's shape.
-    vae: a folder or hub name of a diffusers AutoencoderKL (needs the extra "diffusers"), "pixels", or an object with decode and
-        encode; None: what the predictor's file names, else no decoding.
+    predictor, refiner: a .pt, .pth or .safetensors file with SiT's keys (see checkpoint.load_sit),
+        a bundled name ("digits", which brings its refiner), or a SiT, which is moved and cast in
+        place. The refiner must read and return latents of the predictor's shape.
+    vae: a folder or hub name of a diffusers AutoencoderKL (needs the extra "diffusers"), "pixels",
+        or an object with decode and encode; None: what the predictor's file names, else no
+        decoding.
     heads: attention heads, where the width does not tell (the published widths do).
     device, dtype: None: cuda and bfloat16 where there is a GPU, else cpu and float32.
-    backend: which kernels run: "triton", "cuda" (csrc's), "reference" (plain torch), or "auto": the environment's
-        FLOWTURBO_BACKEND, else on CUDA the first that can, on the CPU plain torch.
+    backend: which kernels run: "triton", "cuda" (csrc's), "reference" (plain torch), or "auto": the
+        environment's FLOWTURBO_BACKEND, else on CUDA the first that can, on the CPU plain torch.
     convention: "repa" for checkpoints with time reversed; "auto" when the file tells.
-    quantize: "fp8" for the predictor's products in e4m3, with one scale a row: faster on sm_89 and later, and another velocity, by
-        some percent, which `flowturbo bench --quantize fp8` measures. A SiT that was given is changed in place.
-    Raises CheckpointError for a file that can't be used, ValueError or TypeError for arguments that don't fit together,
-    BackendError where the backend asked for can't run on the device.
+    quantize: "fp8" for the predictor's products in e4m3, with one scale a row: faster on sm_89 and
+        later, and another velocity, by some percent, which `flowturbo bench --quantize fp8`
+        measures. A SiT that was given is changed in place.
+    Raises CheckpointError for a file that can't be used, ValueError or TypeError for arguments that
+    don't fit together, BackendError where the backend asked for can't run on the device.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -107,7 +111,8 @@ def load(
     chosen_vae = vae if vae is not None else main.vae
     if isinstance(chosen_vae, str | os.PathLike):
         chosen_vae = load_vae(chosen_vae, place, dtype)
-    # Published scores of SiT guide 3 of 4 channels (public code); REPA's and everyone else's guide all.
+    # Published scores of SiT guide 3 of 4 channels (public code); REPA's and everyone else's guide
+    # all.
     three = config.channels == 4 and main.convention == "sit"
     return FlowModel(
         predictor=cast(Network, network),
@@ -125,17 +130,23 @@ def load(
 
 
 def _checkpoint(
-    source: Source, role: Literal["predictor", "refiner"], heads: int | None, convention: Literal["auto", "sit", "repa"]
+    source: Source,
+    role: Literal["predictor", "refiner"],
+    heads: int | None,
+    convention: Literal["auto", "sit", "repa"],
 ) -> Checkpoint:
     if isinstance(source, SiT):
         if source.config.reads_velocity != (role == "refiner"):
             raise ValueError(f"{role} must be a SiT with config.reads_velocity={role == 'refiner'}")
         return Checkpoint(source, "repa" if convention == "repa" else "sit")
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"{role} must be a path, a bundled name or a SiT, got {type(source).__name__}")
+        raise TypeError(
+            f"{role} must be a path, a bundled name or a SiT, got {type(source).__name__}"
+        )
     if isinstance(source, str) and source not in MODELS and not Path(source).suffix:
         raise CheckpointError(
-            f"{role} {source!r} is neither a bundled model ({', '.join(MODELS)}) nor a .safetensors, .pt or .pth file"
+            f"{role} {source!r} is neither a bundled model ({', '.join(MODELS)}) nor a "
+            ".safetensors, .pt or .pth file"
         )
     if isinstance(source, str) and source in MODELS:
         source = MODELS[source].refiner
@@ -145,8 +156,8 @@ def _checkpoint(
 def _aligned(sit: SiT) -> SiT:
     """The network, with weights on the CPU where torch would put them, at multiples of 64 bytes.
 
-    safetensors leaves them where they stand in the file, and there products round otherwise (5e-7 was measured): the same weights
-    from two files would give two images.
+    safetensors leaves them where they stand in the file, and there products round otherwise (5e-7
+    was measured): the same weights from two files would give two images.
     """
     for tensor in [*sit.parameters(), *sit.buffers()]:
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
@@ -162,4 +173,6 @@ def _check_pair(predictor: SiT, refiner: SiT) -> None:
         ("classes", p.num_classes, r.num_classes),
     ):
         if ours != theirs:
-            raise ValueError(f"refiner does not fit the predictor: it has {what} {theirs}, the predictor {ours}")
+            raise ValueError(
+                f"refiner does not fit the predictor: it has {what} {theirs}, the predictor {ours}"
+            )

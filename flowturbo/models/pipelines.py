@@ -1,4 +1,6 @@
-"""Text-to-image models from diffusers' pipelines: which parts of them are loaded, and what the pipeline says of the model."""
+"""Text-to-image models from diffusers' pipelines: which parts of them are loaded, and what the
+pipeline says of the model.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +32,24 @@ def from_pipeline(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> PromptModel:
-    """A text-to-image flow model from a diffusers pipeline: SD3, FLUX, or a Stable Diffusion 1.5 pipeline that holds 2-RF's UNet.
+    """A text-to-image flow model from a diffusers pipeline: SD3, FLUX, or a Stable Diffusion 1.5
+    pipeline that holds 2-RF's UNet.
 
-    pipe: a pipeline, or its folder or hub name. refiner: as `refiner_for` makes and `flowturbo distill` trains it: a module, or the
-        folder it was saved to.
+    pipe: a pipeline, or its folder or hub name. refiner: as `refiner_for` makes and `flowturbo
+        distill` trains it: a module, or the folder it was saved to.
     vae: as for `load`, in the place of the pipeline's own.
-    convention: "2-rf" must be said for a UNet: those of Stable Diffusion itself look just the same, and are no flow models.
+    convention: "2-rf" must be said for a UNet: those of Stable Diffusion itself look just the same,
+        and are no flow models.
     image_size: height and width in pixels, or both in one; None: the network's own.
-    device, dtype: None: where the pipeline is, and in what; for a folder or hub name as for `load`. The whole pipeline is moved,
-        and cast but for parts that are quantised.
+    device, dtype: None: where the pipeline is, and in what; for a folder or hub name as for `load`.
+        The whole pipeline is moved, and cast but for parts that are quantised.
     Raises ValueError or TypeError for what is no flow model, or does not fit.
     """
     named = isinstance(pipe, str | os.PathLike)
     if named:
-        pipe = load_pipeline(pipe, ("network", "text") if vae is not None else ("network", "text", "vae"))
+        pipe = load_pipeline(
+            pipe, ("network", "text") if vae is not None else ("network", "text", "vae")
+        )
     module: Any = network_of(pipe, convention)
     network = PromptNetwork(module)
     place = torch.device(module.device) if device is None and not named else choose_device(device)
@@ -59,10 +65,17 @@ def from_pipeline(
     height, width = _size(network, factor, image_size)
     parts = [
         module,
-        *(part for part in getattr(pipe, "components", {}).values() if isinstance(part, nn.Module) and part is not module),
+        *(
+            part
+            for part in getattr(pipe, "components", {}).values()
+            if isinstance(part, nn.Module) and part is not module
+        ),
     ]
     if _quantised(module) and dtype != module.dtype:
-        raise ValueError(f"dtype must be left out for a quantised {type(module).__name__} of {module.dtype}, got {dtype}")
+        raise ValueError(
+            f"dtype must be left out for a quantised {type(module).__name__} of {module.dtype}, "
+            f"got {dtype}"
+        )
     if named or device is not None or dtype != module.dtype:
         for part in parts:
             move_part(part, place, dtype)
@@ -84,13 +97,17 @@ def from_pipeline(
         dtype=dtype,
         vae=codec,
         guidance_style=guidance_style(module),
-        shift=_shift(getattr(pipe, "scheduler", None), height * width // (factor * network.multiple) ** 2),
+        shift=_shift(
+            getattr(pipe, "scheduler", None), height * width // (factor * network.multiple) ** 2
+        ),
         pipe=pipe if getattr(pipe, "text_encoder", None) is not None else None,
     )
 
 
 def move_part(part: nn.Module, place: torch.device, dtype: torch.dtype) -> None:
-    """By nn.Module's own way, which also casts what diffusers' refuses to; what is quantised is moved and stays what it is."""
+    """By nn.Module's own way, which also casts what diffusers' refuses to; what is quantised is
+    moved and stays what it is.
+    """
     if _quantised(part):
         nn.Module.to(part, place)
     else:
@@ -98,25 +115,37 @@ def move_part(part: nn.Module, place: torch.device, dtype: torch.dtype) -> None:
 
 
 def _quantised(part: nn.Module) -> bool:
-    """Whether its weights are no plain numbers: by diffusers' and transformers' quantisers, or kept in 8 bits and widened layer by
-    layer (enable_layerwise_casting)."""
+    """Whether its weights are no plain numbers: by diffusers' and transformers' quantisers, or kept
+    in 8 bits and widened layer by layer (enable_layerwise_casting)."""
     if any(getattr(module, "is_quantized", False) for module in part.modules()):
         return True
-    return any(t.is_floating_point() and t.dtype.itemsize == 1 for t in (*part.parameters(), *part.buffers()))
+    return any(
+        t.is_floating_point() and t.dtype.itemsize == 1
+        for t in (*part.parameters(), *part.buffers())
+    )
 
 
-def _size(network: PromptNetwork, factor: int, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+def _size(
+    network: PromptNetwork, factor: int, image_size: int | tuple[int, int] | None
+) -> tuple[int, int]:
     """Height and width in pixels that the network can make."""
     own = network.side * factor
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or (own, own)
+    height, width = (
+        (image_size, image_size) if isinstance(image_size, int) else image_size or (own, own)
+    )
     step, most = network.multiple * factor, network.longest * factor
     if any(positive("image_size", side) % step or side > most for side in (height, width)):
-        raise ValueError(f"image_size must be multiples of {step}, at most {most}, for this model, got {height} x {width}")
+        raise ValueError(
+            f"image_size must be multiples of {step}, at most {most}, for this model, got "
+            f"{height} x {width}"
+        )
     return height, width
 
 
 def _shift(scheduler: Any, tokens: int) -> float:
-    """The shift of the time grid that a pipeline's scheduler applies, for images of so many tokens (SD3: fixed; FLUX: by size)."""
+    """The shift of the time grid that a pipeline's scheduler applies, for images of so many tokens
+    (SD3: fixed; FLUX: by size).
+    """
     config = getattr(scheduler, "config", {})
     if not str(config.get("_class_name", type(scheduler).__name__)).startswith("FlowMatch"):
         return 1.0
@@ -129,19 +158,28 @@ def _shift(scheduler: Any, tokens: int) -> float:
 
 
 def network_of(pipe: Any, convention: str) -> nn.Module:
-    """The velocity network of a pipeline. TypeError and ValueError for what is no flow model, or may be none."""
+    """The velocity network of a pipeline. TypeError and ValueError for what is no flow model, or
+    may be none.
+    """
     module = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     if module is None:
-        raise TypeError(f"pipe must be a pipeline with a transformer or a unet, got {type(pipe).__name__}")
+        raise TypeError(
+            f"pipe must be a pipeline with a transformer or a unet, got {type(pipe).__name__}"
+        )
     if type(module).__name__ == "UNet2DConditionModel" and convention != "2-rf":
-        raise ValueError("convention='2-rf' must be given for a UNet: that of Stable Diffusion itself would give noise")
+        raise ValueError(
+            "convention='2-rf' must be given for a UNet: that of Stable Diffusion itself would "
+            "give noise"
+        )
     return module
 
 
 Part = Literal["network", "text", "vae"]
 
 
-def load_pipeline(name: str | os.PathLike[str], parts: Sequence[Part] = ("network", "text", "vae")) -> Any:
+def load_pipeline(
+    name: str | os.PathLike[str], parts: Sequence[Part] = ("network", "text", "vae")
+) -> Any:
     """A diffusers pipeline of which only these parts are loaded, in float32 on the CPU.
 
     ValueError where it can't be had, of the kind CheckpointError where its files can't be used.
@@ -150,10 +188,14 @@ def load_pipeline(name: str | os.PathLike[str], parts: Sequence[Part] = ("networ
     try:
         import diffusers
     except ImportError as error:
-        raise ValueError(f"model {str(name)!r} needs diffusers: pip install 'flowturbo[diffusers]' ({error})") from None
+        raise ValueError(
+            f"model {str(name)!r} needs diffusers: pip install 'flowturbo[diffusers]' ({error})"
+        ) from None
     where = str(Path(name).expanduser()) if is_path(name) else str(name)
     if is_path(name) and not (Path(where) / "model_index.json").is_file():
-        raise CheckpointError(f"model {str(name)!r} is no folder of a diffusers pipeline: it has no model_index.json")
+        raise CheckpointError(
+            f"model {str(name)!r} is no folder of a diffusers pipeline: it has no model_index.json"
+        )
     if not is_path(name):
         try:
             diffusers.DiffusionPipeline.load_config(where, local_files_only=True)
@@ -162,13 +204,19 @@ def load_pipeline(name: str | os.PathLike[str], parts: Sequence[Part] = ("networ
     try:
         config = diffusers.DiffusionPipeline.load_config(where)
         # A pipeline saved without one of its text encoders wants to be told so again.
-        left_out = {key: None for key, kind in config.items() if _part(key) not in (None, *parts) or kind == [None, None]}
+        left_out = {
+            key: None
+            for key, kind in config.items()
+            if _part(key) not in (None, *parts) or kind == [None, None]
+        }
         for key in left_out.keys() & {"transformer"}:  # encoding asks for its configuration
             kind: Any = getattr(diffusers, config[key][1])
             with torch.device("meta"):
                 left_out[key] = kind.from_config(kind.load_config(where, subfolder=key))
         # 2-RF was published as a pipeline of a class of its own, with the parts of this one.
-        base = diffusers.StableDiffusionPipeline if "unet" in config else diffusers.DiffusionPipeline
+        base = (
+            diffusers.StableDiffusionPipeline if "unet" in config else diffusers.DiffusionPipeline
+        )
         return base.from_pretrained(where, use_safetensors=True, **left_out)
     except MemoryError:
         raise
@@ -176,9 +224,12 @@ def load_pipeline(name: str | os.PathLike[str], parts: Sequence[Part] = ("networ
         hint = ""
         if "safetensors" in str(error):
             hint = (
-                "; pickled weights are not read: if you trust them, load them once with use_safetensors=False and save_pretrained"
+                "; pickled weights are not read: if you trust them, load them once with "
+                "use_safetensors=False and save_pretrained"
             )
-        raise CheckpointError(f"model {str(name)!r} can't be loaded: {first_line(error)}{hint}") from error
+        raise CheckpointError(
+            f"model {str(name)!r} can't be loaded: {first_line(error)}{hint}"
+        ) from error
 
 
 def _part(component: str) -> Part | Literal["unused"] | None:

@@ -11,10 +11,14 @@ from .sit import SIT_CONFIGS, SiT, SiTConfig
 
 
 def untrained(name: str, image_size: int, device: torch.device) -> tuple[SiT, SiT]:
-    """A predictor of that size and its refiner, with random weights: none is zero, which would be multiplied faster."""
+    """A predictor of that size and its refiner, with random weights: none is zero, which would be
+    multiplied faster.
+    """
     config = SIT_CONFIGS[name]
     if image_size < 8 * config.patch or image_size % (8 * config.patch):
-        raise ValueError(f"image_size must be a multiple of {8 * config.patch} for {name}, got {image_size}")
+        raise ValueError(
+            f"image_size must be a multiple of {8 * config.patch} for {name}, got {image_size}"
+        )
     config = SiTConfig(**{**asdict(config), "side": image_size // 8})
     return filled(config, device, 0), filled(config.refiner(), device, 1)
 
@@ -27,5 +31,7 @@ def filled(config: SiTConfig, device: torch.device, seed: int) -> SiT:
     with torch.no_grad():
         for parameter in model.parameters():
             fan = parameter[0].numel() if parameter.ndim > 1 else 1
-            nn.init.normal_(parameter, std=0.5 / fan**0.5 if parameter.ndim > 1 else 0.02, generator=generator)
+            nn.init.normal_(
+                parameter, std=0.5 / fan**0.5 if parameter.ndim > 1 else 0.02, generator=generator
+            )
     return model.requires_grad_(False).eval()

@@ -1,4 +1,6 @@
-"""SiT: the diffusion transformer of Ma et al. 2024 (arXiv 2401.08740), one class for predictor and refiner."""
+"""SiT: the diffusion transformer of Ma et al. 2024 (arXiv 2401.08740), one class for predictor and
+refiner.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,11 @@ MAX_PERIOD = 10_000
 
 @dataclass(frozen=True)
 class SiTConfig:
-    """Sizes of a SiT. side: height and width of the latent; channels: of latent and velocity; num_classes without the null class.
+    """Sizes of a SiT. side: height and width of the latent; channels: of latent and velocity;
+    num_classes without the null class.
 
-    learned_sigma: the final layer has twice the channels; the second half is not used. reads_velocity: the input is x and a
-    velocity (a refiner).
+    learned_sigma: the final layer has twice the channels; the second half is not used.
+    reads_velocity: the input is x and a velocity (a refiner).
     """
 
     hidden: int
@@ -53,7 +56,9 @@ class SiTConfig:
         if self.hidden % self.heads:
             raise ValueError(f"heads must divide the hidden size {self.hidden}, got {self.heads}")
         if self.hidden % 4:
-            raise ValueError(f"hidden must be a multiple of 4 (2-D sine and cosine positions), got {self.hidden}")
+            raise ValueError(
+                f"hidden must be a multiple of 4 (2-D sine and cosine positions), got {self.hidden}"
+            )
         if self.side % self.patch:
             raise ValueError(f"patch must divide the latent side {self.side}, got {self.patch}")
 
@@ -75,7 +80,9 @@ class SiTConfig:
         return self.num_classes
 
     def refiner(self, depth: int = 1) -> SiTConfig:
-        """The refiner of this predictor: the same trunk, `depth` blocks, reading x and v (paper section 3.2)."""
+        """The refiner of this predictor: the same trunk, `depth` blocks, reading x and v (paper
+        section 3.2).
+        """
         return replace(self, depth=depth, reads_velocity=True)
 
     def macs(self) -> int:
@@ -159,7 +166,9 @@ class AdaLN(nn.Sequential):
 
 
 class Block(nn.Module):
-    """The parameters of one DiT block; SiT.forward runs its two branches, since the seams between branches are fused."""
+    """The parameters of one DiT block; SiT.forward runs its two branches, since the seams between
+    branches are fused.
+    """
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
@@ -176,18 +185,24 @@ class FinalLayer(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """t (N,) in [0, 1], not scaled -> (N, D): 256 features, cosines first, then a two-layer perceptron."""
+    """t (N,) in [0, 1], not scaled -> (N, D): 256 features, cosines first, then a two-layer
+    perceptron.
+    """
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, hidden), SiLU(), nn.Linear(hidden, hidden))
+        self.mlp = nn.Sequential(
+            nn.Linear(TIME_FEATURES, hidden), SiLU(), nn.Linear(hidden, hidden)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         dtype = torch.promote_types(t.dtype, torch.float32)
         half = TIME_FEATURES // 2
         steps = torch.arange(half, dtype=dtype, device=t.device) / half
         angles = t.to(dtype)[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps)
-        features = torch.cat([elementwise(torch.cos, angles), elementwise(torch.sin, angles)], dim=-1)
+        features = torch.cat(
+            [elementwise(torch.cos, angles), elementwise(torch.sin, angles)], dim=-1
+        )
         return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
@@ -213,7 +228,8 @@ class PatchEmbedder(nn.Module):
 class SiT(nn.Module):
     """A predictor, v(x, t, y), or, with config.reads_velocity, a refiner, r(x, t, y, v).
 
-    Parameter names are those of the published checkpoints. After `reset_parameters` it returns zeros: its final layer is zero.
+    Parameter names are those of the published checkpoints. After `reset_parameters` it returns
+    zeros: its final layer is zero.
     """
 
     pos_embed: Tensor
@@ -224,13 +240,16 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbedder(config.in_channels, config.hidden, config.patch)
         self.t_embedder = TimestepEmbedder(config.hidden)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden)
-        self.register_buffer("pos_embed", sincos_positions(config.hidden, config.side // config.patch)[None])
+        self.register_buffer(
+            "pos_embed", sincos_positions(config.hidden, config.side // config.patch)[None]
+        )
         self.blocks = nn.ModuleList(Block(config.hidden, config.heads) for _ in range(config.depth))
         self.final_layer = FinalLayer(config.hidden, config.patch**2 * config.out_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor:
-        """x (N, C, H, W) in the weights' dtype; t (N,) float; y (N,) int64, null_class for no label; v (N, C, H, W) for a refiner
-        -> (N, C, H, W): the velocity, or the refiner's offset of it.
+        """x (N, C, H, W) in the weights' dtype; t (N,) float; y (N,) int64, null_class for no
+        label; v (N, C, H, W) for a refiner -> (N, C, H, W): the velocity, or the refiner's offset
+        of it.
         """
         return self.evaluate(x, self.modulations(self.t_embedder(t) + self.y_embedder(y)), v)
 
@@ -239,13 +258,19 @@ class SiT(nn.Module):
         return self.t_embedder(t)[:, None] + self.y_embedder(y)
 
     def modulations(self, c: Tensor) -> list[Tensor]:
-        """c (..., D) -> adaLN's modulations, which nothing else enters: (..., 6D) a block, (..., 2D) for the final layer."""
-        layers = [*(block.adaLN_modulation for block in cast(Sequence[Block], self.blocks)), self.final_layer.adaLN_modulation]
+        """c (..., D) -> adaLN's modulations, which nothing else enters: (..., 6D) a block, (...,
+        2D) for the final layer.
+        """
+        layers = [
+            *(block.adaLN_modulation for block in cast(Sequence[Block], self.blocks)),
+            self.final_layer.adaLN_modulation,
+        ]
         return [layer(c) for layer in layers]
 
     def evaluate(self, x: Tensor, modulations: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
-        """`forward` on given modulations. Their R rows may be twice those of x (N, C, H, W), which is then embedded once for both
-        halves of guidance. v (R, C, H, W) -> (R, C, H, W), in the weights' dtype.
+        """`forward` on given modulations. Their R rows may be twice those of x (N, C, H, W), which
+        is then embedded once for both halves of guidance. v (R, C, H, W) -> (R, C, H, W), in the
+        weights' dtype.
         """
         tokens, rows = self.x_embedder(x, v, self.pos_embed[0]), len(modulations[0])
         if len(tokens) != rows:
@@ -253,7 +278,9 @@ class SiT(nn.Module):
         return self.unpatchify(self._trunk(tokens, modulations))
 
     def quantize_(self) -> SiT:
-        """Put the blocks' products into fp8, in place: an error of some percent of the velocity, for about twice the rate."""
+        """Put the blocks' products into fp8, in place: an error of some percent of the velocity,
+        for about twice the rate.
+        """
         for block in cast(Sequence[Block], self.blocks):
             for part, names in ((block.attn, ("qkv", "proj")), (block.mlp, ("fc1", "fc2"))):
                 for name in names:
@@ -263,9 +290,13 @@ class SiT(nn.Module):
         return self
 
     def refiner_weights(self) -> RefinerWeights:
-        """The weights, not copied, as flowturbo_kernels.refiner_forward takes them. ValueError unless this is a refiner."""
+        """The weights, not copied, as flowturbo_kernels.refiner_forward takes them. ValueError
+        unless this is a refiner.
+        """
         if not self.config.reads_velocity:
-            raise ValueError("refiner_weights needs a SiT that reads a velocity, and this one is a predictor")
+            raise ValueError(
+                "refiner_weights needs a SiT that reads a velocity, and this one is a predictor"
+            )
 
         def pair(layer: nn.Linear | nn.Conv2d | Fp8Linear) -> Linear:
             assert layer.bias is not None
@@ -274,33 +305,54 @@ class SiT(nn.Module):
             return Linear(layer.weight, layer.bias)
 
         blocks = [
-            BlockWeights(pair(block.attn.qkv), pair(block.attn.proj), pair(block.mlp.fc1), pair(block.mlp.fc2))
+            BlockWeights(
+                pair(block.attn.qkv),
+                pair(block.attn.proj),
+                pair(block.mlp.fc1),
+                pair(block.mlp.fc2),
+            )
             for block in cast(Sequence[Block], self.blocks)
         ]
         return RefinerWeights(
-            pair(self.x_embedder.proj), self.pos_embed[0], blocks, pair(self.final_layer.linear), self.config.heads
+            pair(self.x_embedder.proj),
+            self.pos_embed[0],
+            blocks,
+            pair(self.final_layer.linear),
+            self.config.heads,
         )
 
     def _trunk(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
-        """Blocks and final layer: tokens x (N, T, D), modulations (N, 6D) and last (N, 2D) -> (N, T, p * p * out_channels)."""
+        """Blocks and final layer: tokens x (N, T, D), modulations (N, 6D) and last (N, 2D) -> (N,
+        T, p * p * out_channels).
+        """
         blocks = cast(Sequence[Block], self.blocks)
         parts = [m.chunk(6, dim=-1) for m in modulations[:-1]]
         ends = [m[:2] for m in parts[1:]] + [modulations[-1].chunk(2, dim=-1)]
         h = adaln_modulate(x, parts[0][0], parts[0][1])
-        for block, (_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp), (shift, scale) in zip(blocks, parts, ends, strict=True):
+        for block, (_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp), (shift, scale) in zip(
+            blocks, parts, ends, strict=True
+        ):
             x, h = gated_residual_adaln(x, block.attn(h), gate_msa, shift_mlp, scale_mlp)
             x, h = gated_residual_adaln(x, block.mlp(h), gate_mlp, shift, scale)
         return linear(h, self.final_layer.linear.weight, self.final_layer.linear.bias)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
-        """tokens (N, h * w, p * p * out_channels), channels innermost -> (N, C, h * p, w * p), without a learned sigma."""
+        """tokens (N, h * w, p * p * out_channels), channels innermost -> (N, C, h * p, w * p),
+        without a learned sigma.
+        """
         p, side = self.config.patch, self.config.side // self.config.patch
-        grid = tokens.view(len(tokens), side, side, p, p, self.config.out_channels)[..., : self.config.channels]
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.config.channels, side * p, side * p)
+        grid = tokens.view(len(tokens), side, side, p, p, self.config.out_channels)[
+            ..., : self.config.channels
+        ]
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(
+            len(tokens), self.config.channels, side * p, side * p
+        )
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> SiT:
-        """SiT's initial weights: Xavier for products, 0.02 normal for embedders, zero for adaLN and the final layer."""
+        """SiT's initial weights: Xavier for products, 0.02 normal for embedders, zero for adaLN and
+        the final layer.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
@@ -319,7 +371,9 @@ class SiT(nn.Module):
 
 
 def sincos_positions(hidden: int, side: int) -> Tensor:
-    """Fixed 2-D sine and cosine positions, (side * side, hidden): the first half of the features is of the column."""
+    """Fixed 2-D sine and cosine positions, (side * side, hidden): the first half of the features is
+    of the column.
+    """
     omega = 1.0 / MAX_PERIOD ** (torch.arange(hidden // 4, dtype=torch.float64) / (hidden / 4))
     rows, columns = torch.meshgrid(*[torch.arange(side, dtype=torch.float64)] * 2, indexing="ij")
     features = []
@@ -333,8 +387,8 @@ _BLOCK = re.compile(r"blocks\.([0-9]+)\.")
 
 
 def _count_blocks(state: Mapping[str, Tensor]) -> int:
-    """One more than the largest block number, but at most twice the blocks there are: a stray number makes no giant model, and
-    missing blocks show when the keys are compared one by one."""
+    """One more than the largest block number, but at most twice the blocks there are: a stray
+    number makes no giant model, and missing blocks show when the keys are compared one by one."""
     numbers = set()
     for name in state:
         if name.startswith("blocks."):
@@ -345,17 +399,28 @@ def _count_blocks(state: Mapping[str, Tensor]) -> int:
     return min(1 + max(numbers, default=-1), 2 * len(numbers))
 
 
-def config_from_state(state: Mapping[str, Tensor], *, reads_velocity: bool = False, heads: int | None = None) -> SiTConfig:
+def config_from_state(
+    state: Mapping[str, Tensor], *, reads_velocity: bool = False, heads: int | None = None
+) -> SiTConfig:
     """Sizes read off the tensors of a checkpoint; heads from the published sizes when not given.
 
-    Raises KeyError for a missing key that sizes are read from, ValueError where the shapes fit no SiT or heads can't be known.
+    Raises KeyError for a missing key that sizes are read from, ValueError where the shapes fit no
+    SiT or heads can't be known.
     """
     projection, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table.weight"]
     if projection.ndim != 4 or projection.shape[2] != projection.shape[3]:
-        raise ValueError(f"x_embedder.proj.weight must have shape (D, C, p, p), got {tuple(projection.shape)}")
-    for name, axes in (("pos_embed", 3), ("y_embedder.embedding_table.weight", 2), ("final_layer.linear.weight", 2)):
+        raise ValueError(
+            f"x_embedder.proj.weight must have shape (D, C, p, p), got {tuple(projection.shape)}"
+        )
+    for name, axes in (
+        ("pos_embed", 3),
+        ("y_embedder.embedding_table.weight", 2),
+        ("final_layer.linear.weight", 2),
+    ):
         if state[name].ndim != axes:
-            raise ValueError(f"{name} must have {axes} dimensions, got shape {tuple(state[name].shape)}")
+            raise ValueError(
+                f"{name} must have {axes} dimensions, got shape {tuple(state[name].shape)}"
+            )
     hidden, in_channels, patch, _ = projection.shape
     depth = _count_blocks(state)
     tokens = state["pos_embed"].shape[1]
@@ -368,13 +433,16 @@ def config_from_state(state: Mapping[str, Tensor], *, reads_velocity: bool = Fal
     outputs = state["final_layer.linear.weight"].shape[0]
     if outputs not in (patch**2 * channels, 2 * patch**2 * channels):
         raise ValueError(
-            f"final_layer.linear.weight must have {patch**2 * channels} or {2 * patch**2 * channels} rows "
+            f"final_layer.linear.weight must have {patch**2 * channels} or "
+            f"{2 * patch**2 * channels} rows "
             f"for patch {patch} and {channels} channels, got {outputs}"
         )
     if heads is None:
         known = {sizes["hidden"]: sizes["heads"] for sizes in SIT_SIZES.values()}
         if hidden not in known:
-            raise ValueError(f"heads must be given: width {hidden} is none of the published {sorted(known)}")
+            raise ValueError(
+                f"heads must be given: width {hidden} is none of the published {sorted(known)}"
+            )
         heads = known[hidden]
     return SiTConfig(
         hidden=hidden,

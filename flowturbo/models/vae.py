@@ -1,4 +1,6 @@
-"""Between images and latents: an interface, the Stable Diffusion VAE through diffusers, and plain pixels."""
+"""Between images and latents: an interface, the Stable Diffusion VAE through diffusers, and plain
+pixels.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ from .vae_fusion import fuse
 
 SD_LATENT_SCALE = 0.18215
 DECODE_BYTES = 2 << 30
-"""What decoding takes at most, so that sampling large batches does not fail at their end: slices of this size fill any device."""
+"""What decoding takes at most, so that sampling large batches does not fail at their end: slices of
+this size fill any device.
+"""
 
 
 @runtime_checkable
 class VAE(Protocol):
-    """What sampling, training, encoding and editing ask of an autoencoder. factor: pixels of an image to a side of a latent."""
+    """What sampling, training, encoding and editing ask of an autoencoder. factor: pixels of an
+    image to a side of a latent.
+    """
 
     factor: int
 
@@ -31,7 +37,9 @@ class VAE(Protocol):
         ...
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """images (N, height, width, 3), uint8 -> mean and standard deviation (None: exact) of the latents, (N, C, H, W) float32."""
+        """images (N, height, width, 3), uint8 -> mean and standard deviation (None: exact) of the
+        latents, (N, C, H, W) float32.
+        """
         ...
 
 
@@ -48,16 +56,19 @@ class Pixels:
 
 
 class DiffusersVAE:
-    """An AutoencoderKL or AutoencoderTiny of diffusers. Its latents z become (z - shift) * scale, by its own factors.
+    """An AutoencoderKL or AutoencoderTiny of diffusers. Its latents z become (z - shift) * scale,
+    by its own factors.
 
-    They are 0 and 0.18215 for SD's. The tiny ones (TAESD) read and write latents as they are after that: 0 and 1.
+    They are 0 and 0.18215 for SD's. The tiny ones (TAESD) read and write latents as they are after
+    that: 0 and 1.
     """
 
     def __init__(self, network: Any) -> None:
         config = network.config
         if any(getattr(config, name, None) is not None for name in ("latents_mean", "latents_std")):
             raise ValueError(
-                "a VAE with latents_mean and latents_std in its configuration is not supported: only scale and shift are"
+                "a VAE with latents_mean and latents_std in its configuration is not supported: "
+                "only scale and shift are"
             )
         self.network = network
         self.scale = float(getattr(config, "scaling_factor", SD_LATENT_SCALE))
@@ -68,29 +79,43 @@ class DiffusersVAE:
 
     def decode(self, latents: Tensor) -> Tensor:
         if latents.ndim != 4 or latents.shape[1] != self.channels:
-            raise ValueError(f"latents must have shape (N, {self.channels}, H, W) for this vae, got {tuple(latents.shape)}")
+            raise ValueError(
+                f"latents must have shape (N, {self.channels}, H, W) for this vae, got "
+                f"{tuple(latents.shape)}"
+            )
         wide = latents.to(self.network.device, torch.promote_types(latents.dtype, torch.float32))
-        z = (wide / self.scale + self.shift).to(self.network.dtype).contiguous(memory_format=torch.channels_last)
+        z = (
+            (wide / self.scale + self.shift)
+            .to(self.network.dtype)
+            .contiguous(memory_format=torch.channels_last)
+        )
         return in_slices(self._images, z, max(1, DECODE_BYTES // self._decode_bytes(*z.shape[2:])))
 
     def _images(self, z: Tensor) -> Tensor:
         return to_uint8(self.network.decode(z).sample).permute(0, 2, 3, 1)
 
     def _decode_bytes(self, height: int, width: int) -> int:
-        """About what decoding one image takes: input, normalised input and output of the widest layer at full size."""
+        """About what decoding one image takes: input, normalised input and output of the widest
+        layer at full size.
+        """
         widest = max(self.network.config.block_out_channels[:2])
         return int(3 * widest * height * width * self.factor**2 * self.network.dtype.itemsize)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         height, width = images.shape[1:3]
         if height % self.factor or width % self.factor:
-            raise ValueError(f"images must have sides that are multiples of {self.factor} for this vae, got {height} x {width}")
+            raise ValueError(
+                f"images must have sides that are multiples of {self.factor} for this vae, got "
+                f"{height} x {width}"
+            )
         pixels = to_float(images.to(self.network.device)).to(self.network.dtype)
         encoded = self.network.encode(pixels.contiguous(memory_format=torch.channels_last))
         if not hasattr(encoded, "latent_dist"):  # a tiny one knows no spread
             return self.scale * (encoded.latents.float() - self.shift), None
         posterior = encoded.latent_dist
-        return self.scale * (posterior.mean.float() - self.shift), self.scale * posterior.std.float()
+        return self.scale * (
+            posterior.mean.float() - self.shift
+        ), self.scale * posterior.std.float()
 
 
 def in_slices(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
@@ -100,7 +125,8 @@ def in_slices(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
         try:
             done.append(run(x[first : first + size]))
         except torch.OutOfMemoryError:
-            # A capture that fails must fail as a whole: whoever captures gives up memory and tries again.
+            # A capture that fails must fail as a whole: whoever captures gives up memory and tries
+            # again.
             if size == 1 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
                 raise
             size = (min(size, len(x) - first) + 1) // 2
@@ -108,28 +134,34 @@ def in_slices(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
 
 
 def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> VAE:
-    """ "pixels", or an AutoencoderKL or AutoencoderTiny of diffusers (safetensors only): a folder, or a hub name, "org/name" or
-    "org/name/folder".
+    """ "pixels", or an AutoencoderKL or AutoencoderTiny of diffusers (safetensors only): a folder,
+    or a hub name, "org/name" or "org/name/folder".
 
-    A folder may also be that of a whole pipeline, with the VAE in its sub-folder vae. It runs in dtype, but in float32 on the CPU
-    and where its configuration says that float16 overflows. Its convolutions of float32 are in TF32 on a GPU, as torch's are by
-    default (torch.backends.cudnn.allow_tf32). Raises ValueError if it can't be had, of the kind CheckpointError if its files are
-    damaged or those of another model.
+    A folder may also be that of a whole pipeline, with the VAE in its sub-folder vae. It runs in
+    dtype, but in float32 on the CPU and where its configuration says that float16 overflows. Its
+    convolutions of float32 are in TF32 on a GPU, as torch's are by default
+    (torch.backends.cudnn.allow_tf32). Raises ValueError if it can't be had, of the kind
+    CheckpointError if its files are damaged or those of another model.
     """
     if name == "pixels":
         return Pixels()
     try:
         from diffusers import AutoencoderKL, AutoencoderTiny
     except ImportError as error:
-        raise ValueError(f"vae {str(name)!r} needs diffusers: pip install 'flowturbo[diffusers]' ({error})") from None
+        raise ValueError(
+            f"vae {str(name)!r} needs diffusers: pip install 'flowturbo[diffusers]' ({error})"
+        ) from None
     kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
     if is_path(name):
-        network = read_pretrained("vae", kinds, name, str(_vae_folder(Path(name).expanduser())), local_files_only=True)
+        network = read_pretrained(
+            "vae", kinds, name, str(_vae_folder(Path(name).expanduser())), local_files_only=True
+        )
     else:
         network = _from_hub(kinds, str(name))
     too_narrow = device.type == "cpu" and dtype.itemsize < 4
     overflows = dtype == torch.float16 and getattr(network.config, "force_upcast", False)
-    # nn.Module's own way: diffusers' warns of parts to be kept in float32, even where there are none.
+    # nn.Module's own way: diffusers' warns of parts to be kept in float32, even where there are
+    # none.
     nn.Module.to(network, device, torch.float32 if too_narrow or overflows else dtype)
     fuse(network)
     return DiffusersVAE(network.eval().requires_grad_(False))
@@ -138,13 +170,21 @@ def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dt
 def _vae_folder(path: Path) -> Path:
     """The folder that holds a VAE's configuration and weights as safetensors."""
     if not path.is_dir():
-        absent = "does not exist (a name is looked for on the hub if it is like 'org/name' and no folder org stands here)"
+        absent = (
+            "does not exist (a name is looked for on the hub if it is like 'org/name' and no "
+            "folder org stands here)"
+        )
         what = "is a file, not a folder" if path.exists() else absent
-        raise ValueError(f"vae must be 'pixels', the folder of an AutoencoderKL or a hub name, but {path} {what}")
-    folder = path / "vae" if not (path / "config.json").is_file() and (path / "vae").is_dir() else path
+        raise ValueError(
+            f"vae must be 'pixels', the folder of an AutoencoderKL or a hub name, but {path} {what}"
+        )
+    folder = (
+        path / "vae" if not (path / "config.json").is_file() and (path / "vae").is_dir() else path
+    )
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"vae must be the folder of an AutoencoderKL, as diffusers' save_pretrained writes it, but {path} has no config.json"
+            "vae must be the folder of an AutoencoderKL, as diffusers' save_pretrained writes "
+            f"it, but {path} has no config.json"
         )
     weights = folder / "diffusion_pytorch_model.safetensors"
     if not weights.is_file() and not weights.with_suffix(".safetensors.index.json").is_file():
@@ -152,8 +192,10 @@ def _vae_folder(path: Path) -> Path:
         if not pickled:
             raise ValueError(f"vae {path} has no {weights.name}")
         raise ValueError(
-            f"vae {path} has no {weights.name}, but {pickled[0]}, a pickle, which is not read; if you trust it, convert it once: "
-            f"AutoencoderKL.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained({str(folder)!r})"
+            f"vae {path} has no {weights.name}, but {pickled[0]}, a pickle, which is not read; if "
+            "you trust it, convert it once: "
+            f"AutoencoderKL.from_pretrained({str(folder)!r}, "
+            f"use_safetensors=False).save_pretrained({str(folder)!r})"
         )
     return folder
 
@@ -163,13 +205,17 @@ def _from_hub(kinds: Mapping[str, Any], name: str) -> Any:
     parts = name.split("/")
     repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:]) or None
     with contextlib.suppress(CheckpointError):
-        return read_pretrained("vae", kinds, name, repository, subfolder=subfolder, local_files_only=True)
+        return read_pretrained(
+            "vae", kinds, name, repository, subfolder=subfolder, local_files_only=True
+        )
     ask_hub("vae", name, repository)
     return read_pretrained("vae", kinds, name, repository, subfolder=subfolder)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> 0 to 255 by 127.5 x + 128, cut off: the rounding that the published SiT scores used."""
+    """[-1, 1] -> 0 to 255 by 127.5 x + 128, cut off: the rounding that the published SiT scores
+    used.
+    """
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
 
 

@@ -1,4 +1,6 @@
-"""The library's kernels inside a diffusers autoencoder, without forking it: modules of one instance are exchanged."""
+"""The library's kernels inside a diffusers autoencoder, without forking it: modules of one instance
+are exchanged.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from flowturbo_kernels import group_norm_silu
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """silu(GroupNorm(x)) in one operation, with the parameters of the GroupNorm whose place it takes."""
+    """silu(GroupNorm(x)) in one operation, with the parameters of the GroupNorm whose place it
+    takes.
+    """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__(norm.num_groups, norm.num_channels, norm.eps, device="meta")
@@ -22,15 +26,23 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 def fuse(network: nn.Module) -> int:
-    """Exchange, in this instance of AutoencoderKL, every GroupNorm that a SiLU follows -> how many. Its state keeps its names."""
+    """Exchange, in this instance of AutoencoderKL, every GroupNorm that a SiLU follows -> how many.
+    Its state keeps its names.
+    """
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     count = 0
     for module in network.modules():
         block: Any = module
-        if getattr(block, "time_emb_proj", block) is not None:  # only residual blocks have it, and an autoencoder's know no time
+        if (
+            getattr(block, "time_emb_proj", block) is not None
+        ):  # only residual blocks have it, and an autoencoder's know no time
             continue
         if _are_fit(block.nonlinearity, block.norm1, block.norm2):
-            block.norm1, block.norm2, block.nonlinearity = GroupNormSiLU(block.norm1), GroupNormSiLU(block.norm2), nn.Identity()
+            block.norm1, block.norm2, block.nonlinearity = (
+                GroupNormSiLU(block.norm1),
+                GroupNormSiLU(block.norm2),
+                nn.Identity(),
+            )
             count += 2
     for part in (getattr(network, "encoder", None), getattr(network, "decoder", None)):
         norm: Any = getattr(part, "conv_norm_out", None)
@@ -41,4 +53,6 @@ def fuse(network: nn.Module) -> int:
 
 
 def _are_fit(activation: Any, *norms: Any) -> bool:
-    return isinstance(activation, nn.SiLU) and all(type(norm) is nn.GroupNorm and norm.affine for norm in norms)
+    return isinstance(activation, nn.SiLU) and all(
+        type(norm) is nn.GroupNorm and norm.affine for norm in norms
+    )

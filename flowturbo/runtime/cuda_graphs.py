@@ -1,7 +1,9 @@
-"""CUDA graphs of whole runs, kept for replay in a bounded cache. It knows keys, tensors and functions; no model, no plan.
+"""CUDA graphs of whole runs, kept for replay in a bounded cache. It knows keys, tensors and
+functions; no model, no plan.
 
-A run under a new key is executed as it is, which compiles and measures whatever it needs; the second one under that key is
-captured, and replayed from then on: inputs are copied into buffers of the graph, the result is copied out.
+A run under a new key is executed as it is, which compiles and measures whatever it needs; the
+second one under that key is captured, and replayed from then on: inputs are copied into buffers of
+the graph, the result is copied out.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ Body = Callable[..., Tensor]
 
 
 class Key(NamedTuple):
-    """What a capture is kept under. what: everything that decides the work but the number of images, which is `size`."""
+    """What a capture is kept under. what: everything that decides the work but the number of
+    images, which is `size`.
+    """
 
     what: Hashable
     size: int
@@ -43,10 +47,12 @@ class CaptureError(RuntimeError):
 
 @dataclass
 class Capture:
-    """A captured run and what it cost. memory: bytes that the device's allocator took for it, beyond those of earlier captures.
+    """A captured run and what it cost. memory: bytes that the device's allocator took for it,
+    beyond those of earlier captures.
 
-    seconds: to capture; eager, replay: of one run executed as it is, and of one replay. ahead: whether it was asked for by name.
-    Once it is given up, its figures stay and its memory goes, whoever still holds it.
+    seconds: to capture; eager, replay: of one run executed as it is, and of one replay. ahead:
+    whether it was asked for by name. Once it is given up, its figures stay and its memory goes,
+    whoever still holds it.
     """
 
     key: Key
@@ -62,7 +68,12 @@ class Capture:
     hits: int = 0
 
     def give_up(self) -> None:
-        self.inputs, self.result, self.replay, self.watched = {}, torch.empty(0), _given_up, Fingerprint()
+        self.inputs, self.result, self.replay, self.watched = (
+            {},
+            torch.empty(0),
+            _given_up,
+            Fingerprint(),
+        )
 
 
 def _given_up() -> None:
@@ -71,7 +82,9 @@ def _given_up() -> None:
 
 @dataclass
 class Fingerprint:
-    """Where the weights of modules lie. It holds the memory it names, so that a replay never reads what was given back."""
+    """Where the weights of modules lie. It holds the memory it names, so that a replay never reads
+    what was given back.
+    """
 
     addresses: list[int] = field(default_factory=list)
     kept: list[Any] = field(default_factory=list)
@@ -88,8 +101,8 @@ class Fingerprint:
 
 
 def addresses(modules: Sequence[nn.Module]) -> list[int]:
-    """The modules inside these and where their tensors lie: it changes when a weight is moved, cast or replaced, a module is put in
-    another's place, or modules learn or forget."""
+    """The modules inside these and where their tensors lie: it changes when a weight is moved, cast
+    or replaced, a module is put in another's place, or modules learn or forget."""
     found = []
     todo = list(modules)
     while todo:
@@ -102,16 +115,20 @@ def addresses(modules: Sequence[nn.Module]) -> list[int]:
 
 
 class Captures:
-    """The captured runs of one model: at most `limit`, the least recently used given up first, those made ahead last.
+    """The captured runs of one model: at most `limit`, the least recently used given up first,
+    those made ahead last.
 
-    limit: may be changed at any time. recorder: None: CUDA graphs on CUDA devices, and elsewhere nothing is captured.
+    limit: may be changed at any time. recorder: None: CUDA graphs on CUDA devices, and elsewhere
+        nothing is captured.
     """
 
     def __init__(self, limit: int = 8, recorder: Recorder | None = None) -> None:
         self.limit, self.recorder = limit, recorder
         self._lock = threading.RLock()
         self._kept: OrderedDict[Key, Capture] = OrderedDict()
-        self._met: OrderedDict[Key, str | None] = OrderedDict()  # keys run before -> why they can't be captured
+        self._met: OrderedDict[Key, str | None] = (
+            OrderedDict()
+        )  # keys run before -> why they can't be captured
 
     def __reduce__(self) -> tuple[type[Captures], tuple[int]]:
         return Captures, (self.limit,)  # a copy of a model has other weights
@@ -141,10 +158,15 @@ class Captures:
             gain = c.eager_seconds / c.replay_seconds if c.replay_seconds else float("nan")
             lines.append(
                 f"{c.key.what}, batch {c.key.size}: {c.replay_seconds * 1e3:.2f} ms a replay, "
-                f"{c.eager_seconds * 1e3:.2f} ms without a graph ({gain:.2f} times), {c.memory / 2**20:.0f} MiB, "
-                f"captured in {c.seconds:.2f} s{' ahead of time' if c.ahead else ''}, replayed {c.hits} times"
+                f"{c.eager_seconds * 1e3:.2f} ms without a graph ({gain:.2f} times), "
+                f"{c.memory / 2**20:.0f} MiB, "
+                f"captured in {c.seconds:.2f} s{' ahead of time' if c.ahead else ''}, replayed "
+                f"{c.hits} times"
             )
-        lines += [f"{key.what}, batch {key.size}: without a graph, since {why}" for key, why in self.refused().items()]
+        lines += [
+            f"{key.what}, batch {key.size}: without a graph, since {why}"
+            for key, why in self.refused().items()
+        ]
         return "\n".join(lines) or "nothing is captured"
 
     def clear(self) -> None:
@@ -158,10 +180,21 @@ class Captures:
     def size_for(self, what: Hashable, count: int) -> int | None:
         """The smallest size captured ahead that holds `count` images."""
         with self._lock:
-            return min((k.size for k, c in self._kept.items() if c.ahead and k.what == what and k.size >= count), default=None)
+            return min(
+                (
+                    k.size
+                    for k, c in self._kept.items()
+                    if c.ahead and k.what == what and k.size >= count
+                ),
+                default=None,
+            )
 
-    def run(self, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module]) -> Tensor:
-        """The body's result on these inputs, by replay where it is captured. modules: all whose weights the body reads."""
+    def run(
+        self, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module]
+    ) -> Tensor:
+        """The body's result on these inputs, by replay where it is captured. modules: all whose
+        weights the body reads.
+        """
         with self._lock:
             while True:
                 capture = self._kept.get(key)
@@ -181,13 +214,20 @@ class Captures:
                 self._drop(c for c in self._kept.values() if not c.watched.fits(modules))
         return body(**inputs)
 
-    def ahead(self, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module]) -> Capture:
-        """Capture now, and keep it before those that came by themselves. CaptureError where it can't be."""
+    def ahead(
+        self, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module]
+    ) -> Capture:
+        """Capture now, and keep it before those that came by themselves. CaptureError where it
+        can't be.
+        """
         with self._lock:
             kept = self._kept.get(key)
             if kept is None or not kept.watched.fits(modules):
                 if sum(c.ahead for c in self._kept.values() if c.key != key) >= self.limit:
-                    raise CaptureError(f"there are {self.limit} captures made ahead already: raise model.captures.limit for more")
+                    raise CaptureError(
+                        f"there are {self.limit} captures made ahead already: raise "
+                        "model.captures.limit for more"
+                    )
                 self._drop([kept] if kept is not None else [])
                 kept = self._capture(key, body, inputs, modules, first=True)
             kept.ahead = True
@@ -200,7 +240,9 @@ class Captures:
             self._met.popitem(last=False)
 
     def _drop(self, captures: Iterable[Capture]) -> None:
-        """Give up captures, once the device has done the replays that were asked for: others may write to their memory at once."""
+        """Give up captures, once the device has done the replays that were asked for: others may
+        write to their memory at once.
+        """
         gone = list(captures)
         if gone and self.recorder is not None:
             self.recorder.settle()
@@ -209,15 +251,24 @@ class Captures:
             capture.give_up()
 
     def _capture(
-        self, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module], first: bool = False
+        self,
+        key: Key,
+        body: Body,
+        inputs: Mapping[str, Tensor],
+        modules: Sequence[nn.Module],
+        first: bool = False,
     ) -> Capture:
         """first: whether the body may have to compile and measure what it needs."""
         device = next(iter(inputs.values())).device
-        if self.recorder is None or getattr(self.recorder, "device", device) != device:  # the model is on another one now
+        if (
+            self.recorder is None or getattr(self.recorder, "device", device) != device
+        ):  # the model is on another one now
             self._drop(self._kept.values())
             self.recorder = CudaRecorder(device)
         while len(self._kept) >= self.limit:
-            self._drop([min(self._kept.values(), key=lambda c: c.ahead)])  # the first of the smallest: the least recent
+            self._drop(
+                [min(self._kept.values(), key=lambda c: c.ahead)]
+            )  # the first of the smallest: the least recent
         outer = sys.exc_info()[1]  # what the caller may be handling
         for last_try in (False, True):
             try:
@@ -226,12 +277,18 @@ class Captures:
             except Exception as error:  # whatever a body, a compiler or a driver may raise
                 _let_go(error, outer)
                 if not _lacks_memory(error):
-                    why = f"capturing {key.what} failed ({type(error).__name__}: {_first_line(error)})"
+                    why = (
+                        f"capturing {key.what} failed ({type(error).__name__}: "
+                        f"{_first_line(error)})"
+                    )
                     raise self._refuse(key, why) from error
                 self._drop(self._kept.values())
                 self.recorder.release()
                 if last_try:
-                    why = f"capturing {key.what} for {key.size} images ran out of memory ({_first_line(error)})"
+                    why = (
+                        f"capturing {key.what} for {key.size} images ran out of memory "
+                        f"({_first_line(error)})"
+                    )
                     raise self._refuse(key, why) from error
         self._kept[key] = made
         self._meet(key, None)
@@ -245,9 +302,16 @@ class Captures:
         return CaptureError(why)
 
     def _record(
-        self, recorder: Recorder, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module], first: bool
+        self,
+        recorder: Recorder,
+        key: Key,
+        body: Body,
+        inputs: Mapping[str, Tensor],
+        modules: Sequence[nn.Module],
+        first: bool,
     ) -> Capture:
-        # Whatever the mode of this call, later ones may have another: tensors of inference mode can't be written to outside it.
+        # Whatever the mode of this call, later ones may have another: tensors of inference mode
+        # can't be written to outside it.
         with RECORDING, torch.inference_mode(False), torch.no_grad(), recorder.turn():
             watched = Fingerprint.of(modules)
             buffers = {name: value.clone() for name, value in inputs.items()}
@@ -281,13 +345,21 @@ def _first_line(error: BaseException) -> str:
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    """Whether torch's allocator says so, or the driver or a library, which have no type of error for it."""
+    """Whether torch's allocator says so, or the driver or a library, which have no type of error
+    for it.
+    """
     said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "alloc_failed" in said
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "out of memory" in said
+        or "alloc_failed" in said
+    )
 
 
 def _let_go(error: BaseException | None, outer: BaseException | None) -> None:
-    """Free what the frames of an error hold, tensors of a body for example, and of those it came from up to the outer one."""
+    """Free what the frames of an error hold, tensors of a body for example, and of those it came
+    from up to the outer one.
+    """
     while error is not None and error is not outer:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__

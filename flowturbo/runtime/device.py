@@ -16,7 +16,11 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    named = (
+        re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if cpuinfo.exists()
+        else None
+    )
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
@@ -39,13 +43,20 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; None: a GPU if there is one. ValueError for a name that is none and for CUDA that is not there."""
+    """The device of that name; None: a GPU if there is one. ValueError for a name that is none and
+    for CUDA that is not there.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device must be a device of torch such as 'cuda' or 'cpu', got {device!r}: {error}") from None
+        raise ValueError(
+            f"device must be a device of torch such as 'cuda' or 'cpu', got {device!r}: {error}"
+        ) from None
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) sees no CUDA device")
+        raise ValueError(
+            f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) sees no "
+            "CUDA device"
+        )
     return place

@@ -1,4 +1,6 @@
-"""Processes that work together under torchrun: the device of each, and what one of them finds told to all."""
+"""Processes that work together under torchrun: the device of each, and what one of them finds told
+to all.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,25 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # Before there is a group: its default arguments would hold that to the end.
+
+# Before there is a group: its default arguments would hold that to the end.
+import torch.distributed.nn.functional
 
 from .device import choose_device
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
-"""How long a process waits for another that is alive. One that died is noticed at once, since its connections close."""
+"""How long a process waits for another that is alive. One that died is noticed at once, since its
+connections close.
+"""
 
 
 @contextlib.contextmanager
 def workers(device: str | None) -> Iterator[torch.device]:
-    """The device of this process; under torchrun, in a process group for as long as the block lasts."""
+    """The device of this process; under torchrun, in a process group for as long as the block
+    lasts.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield choose_device(device)
         return
@@ -31,7 +39,9 @@ def workers(device: str | None) -> Iterator[torch.device]:
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
-    if dist.is_initialized():  # the caller's group: a second one in a process meets the first one's addresses and may hang
+    if (
+        dist.is_initialized()
+    ):  # the caller's group: a second one in a process meets the first one's addresses and may hang
         yield place
         return
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
@@ -42,17 +52,22 @@ def workers(device: str | None) -> Iterator[torch.device]:
 
 
 class Team:
-    """The processes of the group, or this one alone, for work that each does on its own between few agreements. Used by `with`.
+    """The processes of the group, or this one alone, for work that each does on its own between few
+    agreements. Used by `with`.
 
-    A group has threads of torch's, and one of them that lets go of a tensor while the interpreter ends aborts the process. So the
-    group must have ended by then, and no error that leaves here may keep it alive.
+    A group has threads of torch's, and one of them that lets go of a tensor while the interpreter
+    ends aborts the process. So the group must have ended by then, and no error that leaves here may
+    keep it alive.
     """
 
     _group: dist.ProcessGroup | None = None
 
     def __init__(self) -> None:
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        # Through gloo whatever the group is of: nothing but words is exchanged, and nccl's waiting occupies the GPU.
+        self.rank, self.size = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
+        # Through gloo whatever the group is of: nothing but words is exchanged, and nccl's waiting
+        # occupies the GPU.
         if self.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -65,7 +80,9 @@ class Team:
             self._group = None
 
     def told(self, find: Callable[[], T]) -> T:
-        """What `find` returns in process 0, in all; what it raises there, all raise. None goes on before it is found."""
+        """What `find` returns in process 0, in all; what it raises there, all raise. None goes on
+        before it is found.
+        """
         outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -96,4 +113,6 @@ class Team:
             yield
         except RuntimeError as error:
             traceback.clear_frames(error.__traceback__)  # torch's, which hold the group
-            raise RuntimeError("another process of this run has ended: start the same command again to go on") from error
+            raise RuntimeError(
+                "another process of this run has ended: start the same command again to go on"
+            ) from error

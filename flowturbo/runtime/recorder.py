@@ -1,4 +1,6 @@
-"""What records the work of a run on a device and does it again: CUDA graphs, their pool of memory, and what failures leave."""
+"""What records the work of a run on a device and does it again: CUDA graphs, their pool of memory,
+and what failures leave.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,15 @@ class Recorder(Protocol):
     """What can record the work of a run on a device."""
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-        """Its result's buffer, and what does the work again. The buffer is filled by that, and not by the recording."""
+        """Its result's buffer, and what does the work again. The buffer is filled by that, and not
+        by the recording.
+        """
         ...
 
     def turn(self) -> AbstractContextManager[object]:
-        """Work queued inside waits for the work queued in earlier turns, on whatever stream and by whatever thread."""
+        """Work queued inside waits for the work queued in earlier turns, on whatever stream and by
+        whatever thread.
+        """
         ...
 
     def settle(self) -> None:
@@ -78,7 +84,11 @@ class CudaRecorder:
 
     def held(self) -> int:
         segments = torch.cuda.memory_snapshot()
-        of_pools = (s for s in segments if s["device"] == self.device.index and tuple(s["segment_pool_id"]) != (0, 0))
+        of_pools = (
+            s
+            for s in segments
+            if s["device"] == self.device.index and tuple(s["segment_pool_id"]) != (0, 0)
+        )
         return sum(s["total_size"] for s in of_pools)
 
     def release(self) -> None:

@@ -1,4 +1,6 @@
-"""Random numbers addressed by name: each is a function of a seed and of what it is for, never of what was drawn before."""
+"""Random numbers addressed by name: each is a function of a seed and of what it is for, never of
+what was drawn before.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,18 @@ from ..checks import natural
 
 
 def stream(seed: int, number: int, lane: int = 0) -> np.random.Generator:
-    """The generator of (seed, number, lane): Philox with the seed as key and the address in the counter's high words."""
+    """The generator of (seed, number, lane): Philox with the seed as key and the address in the
+    counter's high words.
+    """
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, number, lane]))
 
 
 def noise(shape: Sequence[int], seed: int, images: Iterable[int]) -> Tensor:
-    """Standard normal noise, (number of images, *shape), float32, on the CPU: row k is a function of (seed, images[k]) alone.
+    """Standard normal noise, (number of images, *shape), float32, on the CPU: row k is a function
+    of (seed, images[k]) alone.
 
-    To the last bit, whatever else is drawn beside it, so that any part of a set of images can be made anywhere, in any order.
-    seed and the numbers of images: from 0 to 2**63 - 1.
+    To the last bit, whatever else is drawn beside it, so that any part of a set of images can be
+    made anywhere, in any order. seed and the numbers of images: from 0 to 2**63 - 1.
     """
     numbers = [natural("images", i) for i in images]
     key = natural("seed", seed)
@@ -34,14 +39,20 @@ _CLASSES = 2**62  # a lane apart from those of noise and of training
 
 
 def random_classes(num_classes: int, seed: int, images: Iterable[int]) -> np.ndarray:
-    """A class number for each image, uniform, (number of images,) int64: a function of (seed, images[k]) alone, as its noise."""
+    """A class number for each image, uniform, (number of images,) int64: a function of (seed,
+    images[k]) alone, as its noise.
+    """
     key = natural("seed", seed)
-    return np.array([stream(key, natural("images", i), _CLASSES).integers(num_classes) for i in images], dtype=np.int64)
+    return np.array(
+        [stream(key, natural("images", i), _CLASSES).integers(num_classes) for i in images],
+        dtype=np.int64,
+    )
 
 
 class Draws:
-    """The random numbers of some rows of one training step. Row j of step k draws from (seed, k, j) alone, so that how a batch is
-    split over processes changes nothing, and a resumed run needs no stored generator state."""
+    """The random numbers of some rows of one training step. Row j of step k draws from (seed, k, j)
+    alone, so that how a batch is split over processes changes nothing, and a resumed run needs no
+    stored generator state."""
 
     def __init__(self, seed: int, step: int, rows: Iterable[int]) -> None:
         self._rows = [stream(seed, step, 1 + row) for row in rows]
@@ -53,8 +64,12 @@ class Draws:
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """(rows, *shape), float32."""
-        return torch.from_numpy(np.stack([g.standard_normal(tuple(shape), dtype=np.float32) for g in self._rows]))
+        return torch.from_numpy(
+            np.stack([g.standard_normal(tuple(shape), dtype=np.float32) for g in self._rows])
+        )
 
     def uniform(self) -> Tensor:
         """(rows,), float32, in [0, 1)."""
-        return torch.from_numpy(np.array([g.random(dtype=np.float32) for g in self._rows], dtype=np.float32))
+        return torch.from_numpy(
+            np.array([g.random(dtype=np.float32) for g in self._rows], dtype=np.float32)
+        )

@@ -14,12 +14,23 @@ from ..runtime import rng
 
 
 def inputs_of(
-    model: FlowModel, labels: Any, guidance: float, noise: Tensor | None, seed: int | None, negative: Any = None, count: int = 1
+    model: FlowModel,
+    labels: Any,
+    guidance: float,
+    noise: Tensor | None,
+    seed: int | None,
+    negative: Any = None,
+    count: int = 1,
 ) -> dict[str, Tensor]:
-    """Check the arguments against the model -> a job's noise and conditions, on the model's device. One label serves `count`."""
+    """Check the arguments against the model -> a job's noise and conditions, on the model's device.
+    One label serves `count`.
+    """
     if isinstance(model, PromptModel):
         if labels is None:
-            raise ValueError("labels must be prompts for a text-to-image model: texts, or what encode makes of them")
+            raise ValueError(
+                "labels must be prompts for a text-to-image model: texts, or what encode makes of "
+                "them"
+            )
         found = model.conditions(labels, guidance, negative)
     else:
         found = {"labels": _class_numbers(model, labels, guidance, noise).to(model.device)}
@@ -48,14 +59,20 @@ def _labels(labels: Any, num_classes: int) -> Tensor:
     try:
         classes = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"labels must be a class number or a list of them, got {labels!r}") from None
+        raise TypeError(
+            f"labels must be a class number or a list of them, got {labels!r}"
+        ) from None
     if classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex():
         raise TypeError(f"labels must be whole numbers, got {classes.dtype}")
     classes = classes.reshape(1) if classes.ndim == 0 else classes
     if classes.ndim != 1 or not len(classes):
-        raise ValueError(f"labels must be a list of at least one class number, got shape {tuple(classes.shape)}")
+        raise ValueError(
+            f"labels must be a list of at least one class number, got shape {tuple(classes.shape)}"
+        )
     classes = classes.to(torch.int64)
-    bad = classes[(classes < 0) | (classes >= num_classes)]  # one synchronisation, wherever they lie
+    bad = classes[
+        (classes < 0) | (classes >= num_classes)
+    ]  # one synchronisation, wherever they lie
     if len(bad):
         raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {int(bad[0])}")
     return classes
@@ -70,7 +87,10 @@ def _noise(given: Tensor | None, seed: int | None, shape: tuple[int, ...] | None
     if not given.is_floating_point():
         raise TypeError(f"noise must be floating point, got {given.dtype}")
     if shape is not None and tuple(given.shape) != shape:
-        raise ValueError(f"noise must have shape {shape} (images, channels, height, width), got {tuple(given.shape)}")
+        raise ValueError(
+            f"noise must have shape {shape} (images, channels, height, width), got "
+            f"{tuple(given.shape)}"
+        )
     if given.ndim < 1 or not len(given):
         raise ValueError(f"noise must hold at least one image, got shape {tuple(given.shape)}")
     if not given.isfinite().all():

@@ -1,4 +1,6 @@
-"""A job: what every batch of a FlowModel goes through, step by step or replayed from a capture. The only loop over steps."""
+"""A job: what every batch of a FlowModel goes through, step by step or replayed from a capture. The
+only loop over steps.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from .velocity_field import field_of
 class StepInfo(NamedTuple):
     """What a callback sees after each step.
 
-    step: how many steps are done, of `steps`. t: the time reached. x: latents (n, C, H, W) of the images from number `first` on.
+    step: how many steps are done, of `steps`. t: the time reached. x: latents (n, C, H, W) of the
+        images from number `first` on.
     denoised: the data that x heads for, x + (1 - t) * v, a preview that costs nothing.
     """
 
@@ -61,7 +64,9 @@ class Watch:
         v = state.newest_velocity
         assert v is not None
         x, ahead = state.x[: self.count], denoised(state.x, v, t)[: self.count]
-        self.stopped = self.callback(StepInfo(done, len(self.plan), t, self.first, x, ahead)) is False
+        self.stopped = (
+            self.callback(StepInfo(done, len(self.plan), t, self.first, x, ahead)) is False
+        )
         return not self.stopped
 
 
@@ -72,7 +77,9 @@ def integrate(
     watch: Watch | None = None,
     after: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
-    """The loop: one batch from noise to latents, or to where the watch ended it. after: (x, t) -> what x becomes after a step."""
+    """The loop: one batch from noise to latents, or to where the watch ended it. after: (x, t) ->
+    what x becomes after a step.
+    """
     state = State(x)
     for i, (step, t0, t1) in enumerate(plan.schedule()):
         state = step(field, state, t0, t1)
@@ -85,11 +92,13 @@ def integrate(
 
 @dataclass(frozen=True)
 class Job:
-    """All that decides the work of a batch of a FlowModel but the number of its images: what captures of the model are kept under.
+    """All that decides the work of a batch of a FlowModel but the number of its images: what
+    captures of the model are kept under.
 
-    guided: whether both halves run. guidance_channels: 0 where they don't. dtype: of the noise. null_class, backend, precision (of
-    float32 products), deterministic (operations only): as they are now, since they may change between calls. taken: names and
-    shapes of a row of the inputs beside the noise: source, mask, and what text-to-image networks are told, which may be longer or
+    guided: whether both halves run. guidance_channels: 0 where they don't. dtype: of the noise.
+    null_class, backend, precision (of float32 products), deterministic (operations only): as they
+    are now, since they may change between calls. taken: names and shapes of a row of the inputs
+    beside the noise: source, mask, and what text-to-image networks are told, which may be longer or
     shorter.
     """
 
@@ -106,7 +115,13 @@ class Job:
 
     @classmethod
     def of(
-        cls, model: FlowModel, plan: Plan, guidance: float, guidance_channels: int | None, output: str, dtype: torch.dtype
+        cls,
+        model: FlowModel,
+        plan: Plan,
+        guidance: float,
+        guidance_channels: int | None,
+        output: str,
+        dtype: torch.dtype,
     ) -> Job:
         """Raises ValueError or TypeError, naming the argument, for what does not fit the model."""
         if output not in ("latents", "uint8"):
@@ -114,40 +129,72 @@ class Job:
         if output == "uint8" and model.vae is None:
             raise ValueError("output='uint8' needs a model that was loaded with a vae")
         if plan.cost.refiner and model.refiner is None:
-            raise ValueError(f"plan {plan} has refiner steps, but the model was loaded without refiner=")
+            raise ValueError(
+                f"plan {plan} has refiner steps, but the model was loaded without refiner="
+            )
         guided = model.guided(finite("guidance", guidance))
         channels = model.latent_shape[0]
         if guidance_channels is None:
             guidance_channels = model.guidance_channels
         elif not 1 <= positive("guidance_channels", guidance_channels) <= channels:
-            raise ValueError(f"guidance_channels must be from 1 to {channels}, got {guidance_channels}")
+            raise ValueError(
+                f"guidance_channels must be from 1 to {channels}, got {guidance_channels}"
+            )
         with use_backend(model.backend):
             backend = wanted()
-        precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+        precision, deterministic = (
+            torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(),
+        )
         guidance_channels = guidance_channels if guided else 0
-        return cls(plan, guided, guidance_channels, output, dtype, model.null_class, backend, precision, deterministic)
+        return cls(
+            plan,
+            guided,
+            guidance_channels,
+            output,
+            dtype,
+            model.null_class,
+            backend,
+            precision,
+            deterministic,
+        )
 
     def __str__(self) -> str:
         start = f" from t = {self.plan.start:g}" if self.plan.start else ""
-        return f"plan {self.plan}{start} {'with' if self.guided else 'without'} guidance to {self.output}"
+        return (
+            f"plan {self.plan}{start} {'with' if self.guided else 'without'} guidance to "
+            f"{self.output}"
+        )
 
     def taking(self, inputs: Mapping[str, Tensor]) -> Job:
         """The same for inputs of these shapes."""
-        rows = ((name, tuple(value.shape[1:])) for name, value in inputs.items() if name not in ("noise", "guidance"))
+        rows = (
+            (name, tuple(value.shape[1:]))
+            for name, value in inputs.items()
+            if name not in ("noise", "guidance")
+        )
         return replace(self, taken=tuple(sorted(rows)))
 
     def can_be_captured(self, model: FlowModel) -> bool:
-        """Whether the device can, and the model's parts are known to do the same work whatever the images."""
+        """Whether the device can, and the model's parts are known to do the same work whatever the
+        images.
+        """
         parts = model.predictor, model.refiner, model.vae if self.output == "uint8" else None
-        known = all(part is None or isinstance(part, AdaptiveNetwork | PromptNetwork | Pixels | DiffusersVAE) for part in parts)
+        known = all(
+            part is None
+            or isinstance(part, AdaptiveNetwork | PromptNetwork | Pixels | DiffusersVAE)
+            for part in parts
+        )
         return known and model.captures.possible(model.device)
 
-    def run(self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, watch: Watch) -> Tensor:
+    def run(
+        self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, watch: Watch
+    ) -> Tensor:
         """One batch -> latents (N, C, H, W), or images of the job's output.
 
-        inputs, all on the model's device: noise (N, C, H, W); conditions, such as labels (N,); and perhaps source
-        (N, C, H, W), latents to start from at the plan's start, on the path between noise and them; mask (N, 1, H, W) bool, where
-        they may change.
+        inputs, all on the model's device: noise (N, C, H, W); conditions, such as labels (N,); and
+        perhaps source (N, C, H, W), latents to start from at the plan's start, on the path between
+        noise and them; mask (N, 1, H, W) bool, where they may change.
         """
         try:
             return self._run(model, inputs, guidance, watch)
@@ -157,12 +204,18 @@ class Job:
         model.captures.clear()  # what they hold may be what is missing
         return self._run(model, inputs, guidance, watch)
 
-    def _run(self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, watch: Watch) -> Tensor:
+    def _run(
+        self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, watch: Watch
+    ) -> Tensor:
         if watch.callback is None and self.can_be_captured(model):
             out = model.captures.run(*self.capture(model, inputs, guidance))
             watch.bar.update(len(self.plan))
             return out
-        scale = self._scales(model, len(inputs["noise"]), guidance) if model.device.type == "cuda" else guidance
+        scale = (
+            self._scales(model, len(inputs["noise"]), guidance)
+            if model.device.type == "cuda"
+            else guidance
+        )
         return self.execute(model, **inputs, guidance=scale, watch=watch)
 
     def capture(
@@ -172,9 +225,18 @@ class Job:
         size = len(inputs["noise"])
         if self.guided:
             inputs = {**inputs, "guidance": self._scales(model, size, guidance)}
-        parts = model.predictor, model.refiner, getattr(model.vae, "network", None) if self.output == "uint8" else None
+        parts = (
+            model.predictor,
+            model.refiner,
+            getattr(model.vae, "network", None) if self.output == "uint8" else None,
+        )
         modules = [part for part in parts if isinstance(part, nn.Module)]
-        return Key(self.taking(inputs), size), functools.partial(self.execute, model), inputs, modules
+        return (
+            Key(self.taking(inputs), size),
+            functools.partial(self.execute, model),
+            inputs,
+            modules,
+        )
 
     def execute(
         self,
@@ -187,7 +249,9 @@ class Job:
         **conditions: Tensor,
     ) -> Tensor:
         """`run` as it is, without captures."""
-        field = field_of(model, self.plan, conditions, guidance if self.guided else None, self.guidance_channels)
+        field = field_of(
+            model, self.plan, conditions, guidance if self.guided else None, self.guidance_channels
+        )
 
         def keep_source(x: Tensor, t: float) -> Tensor:
             return torch.where(cast(Tensor, mask), x, on_path(cast(Tensor, source), noise, t))

@@ -38,37 +38,55 @@ def sample(
 ) -> Tensor:
     """Integrate dx/dt = v(x, t) from noise at t = 0 to data at t = 1 by a plan.
 
-    model: a FlowModel (from `load`), or any callable v(x, t, **cond) with t a scalar tensor, which needs `noise`.
-    plan: a Plan, or text such as "H1P5R3", whose grid is uniform but for models with a shift of their own (SD3, FLUX).
-    labels: N class numbers; None: unconditional, as many images as `noise` has. For a text-to-image model N prompts, or what its
-        `encode` made of them. A callable gets them as cond "labels", if given.
-    guidance: the scale s of u + s * (c - u) (classifier-free guidance), 1: none. Needs labels and a null class.
-    guidance_channels: guide the first so many channels; None: the checkpoint's convention (3 of 4 for SiT's, else all).
-    noise: (N, C, H, W); overrides seed. seed: image i draws its noise from (seed, i) alone; None: a new one every call.
-    batch_size: images at a time; None: the smallest batch size that `compile` captured and that holds all, else all. The last
-        batch is filled up to it, so that for one batch_size, device and machine an image does not depend on which others are made
-        with it; between batch sizes it agrees to rounding.
-    progress: show a bar of steps. callback: called with a StepInfo after each step; returning False ends sampling at once, with
-        the latents as they are then, of the batches begun.
+    model: a FlowModel (from `load`), or any callable v(x, t, **cond) with t a scalar tensor, which
+        needs `noise`.
+    plan: a Plan, or text such as "H1P5R3", whose grid is uniform but for models with a shift of
+        their own (SD3, FLUX).
+    labels: N class numbers; None: unconditional, as many images as `noise` has. For a text-to-image
+        model N prompts, or what its `encode` made of them. A callable gets them as cond "labels",
+        if given.
+    guidance: the scale s of u + s * (c - u) (classifier-free guidance), 1: none. Needs labels and a
+        null class.
+    guidance_channels: guide the first so many channels; None: the checkpoint's convention (3 of 4
+        for SiT's, else all).
+    noise: (N, C, H, W); overrides seed. seed: image i draws its noise from (seed, i) alone; None: a
+        new one every call.
+    batch_size: images at a time; None: the smallest batch size that `compile` captured and that
+        holds all, else all. The last batch is filled up to it, so that for one batch_size, device
+        and machine an image does not depend on which others are made with it; between batch sizes
+        it agrees to rounding.
+    progress: show a bar of steps. callback: called with a StepInfo after each step; returning False
+        ends sampling at once, with the latents as they are then, of the batches begun.
     output: "latents", or "uint8" to decode each batch as it is done.
-    cond: further arguments for a callable; tensors whose first size is N are cut into batches. For a text-to-image model
-        `negative`: the prompts to guide away from.
+    cond: further arguments for a callable; tensors whose first size is N are cut into batches. For
+        a text-to-image model `negative`: the prompts to guide away from.
 
-    On CUDA the second batch of a kind is captured as a CUDA graph, from noise to decoded images, and replayed from then on,
-    whatever the labels, seed and guidance scale; a callback turns that off. Threads may sample from one model at once.
+    On CUDA the second batch of a kind is captured as a CUDA graph, from noise to decoded images,
+    and replayed from then on, whatever the labels, seed and guidance scale; a callback turns that
+    off. Threads may sample from one model at once.
 
-    Returns latents (N, C, H, W), float32 (float64 for float64 noise), or images (N, height, width, 3), uint8, on the model's
-    device.
+    Returns latents (N, C, H, W), float32 (float64 for float64 noise), or images (N, height, width,
+    3), uint8, on the model's device.
     Raises ValueError or TypeError, naming the argument, for input that does not fit.
     """
     plan = as_plan(plan, model.shift if isinstance(model, FlowModel) else 1.0)
     if plan.start:
-        raise ValueError(f"plan must start at 0, got one that starts at {plan.start:g}: that is for edit, which knows a source")
+        raise ValueError(
+            f"plan must start at 0, got one that starts at {plan.start:g}: that is for edit, "
+            "which knows a source"
+        )
     if isinstance(model, FlowModel):
         negative = cond.pop("negative", None)
         if cond or (negative is not None and not isinstance(model, PromptModel)):
-            raise TypeError(f"sample got unexpected arguments {sorted(cond) or ['negative']}: a FlowModel takes labels only")
-        dtype = torch.float64 if isinstance(noise, Tensor) and noise.dtype == torch.float64 else torch.float32
+            raise TypeError(
+                f"sample got unexpected arguments {sorted(cond) or ['negative']}: a FlowModel "
+                "takes labels only"
+            )
+        dtype = (
+            torch.float64
+            if isinstance(noise, Tensor) and noise.dtype == torch.float64
+            else torch.float32
+        )
         job = Job.of(model, plan, guidance, guidance_channels, output, dtype)
         inputs = inputs_of(model, labels, guidance, noise, seed, negative)
         start = inputs["noise"]
@@ -91,13 +109,24 @@ class Batches(Protocol):
         ...
 
 
-def in_batches(batches: Batches, N: int, plan: Plan, batch_size: int | None, progress: bool, callback: Callback | None) -> Tensor:
+def in_batches(
+    batches: Batches,
+    N: int,
+    plan: Plan,
+    batch_size: int | None,
+    progress: bool,
+    callback: Callback | None,
+) -> Tensor:
     """N images, batch by batch."""
     size = batches.size if batch_size is None else positive("batch_size", batch_size)
     done = []
-    with tqdm(total=math.ceil(N / size) * len(plan), disable=not progress, unit="step", leave=False) as bar:
+    with tqdm(
+        total=math.ceil(N / size) * len(plan), disable=not progress, unit="step", leave=False
+    ) as bar:
         for first in range(0, N, size):
-            rows = torch.arange(first, first + size).clamp(max=N - 1)  # the last batch repeats the last image
+            rows = torch.arange(first, first + size).clamp(
+                max=N - 1
+            )  # the last batch repeats the last image
             watch = Watch(plan, first, min(size, N - first), bar, callback)
             done.append(batches.run(rows, watch)[: watch.count])
             if watch.stopped:
@@ -108,19 +137,28 @@ def in_batches(batches: Batches, N: int, plan: Plan, batch_size: int | None, pro
 class ModelBatches:
     """Batches of a FlowModel. inputs: what its job takes, of all images."""
 
-    def __init__(self, model: FlowModel, job: Job, inputs: dict[str, Tensor], guidance: float) -> None:
+    def __init__(
+        self, model: FlowModel, job: Job, inputs: dict[str, Tensor], guidance: float
+    ) -> None:
         self.model, self.job, self.inputs, self.guidance = model, job, inputs, guidance
         count = len(inputs["noise"])
         self.size = model.captures.size_for(job.taking(inputs), count) or count
 
     def run(self, rows: Tensor, watch: Watch) -> Tensor:
-        return self.job.run(self.model, {name: value[rows] for name, value in self.inputs.items()}, self.guidance, watch)
+        return self.job.run(
+            self.model,
+            {name: value[rows] for name, value in self.inputs.items()},
+            self.guidance,
+            watch,
+        )
 
 
 class _FunctionBatches:
     """Batches of a plain function."""
 
-    def __init__(self, function: VelocityFunction, plan: Plan, start: Tensor, cond: dict[str, Any]) -> None:
+    def __init__(
+        self, function: VelocityFunction, plan: Plan, start: Tensor, cond: dict[str, Any]
+    ) -> None:
         self.function, self.plan, self.start, self.cond = function, plan, start, cond
         self.size = len(start)
 
@@ -147,11 +185,17 @@ def _plain_function(
 ) -> Tensor:
     """Check the arguments -> the noise."""
     if not callable(function):
-        raise TypeError(f"model must be a FlowModel or a callable v(x, t, **cond), got {type(function).__name__}")
+        raise TypeError(
+            "model must be a FlowModel or a callable v(x, t, **cond), got "
+            f"{type(function).__name__}"
+        )
     if output != "latents":
         raise ValueError(f"output must be 'latents' for a plain function, got {output!r}")
     if guidance != 1 or guidance_channels is not None:
-        raise ValueError("guidance is not applied to a plain function: guide inside it, or make a FlowModel with a null class")
+        raise ValueError(
+            "guidance is not applied to a plain function: guide inside it, or make a FlowModel "
+            "with a null class"
+        )
     if plan.cost.refiner:
         raise ValueError(f"plan {plan} has refiner steps, but a plain function has no refiner")
     if noise is None:

@@ -17,37 +17,59 @@ from ..solver.plan import Plan
 from ..solver.steps import Field, Move
 
 _HOISTED_BYTES = 256 << 20
-"""Modulations of so many times at once as fit in this; a later stretch of times takes the place of the one before."""
+"""Modulations of so many times at once as fit in this; a later stretch of times takes the place of
+the one before.
+"""
 
 
 class GuidedField(Field):
-    """A class-conditional model for one batch of labels, evaluated call by call: the plain path, for any network.
+    """A class-conditional model for one batch of labels, evaluated call by call: the plain path,
+    for any network.
 
-    guidance: a number, a tensor (N, 1, 1, 1), or None for none. Under guidance every velocity has 2N rows, the conditional half
-    first, each half with its own cache (public code). Outside the plan's guidance interval only the conditional half is evaluated
-    and stands for both.
+    guidance: a number, a tensor (N, 1, 1, 1), or None for none. Under guidance every velocity has
+    2N rows, the conditional half first, each half with its own cache (public code). Outside the
+    plan's guidance interval only the conditional half is evaluated and stands for both.
     """
 
-    def __init__(self, model: FlowModel, plan: Plan, labels: Tensor, guidance: float | Tensor | None, channels: int) -> None:
+    def __init__(
+        self,
+        model: FlowModel,
+        plan: Plan,
+        labels: Tensor,
+        guidance: float | Tensor | None,
+        channels: int,
+    ) -> None:
         self.model, self.plan, self.guidance, self.channels = model, plan, guidance, channels
         self.labels: Any = labels
-        self.both_labels: Any = labels if guidance is None else torch.cat([labels, torch.full_like(labels, model.null_class or 0)])
+        self.both_labels: Any = (
+            labels
+            if guidance is None
+            else torch.cat([labels, torch.full_like(labels, model.null_class or 0)])
+        )
 
     def predict(self, x: Tensor, t: float) -> Tensor:
         return self._whole(x, self._guided(self._run(self.model.predictor, x, t, None), t))
 
     def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
-        return self._whole(x, self._guided(self._run(self._refiner(), x, t, self._read(x, t, v)), t))
+        return self._whole(
+            x, self._guided(self._run(self._refiner(), x, t, self._read(x, t, v)), t)
+        )
 
     def predict_and_move(self, x: Tensor, t: float, move: Move) -> tuple[Tensor, Tensor]:
         return self._move(self._run(self.model.predictor, x, t, None), x, t, None, move)
 
-    def refine_and_move(self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move) -> tuple[Tensor, Tensor]:
-        return self._move(self._run(self._refiner(), x, t, self._read(x, t, read)), x, t, base, move)
+    def refine_and_move(
+        self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move
+    ) -> tuple[Tensor, Tensor]:
+        return self._move(
+            self._run(self._refiner(), x, t, self._read(x, t, read)), x, t, base, move
+        )
 
     def _refiner(self) -> Network:
         if self.model.refiner is None:
-            raise ValueError("this plan has refiner steps, but the model was loaded without a refiner")
+            raise ValueError(
+                "this plan has refiner steps, but the model was loaded without a refiner"
+            )
         return self.model.refiner
 
     def _scale(self, t: float) -> float | Tensor | None:
@@ -66,15 +88,21 @@ class GuidedField(Field):
         """v with both halves, where guidance is asked and only one was evaluated."""
         return torch.cat([v, v]) if self.guidance is not None and len(v) == len(x) else v
 
-    def _move(self, raw: Tensor, x: Tensor, t: float, base: Tensor | None, move: Move) -> tuple[Tensor, Tensor]:
+    def _move(
+        self, raw: Tensor, x: Tensor, t: float, base: Tensor | None, move: Move
+    ) -> tuple[Tensor, Tensor]:
         """Guidance, base and move in one operation."""
         base = None if base is None else self._read(x, t, base)
         scale = self._scale(t)
-        moved, v = guided_update(move.origin, raw, scale, self.channels, move.weight, base, move.velocities, move.weights)
+        moved, v = guided_update(
+            move.origin, raw, scale, self.channels, move.weight, base, move.velocities, move.weights
+        )
         return moved, self._whole(x, v)
 
     def _run(self, network: Network, x: Tensor, t: float, v: Tensor | None) -> Tensor:
-        """The network's output, with as many rows as it has labels, in the solver's dtype, which is float32 or wider."""
+        """The network's output, with as many rows as it has labels, in the solver's dtype, which is
+        float32 or wider.
+        """
         dtype, wide = self.model.dtype, torch.promote_types(self.model.dtype, torch.float32)
         guided = self._scale(t) is not None
         labels = self.both_labels if guided else self.labels
@@ -87,27 +115,46 @@ class GuidedField(Field):
 class HoistedField(GuidedField):
     """The same for SiTs, with what does not depend on x taken out of the steps.
 
-    adaLN's modulations depend on time and label alone, and a plan fixes all times: they are made before they are needed, by one
-    product a layer for all times at once, and the null class's once for all images. x is embedded once for both halves of
-    guidance. Where kernels run, a refiner call is flowturbo_kernels.refiner_forward.
+    adaLN's modulations depend on time and label alone, and a plan fixes all times: they are made
+    before they are needed, by one product a layer for all times at once, and the null class's once
+    for all images. x is embedded once for both halves of guidance. Where kernels run, a refiner
+    call is flowturbo_kernels.refiner_forward.
     """
 
-    def __init__(self, model: FlowModel, plan: Plan, labels: Tensor, guidance: float | Tensor | None, channels: int) -> None:
+    def __init__(
+        self,
+        model: FlowModel,
+        plan: Plan,
+        labels: Tensor,
+        guidance: float | Tensor | None,
+        channels: int,
+    ) -> None:
         super().__init__(model, plan, labels, guidance, channels)
         null = None if guidance is None else model.null_class
         self._modulations = {
-            id(network): _Modulations(network, [c.t for c in plan.calls if c.refiner == refines], labels, null, model.dtype)
+            id(network): _Modulations(
+                network,
+                [c.t for c in plan.calls if c.refiner == refines],
+                labels,
+                null,
+                model.dtype,
+            )
             for network, refines in ((model.predictor, False), (model.refiner, True))
             if isinstance(network, AdaptiveNetwork)
         }
         self._weights = model.refiner.refiner_weights() if isinstance(model.refiner, SiT) else None
 
-    def refine_and_move(self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move) -> tuple[Tensor, Tensor]:
-        if self._weights is None or not x.is_cuda:  # the CPU's references would only take longer in one piece
+    def refine_and_move(
+        self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move
+    ) -> tuple[Tensor, Tensor]:
+        if (
+            self._weights is None or not x.is_cuda
+        ):  # the CPU's references would only take longer in one piece
             return super().refine_and_move(x, t, read, base, move)
         modulations = self._modulations[id(self.model.refiner)].at(t, self._scale(t) is not None)
         moved, v = refiner_forward(
-            self._weights, modulations, x, self._read(x, t, read), self._scale(t), self.channels, move.weight,
+            self._weights, modulations, x, self._read(x, t, read), self._scale(t), self.channels,
+            move.weight,
             move.origin, self._read(x, t, base), move.velocities, move.weights,
         )  # fmt: skip
         return moved, self._whole(x, v)
@@ -117,24 +164,46 @@ class HoistedField(GuidedField):
         modulations = self._modulations[id(network)].at(t, self._scale(t) is not None)
         with trusted():  # x is of the model's shape: `sample` has seen to that
             out = network.evaluate(x, modulations, v)
-        return out.to(torch.promote_types(x.dtype, torch.promote_types(self.model.dtype, torch.float32)))
+        return out.to(
+            torch.promote_types(x.dtype, torch.promote_types(self.model.dtype, torch.float32))
+        )
 
 
 class PromptField(GuidedField):
-    """The same for text-to-image models, whose labels are conditions by name; those of the second half are named negative_..."""
+    """The same for text-to-image models, whose labels are conditions by name; those of the second
+    half are named negative_...
+    """
 
     def __init__(
-        self, model: FlowModel, plan: Plan, conditions: Conditions, guidance: float | Tensor | None, channels: int
+        self,
+        model: FlowModel,
+        plan: Plan,
+        conditions: Conditions,
+        guidance: float | Tensor | None,
+        channels: int,
     ) -> None:
         self.model, self.plan, self.guidance, self.channels = model, plan, guidance, channels
-        self.labels = {name: value for name, value in conditions.items() if not name.startswith("negative_")}
+        self.labels = {
+            name: value for name, value in conditions.items() if not name.startswith("negative_")
+        }
         self.both_labels = self.labels
         if guidance is not None:
-            self.both_labels = {k: torch.cat([v, conditions.get(f"negative_{k}", v)]) for k, v in self.labels.items()}
+            self.both_labels = {
+                k: torch.cat([v, conditions.get(f"negative_{k}", v)])
+                for k, v in self.labels.items()
+            }
 
 
-def field_of(model: FlowModel, plan: Plan, conditions: Conditions, guidance: float | Tensor | None, channels: int) -> GuidedField:
-    """The fastest field that the model's networks allow. conditions: labels (N,), or those of a text-to-image model."""
+def field_of(
+    model: FlowModel,
+    plan: Plan,
+    conditions: Conditions,
+    guidance: float | Tensor | None,
+    channels: int,
+) -> GuidedField:
+    """The fastest field that the model's networks allow. conditions: labels (N,), or those of a
+    text-to-image model.
+    """
     if isinstance(model, PromptModel):
         return PromptField(model, plan, conditions, guidance, channels)
     labels = conditions["labels"]
@@ -144,13 +213,20 @@ def field_of(model: FlowModel, plan: Plan, conditions: Conditions, guidance: flo
 
 
 class _Modulations:
-    """Modulations of one network for a batch of labels at all times of a plan, a stretch of times at once.
+    """Modulations of one network for a batch of labels at all times of a plan, a stretch of times
+    at once.
 
-    labels (N,); null: the class of the second half of guidance, whose rows follow those of the labels, or None.
+    labels (N,); null: the class of the second half of guidance, whose rows follow those of the
+    labels, or None.
     """
 
     def __init__(
-        self, network: AdaptiveNetwork, times: Sequence[float], labels: Tensor, null: int | None, dtype: torch.dtype
+        self,
+        network: AdaptiveNetwork,
+        times: Sequence[float],
+        labels: Tensor,
+        null: int | None,
+        dtype: torch.dtype,
     ) -> None:
         self.network, self.labels, self.null = network, labels, null
         self.wide = torch.promote_types(dtype, torch.float32)
@@ -176,8 +252,14 @@ class _Modulations:
         if not times:
             return
         # Filled on the device: a copy from the host would end a capture.
-        t = torch.cat([torch.full((1,), time, dtype=self.wide, device=self.labels.device) for time in times])
-        y = self.labels if self.null is None else torch.cat([self.labels, self.labels.new_full((1,), self.null)])
+        t = torch.cat(
+            [torch.full((1,), time, dtype=self.wide, device=self.labels.device) for time in times]
+        )
+        y = (
+            self.labels
+            if self.null is None
+            else torch.cat([self.labels, self.labels.new_full((1,), self.null)])
+        )
         layers = self.network.modulations(self.network.condition(t, y))
         if self.null is not None:
             layers = [torch.cat([m[:, :N], m[:, N:].expand(-1, N, -1)], dim=1) for m in layers]

@@ -1,4 +1,6 @@
-"""The linear path of flow matching: x_t = t * data + (1 - t) * noise, whose velocity is data - noise (paper section 3.1)."""
+"""The linear path of flow matching: x_t = t * data + (1 - t) * noise, whose velocity is data -
+noise (paper section 3.1).
+"""
 
 from __future__ import annotations
 
@@ -19,5 +21,7 @@ def path_velocity(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def denoised(x: Tensor, v: Tensor, t: float) -> Tensor:
-    """The data that x would reach if its present velocity stayed: x + (1 - t) * v, by the first len(x) rows of v."""
+    """The data that x would reach if its present velocity stayed: x + (1 - t) * v, by the first
+    len(x) rows of v.
+    """
     return x + (1 - t) * v[: len(x)].to(torch.promote_types(x.dtype, v.dtype))

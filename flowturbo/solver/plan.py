@@ -1,4 +1,6 @@
-"""Plan: which step when, at which times, with guidance where. A frozen value that can be printed, compared and hashed."""
+"""Plan: which step when, at which times, with guidance where. A frozen value that can be printed,
+compared and hashed.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ MAX_STEPS = 1000
 
 
 class Call(NamedTuple):
-    """One evaluation of a network: of the predictor or the refiner, at time t, with both halves when guidance is asked or one."""
+    """One evaluation of a network: of the predictor or the refiner, at time t, with both halves
+    when guidance is asked or one.
+    """
 
     refiner: bool
     t: float
@@ -33,7 +37,9 @@ class Call(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Calls of a plan: of the predictor, of the refiner, and how many of each run with both halves when guidance is asked."""
+    """Calls of a plan: of the predictor, of the refiner, and how many of each run with both halves
+    when guidance is asked.
+    """
 
     predictor: int
     refiner: int
@@ -45,16 +51,20 @@ class Cost(NamedTuple):
 class Plan:
     """A sequence of steps on a time grid from 0 (noise) to 1 (data).
 
-    letters: one letter a step, each in STEPS: H Heun, P pseudo corrector, R refiner, S refiner after the paper's equation 7,
-        E Euler, A, B, C Adams-Bashforth of order 2, 3, 4, L and M linear multistep with the plan's weights, M on
-        refined velocities.
+    letters: one letter a step, each in STEPS: H Heun, P pseudo corrector, R refiner, S refiner
+        after the paper's equation 7, E Euler, A, B, C Adams-Bashforth of order 2, 3, 4, L and M
+        linear multistep with the plan's weights, M on refined velocities.
     grid: the len(letters) + 1 times, strictly rising, from 0 to 1.
-    guidance_interval: guidance acts on calls at times in this closed interval; outside, only the conditional half runs.
-    start: where the grid starts: 0 but for editing, which starts on the path between noise and a source (see `starting_at`).
-    weights: for each L and M step in order, of its own velocity and of those before it, newest first, with the step size in them;
-        none at all for Adams-Bashforth's of order 4. `flowturbo tune` finds them.
-    Raises ValueError, showing the place, for letters that are none, a step that needs a velocity no earlier step left, and grids
-    that do not rise from 0 to 1. `Plan.parse` makes one from text, `Plan.load` from a file.
+    guidance_interval: guidance acts on calls at times in this closed interval; outside, only the
+        conditional half runs.
+    start: where the grid starts: 0 but for editing, which starts on the path between noise and a
+        source (see `starting_at`).
+    weights: for each L and M step in order, of its own velocity and of those before it, newest
+        first, with the step size in them; none at all for Adams-Bashforth's of order 4. `flowturbo
+        tune` finds them.
+    Raises ValueError, showing the place, for letters that are none, a step that needs a velocity no
+    earlier step left, and grids that do not rise from 0 to 1. `Plan.parse` makes one from text,
+    `Plan.load` from a file.
     """
 
     letters: str
@@ -72,13 +82,25 @@ class Plan:
         object.__setattr__(self, "guidance_interval", interval)
         for i, letter in enumerate(self.letters):
             if letter not in STEPS:
-                raise ValueError(_mark(self.letters, i, f"no step is called {letter!r}; there are {', '.join(STEPS)}"))
+                raise ValueError(
+                    _mark(
+                        self.letters,
+                        i,
+                        f"no step is called {letter!r}; there are {', '.join(STEPS)}",
+                    )
+                )
         if not 1 <= len(self.letters) <= MAX_STEPS:
             raise ValueError(f"a plan must have 1 to {MAX_STEPS} steps, got {len(self.letters)}")
         _check_grid(self.grid, len(self.letters), self.start)
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {interval}")
-        object.__setattr__(self, "weights", _checked_weights(self.weights, sum(letter in FITTED for letter in self.letters)))
+            raise ValueError(
+                f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {interval}"
+            )
+        object.__setattr__(
+            self,
+            "weights",
+            _checked_weights(self.weights, sum(letter in FITTED for letter in self.letters)),
+        )
         object.__setattr__(self, "calls", self._rehearse())
 
     @classmethod
@@ -90,23 +112,31 @@ class Plan:
         shift: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> Plan:
-        """A plan from text such as "H1P5R3": letters, each with a count from 1 on (left out: 1), in the order they run.
+        """A plan from text such as "H1P5R3": letters, each with a count from 1 on (left out: 1), in
+        the order they run.
 
-        grid: the times, strictly rising from 0 to 1, one more than there are steps; None: uniform, then shifted.
-        shift: > 0; as SD3's: noise level s = 1 - t becomes shift*s / (1 + (shift - 1)*s); above 1 gives the noisy end more steps.
+        grid: the times, strictly rising from 0 to 1, one more than there are steps; None: uniform,
+            then shifted.
+        shift: > 0; as SD3's: noise level s = 1 - t becomes shift*s / (1 + (shift - 1)*s); above 1
+            gives the noisy end more steps.
         """
         if not isinstance(text, str):
-            raise TypeError(f"plan must be a string like 'H1P5R3' or a Plan, got {type(text).__name__}")
+            raise TypeError(
+                f"plan must be a string like 'H1P5R3' or a Plan, got {type(text).__name__}"
+            )
         letters = _expand(text)
         if finite("shift", shift) <= 0:
             raise ValueError(f"shift must be positive, got {shift}")
         if grid is not None and shift != 1.0:
             raise ValueError(f"give grid or shift, not both; got shift={shift} and a grid")
-        times = shifted_grid(len(letters), float(shift)) if grid is None else numbers_of("grid", grid)
+        times = (
+            shifted_grid(len(letters), float(shift)) if grid is None else numbers_of("grid", grid)
+        )
         return cls(letters, times, guidance_interval)
 
     def starting_at(self, t: float) -> Plan:
-        """The same steps on the grid squeezed into [t, 1], 0 <= t < 1. Every step stays: so any plan can start anywhere.
+        """The same steps on the grid squeezed into [t, 1], 0 <= t < 1. Every step stays: so any
+        plan can start anywhere.
 
         Weights shrink with the steps, although they were fitted to the whole way.
         """
@@ -120,21 +150,32 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """The plan of a file that `save` wrote. ValueError, naming the file and what is wrong in it, for any other."""
+        """The plan of a file that `save` wrote. ValueError, naming the file and what is wrong in
+        it, for any other.
+        """
         try:
             found = _read(Path(path))
-            return cls(_expand(found["plan"]), found["grid"], found["guidance_interval"], weights=found["weights"])
+            return cls(
+                _expand(found["plan"]),
+                found["grid"],
+                found["guidance_interval"],
+                weights=found["weights"],
+            )
         except OSError as error:
             raise ValueError(f"{path} can't be read: {error.strerror or error}") from None
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is no plan file: {error}") from None
 
     def save(self, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:
-        """Write the plan as a .json file, whole or not at all. about: what to say of it there, for people."""
+        """Write the plan as a .json file, whole or not at all. about: what to say of it there, for
+        people.
+        """
         if Path(path).suffix != ".json":
             raise ValueError(f"path must end in .json, got {str(path)!r}")
         if self.start:
-            raise ValueError(f"a plan must start at 0 to be saved, got one that starts at {self.start:g}")
+            raise ValueError(
+                f"a plan must start at 0 to be saved, got one that starts at {self.start:g}"
+            )
         lines = {
             "format": _FORMAT,
             "plan": str(self),
@@ -146,12 +187,18 @@ class Plan:
         write_text(path, json.dumps(lines, indent=1, allow_nan=False) + "\n")
 
     def __str__(self) -> str:
-        """The letters with counts, e.g. 'H1P5R3': what `parse` takes. Grid, interval and weights are in repr."""
-        return "".join(f"{letter}{len(list(run))}" for letter, run in itertools.groupby(self.letters))
+        """The letters with counts, e.g. 'H1P5R3': what `parse` takes. Grid, interval and weights
+        are in repr.
+        """
+        return "".join(
+            f"{letter}{len(list(run))}" for letter, run in itertools.groupby(self.letters)
+        )
 
     @property
     def name(self) -> str:
-        """The letters with counts, and, of a plan that these do not tell whole, a digest of the rest."""
+        """The letters with counts, and, of a plan that these do not tell whole, a digest of the
+        rest.
+        """
         if self == Plan.parse(str(self)):
             return str(self)
         return f"{self}-{hashlib.sha256(repr(self).encode()).hexdigest()[:8]}"
@@ -168,7 +215,9 @@ class Plan:
         """The steps in order, with the plan's weights."""
         weights = iter(self.weights)
         return tuple(
-            STEPS[letter] if letter not in FITTED or not self.weights else cast(Multistep, STEPS[letter]).weighted(next(weights))
+            STEPS[letter]
+            if letter not in FITTED or not self.weights
+            else cast(Multistep, STEPS[letter]).weighted(next(weights))
             for letter in self.letters
         )
 
@@ -179,11 +228,20 @@ class Plan:
 
     @property
     def cost(self) -> Cost:
-        predictor, refiner = ([c for c in self.calls if c.refiner == which] for which in (False, True))
-        return Cost(len(predictor), len(refiner), sum(c.guided for c in predictor), sum(c.guided for c in refiner))
+        predictor, refiner = (
+            [c for c in self.calls if c.refiner == which] for which in (False, True)
+        )
+        return Cost(
+            len(predictor),
+            len(refiner),
+            sum(c.guided for c in predictor),
+            sum(c.guided for c in refiner),
+        )
 
     def _rehearse(self) -> tuple[Call, ...]:
-        """Run the plan on a field that notes its calls: they and validity are those of the run itself, said nowhere twice."""
+        """Run the plan on a field that notes its calls: they and validity are those of the run
+        itself, said nowhere twice.
+        """
         notes = _Notes(self)
         state = State(torch.zeros(1))
         for i, (step, t0, t1) in enumerate(self.schedule()):
@@ -211,14 +269,21 @@ class _Notes(Field):
 
 
 def as_plan(plan: str | Plan, shift: float = 1.0) -> Plan:
-    """The plan itself, or what its text says: letters, on a grid shifted so, or the name of a .json file."""
+    """The plan itself, or what its text says: letters, on a grid shifted so, or the name of a .json
+    file.
+    """
     if isinstance(plan, Plan):
         return plan
-    return Plan.load(plan) if isinstance(plan, str) and plan.endswith(".json") else Plan.parse(plan, shift=shift)
+    return (
+        Plan.load(plan)
+        if isinstance(plan, str) and plan.endswith(".json")
+        else Plan.parse(plan, shift=shift)
+    )
 
 
 def shifted_grid(steps: int, shift: float = 1.0) -> tuple[float, ...]:
-    """The uniform grid i / steps, with every noise level s = 1 - t moved to shift*s / (1 + (shift - 1)*s).
+    """The uniform grid i / steps, with every noise level s = 1 - t moved to shift*s / (1 + (shift -
+    1)*s).
 
     Written for t, so that both ends are exact: t / (t + shift * (1 - t)).
     """
@@ -236,13 +301,26 @@ def _expand(text: str) -> str:
         if found is None or found[1] not in STEPS:
             known = ", ".join(STEPS)
             raise ValueError(
-                _mark(text, at, f"plan must look like 'H1P5R3': letters of {known}, each with a count; got {text[at]!r}")
+                _mark(
+                    text,
+                    at,
+                    f"plan must look like 'H1P5R3': letters of {known}, each with a count; got "
+                    f"{text[at]!r}",
+                )
             )
         digits = found[2] or "1"
         if digits.startswith("0") or len(digits) > 4:
-            raise ValueError(_mark(text, found.start(2), f"a count must be from 1 to {MAX_STEPS}, got {digits[:12]}"))
+            raise ValueError(
+                _mark(
+                    text,
+                    found.start(2),
+                    f"a count must be from 1 to {MAX_STEPS}, got {digits[:12]}",
+                )
+            )
         if len(letters) + int(digits) > MAX_STEPS:
-            raise ValueError(_mark(text, found.start(2), f"a plan must have 1 to {MAX_STEPS} steps"))
+            raise ValueError(
+                _mark(text, found.start(2), f"a plan must have 1 to {MAX_STEPS} steps")
+            )
         letters += found[1] * int(digits)
         at = found.end()
     if not letters:
@@ -252,23 +330,33 @@ def _expand(text: str) -> str:
 
 def _check_grid(grid: tuple[float, ...], steps: int, start: float) -> None:
     if len(grid) != steps + 1:
-        raise ValueError(f"grid must hold {steps + 1} times, one more than the {steps} steps, got {len(grid)}")
+        raise ValueError(
+            f"grid must hold {steps + 1} times, one more than the {steps} steps, got {len(grid)}"
+        )
     for i, (t0, t1) in enumerate(itertools.pairwise(grid)):
         if not t0 < t1:  # also catches NaN
-            raise ValueError(f"grid must rise strictly, but grid[{i}] = {t0} is followed by grid[{i + 1}] = {t1}")
+            raise ValueError(
+                f"grid must rise strictly, but grid[{i}] = {t0} is followed by grid[{i + 1}] = {t1}"
+            )
     if not 0 <= start < 1:
         raise ValueError(f"start must be at least 0 and less than 1, got {start}")
     if grid[0] != start or grid[-1] != 1:
-        raise ValueError(f"grid must run from {start:g} to 1, got grid[0] = {grid[0]} and grid[{steps}] = {grid[-1]}")
+        raise ValueError(
+            f"grid must run from {start:g} to 1, got grid[0] = {grid[0]} and grid[{steps}] = "
+            f"{grid[-1]}"
+        )
 
 
-def _checked_weights(weights: Iterable[Iterable[float]], steps: int) -> tuple[tuple[float, ...], ...]:
+def _checked_weights(
+    weights: Iterable[Iterable[float]], steps: int
+) -> tuple[tuple[float, ...], ...]:
     if isinstance(weights, str | bytes) or not isinstance(weights, Iterable):
         raise TypeError(f"weights must be a list of lists of numbers, got {weights!r}")
     rows = tuple(numbers_of(f"weights[{i}]", row) for i, row in enumerate(weights))
     if rows and len(rows) != steps:
         raise ValueError(
-            f"weights must be given for each of the {steps} steps of {' and '.join(FITTED)}, or for none, got {len(rows)}"
+            f"weights must be given for each of the {steps} steps of {' and '.join(FITTED)}, or "
+            f"for none, got {len(rows)}"
         )
     for i, row in enumerate(rows):
         if not 1 <= len(row) <= MAX_PAST + 1 or not all(map(math.isfinite, row)):
@@ -278,7 +366,14 @@ def _checked_weights(weights: Iterable[Iterable[float]], steps: int) -> tuple[tu
 
 _FORMAT = "flowturbo plan 1"
 _MOST_BYTES = 1 << 20
-_ENTRIES = {"format": str, "plan": str, "grid": list, "guidance_interval": list, "weights": list, "about": dict}
+_ENTRIES = {
+    "format": str,
+    "plan": str,
+    "grid": list,
+    "guidance_interval": list,
+    "weights": list,
+    "about": dict,
+}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -301,7 +396,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
         raise ValueError(f"its format must be {_FORMAT!r}")
     if found.keys() != _ENTRIES.keys():
-        raise ValueError(f"it must hold {', '.join(_ENTRIES)}, and holds {', '.join(map(repr, found))}")
+        raise ValueError(
+            f"it must hold {', '.join(_ENTRIES)}, and holds {', '.join(map(repr, found))}"
+        )
     for key, kind in _ENTRIES.items():
         if not isinstance(found[key], kind):
             raise ValueError(f"{key} must be a {kind.__name__}, got {type(found[key]).__name__}")
@@ -316,7 +413,12 @@ def _mark(text: str, at: int, message: str) -> str:
 
 
 def record(plan: Plan) -> dict[str, Any]:
-    return {"letters": plan.letters, "grid": plan.grid, "guidance_interval": plan.guidance_interval, "weights": plan.weights}
+    return {
+        "letters": plan.letters,
+        "grid": plan.grid,
+        "guidance_interval": plan.guidance_interval,
+        "weights": plan.weights,
+    }
 
 
 def plan_from(row: Mapping[str, Any]) -> Plan:

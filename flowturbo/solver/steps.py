@@ -1,6 +1,8 @@
-"""The kinds of solver step. A step is a value: (field, state, t0, t1) -> state. Add one by adding a class to STEPS.
+"""The kinds of solver step. A step is a value: (field, state, t0, t1) -> state. Add one by adding a
+class to STEPS.
 
-Time runs from 0 (noise) to 1 (data), dx/dt = v(x, t). Numerics of H, P and R are those of FlowTurbo's public code.
+Time runs from 0 (noise) to 1 (data), dx/dt = v(x, t). Numerics of H, P and R are those of
+FlowTurbo's public code.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from flowturbo_kernels.velocity_update import MOST
 
 
 class Move(NamedTuple):
-    """How the state moves by a velocity v that is still to be evaluated: to origin + sum(weights * velocities) + weight * v.
+    """How the state moves by a velocity v that is still to be evaluated: to origin + sum(weights *
+    velocities) + weight * v.
 
-    origin (N, ...); of v and of each of velocities the first N rows are read; weights hold the step size.
+    origin (N, ...); of v and of each of velocities the first N rows are read; weights hold the step
+    size.
     """
 
     origin: Tensor
@@ -44,23 +48,30 @@ def trapezoid(x: Tensor, v0: Tensor, dt: float) -> Move:
 class Field(ABC):
     """What a step may ask of a model. Guidance, labels and dtypes are the field's business.
 
-    A model says what predict and refine are; it may fuse evaluation and move by overriding the other two.
+    A model says what predict and refine are; it may fuse evaluation and move by overriding the
+    other two.
     """
 
     @abstractmethod
     def predict(self, x: Tensor, t: float) -> Tensor:
-        """x (N, ...), t in [0, 1] -> the velocity at (x, t): N rows, or 2N with both guidance halves, conditional first."""
+        """x (N, ...), t in [0, 1] -> the velocity at (x, t): N rows, or 2N with both guidance
+        halves, conditional first.
+        """
 
     @abstractmethod
     def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
-        """x (N, ...), t, v as `predict` gives it -> the refiner's offset, of v's shape, to be added to a velocity."""
+        """x (N, ...), t, v as `predict` gives it -> the refiner's offset, of v's shape, to be added
+        to a velocity.
+        """
 
     def predict_and_move(self, x: Tensor, t: float, move: Move) -> tuple[Tensor, Tensor]:
         """v = predict(x, t) -> (where the move by v ends, v)."""
         v = self.predict(x, t)
         return move.by(v), v
 
-    def refine_and_move(self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move) -> tuple[Tensor, Tensor]:
+    def refine_and_move(
+        self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move
+    ) -> tuple[Tensor, Tensor]:
         """v = base + refine(x, t, read) -> (where the move by v ends, v)."""
         v = base + self.refine(x, t, read)
         return move.by(v), v
@@ -74,10 +85,12 @@ class Sample(NamedTuple):
 
 
 class State(NamedTuple):
-    """What passes between steps: x has N rows; under guidance every velocity has 2N, of which the first N move x.
+    """What passes between steps: x has N rows; under guidance every velocity has 2N, of which the
+    first N move x.
 
-    v: the velocity that stands for the present (x, t), although it was evaluated at the predictor's x (H, P) or is the one that a
-       refiner step started with (R); None when the last step left none.
+    v: the velocity that stands for the present (x, t), although it was evaluated at the predictor's
+       x (H, P) or is the one that a refiner step started with (R); None when the last step left
+       none.
     past: velocities at earlier grid times, the newest last, at most MAX_PAST.
     """
 
@@ -106,7 +119,9 @@ def remember(past: tuple[Sample, ...], t: float, v: Tensor) -> tuple[Sample, ...
 
 
 class Step(ABC):
-    """One kind of step. letter: its sign in a plan; order: of convergence, with an exact field and past; title: for tables."""
+    """One kind of step. letter: its sign in a plan; order: of convergence, with an exact field and
+    past; title: for tables.
+    """
 
     letter: ClassVar[str]
     title: ClassVar[str]
@@ -117,7 +132,9 @@ class Step(ABC):
 
 
 class Heun(Step):
-    """Heun's method, second order: two predictor calls; caches the second velocity (public code; paper section 3.1)."""
+    """Heun's method, second order: two predictor calls; caches the second velocity (public code;
+    paper section 3.1).
+    """
 
     letter, title, order = "H", "Heun", 2
 
@@ -129,9 +146,11 @@ class Heun(Step):
 
 
 class PseudoCorrector(Step):
-    """Heun's method whose first velocity is the cached one: one predictor call, still second order (paper section 3.3).
+    """Heun's method whose first velocity is the cached one: one predictor call, still second order
+    (paper section 3.3).
 
-    Without a cache (as the first step, or after a step that leaves none) it evaluates the first velocity too.
+    Without a cache (as the first step, or after a step that leaves none) it evaluates the first
+    velocity too.
     """
 
     letter, title, order = "P", "pseudo corrector", 2
@@ -145,11 +164,13 @@ class PseudoCorrector(Step):
 
 
 class Refiner(Step):
-    """A Heun step whose velocities are the cached one plus refiner offsets: two refiner calls (paper section 3.2).
+    """A Heun step whose velocities are the cached one plus refiner offsets: two refiner calls
+    (paper section 3.2).
 
-    As in the public code: both calls read the same cached velocity, the second offset is added to the first refined velocity, and
-    that first one is passed on. Because of the second point the order is 1 even with an exact refiner: its second velocity is
-    off by the difference between the first one and the cache, which is of the size of a step.
+    As in the public code: both calls read the same cached velocity, the second offset is added to
+    the first refined velocity, and that first one is passed on. Because of the second point the
+    order is 1 even with an exact refiner: its second velocity is off by the difference between the
+    first one and the cache, which is of the size of a step.
     """
 
     letter, title, order = "R", "refiner", 1
@@ -164,7 +185,9 @@ class Refiner(Step):
 
 
 class SingleRefiner(Step):
-    """The refiner step as the paper's equation 7 writes it: one call, reading the velocity of one grid time before."""
+    """The refiner step as the paper's equation 7 writes it: one call, reading the velocity of one
+    grid time before.
+    """
 
     letter, title, order = "S", "refiner, equation 7", 1
 
@@ -177,16 +200,26 @@ class SingleRefiner(Step):
 
 
 class Multistep(Step):
-    """x plus weighted velocities of this step and of steps before it: one call, of the predictor or, where it refines, the refiner.
+    """x plus weighted velocities of this step and of steps before it: one call, of the predictor
+    or, where it refines, the refiner.
 
-    A refined velocity is the newest one of before plus the refiner's offset from it. weights: of the step's own velocity and of
-    those before it, newest first, with the step size in them: what `flowturbo tune` fits. None: k-step Adams-Bashforth, which
-    integrates the polynomial through the last k velocities over the step, on uneven grids too; k = 1 is Euler's method. With
-    fewer than k velocities at hand it starts at the order they allow, which for a whole solution leaves order 2 at most unless
-    other steps come first.
+    A refined velocity is the newest one of before plus the refiner's offset from it. weights: of
+    the step's own velocity and of those before it, newest first, with the step size in them: what
+    `flowturbo tune` fits. None: k-step Adams-Bashforth, which integrates the polynomial through the
+    last k velocities over the step, on uneven grids too; k = 1 is Euler's method. With fewer than k
+    velocities at hand it starts at the order they allow, which for a whole solution leaves order 2
+    at most unless other steps come first.
     """
 
-    def __init__(self, letter: str, title: str, k: int, *, refines: bool = False, weights: tuple[float, ...] | None = None) -> None:
+    def __init__(
+        self,
+        letter: str,
+        title: str,
+        k: int,
+        *,
+        refines: bool = False,
+        weights: tuple[float, ...] | None = None,
+    ) -> None:
         self.letter, self.title, self.order = letter, title, k  # type: ignore[misc]
         self.refines, self.weights = refines, weights
 
@@ -200,7 +233,10 @@ class Multistep(Step):
         if self.weights is None:
             *weights, weight = adams_bashforth_weights([*(s.t for s in earlier), t0], t0, t1)
         elif len(earlier) < wanted - 1:
-            raise NoCachedVelocity(f"{self.letter} has weights of {wanted - 1} earlier velocities, but there are {len(earlier)}")
+            raise NoCachedVelocity(
+                f"{self.letter} has weights of {wanted - 1} earlier velocities, but there are "
+                f"{len(earlier)}"
+            )
         else:
             *weights, weight = reversed(self.weights)
         origin, velocities = state.x, [s.v for s in earlier]
@@ -219,9 +255,11 @@ class Multistep(Step):
 
 
 def adams_bashforth_weights(times: list[float], t0: float, t1: float) -> list[float]:
-    """Integrals over [t0, t1] of the Lagrange polynomials on `times` (distinct): the weight of each velocity.
+    """Integrals over [t0, t1] of the Lagrange polynomials on `times` (distinct): the weight of each
+    velocity.
 
-    Exact in rational arithmetic, then rounded once: on the grid (0, 1) and the step [1, 2] they are (-1/2, 3/2).
+    Exact in rational arithmetic, then rounded once: on the grid (0, 1) and the step [1, 2] they are
+    (-1/2, 3/2).
     """
     nodes = [Fraction(t) for t in times]
     weights = []
@@ -231,9 +269,15 @@ def adams_bashforth_weights(times: list[float], t0: float, t1: float) -> list[fl
             if j != i:
                 shifted = [Fraction(0), *coefficients]
                 lowered = [*(c * other for c in coefficients), Fraction(0)]
-                coefficients = [(s - c) / (node - other) for s, c in zip(shifted, lowered, strict=True)]
+                coefficients = [
+                    (s - c) / (node - other) for s, c in zip(shifted, lowered, strict=True)
+                ]
         a, b = Fraction(t0), Fraction(t1)
-        weights.append(float(sum(c * (b ** (n + 1) - a ** (n + 1)) / (n + 1) for n, c in enumerate(coefficients))))
+        weights.append(
+            float(
+                sum(c * (b ** (n + 1) - a ** (n + 1)) / (n + 1) for n, c in enumerate(coefficients))
+            )
+        )
     return weights
 
 

@@ -1,5 +1,5 @@
-"""Files that are whole or absent: atomic writes, tensors and arrays with a digest over every byte, and locks that die with
-their holder."""
+"""Files that are whole or absent: atomic writes, tensors and arrays with a digest over every byte,
+and locks that die with their holder."""
 
 from __future__ import annotations
 
@@ -29,12 +29,16 @@ except ImportError:  # Windows has none
 
 
 class CheckpointError(ValueError):
-    """A file of weights or tensors that can't be used, with the reason; the only error that reading one raises."""
+    """A file of weights or tensors that can't be used, with the reason; the only error that reading
+    one raises.
+    """
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A binary file that appears under `path` whole when the block ends, and not at all when it raises or is killed."""
+    """A binary file that appears under `path` whole when the block ends, and not at all when it
+    raises or is killed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -69,8 +73,12 @@ _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _MARK = "flowturbo"
 
 
-def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON-able description as safetensors, atomically, with a digest that `load_tensors` checks."""
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Write tensors and a JSON-able description as safetensors, atomically, with a digest that
+    `load_tensors` checks.
+    """
     header = {_MARK: json.dumps(dict(metadata), sort_keys=True), "sha256": _BLANK}
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     data = _ordered(safetensors.torch.save(flat, metadata=header))
@@ -81,9 +89,11 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors and description of a safetensors file; the description is None for files that `save_tensors` did not write.
+    """Tensors and description of a safetensors file; the description is None for files that
+    `save_tensors` did not write.
 
-    Raises CheckpointError for a missing or damaged file; for our own files, damage is any changed byte.
+    Raises CheckpointError for a missing or damaged file; for our own files, damage is any changed
+    byte.
     """
     path = _existing(path)
     with _as_checkpoint_error(path, "is no whole safetensors file"):
@@ -112,7 +122,9 @@ def _check_digest(path: Path) -> None:
 
 
 def _ordered(data: bytes) -> bytearray:
-    """The same file with the metadata in order: safetensors writes it in a random one, and equal content should be equal bytes."""
+    """The same file with the metadata in order: safetensors writes it in a random one, and equal
+    content should be equal bytes.
+    """
     end = _header_end(data)
     header = json.loads(data[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -129,14 +141,23 @@ _TAIL = len(_BLANK + '"}')
 """What stands from the digest on, at the end of an .npz that `save_arrays` writes."""
 
 
-def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-    """Write arrays as an .npz, atomically, with a JSON-able description and a digest that `load_arrays` checks.
+def save_arrays(
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
+) -> None:
+    """Write arrays as an .npz, atomically, with a JSON-able description and a digest that
+    `load_arrays` checks.
 
-    Both are the comment of the zip, which readers of .npz files pass over. Equal content is equal bytes.
+    Both are the comment of the zip, which readers of .npz files pass over. Equal content is equal
+    bytes.
     """
-    comment = json.dumps({_MARK: dict(metadata), "sha256": _BLANK}, sort_keys=True, separators=(",", ":")).encode()
+    comment = json.dumps(
+        {_MARK: dict(metadata), "sha256": _BLANK}, sort_keys=True, separators=(",", ":")
+    ).encode()
     if len(comment) > zipfile.ZIP_MAX_COMMENT:
-        raise ValueError(f"the description of {path} must fit into {zipfile.ZIP_MAX_COMMENT} bytes, got {len(comment)}")
+        raise ValueError(
+            f"the description of {path} must fit into {zipfile.ZIP_MAX_COMMENT} bytes, got "
+            f"{len(comment)}"
+        )
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     with zipfile.ZipFile(buffer, "a") as archive:
@@ -148,12 +169,19 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], 
 
 
 def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and description of an .npz that `save_arrays` wrote. Raises CheckpointError for any other and for any changed byte."""
+    """Arrays and description of an .npz that `save_arrays` wrote. Raises CheckpointError for any
+    other and for any changed byte.
+    """
     path = _existing(path)
     with _as_checkpoint_error(path, "is no whole .npz with a digest"):
         data = path.read_bytes()
-        if hashlib.sha256(data[:-_TAIL] + (_BLANK + '"}').encode()).hexdigest().encode() != data[-_TAIL:-2]:
-            raise CheckpointError(f"{path} is damaged: its bytes do not match the digest at its end")
+        if (
+            hashlib.sha256(data[:-_TAIL] + (_BLANK + '"}').encode()).hexdigest().encode()
+            != data[-_TAIL:-2]
+        ):
+            raise CheckpointError(
+                f"{path} is damaged: its bytes do not match the digest at its end"
+            )
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             description = json.loads(archive.comment)[_MARK]
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
@@ -161,16 +189,20 @@ def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], di
 
 
 class Lock:
-    """A lock on a file among processes, of one machine or, where the file system knows locks, of several.
+    """A lock on a file among processes, of one machine or, where the file system knows locks, of
+    several.
 
-    A process gives it up when it closes it or ends, however it ends. Where there are no locks, nobody is kept out.
+    A process gives it up when it closes it or ends, however it ends. Where there are no locks,
+    nobody is kept out.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = open(path, "ab")  # noqa: SIM115
 
     def take(self, *, alone: bool) -> bool:
-        """Whether it could be had at once, alone or together with others who share it, in exchange for how it was held."""
+        """Whether it could be had at once, alone or together with others who share it, in exchange
+        for how it was held.
+        """
         if fcntl is None:
             return True
         try:
@@ -186,10 +218,11 @@ class Lock:
 
 
 def load_torch_file(path: str | os.PathLike[str]) -> Any:
-    """The content of a .pt or .pth file: tensors, containers and argparse.Namespace, nothing else (weights_only).
+    """The content of a .pt or .pth file: tensors, containers and argparse.Namespace, nothing else
+    (weights_only).
 
-    Raises CheckpointError for a missing, damaged or unsafe file. Damage is found by the checksums inside the zip that torch writes;
-    files in torch's format before 1.6 have none.
+    Raises CheckpointError for a missing, damaged or unsafe file. Damage is found by the checksums
+    inside the zip that torch writes; files in torch's format before 1.6 have none.
     """
     path = _existing(path)
     with _as_checkpoint_error(path, "is no whole torch file of plain tensors"):
@@ -197,7 +230,9 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip()
             if bad is not None:
-                raise CheckpointError(f"{path} is damaged: the checksum of its part {bad} does not match")
+                raise CheckpointError(
+                    f"{path} is damaged: the checksum of its part {bad} does not match"
+                )
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -225,7 +260,9 @@ _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 def _reason(error: Exception) -> str:
-    """One printable line. torch advises to load unsafely when it refuses a pickle: its message is not passed on."""
+    """One printable line. torch advises to load unsafely when it refuses a pickle: its message is
+    not passed on.
+    """
     text = str(error)
     if found := _GLOBAL.search(text):
         return f"it asks for {found[1]}, which is not unpickled"

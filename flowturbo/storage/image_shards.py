@@ -1,4 +1,5 @@
-"""Sets of images in a folder: shards that are whole or absent, and the manifest that proves the set.
+"""Sets of images in a folder: shards that are whole or absent, and the manifest that proves the
+set.
 
 Which shards are there says what is done: nothing else is kept.
 """
@@ -33,7 +34,10 @@ class Shard(NamedTuple):
 def cut(num: int, size: int) -> list[Shard]:
     """0 to num - 1 in shards of `size`, the last as large as is left."""
     count = -(-num // size)
-    return [Shard(f"images-{k:05d}-of-{count:05d}.npz", range(k * size, min((k + 1) * size, num))) for k in range(count)]
+    return [
+        Shard(f"images-{k:05d}-of-{count:05d}.npz", range(k * size, min((k + 1) * size, num)))
+        for k in range(count)
+    ]
 
 
 def images_there(out: Path, shards: list[Shard]) -> int:
@@ -43,7 +47,9 @@ def images_there(out: Path, shards: list[Shard]) -> int:
 
 
 def missing_shards(out: Path, shards: list[Shard], settings: Mapping[str, Any]) -> list[Shard]:
-    """The shards that are not there, or damaged. ValueError if the folder holds any others, which must not be mixed with these."""
+    """The shards that are not there, or damaged. ValueError if the folder holds any others, which
+    must not be mixed with these.
+    """
     missing = {shard.name: shard for shard in shards}
     cure = "choose another folder, or delete its shards"
     for path in sorted(out.glob("images-*.npz")):
@@ -51,20 +57,29 @@ def missing_shards(out: Path, shards: list[Shard], settings: Mapping[str, Any]) 
             arrays, before = _load(path)
         except CheckpointError as error:
             if path.name not in missing:
-                raise ValueError(f"out {out} holds {path.name}, which is none of the {len(shards)} shards: {cure}") from error
+                raise ValueError(
+                    f"out {out} holds {path.name}, which is none of the {len(shards)} shards: "
+                    f"{cure}"
+                ) from error
             warnings.warn(f"{error}: it is made again", stacklevel=4)
             continue
         if changed := difference(before, settings):
-            raise ValueError(f"out {out}: {path.name} was made with other settings ({changed}): {cure}")
+            raise ValueError(
+                f"out {out}: {path.name} was made with other settings ({changed}): {cure}"
+            )
         if path.name in missing and np.array_equal(arrays["indices"], missing[path.name].images):
             del missing[path.name]
     return list(missing.values())
 
 
-def save_shard(out: Path, shard: Shard, images: np.ndarray, labels: np.ndarray, settings: Mapping[str, Any]) -> None:
+def save_shard(
+    out: Path, shard: Shard, images: np.ndarray, labels: np.ndarray, settings: Mapping[str, Any]
+) -> None:
     """images (N, height, width, 3) uint8 and labels (N,) int64 of the numbers of `shard`."""
     arrays = {"arr_0": images, "labels": labels, "indices": np.array(shard.images)}
-    save_arrays(out / shard.name, arrays, {"kind": "images", "format": FORMAT, "settings": dict(settings)})
+    save_arrays(
+        out / shard.name, arrays, {"kind": "images", "format": FORMAT, "settings": dict(settings)}
+    )
 
 
 def remove_torn(out: Path) -> None:
@@ -74,20 +89,26 @@ def remove_torn(out: Path) -> None:
 
 
 def prove(out: Path, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Write the manifest of a set that is there, by reading it. about: notes for it. Raises CheckpointError as `verify` does."""
+    """Write the manifest of a set that is there, by reading it. about: notes for it. Raises
+    CheckpointError as `verify` does.
+    """
     manifest = {**_proof(out), "about": dict(about or {})}
     write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
 def verify(out: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of a set that is there as it says: every image once, in its place, every byte as it was written, read now.
+    """The manifest of a set that is there as it says: every image once, in its place, every byte as
+    it was written, read now.
 
     Raises CheckpointError saying what is missing or wrong.
     """
     out = Path(out)
     if not (out / MANIFEST).is_file():
-        raise CheckpointError(f"{out} holds no {MANIFEST}: a run writes it when all shards are there, and goes on if started again")
+        raise CheckpointError(
+            f"{out} holds no {MANIFEST}: a run writes it when all shards are there, and goes on "
+            "if started again"
+        )
     try:
         manifest = json.loads((out / MANIFEST).read_text())
         about = manifest.pop("about")
@@ -99,8 +120,8 @@ def verify(out: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def join(out: str | os.PathLike[str], target: str | os.PathLike[str]) -> dict[str, Any]:
-    """Write a set as one .npz with arr_0 and labels, as evaluation suites read it, a shard at a time; after `verify`, whose result
-    it returns."""
+    """Write a set as one .npz with arr_0 and labels, as evaluation suites read it, a shard at a
+    time; after `verify`, whose result it returns."""
     out, target = Path(out), Path(target)
     if target.suffix != ".npz":
         raise ValueError(f"npz must end in .npz, got {str(target)!r}")
@@ -130,16 +151,21 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _proof(out: Path) -> dict[str, Any]:
-    """The manifest of the shards that are there, by reading them. CheckpointError if they are not every image once, in order."""
+    """The manifest of the shards that are there, by reading them. CheckpointError if they are not
+    every image once, in order.
+    """
     pixels, shards, num = hashlib.sha256(), [], 0
     settings: dict[str, Any] | None = None
     shape: tuple[int, ...] = ()
     for path in sorted(out.glob("images-*.npz")):
         arrays, made_with = _load(path)
         images, labels, indices = (arrays[name] for name in ("arr_0", "labels", "indices"))
-        if not np.array_equal(indices, np.arange(num, num + len(images))) or len(labels) != len(images):
+        if not np.array_equal(indices, np.arange(num, num + len(images))) or len(labels) != len(
+            images
+        ):
             raise CheckpointError(
-                f"{path} must go on with image {num}, got {indices[0]} to {indices[-1]}: images are missing or twice"
+                f"{path} must go on with image {num}, got {indices[0]} to {indices[-1]}: images "
+                "are missing or twice"
             )
         if settings is not None and (changed := difference(settings, made_with)):
             raise CheckpointError(f"{path} is of another set than the shards before it: {changed}")
@@ -149,7 +175,9 @@ def _proof(out: Path) -> dict[str, Any]:
         shards.append({"name": path.name, "first": num, "count": len(images), "sha256": digest})
         num += len(images)
     if settings is None or num != settings["num"]:
-        raise CheckpointError(f"{out} holds {num} images of {settings['num'] if settings else 'none'}")
+        raise CheckpointError(
+            f"{out} holds {num} images of {settings['num'] if settings else 'none'}"
+        )
     return {
         "kind": "images",
         "format": FORMAT,

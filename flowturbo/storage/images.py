@@ -16,7 +16,8 @@ from PIL import Image
 from .files import CheckpointError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# The content decides how a file is read, whatever its name says, but never by pillow's other readers (one calls ghostscript).
+# The content decides how a file is read, whatever its name says, but never by pillow's other
+# readers (one calls ghostscript).
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -34,7 +35,9 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image i is root / names[i], of class classes[labels[i]]. names are "class/file"; labels (N,) int64."""
+    """Image i is root / names[i], of class classes[labels[i]]. names are "class/file"; labels (N,)
+    int64.
+    """
 
     root: Path
     names: list[str]
@@ -50,25 +53,33 @@ class ImageFiles:
 
 
 def scan(folder: str | os.PathLike[str]) -> ImageFiles:
-    """The images of a folder with a sub-folder a class: classes and files in the order of their names, hidden ones left out.
+    """The images of a folder with a sub-folder a class: classes and files in the order of their
+    names, hidden ones left out.
 
-    Only images directly in a class's folder count (png, jpg, jpeg, webp, bmp). ValueError for a folder without classes, or a class
-    without images.
+    Only images directly in a class's folder count (png, jpg, jpeg, webp, bmp). ValueError for a
+    folder without classes, or a class without images.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"images must be a folder with a sub-folder for each class, but {root} {_what(root)}")
+        raise ValueError(
+            f"images must be a folder with a sub-folder for each class, but {root} {_what(root)}"
+        )
     with os.scandir(root) as entries:
         classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if not classes:
-        raise ValueError(f"images must be a folder with a sub-folder for each class, but {root} has no sub-folders")
+        raise ValueError(
+            f"images must be a folder with a sub-folder for each class, but {root} has no "
+            "sub-folders"
+        )
     names: list[str] = []
     counts = []
     for name in classes:
         with os.scandir(root / name) as entries:
             files = sorted(e.name for e in entries if _is_image(e))
         if not files:
-            raise ValueError(f"every class needs an image ({', '.join(EXTENSIONS)}), but {root / name} has none")
+            raise ValueError(
+                f"every class needs an image ({', '.join(EXTENSIONS)}), but {root / name} has none"
+            )
         names += [f"{name}/{file}" for file in files]
         counts.append(len(files))
     return ImageFiles(root, names, np.repeat(np.arange(len(classes)), counts), classes)
@@ -91,22 +102,32 @@ class CaptionedImages:
 
 
 def scan_captions(folder: str | os.PathLike[str]) -> CaptionedImages:
-    """The images of a folder with captions: a line each of metadata.jsonl ("file_name", "text"), or a .txt beside each image.
+    """The images of a folder with captions: a line each of metadata.jsonl ("file_name", "text"), or
+    a .txt beside each image.
 
     ValueError naming the file where there are none, or an image has no caption.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"images must be a folder of images with captions, but {root} {_what(root)}")
+        raise ValueError(
+            f"images must be a folder of images with captions, but {root} {_what(root)}"
+        )
     table = root / "metadata.jsonl"
     if table.is_file():
-        pairs = [_caption_of(table, number, line) for number, line in enumerate(table.read_text().splitlines(), 1) if line.strip()]
+        pairs = [
+            _caption_of(table, number, line)
+            for number, line in enumerate(table.read_text().splitlines(), 1)
+            if line.strip()
+        ]
     else:
         with os.scandir(root) as entries:
             names = sorted(entry.name for entry in entries if _is_image(entry))
         pairs = [(name, _text_beside(root / name)) for name in names]
     if not pairs:
-        raise ValueError(f"images must be a folder of images ({', '.join(EXTENSIONS)}) with captions, but {root} has none")
+        raise ValueError(
+            f"images must be a folder of images ({', '.join(EXTENSIONS)}) with captions, but "
+            f"{root} has none"
+        )
     return CaptionedImages(root, [name for name, _ in pairs], [text for _, text in pairs])
 
 
@@ -118,7 +139,9 @@ def _caption_of(table: Path, number: int, line: str) -> tuple[str, str]:
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:
-        raise ValueError(f"{table}, line {number}, must be JSON with file_name and text, got {line[:80]!r}")
+        raise ValueError(
+            f"{table}, line {number}, must be JSON with file_name and text, got {line[:80]!r}"
+        )
     if not (table.parent / name).is_file():
         raise ValueError(f"{table}, line {number}: {name} does not exist")
     return name, text
@@ -127,7 +150,9 @@ def _caption_of(table: Path, number: int, line: str) -> tuple[str, str]:
 def _text_beside(image: Path) -> str:
     path = image.with_suffix(".txt")
     if not path.is_file():
-        raise ValueError(f"{image} has no caption: {path.name} beside it, or a line of metadata.jsonl")
+        raise ValueError(
+            f"{image} has no caption: {path.name} beside it, or a line of metadata.jsonl"
+        )
     return path.read_text().strip()
 
 
@@ -137,7 +162,11 @@ def _what(path: Path) -> str:
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
     """Links that lead nowhere count: better an error that names the file than an image fewer."""
-    return not entry.name.startswith(".") and entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir()
+    return (
+        not entry.name.startswith(".")
+        and entry.name.lower().endswith(EXTENSIONS)
+        and not entry.is_dir()
+    )
 
 
 def _read_all(paths: Sequence[Path], size: int) -> np.ndarray:
@@ -147,7 +176,9 @@ def _read_all(paths: Sequence[Path], size: int) -> np.ndarray:
 
 
 def read_whole(paths: Sequence[Path]) -> list[np.ndarray]:
-    """Files -> (height, width, 3) uint8 each, of their own sizes: as `read_image`, but not cropped."""
+    """Files -> (height, width, 3) uint8 each, of their own sizes: as `read_image`, but not
+    cropped.
+    """
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(_whole, paths))
 
@@ -158,7 +189,8 @@ def _whole(path: Path) -> np.ndarray:
 
 
 def read_image(path: str | os.PathLike[str], size: int) -> np.ndarray:
-    """A file -> (size, size, 3) uint8: upright by its EXIF orientation, on white where it is transparent, cropped by `square`.
+    """A file -> (size, size, 3) uint8: upright by its EXIF orientation, on white where it is
+    transparent, cropped by `square`.
 
     Raises CheckpointError naming the file if it is missing, damaged or no image.
     """
@@ -166,7 +198,9 @@ def read_image(path: str | os.PathLike[str], size: int) -> np.ndarray:
         try:
             return fitted(image, size)
         except (ValueError, OSError) as error:
-            raise CheckpointError(f"{path} is no whole image: {error or type(error).__name__}") from error
+            raise CheckpointError(
+                f"{path} is no whole image: {error or type(error).__name__}"
+            ) from error
 
 
 def fitted(image: Image.Image, size: int) -> np.ndarray:
@@ -175,51 +209,74 @@ def fitted(image: Image.Image, size: int) -> np.ndarray:
 
 
 def read_mask(path: str | os.PathLike[str], size: int, of: str | os.PathLike[str]) -> np.ndarray:
-    """A file -> (size, size) bool, where it is bright, cropped as `read_image` crops the image `of` which it is the mask.
+    """A file -> (size, size) bool, where it is bright, cropped as `read_image` crops the image `of`
+    which it is the mask.
 
-    A mask with transparency is read by it alone: where it is transparent. ValueError unless it has the image's size.
+    A mask with transparency is read by it alone: where it is transparent. ValueError unless it has
+    the image's size.
     """
     with _opened(path) as mask, _opened(of) as image:
         mask, image = _upright(mask), _upright(image)
         if mask.size != image.size:
-            raise ValueError(f"mask {path} must have the size of {of}, {image.size}, got {mask.size}")
+            raise ValueError(
+                f"mask {path} must have the size of {of}, {image.size}, got {mask.size}"
+            )
         clear = transparency(mask)
         grey = Image.fromarray(clear) if clear is not None else mask.convert("L")
         return square(grey.convert("RGB"), size)[..., 0] > 127
 
 
 def box_mask(box: Sequence[float], height: int, width: int) -> np.ndarray:
-    """(left, top, right, bottom), shares of width and height -> (height, width) bool: pixels whose centre is inside."""
+    """(left, top, right, bottom), shares of width and height -> (height, width) bool: pixels whose
+    centre is inside.
+    """
     left, top, right, bottom = box
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        raise ValueError(f"box must be left, top, right, bottom with 0 <= left < right <= 1 and 0 <= top < bottom <= 1, got {box}")
+        raise ValueError(
+            "box must be left, top, right, bottom with 0 <= left < right <= 1 and 0 <= top < "
+            f"bottom <= 1, got {box}"
+        )
     x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
     return ((y >= top) & (y <= bottom))[:, None] & ((x >= left) & (x <= right))[None]
 
 
 def read_npz(path: str | os.PathLike[str]) -> np.ndarray:
-    """An .npz -> its arr_0, (N, height, width, 3) uint8. CheckpointError naming the file if it can't be read or holds others."""
+    """An .npz -> its arr_0, (N, height, width, 3) uint8. CheckpointError naming the file if it
+    can't be read or holds others.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             images = file["arr_0"]
     except MemoryError:
         raise
     except Exception as error:  # numpy raises half a dozen kinds for damaged files
-        raise CheckpointError(f"{path} is no .npz with arr_0: {error or type(error).__name__}") from error
+        raise CheckpointError(
+            f"{path} is no .npz with arr_0: {error or type(error).__name__}"
+        ) from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
-        raise CheckpointError(f"{path} must hold arr_0 (N, height, width, 3) uint8, got {images.shape} {images.dtype}")
+        raise CheckpointError(
+            f"{path} must hold arr_0 (N, height, width, 3) uint8, got {images.shape} {images.dtype}"
+        )
     return images
 
 
 def read_transparency(path: str | os.PathLike[str], size: int) -> np.ndarray | None:
-    """A file -> (size, size) bool, where it is transparent, cropped as `read_image` does, or None if it is nowhere."""
+    """A file -> (size, size) bool, where it is transparent, cropped as `read_image` does, or None
+    if it is nowhere.
+    """
     with _opened(path) as image:
         clear = transparency(_upright(image))
-        return None if clear is None else square(Image.fromarray(clear).convert("RGB"), size)[..., 0] > 127
+        return (
+            None
+            if clear is None
+            else square(Image.fromarray(clear).convert("RGB"), size)[..., 0] > 127
+        )
 
 
 def transparency(image: Image.Image) -> np.ndarray | None:
-    """(height, width) uint8, 255 where the image is transparent, or None where it is opaque all over."""
+    """(height, width) uint8, 255 where the image is transparent, or None where it is opaque all
+    over.
+    """
     if "transparency" not in image.info and not image.mode.lower().endswith("a"):
         return None
     clear = 255 - np.asarray(image.convert("RGBA"))[..., 3]
@@ -235,14 +292,18 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     except MemoryError:
         raise
     except Exception as error:  # pillow raises half a dozen kinds for damaged files
-        raise CheckpointError(f"{path} is no whole image: {error or type(error).__name__}") from error
+        raise CheckpointError(
+            f"{path} is no whole image: {error or type(error).__name__}"
+        ) from error
     yield image
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
-    """The centre of an RGB image, (size, size, 3) uint8, as ADM crops, by which ImageNet models are trained and scored.
+    """The centre of an RGB image, (size, size, 3) uint8, as ADM crops, by which ImageNet models are
+    trained and scored.
 
-    Halved by a box filter while its shorter side is at least twice the size, then resized (bicubic) so that this side fits.
+    Halved by a box filter while its shorter side is at least twice the size, then resized (bicubic)
+    so that this side fits.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -263,7 +324,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16-bit grey: pillow's own conversion would cut all values above 255 off. Colour of 16 bits it narrows itself, just so.
+        # 16-bit grey: pillow's own conversion would cut all values above 255 off. Colour of 16 bits
+        # it narrows itself, just so.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode.lower().endswith("a"):
         image = image.convert("RGBA")

@@ -1,4 +1,6 @@
-"""What figures depend on besides their settings, to be named in a report and compared when an evaluation goes on."""
+"""What figures depend on besides their settings, to be named in a report and compared when an
+evaluation goes on.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,9 @@ from .files import write_text
 
 
 class Keep:
-    """What has been worked out already, in a file: it is worked out once, by name, even if the process is killed in between."""
+    """What has been worked out already, in a file: it is worked out once, by name, even if the
+    process is killed in between.
+    """
 
     def __init__(self, path: Path, results: dict[str, Any]) -> None:
         self.path, self.results = path, results
@@ -38,7 +40,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], parts: Iterable[s
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What changed, in words; empty if nothing did."""
     changed = [k for k in {**now, **before} if before.get(k) != now.get(k)]
-    return ", ".join(f"{k} was {_short(before.get(k))} and is now {_short(now.get(k))}" for k in changed)
+    return ", ".join(
+        f"{k} was {_short(before.get(k))} and is now {_short(now.get(k))}" for k in changed
+    )
 
 
 def _short(value: object) -> str:

@@ -1,4 +1,6 @@
-"""What is minimised: flow matching for a predictor, and the velocity refiner's objective for a refiner."""
+"""What is minimised: flow matching for a predictor, and the velocity refiner's objective for a
+refiner.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ def drop_labels(y: Tensor, null_class: int, probability: float, draws: Draws) ->
 
 
 def with_null(y: Labels, null: int | Conditions, rows: Tensor) -> Labels:
-    """y with the rows where `rows` (N,) bool says so being null: the null class, or one row of every condition that has one."""
+    """y with the rows where `rows` (N,) bool says so being null: the null class, or one row of
+    every condition that has one.
+    """
     if isinstance(y, Tensor):
         return torch.where(rows.to(y.device), cast(int, null), y)
     empty = cast(Conditions, null)
     made = {
-        name: torch.where(rows.to(value.device).view(-1, *[1] * (value.ndim - 1)), empty[name].to(value), value)
+        name: torch.where(
+            rows.to(value.device).view(-1, *[1] * (value.ndim - 1)), empty[name].to(value), value
+        )
         for name, value in y.items()
         if name in empty
     }
@@ -39,12 +45,16 @@ def joined(first: Labels, second: Labels) -> Labels:
     """The rows of both."""
     if isinstance(first, Tensor):
         return torch.cat([first, cast(Tensor, second)])
-    return {name: torch.cat([value, cast(Conditions, second)[name]]) for name, value in first.items()}
+    return {
+        name: torch.cat([value, cast(Conditions, second)[name]]) for name, value in first.items()
+    }
 
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """mean ||v(x_t, t, y) - (x1 - x0)||^2 with t ~ U(0, 1), each label dropped with `label_drop` (SiT, linear path)."""
+    """mean ||v(x_t, t, y) - (x1 - x0)||^2 with t ~ U(0, 1), each label dropped with `label_drop`
+    (SiT, linear path).
+    """
 
     null_class: int
     label_drop: float = 0.1
@@ -62,16 +72,19 @@ class FlowMatching:
 class Refinement:
     """The refiner's objective (paper section 3.2, in the public code's form).
 
-    A frozen predictor gives v at (x_t, t). After an Euler step of length D ~ U(0, delta_max) along v, the refiner, reading v and
-    the state x' = x_t + D v at t + D, learns the offset from v to the predictor's velocity there.
+    A frozen predictor gives v at (x_t, t). After an Euler step of length D ~ U(0, delta_max) along
+    v, the refiner, reading v and the state x' = x_t + D v at t + D, learns the offset from v to the
+    predictor's velocity there.
 
     The defaults are the public code's. Three of its points look like slips, and each has an option:
     inside: keep t + D <= 1, by t ~ U(0, 1 - D); the public code lets it pass 1.
     delta_per_row: draw D for each row; the public code draws one for the whole batch.
-    drop_before: drop the label for v too, as the paper has it; the public code gives v the true label always.
-    Beyond both: guidance = (low, high) with high > 1 makes v, and the step, the guided velocity with a scale s ~ U(low, high) for
-    each row, which is what a refiner is fed when sampling with guidance. The targets stay unguided, since guidance acts on the
-    offsets too. embedded: of a teacher whose guidance is an input (FLUX.1-dev), this scale, both networks are told it instead.
+    drop_before: drop the label for v too, as the paper has it; the public code gives v the true
+    label always. Beyond both: guidance = (low, high) with high > 1 makes v, and the step, the
+    guided velocity with a scale s ~ U(low, high) for each row, which is what a refiner is fed when
+    sampling with guidance. The targets stay unguided, since guidance acts on the offsets too.
+    embedded: of a teacher whose guidance is an input (FLUX.1-dev), this scale, both networks are
+        told it instead.
     null: the null class, or the conditions of the empty prompt, one row each.
     """
 
@@ -118,7 +131,9 @@ class Refinement:
     def _cached_velocity(
         self, x: Tensor, t: Tensor, y: Labels, dropped: Labels, drop: Tensor, draws: Draws
     ) -> tuple[Tensor, Tensor]:
-        """The velocity that moves x, and what the sampler's cache would hold for these rows, each in the half it stands for."""
+        """The velocity that moves x, and what the sampler's cache would hold for these rows, each
+        in the half it stands for.
+        """
         if self.guidance[1] == 1 or self.embedded:
             v = self.teacher(x, t, dropped if self.drop_before else y)
             return v, v

@@ -45,8 +45,12 @@ class Train(Settings):
         if height != width:
             raise ValueError(f"data must have square latents, got {height} x {width}")
         if self.model != "custom" and self.model not in SIT_CONFIGS:
-            raise ValueError(f"model must be 'custom' or one of {', '.join(SIT_CONFIGS)}, got {self.model!r}")
-        custom = SiTConfig(hidden=self.hidden, depth=self.depth, heads=self.heads, patch=self.patch, side=height)
+            raise ValueError(
+                f"model must be 'custom' or one of {', '.join(SIT_CONFIGS)}, got {self.model!r}"
+            )
+        custom = SiTConfig(
+            hidden=self.hidden, depth=self.depth, heads=self.heads, patch=self.patch, side=height
+        )
         return dataclasses.replace(
             SIT_CONFIGS.get(self.model, custom),
             side=height,
@@ -58,11 +62,14 @@ class Train(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Settings):
-    """Train a refiner for a frozen predictor, by default by the objective and values of FlowTurbo's public code."""
+    """Train a refiner for a frozen predictor, by default by the objective and values of FlowTurbo's
+    public code.
+    """
 
     teacher: str
-    """The predictor's file, or "digits"; or the folder or hub name of a text-to-image pipeline (2-RF, SD3, FLUX), whose refiner is
-    trained on latents and prompts as `flowturbo encode --model` writes them."""
+    """The predictor's file, or "digits"; or the folder or hub name of a text-to-image pipeline
+    (2-RF, SD3, FLUX), whose refiner is trained on latents and prompts as `flowturbo encode --model`
+    writes them."""
     heads: int | None = None
     """The teacher's attention heads, where its width does not tell."""
     convention: Literal["auto", "sit", "repa", "2-rf"] = "auto"
@@ -82,17 +89,21 @@ class Distill(Settings):
     delta_per_row: bool = False
     """Draw delta for each row, where the public code draws one a batch."""
     drop_before: bool = False
-    """Drop the label for the cached velocity too, as in the paper; the public code gives it the true label always."""
+    """Drop the label for the cached velocity too, as in the paper; the public code gives it the
+    true label always.
+    """
     guidance: tuple[float, float] = (1.0, 1.0)
-    """Low and high of the scale by which the cached velocity is guided; 1 1 is not at all, as in the public code. Of FLUX.1-dev,
-    the scale that both networks are told."""
+    """Low and high of the scale by which the cached velocity is guided; 1 1 is not at all, as in
+    the public code. Of FLUX.1-dev, the scale that both networks are told."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.delta_max < 1:
             raise ValueError(f"delta_max must be above 0 and below 1, got {self.delta_max}")
         if not 1 <= self.guidance[0] <= self.guidance[1] < math.inf:
-            raise ValueError(f"guidance must be (low, high) with 1 <= low <= high, got {self.guidance}")
+            raise ValueError(
+                f"guidance must be (low, high) with 1 <= low <= high, got {self.guidance}"
+            )
 
 
 def train(settings: Train) -> Path:
@@ -106,7 +117,9 @@ def train(settings: Train) -> Path:
 
 
 def distill(settings: Distill) -> Path:
-    """Train a refiner for a frozen predictor; returns the path of its weights, for a text-to-image teacher beside a config.json."""
+    """Train a refiner for a frozen predictor; returns the path of its weights, for a text-to-image
+    teacher beside a config.json.
+    """
     prompted = is_pipeline(settings.teacher)
     with workers(settings.device) as device:
         network, objective, data = (_for_prompts if prompted else _for_classes)(settings, device)
@@ -119,15 +132,26 @@ def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
     if settings.convention == "2-rf":
         raise ValueError("convention='2-rf' is for a text-to-image pipeline as teacher")
     data = _data(settings, device)
-    teacher = load(settings.teacher, heads=settings.heads, device=device, dtype=torch.float32, convention=settings.convention)
+    teacher = load(
+        settings.teacher,
+        heads=settings.heads,
+        device=device,
+        dtype=torch.float32,
+        convention=settings.convention,
+    )
     if teacher.latent_shape != data.shape or teacher.num_classes < data.num_classes:
         raise ValueError(
-            f"data has latents {data.shape} of {data.num_classes} classes, the teacher wants {teacher.latent_shape} "
+            f"data has latents {data.shape} of {data.num_classes} classes, the teacher wants "
+            f"{teacher.latent_shape} "
             f"of {teacher.num_classes}"
         )
     config = _teacher_config(teacher.predictor).refiner(settings.depth)
     network = SiT(config).reset_parameters(_seeded(settings.seed))
-    return network, _refinement(settings, teacher.predictor, config.null_class, teacher.guidance_channels), data
+    return (
+        network,
+        _refinement(settings, teacher.predictor, config.null_class, teacher.guidance_channels),
+        data,
+    )
 
 
 def _for_prompts(settings: Distill, device: torch.device) -> tuple[nn.Module, Objective, Data]:
@@ -139,13 +163,21 @@ def _for_prompts(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
     move_part(teacher, device, torch.float32)
     predictor = PromptNetwork(teacher.eval().requires_grad_(False))
     if predictor.channels != data.shape[0]:
-        raise ValueError(f"data has latents of {data.shape[0]} channels, the teacher wants {predictor.channels}")
+        raise ValueError(
+            f"data has latents of {data.shape[0]} channels, the teacher wants {predictor.channels}"
+        )
     null = {name: value.to(device) for name, value in data.null.items()}
     embedded = guidance_style(teacher) == "embedded"
-    return PromptNetwork(refiner), _refinement(settings, predictor, null, data.shape[0], embedded=embedded), data
+    return (
+        PromptNetwork(refiner),
+        _refinement(settings, predictor, null, data.shape[0], embedded=embedded),
+        data,
+    )
 
 
-def _refinement(settings: Distill, teacher: Any, null: int | Conditions, channels: int, embedded: bool = False) -> Refinement:
+def _refinement(
+    settings: Distill, teacher: Any, null: int | Conditions, channels: int, embedded: bool = False
+) -> Refinement:
     return Refinement(
         teacher,
         null,
@@ -161,12 +193,21 @@ def _refinement(settings: Distill, teacher: Any, null: int | Conditions, channel
 
 
 def _data(settings: Settings, device: torch.device) -> Data:
-    vae = load_vae(settings.vae, device, torch.float32) if settings.vae and needs_vae(settings.data) else None
+    vae = (
+        load_vae(settings.vae, device, torch.float32)
+        if settings.vae and needs_vae(settings.data)
+        else None
+    )
     return load_data(settings.data, vae=vae, image_size=settings.image_size)
 
 
 def _save_sit(settings: Settings, network: nn.Module, step: int) -> None:
-    save_sit(settings.out / _SIT.name, cast(SiT, network), vae=settings.vae, provenance=provenance(settings, step))
+    save_sit(
+        settings.out / _SIT.name,
+        cast(SiT, network),
+        vae=settings.vae,
+        provenance=provenance(settings, step),
+    )
 
 
 def _save_prompted(settings: Settings, network: nn.Module, step: int) -> None:

@@ -1,4 +1,6 @@
-"""The training engine: AdamW, EMA, checkpoints that survive a kill, and data parallelism under torchrun."""
+"""The training engine: AdamW, EMA, checkpoints that survive a kill, and data parallelism under
+torchrun.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,17 @@ class Settings:
     """Settings of every training run."""
 
     out: Path
-    """Folder for model.safetensors (EMA weights), state.safetensors (to resume) and log.jsonl; a run that it holds goes on."""
+    """Folder for model.safetensors (EMA weights), state.safetensors (to resume) and log.jsonl; a
+    run that it holds goes on.
+    """
     data: str = "digits"
-    """"digits", an .npz or a folder of shards as `flowturbo encode` writes, or a folder of images with a folder a class."""
+    """"digits", an .npz or a folder of shards as `flowturbo encode` writes, or a folder of images
+    with a folder a class.
+    """
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL, or "pixels": encodes a folder of images; named in the model's file."""
+    """Folder or hub name of a diffusers AutoencoderKL, or "pixels": encodes a folder of images;
+    named in the model's file.
+    """
     image_size: int = 256
     """To which images of a folder are cropped and resized."""
     steps: int = 100_000
@@ -79,9 +87,14 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         natural("seed", self.seed)
-        for name, known in (("schedule", ("constant", "cosine")), ("precision", ("auto", "fp32", "bf16"))):
+        for name, known in (
+            ("schedule", ("constant", "cosine")),
+            ("precision", ("auto", "fp32", "bf16")),
+        ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
         for name, low, high in (
             ("lr", 0, math.inf),
             ("weight_decay", 0, math.inf),
@@ -102,7 +115,9 @@ class Settings:
 
 
 class Weights(NamedTuple):
-    """How the weights are kept that a training is for. name: the file's, in the folder of the run."""
+    """How the weights are kept that a training is for. name: the file's, in the folder of the
+    run.
+    """
 
     name: str
     save: Callable[[Settings, nn.Module, int], object]
@@ -122,12 +137,16 @@ def fit(
 ) -> Path:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if settings.batch_size % world:
-        raise ValueError(f"batch_size must be a multiple of the {world} processes, got {settings.batch_size}")
+        raise ValueError(
+            f"batch_size must be a multiple of the {world} processes, got {settings.batch_size}"
+        )
     if settings.precision == "bf16" and device.type != "cuda":
         raise ValueError(f"precision 'bf16' is autocast on CUDA, but the device is {device}")
     network.to(device).train().requires_grad_(True)
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+    )
     run = _Run(settings, network, ema, optimizer, weights)
     first = run.resume()
     share = settings.batch_size // world
@@ -135,13 +154,19 @@ def fit(
     parallel = _parallel(network) if world > 1 else network
     autocast = device.type == "cuda" and settings.precision != "fp32"
     log = _Log(settings, first) if rank == 0 else None
-    with tqdm(total=settings.steps, initial=first, disable=None if rank == 0 else True, unit="step") as bar:
+    with tqdm(
+        total=settings.steps, initial=first, disable=None if rank == 0 else True, unit="step"
+    ) as bar:
         for step in range(first, settings.steps):
             draws = Draws(settings.seed, step, rows)
-            indices = order(len(data), settings.seed, step * settings.batch_size + rows.start, share)
+            indices = order(
+                len(data), settings.seed, step * settings.batch_size + rows.start, share
+            )
             latents, labels = data.batch(indices, draws)
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                loss = objective(cast(Network, parallel), latents.to(device), _moved(labels, device), draws)
+                loss = objective(
+                    cast(Network, parallel), latents.to(device), _moved(labels, device), draws
+                )
             loss.backward()
             norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip or math.inf)
             for group in optimizer.param_groups:
@@ -167,36 +192,60 @@ def _parallel(network: nn.Module) -> nn.Module:
     parallel = nn.parallel.DistributedDataParallel
     # Buffers are constants, so they need no exchange. Torch 2.13 warns of the name that this had.
     new = "forward_sync_buffers"
-    options: dict[str, Any] = {new if new in inspect.signature(parallel).parameters else "broadcast_buffers": False}
+    options: dict[str, Any] = {
+        new if new in inspect.signature(parallel).parameters else "broadcast_buffers": False
+    }
     return parallel(network, find_unused_parameters=unused, **options)
 
 
 def _moved(labels: Labels, device: torch.device) -> Labels:
-    return labels.to(device) if isinstance(labels, Tensor) else {name: value.to(device) for name, value in labels.items()}
+    return (
+        labels.to(device)
+        if isinstance(labels, Tensor)
+        else {name: value.to(device) for name, value in labels.items()}
+    )
 
 
 def _check_finite(loss: Tensor, step: int) -> None:
     if not math.isfinite(float(loss)):
-        raise FloatingPointError(f"the loss is {float(loss)} at step {step}: try a lower lr, or clip")
+        raise FloatingPointError(
+            f"the loss is {float(loss)} at step {step}: try a lower lr, or clip"
+        )
 
 
 class _Run:
-    """What a run must keep to go on: weights, EMA, optimiser and the number of steps done. Random numbers need no state."""
+    """What a run must keep to go on: weights, EMA, optimiser and the number of steps done. Random
+    numbers need no state.
+    """
 
     def __init__(
-        self, settings: Settings, network: nn.Module, ema: AveragedModel, optimizer: torch.optim.Optimizer, weights: Weights
+        self,
+        settings: Settings,
+        network: nn.Module,
+        ema: AveragedModel,
+        optimizer: torch.optim.Optimizer,
+        weights: Weights,
     ) -> None:
         self.settings, self.network, self.ema, self.optimizer = settings, network, ema, optimizer
-        self.path, self.weights, self._save_weights = settings.out / "state.safetensors", settings.out / weights.name, weights.save
+        self.path, self.weights, self._save_weights = (
+            settings.out / "state.safetensors",
+            settings.out / weights.name,
+            weights.save,
+        )
 
     def save(self, step: int) -> None:
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in entries.items()}
-        # The state last: a run that is killed between the two makes these steps, and both files, again.
+        # The state last: a run that is killed between the two makes these steps, and both files,
+        # again.
         self._save_weights(self.settings, self.ema.module, step)
-        save_tensors(self.path, tensors, {"kind": "training state", "step": step, "settings": _plain(self.settings)})
+        save_tensors(
+            self.path,
+            tensors,
+            {"kind": "training state", "step": step, "settings": _plain(self.settings)},
+        )
 
     def resume(self) -> int:
         """Load the saved state if there is one -> the number of steps done."""
@@ -204,7 +253,9 @@ class _Run:
             return 0
         tensors, described = load_tensors(self.path)
         if described is None or described.get("kind") != "training state":
-            raise ValueError(f"{self.path} is no training state of this library: choose another folder as out")
+            raise ValueError(
+                f"{self.path} is no training state of this library: choose another folder as out"
+            )
         self._check_settings(described["settings"])
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "ema": {}, "optimizer": {}}
         for name, value in tensors.items():
@@ -223,14 +274,23 @@ class _Run:
     def _check_settings(self, before: Mapping[str, Any]) -> None:
         now = _plain(self.settings)
         free = _FREE if now["schedule"] == "constant" else _FREE - {"steps"}
-        changed = [k for k in now.keys() | before.keys() if k not in free and now.get(k) != before.get(k)]
+        changed = [
+            k for k in now.keys() | before.keys() if k not in free and now.get(k) != before.get(k)
+        ]
         if changed:
-            what = ", ".join(f"{k} was {before.get(k)!r} and is now {now.get(k)!r}" for k in sorted(changed))
-            raise ValueError(f"{self.path} belongs to a run with other settings ({what}): choose another folder as out")
+            what = ", ".join(
+                f"{k} was {before.get(k)!r} and is now {now.get(k)!r}" for k in sorted(changed)
+            )
+            raise ValueError(
+                f"{self.path} belongs to a run with other settings ({what}): choose another "
+                "folder as out"
+            )
 
 
 class _Log:
-    """log.jsonl: a line every `log_every` steps with step, loss (mean since the last line), grad_norm, lr and seconds a step."""
+    """log.jsonl: a line every `log_every` steps with step, loss (mean since the last line),
+    grad_norm, lr and seconds a step.
+    """
 
     def __init__(self, settings: Settings, first: int) -> None:
         self.every, self.path = settings.log_every, settings.out / "log.jsonl"
@@ -284,7 +344,9 @@ def _mean_over_workers(value: Tensor) -> Tensor:
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    """The settings as files keep them: of paths only the names, since files travel and folders are nobody else's business."""
+    """The settings as files keep them: of paths only the names, since files travel and folders are
+    nobody else's business.
+    """
     plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "device")}
     for name in ("data", "teacher", "vae"):
         if isinstance(plain.get(name), str) and Path(plain[name]).exists():

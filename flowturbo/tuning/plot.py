@@ -21,7 +21,8 @@ _MORE = [("#e69f00", "<"), ("#0072b2", ">"), ("#999933", "d"), ("#882255", "h"),
 
 
 def plot_tuning(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """The results of `tune` as a PNG: distance to the fine solution, and the Fréchet distance where it is known, against cost.
+    """The results of `tune` as a PNG: distance to the fine solution, and the Fréchet distance where
+    it is known, against cost.
 
     Of each group of plans only its front is drawn.
     """
@@ -30,7 +31,9 @@ def plot_tuning(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
     from matplotlib.figure import Figure
 
     rows = results["rows"]
-    unit = "predictor calls" if results["settings"]["budget_ms"] is None else "milliseconds an image"
+    unit = (
+        "predictor calls" if results["settings"]["budget_ms"] is None else "milliseconds an image"
+    )
     measures = [("rms", f"RMS distance to {results['settings']['reference_plan']}")]
     measures += [("frechet", "Fréchet distance to held-out digits")] if "frechet" in rows[0] else []
     with rc_context(_FONT):
@@ -38,10 +41,22 @@ def plot_tuning(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
         panels = figure.subplots(1, len(measures), squeeze=False)[0]
         for axes, (measure, title) in zip(panels, measures, strict=True):
             others = iter(itertools.cycle(_MORE))
-            for name in sorted({row["group"] for row in rows}, key=lambda name: (name in _FOUND, name)):
-                members = sorted((row for row in rows if row["group"] == name), key=lambda row: row["price"])
+            for name in sorted(
+                {row["group"] for row in rows}, key=lambda name: (name in _FOUND, name)
+            ):
+                members = sorted(
+                    (row for row in rows if row["group"] == name), key=lambda row: row["price"]
+                )
                 colour, marker = _FOUND.get(name) or FAMILIES.get(name) or next(others)
-                best = [r for r, on in zip(members, pareto_front([(r["price"], r[measure]) for r in members]), strict=True) if on]
+                best = [
+                    r
+                    for r, on in zip(
+                        members,
+                        pareto_front([(r["price"], r[measure]) for r in members]),
+                        strict=True,
+                    )
+                    if on
+                ]
                 axes.errorbar(
                     [row["price"] for row in best],
                     [row[measure] for row in best],
@@ -61,5 +76,7 @@ def plot_tuning(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
             axes.set_ylabel(title)
             axes.grid(True, which="major", color="#e6e6e6", linewidth=0.7, zorder=-1)
         handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=min(5, len(names)), frameon=False)
+        figure.legend(
+            handles, names, loc="outside upper center", ncols=min(5, len(names)), frameon=False
+        )
         _save(figure, path)

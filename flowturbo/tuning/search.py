@@ -25,14 +25,18 @@ REFINED = 3
 
 
 def sequences(refiner: bool) -> Iterator[str]:
-    """Letters of plans of 1, 2, ... predictor steps, and of those joined with refiner steps at the end or in between."""
+    """Letters of plans of 1, 2, ... predictor steps, and of those joined with refiner steps at the
+    end or in between.
+    """
     for n in range(1, MAX_PAST + 2):
         heads = ["E" * n, *("H" * h + "P" * (n - h) for h in range(1, n + 1))]
         heads += [letter * n for least, letter in ((2, "A"), (3, "B"), (4, "C")) if n >= least]
         heads += ["H" + letter * (n - 1) for letter in "AB" if n >= 2]
         yield from heads
         if refiner:
-            yield from (head + tail * r for head in heads for tail in "RS" for r in range(1, REFINED + 1))
+            yield from (
+                head + tail * r for head in heads for tail in "RS" for r in range(1, REFINED + 1)
+            )
             yield from ((letter + "S") * n for letter in "EAB" if n >= 2)
 
 
@@ -48,29 +52,57 @@ def affordable(price: Price, refiner: bool, intervals: Sequence[tuple[float, flo
 
 
 def searched(
-    price: Price, batches: Sequence[Batch], refiner: bool, intervals: Sequence[tuple[float, float]], unit: float, advance: Advance
+    price: Price,
+    batches: Sequence[Batch],
+    refiner: bool,
+    intervals: Sequence[tuple[float, float]],
+    unit: float,
+    advance: Advance,
 ) -> list[Plan]:
-    """The best plans without weights, one for each whole `unit` of the price, by successive halving.
+    """The best plans without weights, one for each whole `unit` of the price, by successive
+    halving.
 
-    All sequences on the uniform grid on the first batch; of each price the best tenth on all grids; of those the best four on all
-    batches.
+    All sequences on the uniform grid on the first batch; of each price the best tenth on all grids;
+    of those the best four on all batches.
     """
     first = batches[:1]
-    kept = _best(affordable(price, refiner, intervals), price, unit, first, advance, lambda count: max(3, count // 10))
-    on_grids = [Plan(plan.letters, grid, plan.guidance_interval) for plan in kept for grid in grids(len(plan))]
+    kept = _best(
+        affordable(price, refiner, intervals),
+        price,
+        unit,
+        first,
+        advance,
+        lambda count: max(3, count // 10),
+    )
+    on_grids = [
+        Plan(plan.letters, grid, plan.guidance_interval)
+        for plan in kept
+        for grid in grids(len(plan))
+    ]
     kept = _best(on_grids, price, unit, first, advance, lambda count: 4)
     return _best(kept, price, unit, batches, advance, lambda count: 1)
 
 
 def _best(
-    plans: Sequence[Plan], price: Price, unit: float, batches: Sequence[Batch], advance: Advance, most: Callable[[int], int]
+    plans: Sequence[Plan],
+    price: Price,
+    unit: float,
+    batches: Sequence[Batch],
+    advance: Advance,
+    most: Callable[[int], int],
 ) -> list[Plan]:
-    """Of the plans of each whole unit of the price, the `most` with the least error, the best first."""
+    """Of the plans of each whole unit of the price, the `most` with the least error, the best
+    first.
+    """
     groups: dict[int, list[tuple[float, int, Plan]]] = {}
     for number, plan in enumerate(plans):
         level = math.ceil((price.of(plan) - price.fixed) / unit - 1e-6)
         groups.setdefault(level, []).append((error(plan, batches, advance), number, plan))
-    return [plan for level in sorted(groups) for *_, plan in sorted(groups[level])[: most(len(groups[level]))]]
+    return [
+        plan
+        for level in sorted(groups)
+        for *_, plan in sorted(groups[level])[: most(len(groups[level]))]
+    ]
 
 
 def fitted(plan: Plan, batches: Sequence[Batch], iterations: int, advance: Advance) -> Plan:
@@ -81,23 +113,45 @@ def fitted(plan: Plan, batches: Sequence[Batch], iterations: int, advance: Advan
 
 
 def multistep(
-    n: int, shorter: Plan | None, batches: Sequence[Batch], iterations: int, interval: tuple[float, float], advance: Advance
+    n: int,
+    shorter: Plan | None,
+    batches: Sequence[Batch],
+    iterations: int,
+    interval: tuple[float, float],
+    advance: Advance,
 ) -> Plan:
-    """The best fitted plan of n L steps that is found from Adams-Bashforth on the best grid, and from the plan of n - 1 steps."""
+    """The best fitted plan of n L steps that is found from Adams-Bashforth on the best grid, and
+    from the plan of n - 1 steps.
+    """
     first = batches[:1]
-    starts = [weighted(Plan("L" * n, grid, interval), order) for grid in grids(n) for order in range(1, min(n, 3) + 1)]
+    starts = [
+        weighted(Plan("L" * n, grid, interval), order)
+        for grid in grids(n)
+        for order in range(1, min(n, 3) + 1)
+    ]
     starts = sorted(starts, key=lambda plan: error(plan, first, advance))[:1]
     if shorter is not None:
         gaps = [b - a for a, b in zip(shorter.grid, shorter.grid[1:], strict=False)]
         starts.append(inserted(shorter, 1 + gaps.index(max(gaps)), "L"))
     begun = [fit(plan, first, iterations=3, advance=advance) for plan in starts]
-    return fitted(min(begun, key=lambda plan: error(plan, first, advance)), batches, iterations, advance)
+    return fitted(
+        min(begun, key=lambda plan: error(plan, first, advance)), batches, iterations, advance
+    )
 
 
-def with_refiner_step(plan: Plan, batches: Sequence[Batch], iterations: int, advance: Advance) -> Plan:
+def with_refiner_step(
+    plan: Plan, batches: Sequence[Batch], iterations: int, advance: Advance
+) -> Plan:
     """The fitted plan with an M step where it helps most after two iterations, fitted."""
     first = batches[:1]
-    tried = [fit(inserted(plan, at, "M"), first, iterations=2, advance=advance) for at in range(1, len(plan) + 1)]
-    found = fitted(min(tried, key=lambda plan: error(plan, first, advance)), batches, iterations, advance)
+    tried = [
+        fit(inserted(plan, at, "M"), first, iterations=2, advance=advance)
+        for at in range(1, len(plan) + 1)
+    ]
+    found = fitted(
+        min(tried, key=lambda plan: error(plan, first, advance)), batches, iterations, advance
+    )
     # What helps the first batch alone is not taken: without weight the new step changes nothing.
-    return min(found, inserted(plan, len(plan), "M"), key=lambda plan: error(plan, batches, advance))
+    return min(
+        found, inserted(plan, len(plan), "M"), key=lambda plan: error(plan, batches, advance)
+    )

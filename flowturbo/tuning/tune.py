@@ -1,4 +1,6 @@
-"""Plans found by search: what steps cost here, which sequences, times and weights come closest to the fine solution for that."""
+"""Plans found by search: what steps cost here, which sequences, times and weights come closest to
+the fine solution for that.
+"""
 
 from __future__ import annotations
 
@@ -44,15 +46,17 @@ CALIBRATION = 2**40
 
 @dataclass(frozen=True)
 class Tune:
-    """Search the plans that come closest to the fine solution within a budget, and write the best as a file for `sample --plan`.
+    """Search the plans that come closest to the fine solution within a budget, and write the best
+    as a file for `sample --plan`.
 
-    Sequences of all kinds of steps, time grids, and fitted times and weights are tried on noise of their own, without some of the
-    classes; then they and published plans are measured on other noise, of all classes.
+    Sequences of all kinds of steps, time grids, and fitted times and weights are tried on noise of
+    their own, without some of the classes; then they and published plans are measured on other
+    noise, of all classes.
     """
 
     out: Path = Path("tuning")
-    """Folder for tuning.md, tuning.json, tuning.png, best.json, the plan, and plans/, the other fitted plans. A folder that holds
-    results of the same settings goes on from them."""
+    """Folder for tuning.md, tuning.json, tuning.png, best.json, the plan, and plans/, the other
+    fitted plans. A folder that holds results of the same settings goes on from them."""
     model: str = "digits"
     """A .pt, .pth or .safetensors file with SiT's keys, or "digits"."""
     refiner: str | None = None
@@ -60,14 +64,16 @@ class Tune:
     heads: int | None = None
     """Attention heads, for checkpoints of an unpublished width."""
     budget_calls: float | None = None
-    """What a plan may cost, in predictor calls; a refiner call counts by its share of multiply-accumulates. 6 if no budget is
-    given."""
+    """What a plan may cost, in predictor calls; a refiner call counts by its share of
+    multiply-accumulates. 6 if no budget is given."""
     budget_ms: float | None = None
     """What a plan may cost in milliseconds an image, as measured here."""
     guidance: float = 1.5
     """Scale of classifier-free guidance, 1 for none. Plans are fitted for it."""
     guidance_interval: tuple[float, float] | None = None
-    """Try plans with guidance on in this interval alone too; the fine solution they are compared with has it everywhere."""
+    """Try plans with guidance on in this interval alone too; the fine solution they are compared
+    with has it everywhere.
+    """
     batch_size: int = 64
     """Images at a time."""
     calibration_images: int = 192
@@ -75,7 +81,9 @@ class Tune:
     held_classes: int | None = None
     """How many classes, the last ones, have no part in that; left out: a fifth."""
     images: int = 600
-    """Images that plans are measured on. Image i is of class i % (number of classes), and its noise a function of (seed, i)."""
+    """Images that plans are measured on. Image i is of class i % (number of classes), and its noise
+    a function of (seed, i).
+    """
     reference_plan: str = "C80"
     """The plan of the fine solution."""
     refiner_steps: int = 2
@@ -87,7 +95,9 @@ class Tune:
     seed: int = 0
     """Of all noise."""
     device: str | None = None
-    """Where to run: by default cuda, in bfloat16, where there is a GPU, else cpu, in float32. Plans are fitted in float32."""
+    """Where to run: by default cuda, in bfloat16, where there is a GPU, else cpu, in float32. Plans
+    are fitted in float32.
+    """
 
     def __post_init__(self) -> None:
         natural("seed", self.seed)
@@ -96,7 +106,10 @@ class Tune:
             positive(name, getattr(self, name))
         natural("refiner_steps", self.refiner_steps)
         if self.images < 20:
-            raise ValueError(f"images must be at least 20, two for each group that is left out in turn, got {self.images}")
+            raise ValueError(
+                "images must be at least 20, two for each group that is left out in turn, got "
+                f"{self.images}"
+            )
         if self.budget_calls is not None and self.budget_ms is not None:
             raise ValueError("give budget_calls or budget_ms, not both")
         if self.budget_calls is None and self.budget_ms is None:
@@ -106,7 +119,9 @@ class Tune:
             if budget is not None and finite(name, budget) <= 0:
                 raise ValueError(f"{name} must be above 0, got {budget}")
         if as_plan(self.reference_plan).cost.refiner:
-            raise ValueError(f"reference_plan must do without the refiner, got {self.reference_plan!r}")
+            raise ValueError(
+                f"reference_plan must do without the refiner, got {self.reference_plan!r}"
+            )
         if self.guidance_interval is not None:
             Plan.parse("E1", guidance_interval=self.guidance_interval)
         for rival in self.rivals:
@@ -122,11 +137,22 @@ def tune(settings: Tune) -> Path:
     model = load(settings.model, settings.refiner, heads=settings.heads, device=settings.device)
     fitting = model
     if model.dtype != torch.float32:  # differences of results need its precision
-        fitting = load(settings.model, settings.refiner, heads=settings.heads, device=settings.device, dtype=torch.float32)
+        fitting = load(
+            settings.model,
+            settings.refiner,
+            heads=settings.heads,
+            device=settings.device,
+            dtype=torch.float32,
+        )
     model.guided(settings.guidance)
     results = _begin(settings, model)
     keep = Keep(settings.out / "tuning.json", results)
-    results["costs"] = keep("costs", lambda: step_costs(model, settings.guidance, settings.batch_size, _refines(settings, model)))
+    results["costs"] = keep(
+        "costs",
+        lambda: step_costs(
+            model, settings.guidance, settings.batch_size, _refines(settings, model)
+        ),
+    )
     if settings.budget_ms is not None:
         steps = {letter: cost for letter, cost in results["costs"].items() if letter != "fixed"}
         price = Price(steps, settings.budget_ms, results["costs"]["fixed"])
@@ -134,10 +160,16 @@ def tune(settings: Tune) -> Path:
         price = Price(call_prices(model), cast(float, settings.budget_calls))
     one = Plan.parse("E1")
     if not price.allows(one):
-        raise ValueError(f"the budget must allow one predictor call, which costs {price.of(one):.4g}, got {price.budget:g}")
+        raise ValueError(
+            f"the budget must allow one predictor call, which costs {price.of(one):.4g}, got "
+            f"{price.budget:g}"
+        )
     with tqdm(unit="call", unit_scale=True, disable=None) as bar:
         found = find(settings, fitting, price, keep, bar.update)
-        errors = keep("calibration errors", lambda: _errors(settings, fitting, [plan for plan, _ in found], bar.update))
+        errors = keep(
+            "calibration errors",
+            lambda: _errors(settings, fitting, [plan for plan, _ in found], bar.update),
+        )
         others = [(plan, "published") for plan in published(price, bool(_refines(settings, model)))]
         others += [(as_plan(rival), Path(rival).stem) for rival in settings.rivals]
         rows = measure(settings, model, fitting, price, [*found, *others], keep, bar.update)
@@ -165,15 +197,22 @@ def _begin(settings: Tune, model: FlowModel) -> dict[str, Any]:
         return {**ours, "kept": {}}
     try:
         before = json.loads(path.read_text())
-        same = all(before[key] == value for key, value in ours.items()) and isinstance(before["kept"], dict)
+        same = all(before[key] == value for key, value in ours.items()) and isinstance(
+            before["kept"], dict
+        )
     except (ValueError, KeyError, TypeError) as damage:
         raise ValueError(f"{path} holds no results of a search: {damage!r}") from None
     if not same:
-        raise ValueError(f"{path} belongs to a search with other settings, model or machine: choose another folder as out")
+        raise ValueError(
+            f"{path} belongs to a search with other settings, model or machine: choose another "
+            "folder as out"
+        )
     return before
 
 
-def find(settings: Tune, model: FlowModel, price: Price, keep: Keep, advance: Advance) -> list[tuple[Plan, str]]:
+def find(
+    settings: Tune, model: FlowModel, price: Price, keep: Keep, advance: Advance
+) -> list[tuple[Plan, str]]:
     """Plans and how they were found: "searched" or "fitted"."""
 
     @functools.cache
@@ -185,7 +224,10 @@ def find(settings: Tune, model: FlowModel, price: Price, keep: Keep, advance: Ad
     unit = price.steps["E"]
 
     def without_weights() -> list[dict[str, Any]]:
-        return [record(plan) for plan in search.searched(price, calibration(), refiner, intervals, unit, advance)]
+        return [
+            record(plan)
+            for plan in search.searched(price, calibration(), refiner, intervals, unit, advance)
+        ]
 
     found = [(plan_from(row), "searched") for row in keep("searched", without_weights)]
     for interval in intervals:
@@ -194,15 +236,21 @@ def find(settings: Tune, model: FlowModel, price: Price, keep: Keep, advance: Ad
             if not price.allows(Plan("L" * n, shifted_grid(n), interval)):
                 break
 
-            def longer(n: int = n, shorter: Plan | None = shorter, interval: tuple[float, float] = interval) -> Plan:
-                return search.multistep(n, shorter, calibration(), settings.iterations, interval, advance)
+            def longer(
+                n: int = n, shorter: Plan | None = shorter, interval: tuple[float, float] = interval
+            ) -> Plan:
+                return search.multistep(
+                    n, shorter, calibration(), settings.iterations, interval, advance
+                )
 
             plan = shorter = _kept_plan(keep, f"L{n}{name}", longer)
             found.append((plan, "fitted"))
             for m in range(1, settings.refiner_steps + 1 if refiner else 1):
 
                 def refined(plan: Plan = plan) -> Plan:
-                    return search.with_refiner_step(plan, calibration(), settings.iterations, advance)
+                    return search.with_refiner_step(
+                        plan, calibration(), settings.iterations, advance
+                    )
 
                 if len(plan) > MAX_PAST or not price.allows(inserted(plan, 1, "M")):
                     break
@@ -219,15 +267,23 @@ def _refines(settings: Tune, model: FlowModel) -> bool:
     return model.refiner is not None and settings.refiner_steps > 0
 
 
-def _errors(settings: Tune, model: FlowModel, plans: Sequence[Plan], advance: Advance) -> list[float]:
+def _errors(
+    settings: Tune, model: FlowModel, plans: Sequence[Plan], advance: Advance
+) -> list[float]:
     batches = calibration_batches(settings, model, advance)
     return [error(plan, batches, advance) for plan in plans]
 
 
 def calibration_batches(settings: Tune, model: FlowModel, advance: Advance) -> list[Batch]:
     """The images that plans are fitted to, with their fine solutions."""
-    noise = rng.noise(model.latent_shape, settings.seed, range(CALIBRATION, CALIBRATION + settings.calibration_images))
-    labels = torch.arange(settings.calibration_images) % (model.num_classes - held_classes(settings, model))
+    noise = rng.noise(
+        model.latent_shape,
+        settings.seed,
+        range(CALIBRATION, CALIBRATION + settings.calibration_images),
+    )
+    labels = torch.arange(settings.calibration_images) % (
+        model.num_classes - held_classes(settings, model)
+    )
     parts = torch.arange(settings.calibration_images).split(settings.batch_size)
     return [_batch(settings, model, noise[part], labels[part], advance) for part in parts]
 
@@ -237,7 +293,10 @@ def held_classes(settings: Tune, model: FlowModel) -> int:
     if settings.held_classes is None:
         return model.num_classes // 5
     if natural("held_classes", settings.held_classes) >= model.num_classes:
-        raise ValueError(f"held_classes must leave one of the {model.num_classes} classes, got {settings.held_classes}")
+        raise ValueError(
+            f"held_classes must leave one of the {model.num_classes} classes, got "
+            f"{settings.held_classes}"
+        )
     return settings.held_classes
 
 
@@ -249,16 +308,28 @@ def published(price: Price, refiner: bool) -> list[Plan]:
         words += ["H" + "P" * p + "R" * r for p in range(6) for r in range(1, 4)]
     plans = [Plan(word, shifted_grid(len(word))) for word in dict.fromkeys(words)]
     # Adams-Bashforth of order k in fewer than k steps is that of a lower order.
-    return [plan for plan in plans if price.allows(plan) and len(plan) >= {"A": 2, "B": 3, "C": 4}.get(plan.letters[0], 1)]
+    return [
+        plan
+        for plan in plans
+        if price.allows(plan) and len(plan) >= {"A": 2, "B": 3, "C": 4}.get(plan.letters[0], 1)
+    ]
 
 
-def _batch(settings: Tune, model: FlowModel, noise: Tensor, labels: Tensor, advance: Advance) -> Batch:
+def _batch(
+    settings: Tune, model: FlowModel, noise: Tensor, labels: Tensor, advance: Advance
+) -> Batch:
     plan = as_plan(settings.reference_plan)
     noise, labels = noise.to(model.device), labels.to(model.device)
-    fine = sample(model, plan, labels, noise=noise, guidance=settings.guidance, batch_size=len(noise))
+    fine = sample(
+        model, plan, labels, noise=noise, guidance=settings.guidance, batch_size=len(noise)
+    )
     advance(len(noise) * plan.cost.predictor)
     guidance = None if settings.guidance == 1 else settings.guidance
-    return Batch(lambda plan: GuidedField(model, plan, labels, guidance, model.guidance_channels), noise, fine)
+    return Batch(
+        lambda plan: GuidedField(model, plan, labels, guidance, model.guidance_channels),
+        noise,
+        fine,
+    )
 
 
 def measure(
@@ -277,7 +348,9 @@ def measure(
 
     @functools.cache
     def fine() -> Tensor:
-        return _in_batches(settings, fitting, as_plan(settings.reference_plan), noise, labels, advance)
+        return _in_batches(
+            settings, fitting, as_plan(settings.reference_plan), noise, labels, advance
+        )
 
     @functools.cache
     def judge() -> Callable[[Tensor], dict[str, Any]]:
@@ -296,7 +369,9 @@ def measure(
             "predictor_calls": plan.cost.predictor,
             "refiner_calls": plan.cost.refiner,
             "rms": rms_distance(latents, fine()),
-            "rms_blocks": [rms_distance(latents[kept], fine()[kept]) for kept in without_blocks(len(latents))],
+            "rms_blocks": [
+                rms_distance(latents[kept], fine()[kept]) for kept in without_blocks(len(latents))
+            ],
             "rms_held": rms_distance(latents[held], fine()[held]) if held.any() else None,
             **judge()(latents),
             "record": record(plan),
@@ -310,13 +385,24 @@ def measure(
         keep("fine frechet", lambda: judge()(fine())["frechet"])
 
     def times() -> list[float]:
-        return milliseconds(model, [plan for plan, _ in found], settings.guidance, settings.batch_size, advance=advance)
+        return milliseconds(
+            model,
+            [plan for plan, _ in found],
+            settings.guidance,
+            settings.batch_size,
+            advance=advance,
+        )
 
     these = hashlib.sha256(json.dumps([row["record"] for row in rows]).encode()).hexdigest()
-    return [{**row, "ms_per_image": ms} for row, ms in zip(rows, keep(f"milliseconds {these}", times), strict=True)]
+    return [
+        {**row, "ms_per_image": ms}
+        for row, ms in zip(rows, keep(f"milliseconds {these}", times), strict=True)
+    ]
 
 
-def _in_batches(settings: Tune, model: FlowModel, plan: Plan, noise: Tensor, labels: Tensor, advance: Advance) -> Tensor:
+def _in_batches(
+    settings: Tune, model: FlowModel, plan: Plan, noise: Tensor, labels: Tensor, advance: Advance
+) -> Tensor:
     """Latents, on the CPU."""
     done = []
     for part in torch.arange(len(noise)).split(settings.batch_size):
@@ -330,7 +416,9 @@ def _in_batches(settings: Tune, model: FlowModel, plan: Plan, noise: Tensor, lab
 
 
 def _save_plans(settings: Tune, results: Mapping[str, Any]) -> None:
-    """Every fitted plan, and as best.json the one of all that were found which errs least on the noise that plans are fitted to."""
+    """Every fitted plan, and as best.json the one of all that were found which errs least on the
+    noise that plans are fitted to.
+    """
     found = [row for row in results["rows"] if row["how"] in ("fitted", "searched")]
     best = min(found, key=lambda row: row["calibration_rms"])
     for row in found:

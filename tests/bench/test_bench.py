@@ -1,4 +1,6 @@
-"""The benchmarks run, on whatever is here, and their tables read their reports; rivals are the same network."""
+"""The benchmarks run, on whatever is here, and their tables read their reports; rivals are the same
+network.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ from plain_sit import PlainSiT
 
 def run(*command: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small networks gain nothing from threads
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -76,10 +80,20 @@ def test_plan_benchmarks_run_and_are_tabled(tmp_path):
 
 def test_rivals_and_providers_that_are_none_are_refused():
     for suite, option in (("plans", "rivals"), ("kernels", "providers")):
-        command = [sys.executable, "-m", "pytest", f"bench/test_{suite}.py", f"--{option}", "ours-fp9 eager", "--collect-only"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            f"bench/test_{suite}.py",
+            f"--{option}",
+            "ours-fp9 eager",
+            "--collect-only",
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode
-        assert re.search(rf"--{option} must be some of .*eager.*, got ours-fp9", done.stdout + done.stderr)
+        assert re.search(
+            rf"--{option} must be some of .*eager.*, got ours-fp9", done.stdout + done.stderr
+        )
 
 
 def test_growth_is_measured_and_drawn(tmp_path):
@@ -129,7 +143,9 @@ def test_a_rival_is_given_up_before_the_next_is_made(monkeypatch):
         return lambda s: functools.partial(lambda model, plan: plan, Model(name))
 
     monkeypatch.setattr(test_plans, "_prepared", {})
-    monkeypatch.setattr(test_plans, "RIVALS", {name: rival(name) for name in ("a", "b")} | {"c": rivals.plan_graph})
+    monkeypatch.setattr(
+        test_plans, "RIVALS", {name: rival(name) for name in ("a", "b")} | {"c": rivals.plan_graph}
+    )
     assert test_plans.prepared("a", 64, 1, False) is test_plans.prepared("a", 64, 1, False)
     for name, batch in (("b", 1), ("b", 2), ("a", 1)):
         test_plans.prepared(name, 64, batch, False)
@@ -144,7 +160,9 @@ def test_a_rival_is_given_up_before_the_next_is_made(monkeypatch):
 
 
 @pytest.mark.parametrize("refiner", [False, True])
-@pytest.mark.parametrize("config", [CONFIG, HEAD_DIM_72, SIT_CONFIGS["SiT-S/8"]], ids=["24", "72", "S/8"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, HEAD_DIM_72, SIT_CONFIGS["SiT-S/8"]], ids=["24", "72", "S/8"]
+)
 def test_the_plain_network_is_ours(config, refiner):
     network = random_sit(config.refiner() if refiner else config, 3).double()
     x, v = torch.randn(2, 3, config.channels, config.side, config.side, dtype=torch.float64)
@@ -158,7 +176,9 @@ def test_the_plain_network_is_ours(config, refiner):
 @pytest.mark.parametrize("rival", ["ours", "ours-eager", "eager"])
 def test_rivals_sample_the_same_images(rival):
     s = rivals.subject(64, 2, False)
-    reference = ft.load(s.predictor, s.refiner, device="cpu", dtype=torch.float32, backend="reference")
+    reference = ft.load(
+        s.predictor, s.refiner, device="cpu", dtype=torch.float32, backend="reference"
+    )
     expected = ft.sample(reference, "H1P1R1", [0, 1], guidance=rivals.GUIDANCE, seed=0)
     assert_close(rivals.RIVALS[rival](s)("H1P1R1"), expected, 1e-5)
 
@@ -183,7 +203,11 @@ def test_the_plain_decoder_is_diffusers():
         layers_per_block=1,
         latent_channels=4,
     ).double()
-    decoding = {k: v for k, v in theirs.state_dict().items() if k.startswith(("decoder.", "post_quant_conv."))}
+    decoding = {
+        k: v
+        for k, v in theirs.state_dict().items()
+        if k.startswith(("decoder.", "post_quant_conv."))
+    }
     ours.load_state_dict(decoding)  # strict: the names are the same
     z = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     with torch.no_grad():
@@ -194,10 +218,18 @@ def test_the_plain_decoder_is_diffusers():
 
 
 def test_the_limit_of_the_published_model_is_the_counted_one(monkeypatch):
-    """SiT-XL/2 at 256 x 256, H1P5R3, batch 1, at 790 TFLOP/s and 4.3 TB/s, as counted by hand: 4.43 ms, and 0.665 to decode."""
-    monkeypatch.setattr(roofline, "ceilings", lambda device: {"copy": 4.3e12, "float32": 1e12, "bfloat16": 790e12})
+    """SiT-XL/2 at 256 x 256, H1P5R3, batch 1, at 790 TFLOP/s and 4.3 TB/s, as counted by hand: 4.43
+    ms, and 0.665 to decode.
+    """
+    monkeypatch.setattr(
+        roofline, "ceilings", lambda device: {"copy": 4.3e12, "float32": 1e12, "bfloat16": 790e12}
+    )
     xl = SIT_CONFIGS["SiT-XL/2"]
-    limit = roofline.plan_floor(ft.Plan.parse("H1P5R3"), xl, xl.refiner(), 1, torch.bfloat16, "cuda")
+    limit = roofline.plan_floor(
+        ft.Plan.parse("H1P5R3"), xl, xl.refiner(), 1, torch.bfloat16, "cuda"
+    )
     assert limit == pytest.approx(4.43e-3, rel=0.01)
     vae = Autoencoder().bfloat16()
-    assert roofline.decode_floor(vae, (1, 4, 32, 32), torch.bfloat16, "cuda") == pytest.approx(0.665e-3, rel=0.01)
+    assert roofline.decode_floor(vae, (1, 4, 32, 32), torch.bfloat16, "cuda") == pytest.approx(
+        0.665e-3, rel=0.01
+    )

@@ -1,4 +1,6 @@
-"""bench/gpu_check.sh without a GPU: its stages and files are real, what it measures is replaced by benchmarks that take no time."""
+"""bench/gpu_check.sh without a GPU: its stages and files are real, what it measures is replaced by
+benchmarks that take no time.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,19 @@ import table
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 
 CHECKOUT = {
-    # What stands in for the checkout's own: the benchmarks, the library as far as the script calls it, the tests that need a GPU.
+    # What stands in for the checkout's own: the benchmarks, the library as far as the script calls
+    # it, the tests that need a GPU.
     "torch/__init__.py": "class cuda:\n    is_available = staticmethod(lambda: True)\n",
     "bench/machine.py": """
 import json, os
 name = os.environ["DEVICE"]
-print(name, name.lower().replace(" ", "-"), "90a", json.dumps({"device": name, "code": "commit 1234", "torch": "2.11"}), sep="\\n")
+facts = {"device": name, "code": "commit 1234", "torch": "2.11"}
+print(name, name.lower().replace(" ", "-"), "90a", json.dumps(facts), sep="\\n")
 """,
     "bench/test_plans.py": """
 import os, signal, time, pytest
-RIVALS = "ours ours-fp8 ours-eager eager autocast compile max-autotune plan-graph plan-graph-hoisted".split()
-RIVALS += "max-autotune-fp8 plan-graph-fp8".split()
+RIVALS = "ours ours-fp8 ours-eager eager autocast compile max-autotune plan-graph".split()
+RIVALS += "plan-graph-hoisted max-autotune-fp8 plan-graph-fp8".split()
 ROUNDS = 3
 
 def about(rival, size, batch, decode, plan):
@@ -50,8 +54,10 @@ def test_plan(benchmark, rounds, rival, size, batch, decode, plan):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     benchmark.group = about(rival, size, batch, decode, plan)["group"]
     benchmark.extra_info |= dict(
-        rival=rival, plan=plan, size=size, batch=batch, decode=False, first_seconds=1.0, peak_bytes=1 << 30, decode_seconds=0.0,
-        floor=1e-9, ceilings={"copy": 3e12}, device=os.environ["DEVICE"], dtype="bfloat16", torch="2.11",
+        rival=rival, plan=plan, size=size, batch=batch, decode=False, first_seconds=1.0,
+        peak_bytes=1 << 30, decode_seconds=0.0,
+        floor=1e-9, ceilings={"copy": 3e12}, device=os.environ["DEVICE"], dtype="bfloat16",
+        torch="2.11",
     )
     def run():
         if rival == os.environ.get("SLOW"):
@@ -71,7 +77,8 @@ def about(batch, who):
 def test_kernel(benchmark, rounds, batch, who):
     benchmark.group = about(batch, who)["group"]
     benchmark.extra_info |= dict(
-        op="attention", batch=batch, provider=who, backend="torch", calls=8, floor=1e-9, ceilings={"copy": 3.1e12},
+        op="attention", batch=batch, provider=who, backend="torch", calls=8, floor=1e-9,
+        ceilings={"copy": 3.1e12},
         device=os.environ["DEVICE"], dtype="torch.bfloat16", torch="2.11",
     )
     benchmark.pedantic(time.sleep, args=(0.001,), rounds=rounds, iterations=1)
@@ -80,7 +87,8 @@ def test_kernel(benchmark, rounds, batch, who):
 import os, sys
 from lines import append
 for at in (1, 8):
-    point = {"at": at, "plan": "H1", "batch": at, "tokens": 256, "ms_an_image": 5 / at, "limit_ms_an_image": 1.0}
+    point = {"at": at, "plan": "H1", "batch": at, "tokens": 256, "ms_an_image": 5 / at,
+    "limit_ms_an_image": 1.0}
     append("growth", curve="batch", device=os.environ["DEVICE"], point=point)
 open(sys.argv[1] + "/growth.png", "wb").close()
 """,
@@ -115,7 +123,8 @@ def test_cuda_backend_float32(): pytest.skip("no CuPy")
 TOOLS = {
     # In front of the machine's own.
     "compute-sanitizer": 'until [[ $1 == *python* ]]; do shift; done\nexec "$@"\n',
-    # The time is up once the slow benchmark is reached, however long that takes; an alarm is how timeout itself learns of it.
+    # The time is up once the slow benchmark is reached, however long that takes; an alarm is how
+    # timeout itself learns of it.
     "timeout": f"""
 set -m
 {shutil.which("timeout")} "${{@:1:4}}" 3000 "${{@:6}}" &
@@ -128,7 +137,9 @@ wait $!
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of the script and what reads and writes its reports, in a checkout that has nothing else of the real one."""
+    """A copy of the script and what reads and writes its reports, in a checkout that has nothing
+    else of the real one.
+    """
     root = tmp_path / "checkout"
     for name, text in CHECKOUT.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -145,19 +156,35 @@ def checkout(tmp_path):
 
 def check(checkout: Path, folder: Path, part: str, **variables: str) -> tuple[int, list[str]]:
     """The script's exit status and the lines that it printed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FLOWTURBO", "FAKE", "PYTEST"))}
-    environment |= {"PYTHON": sys.executable, "DEVICE": H100, "FLOWTURBO_BENCH_PLANS": "H1P5R3 H8", **variables}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("FLOWTURBO", "FAKE", "PYTEST"))
+    }
+    environment |= {
+        "PYTHON": sys.executable,
+        "DEVICE": H100,
+        "FLOWTURBO_BENCH_PLANS": "H1P5R3 H8",
+        **variables,
+    }
     environment["REACHED"] = str(checkout.parent / "reached")
     environment["PATH"] = f"{checkout.parent / 'tools'}:{environment['PATH']}"
     command = ["bash", str(checkout / "bench/gpu_check.sh"), part, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=checkout.parent)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=checkout.parent
+    )
     assert not done.stderr, done.stderr
     return done.returncode, done.stdout.splitlines()
 
 
 def listed() -> dict[str, dict[str, int]]:
     """The limits of the real script: part -> stage -> seconds."""
-    text = subprocess.run(["bash", str(ROOT / "bench/gpu_check.sh"), "list"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["bash", str(ROOT / "bench/gpu_check.sh"), "list"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     found: dict[str, dict[str, int]] = defaultdict(dict)
     for part, stage, seconds in map(str.split, text.splitlines()):
         found[part][stage] = int(seconds)
@@ -166,7 +193,16 @@ def listed() -> dict[str, dict[str, int]]:
 
 def test_every_part_ends_within_nine_minutes():
     limits = listed()
-    assert list(limits) == ["correct", "kernels", "plans", "rivals-8", "best-8", "rivals-1", "best-1", "growth"]
+    assert list(limits) == [
+        "correct",
+        "kernels",
+        "plans",
+        "rivals-8",
+        "best-8",
+        "rivals-1",
+        "best-1",
+        "growth",
+    ]
     for part, stages in limits.items():
         assert sum(stages.values()) < 540, part
 
@@ -193,8 +229,12 @@ def test_every_rival_is_measured_by_some_part():
     import rivals
 
     script = (ROOT / "bench/gpu_check.sh").read_text()
-    named = {word for line in re.findall(r"plan_stage \S+ \d+ \S+ (.+)", script) for word in line.split()}
-    assert named == set(rivals.RIVALS) - {"diffusers"}  # whose weights are its own, and which is seldom there
+    named = {
+        word for line in re.findall(r"plan_stage \S+ \d+ \S+ (.+)", script) for word in line.split()
+    }
+    assert named == set(rivals.RIVALS) - {
+        "diffusers"
+    }  # whose weights are its own, and which is seldom there
     assert set(conftest_options()["rivals"][0].split()) == set(rivals.RIVALS) == set(table.RIVALS)
 
 
@@ -207,7 +247,11 @@ def test_all_parts_leave_few_files_and_a_summary_each(checkout, tmp_path):
 
     files = sorted(folder.rglob("*"))
     names = [path.name for path in files]
-    ends = [f"{device}.{end}" for device in ("nvidia-h100-80gb-hbm3", "nvidia-h200") for end in ("jsonl", "tar.gz", "txt")]
+    ends = [
+        f"{device}.{end}"
+        for device in ("nvidia-h100-80gb-hbm3", "nvidia-h200")
+        for end in ("jsonl", "tar.gz", "txt")
+    ]
     assert names == sorted(["RESULTS.md", *ends])
     assert len(files) <= 8
     assert all(path.is_file() and re.fullmatch(r"[A-Za-z0-9._-]+", path.name) for path in files)
@@ -215,45 +259,93 @@ def test_all_parts_leave_few_files_and_a_summary_each(checkout, tmp_path):
     summaries = (folder / "nvidia-h100-80gb-hbm3.txt").read_text().splitlines()
     assert printed[0] == summaries[0]
     assert printed[-len(summaries) :] == summaries
-    assert all(printed.count(line) == 3 for line in summaries)  # first and last of its part, and at the end
+    assert all(
+        printed.count(line) == 3 for line in summaries
+    )  # first and last of its part, and at the end
     correct, kernels, plans, rivals8, best8, rivals1, _, growth = summaries
     assert correct.startswith(
-        f"correct: 1 passed, 1 failed, 1 skipped, nothing found by compute-sanitizer on {H100}; NOT PASSED: build"
+        f"correct: 1 passed, 1 failed, 1 skipped, nothing found by compute-sanitizer on {H100}; "
+        "NOT PASSED: build"
     )
-    assert re.match(rf"kernels: 2 operations measured, .*x eager .*x compiled .* on {H100}; NOT PASSED: build failed", kernels)
-    assert re.match(r"plans: H1P5R3 256x256 batch 8 ours \d.*; H1P5R3 256x256 batch 1 ours .*x eager.*; NOT PASSED: batch-8", plans)
-    assert re.match(rf"rivals-8: H1P5R3 256x256 batch 8 ours .*x max-autotune, .*x plan-graph on {H100}$", rivals8)
+    assert re.match(
+        rf"kernels: 2 operations measured, .*x eager .*x compiled .* on {H100}; NOT PASSED: build "
+        r"failed",
+        kernels,
+    )
+    assert re.match(
+        r"plans: H1P5R3 256x256 batch 8 ours \d.*; H1P5R3 256x256 batch 1 ours .*x eager.*; NOT "
+        r"PASSED: batch-8",
+        plans,
+    )
+    assert re.match(
+        rf"rivals-8: H1P5R3 256x256 batch 8 ours .*x max-autotune, .*x plan-graph on {H100}$",
+        rivals8,
+    )
     assert re.match(r"best-8: H1P5R3 256x256 batch 8 ours .*x plan-graph-hoisted, ", best8)
     assert "batch 1" in rivals1
-    assert growth == f"growth: 2 points measured, batch 1 5.00 ms an image, batch 8 0.62 ms an image on {H100}"
+    assert growth == (
+        f"growth: 2 points measured, batch 1 5.00 ms an image, batch 8 0.62 ms an image on {H100}"
+    )
 
     page = (folder / "RESULTS.md").read_text()
     assert page.count(f"## {H100}") == page.count(f"## {H200}") == 1
-    assert "- autocast, failed: RuntimeError: out of memory: H1P5R3 256x256 batch 8; H8 256x256 batch 8" in page
+    assert (
+        "- autocast, failed: RuntimeError: out of memory: H1P5R3 256x256 batch 8; H8 256x256 "
+        "batch 8"
+    ) in page
     assert "- ours-fp8, fp8 is not here: H1P5R3" in page
     assert "- the stage build of correct failed (exit status 1)" in page
     assert "- `tests/kernels/test_gpu.py::test_wrong`: assert 1 == 2" in page
 
     with tarfile.open(folder / "nvidia-h100-80gb-hbm3.tar.gz") as archive:
         inside = {Path(name).name for name in archive.getnames()}
-    assert {"correct-build.log", "correct-tests.log", "plans-batch-8.log", "rivals-1-compile.log", "growth.png"} <= inside
+    assert {
+        "correct-build.log",
+        "correct-tests.log",
+        "plans-batch-8.log",
+        "rivals-1-compile.log",
+        "growth.png",
+    } <= inside
     assert "H1P5R3-batch8.trace.json" in inside
 
 
 @pytest.mark.parametrize("deaf", ["", "eager"], ids=["interrupted", "killed"])
 def test_a_stage_that_passes_its_limit_keeps_what_it_measured(checkout, tmp_path, deaf):
-    """It ends in the middle of a benchmark, and what comes after it in the part is measured all the same."""
-    variables = {"SLOW": "eager", "DEAF": deaf, "FLOWTURBO_BENCH_LIMITS": "8", "FLOWTURBO_BENCH_PLANS": "H1"}
+    """It ends in the middle of a benchmark, and what comes after it in the part is measured all the
+    same.
+    """
+    variables = {
+        "SLOW": "eager",
+        "DEAF": deaf,
+        "FLOWTURBO_BENCH_LIMITS": "8",
+        "FLOWTURBO_BENCH_PLANS": "H1",
+    }
     status, printed = check(checkout, tmp_path, "plans", FLOWTURBO_BENCH_BATCHES="8", **variables)
     assert status == 1
     assert printed[0] == printed[-1]
-    assert re.match(rf"plans: H1 256x256 batch 8 ours \d.* on {H100}; NOT PASSED: batch-8 was stopped at its limit$", printed[0])
+    assert re.match(
+        rf"plans: H1 256x256 batch 8 ours \d.* on {H100}; NOT PASSED: batch-8 was stopped at its "
+        r"limit$",
+        printed[0],
+    )
     [device] = report.read([tmp_path]).values()
     assert {who for _, who in device.entries} == {"ours", "ours-eager"}
-    assert device.missing["H1 256x256 batch 8", "eager"] == "not reached: batch-8 was stopped at its limit"
-    assert device.missing["H1 256x256 batch 8", "autocast"] == "not reached: batch-8 was stopped at its limit"
-    assert [stage.ended for stage in device.stages[device.last_run("plans")].values()][1:] == ["passed", "passed"]
-    assert "- eager, not reached: batch-8 was stopped at its limit: H1 256x256 batch 8" in (tmp_path / "RESULTS.md").read_text()
+    assert (
+        device.missing["H1 256x256 batch 8", "eager"]
+        == "not reached: batch-8 was stopped at its limit"
+    )
+    assert (
+        device.missing["H1 256x256 batch 8", "autocast"]
+        == "not reached: batch-8 was stopped at its limit"
+    )
+    assert [stage.ended for stage in device.stages[device.last_run("plans")].values()][1:] == [
+        "passed",
+        "passed",
+    ]
+    assert (
+        "- eager, not reached: batch-8 was stopped at its limit: H1 256x256 batch 8"
+        in (tmp_path / "RESULTS.md").read_text()
+    )
 
 
 def test_what_is_measured_again_is_replaced_and_the_rest_is_kept(checkout, tmp_path):
@@ -311,15 +403,24 @@ def line(kind: str, stage: str = "s", **fields: object) -> str:
 
 
 def test_a_report_that_was_cut_in_a_line_is_read(tmp_path):
-    measured = {"group": "H1", "stats": {"median": 2.0}, "info": {"device": H200, "plan": "H1", "batch": 1, "floor": 1.0}}
+    measured = {
+        "group": "H1",
+        "stats": {"median": 2.0},
+        "info": {"device": H200, "plan": "H1", "batch": 1, "floor": 1.0},
+    }
     text = line("run", part="plans", facts={"device": H200})
-    text += line("planned", items=[{"id": name, "group": "H1", "who": name} for name in ("ours", "eager")])
+    text += line(
+        "planned", items=[{"id": name, "group": "H1", "who": name} for name in ("ours", "eager")]
+    )
     text += line("ended", id="ours", outcome="passed", group="H1", who="ours", measured=measured)
     (tmp_path / "a.jsonl").write_text(text + '{"kind": "ended", "id": "eag')
     [device] = report.read([tmp_path]).values()
     assert device.entries["H1", "ours"].median == 2.0
     assert device.missing == {("H1", "eager"): "not reached: s was cut short"}
-    assert summary.line("plans", device) == f"plans: H1 ours 2000.00 ms an image (limit 1000.00) on {H200}"
+    assert (
+        summary.line("plans", device)
+        == f"plans: H1 ours 2000.00 ms an image (limit 1000.00) on {H200}"
+    )
 
 
 def test_a_report_that_is_none_is_refused_by_name_and_passed_over_in_a_folder(tmp_path):

@@ -1,4 +1,6 @@
-"""Rivals are set up as well as their users would, on the same inputs, and each is held against the limit that is its own."""
+"""Rivals are set up as well as their users would, on the same inputs, and each is held against the
+limit that is its own.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ HERE = ["ours", "ours-eager", "ours-fp8", "eager", "autocast"]
 
 @pytest.mark.parametrize("rival", HERE)
 def test_everyone_samples_the_same_noise_and_labels_of_the_device(rival, monkeypatch):
-    """The tensors themselves: none is made, copied from the host or chosen from others in a call."""
+    """The tensors themselves: none is made, copied from the host or chosen from others in a
+    call.
+    """
     s = rivals.subject(64, 3, False)
     sampler = rivals.RIVALS[rival](s)
     seen = []
@@ -63,7 +67,9 @@ def test_everyone_samples_the_same_noise_and_labels_of_the_device(rival, monkeyp
 
 @pytest.mark.parametrize("rival", HERE)
 def test_a_call_copies_nothing_from_the_host_and_reads_nothing_from_the_device(rival):
-    """On a GPU both would wait for it: noise made on the CPU, rows chosen by the CPU, a number looked at."""
+    """On a GPU both would wait for it: noise made on the CPU, rows chosen by the CPU, a number
+    looked at.
+    """
     sampler = rivals.RIVALS[rival](rivals.subject(64, 2, False))
     sampler("H1R1")
 
@@ -75,7 +81,13 @@ def test_a_call_copies_nothing_from_the_host_and_reads_nothing_from_the_device(r
     asked: set[str] = set()
     with Asked():
         sampler("H1R1")
-    assert not asked & {"aten::_local_scalar_dense", "aten::randn", "aten::normal_", "aten::index", "aten::nonzero"}
+    assert not asked & {
+        "aten::_local_scalar_dense",
+        "aten::randn",
+        "aten::normal_",
+        "aten::index",
+        "aten::nonzero",
+    }
 
 
 def test_the_noise_is_that_of_the_first_seed():
@@ -123,8 +135,12 @@ def test_one_plan_is_captured_at_a_time():
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("rival", [*HERE, "plan-graph"])
-def test_convolutions_are_tuned_for_everyone_and_what_was_set_is_put_back(rival, before, monkeypatch):
-    """In a capture as in the runs before it: the choice that those have left is there, and nothing has to be timed."""
+def test_convolutions_are_tuned_for_everyone_and_what_was_set_is_put_back(
+    rival, before, monkeypatch
+):
+    """In a capture as in the runs before it: the choice that those have left is there, and nothing
+    has to be timed.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
     s = rivals.subject(64, 2, True)
     seen = []
@@ -156,14 +172,20 @@ def test_eager_torch_decodes_in_the_faster_layout(rival, faster, monkeypatch):
     sampler = rivals.RIVALS[rival](s)
     assert sampler.settings.startswith(f"decoder in {faster} (ms a batch: NCHW ")
     layout = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}[faster]
-    convolutions = [m for m in sampler.model.vae.network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    convolutions = [
+        m
+        for m in sampler.model.vae.network.modules()
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+    ]
     seen = []
     for convolution in convolutions:
         assert convolution.weight.is_contiguous(memory_format=layout)
         convolution.register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
     sampler("E1")
     assert len(seen) >= len(convolutions)
-    assert all(t.is_contiguous(memory_format=layout) for pair in seen for t in pair if t.shape[1] > 1)
+    assert all(
+        t.is_contiguous(memory_format=layout) for pair in seen for t in pair if t.shape[1] > 1
+    )
 
 
 def test_a_wrapped_decoder_decodes_the_same():
@@ -193,7 +215,9 @@ class Casts(TorchDispatchMode):
 
 
 def test_a_second_call_under_autocast_casts_no_weight():
-    """Autocast keeps casts of weights that require gradients only: without that every call of SiT-XL/2 would cast 2.7 GB."""
+    """Autocast keeps casts of weights that require gradients only: without that every call of
+    SiT-XL/2 would cast 2.7 GB.
+    """
     network = rivals.autocast(rivals.subject(64, 2, False)).model.predictor
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
     counts = []
@@ -224,7 +248,9 @@ def test_autocast_leaves_the_decoder_alone():
     for network in (model.vae.network, model.predictor):
         for module in network.modules():
             if isinstance(module, nn.GroupNorm | nn.Conv2d):
-                module.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+                module.register_forward_hook(
+                    lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+                )
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         model.decode(torch.randn(1, 4, 8, 8))
         assert seen
@@ -241,12 +267,18 @@ def test_autocast_leaves_the_decoder_alone():
 def test_weights_are_in_the_dtypes_that_a_rival_claims(rival):
     """Here of bfloat16 networks, as on a GPU; all rivals are set up in tests/fake_cuda."""
     s = rivals.subject(64, 1, False)
-    s = replace(s, predictor=random_sit(s.predictor.config, 0).bfloat16(), refiner=random_sit(s.refiner.config, 1).bfloat16())
+    s = replace(
+        s,
+        predictor=random_sit(s.predictor.config, 0).bfloat16(),
+        refiner=random_sit(s.refiner.config, 1).bfloat16(),
+    )
     s = replace(s, dtype=torch.bfloat16)
     model = rivals.RIVALS[rival](s).model
     check_dtypes(rival, model)
     rivals.RIVALS[rival](s)("H1R1")
-    assert s.predictor.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16  # nobody changes what the others read
+    assert (
+        s.predictor.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    )  # nobody changes what the others read
 
 
 # Networks
@@ -263,7 +295,10 @@ def test_the_hoisted_network_is_the_plain_one(refiner):
     assert all(isinstance(block.mlp, FusedMLP) for block in hoisted.network.blocks)
     expected = network(*given)
     assert_close(hoisted(*given), expected, 1e-6)  # its time features are float32
-    both = [torch.cat([m, m]) for m in hoisted.modulations(network.t_embedder(t) + network.y_embedder(y))]
+    both = [
+        torch.cat([m, m])
+        for m in hoisted.modulations(network.t_embedder(t) + network.y_embedder(y))
+    ]
     again = hoisted.evaluate(x, both, torch.cat([v, v]) if refiner else None)
     assert_close(again, torch.cat([expected, expected]), 1e-6)
 
@@ -296,7 +331,10 @@ def test_plain_fp8_errs_as_ours_does(monkeypatch):
     x, t, y = torch.randn(3, 4, 8, 8).bfloat16(), torch.rand(3), torch.tensor([0, 1, 2])
     exact = plain(x, t, y).float()
     assert rowwise.quantise(plain) == "row-wise fp8 by torch._scaled_mm"
-    assert len([m for m in plain.modules() if isinstance(m, rowwise.RowwiseLinear)]) == 4 * config.depth
+    assert (
+        len([m for m in plain.modules() if isinstance(m, rowwise.RowwiseLinear)])
+        == 4 * config.depth
+    )
     error = (plain(x, t, y).float() - exact).norm() / exact.norm()
     ours = (sit.quantize_()(x, t, y).float() - exact).norm() / exact.norm()
     assert 0 < error < 1.5 * ours
@@ -320,7 +358,11 @@ def test_torchaos_layers_are_taken_where_it_is(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", quantization)
     monkeypatch.setattr(rowwise, "version", lambda name: "9.9")
     assert rowwise.quantise(PlainSiT.of(random_sit(CONFIG, 0))) == "row-wise fp8 by torchao 9.9"
-    assert taken == [f"blocks.{i}.{name}" for i in range(2) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    assert taken == [
+        f"blocks.{i}.{name}"
+        for i in range(2)
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    ]
 
 
 def test_no_quantised_product_does_the_gelu():
@@ -330,9 +372,14 @@ def test_no_quantised_product_does_the_gelu():
         pass
 
     layers = [nn.Linear(8, 32), nn.Linear(8, 32)]
-    layers[1].weight = nn.Parameter(layers[1].weight.detach().as_subclass(Quantised), requires_grad=False)
+    layers[1].weight = nn.Parameter(
+        layers[1].weight.detach().as_subclass(Quantised), requires_grad=False
+    )
     assert isinstance(layers[1].weight, Quantised)
-    fused = [FusedMLP(layer, nn.Linear(32, 8)).fused for layer in (*layers, rowwise.RowwiseLinear(layers[0]))]
+    fused = [
+        FusedMLP(layer, nn.Linear(32, 8)).fused
+        for layer in (*layers, rowwise.RowwiseLinear(layers[0]))
+    ]
     assert fused == [True, False, False]
 
 
@@ -356,42 +403,59 @@ def test_the_best_settings_are_those_of_one_compilation(monkeypatch):
 
     before = config.get_config_copy()
     given = {}
-    monkeypatch.setattr(torch, "compile", lambda network, **options: given.update(options) or network)
+    monkeypatch.setattr(
+        torch, "compile", lambda network, **options: given.update(options) or network
+    )
     for graphs in (True, False):
         compiled, said = inductor.best(graphs)
         compiled(nn.Identity())
         options = given["options"]
-        assert options["triton.enable_persistent_tma_matmul"] is options["triton.enable_pdl"] is True
+        assert (
+            options["triton.enable_persistent_tma_matmul"] is options["triton.enable_pdl"] is True
+        )
         assert options["max_autotune"] is options["coordinate_descent_tuning"] is True
         assert options.get("triton.cudagraphs", False) is graphs
         assert "max_autotune_gemm_search_space" not in options
         assert (given["fullgraph"], given["dynamic"]) == (True, False)
         assert said == (
-            f"max-autotune{'' if graphs else '-no-cudagraphs'}, triton.enable_persistent_tma_matmul=True, triton.enable_pdl=True"
+            f"max-autotune{'' if graphs else '-no-cudagraphs'}, "
+            "triton.enable_persistent_tma_matmul=True, triton.enable_pdl=True"
         )
     assert config.get_config_copy() == before
 
 
 def test_settings_that_this_torch_lacks_are_left_out_and_named(monkeypatch):
     given = {}
-    monkeypatch.setattr(torch, "compile", lambda network, **options: given.update(options) or network)
-    monkeypatch.setattr(inductor, "OPTIONS", {"triton.enable_pdl": True, "triton.enable_magic": True})
+    monkeypatch.setattr(
+        torch, "compile", lambda network, **options: given.update(options) or network
+    )
+    monkeypatch.setattr(
+        inductor, "OPTIONS", {"triton.enable_pdl": True, "triton.enable_magic": True}
+    )
     compiled, said = inductor.best(graphs=False)
     compiled(nn.Identity())
     assert "triton.enable_magic" not in given["options"]
-    assert said.endswith(f"triton.enable_pdl=True, no triton.enable_magic in torch {torch.__version__}")
+    assert said.endswith(
+        f"triton.enable_pdl=True, no triton.enable_magic in torch {torch.__version__}"
+    )
 
 
 @pytest.mark.parametrize("cutlass", [False, True])
 def test_an_exhaustive_search_is_asked_for(cutlass, monkeypatch, tmp_path):
     given = {}
-    monkeypatch.setattr(torch, "compile", lambda network, **options: given.update(options) or network)
+    monkeypatch.setattr(
+        torch, "compile", lambda network, **options: given.update(options) or network
+    )
     monkeypatch.setenv(inductor.EXHAUSTIVE, "1")
-    monkeypatch.setattr(inductor, "no_cutlass", lambda: None if cutlass else "nvcc is not installed")
+    monkeypatch.setattr(
+        inductor, "no_cutlass", lambda: None if cutlass else "nvcc is not installed"
+    )
     compiled, said = inductor.best(graphs=True)
     compiled(nn.Identity())
     assert given["options"]["max_autotune_gemm_search_space"] == "EXHAUSTIVE"
-    assert given["options"].get("max_autotune_gemm_backends") == ("ATEN,TRITON,CUTLASS" if cutlass else None)
+    assert given["options"].get("max_autotune_gemm_backends") == (
+        "ATEN,TRITON,CUTLASS" if cutlass else None
+    )
     assert ("no CUTLASS (nvcc is not installed)" in said) is not cutlass
 
 
@@ -419,7 +483,9 @@ def test_trial_runs_are_shorter_and_say_so(monkeypatch):
     assert s.about["depth"] == len(s.predictor.blocks) == 3
     for text in ("0", "-1", "x", "1.5"):
         monkeypatch.setenv(rivals.DEPTH, text)
-        with pytest.raises(ValueError, match=f"{rivals.DEPTH} must be a number of blocks, at least 1, got '{text}'"):
+        with pytest.raises(
+            ValueError, match=f"{rivals.DEPTH} must be a number of blocks, at least 1, got '{text}'"
+        ):
             rivals.subject(64, 1, False)
     monkeypatch.delenv(rivals.DEPTH)
     monkeypatch.setenv(rivals.DECODER, "tiny")
@@ -458,25 +524,39 @@ def published_decoder() -> Autoencoder:
 
 @pytest.mark.parametrize("side, written, cheapest", [(32, 622.19, 525.6), (64, 2514.52, 2128.0)])
 def test_decoding_is_as_counted(side, written, cheapest):
-    """GFLOP of one image: as written, and with each convolution of a doubled image as four 2x2 ones of the small one."""
+    """GFLOP of one image: as written, and with each convolution of a doubled image as four 2x2 ones
+    of the small one.
+    """
     vae = published_decoder()
-    assert roofline.decode_flops(vae, (1, 4, side, side), doubled=False) / 1e9 == pytest.approx(written, rel=1e-5)
+    assert roofline.decode_flops(vae, (1, 4, side, side), doubled=False) / 1e9 == pytest.approx(
+        written, rel=1e-5
+    )
     assert roofline.decode_flops(vae, (1, 4, side, side)) / 1e9 == pytest.approx(cheapest, rel=1e-4)
     assert not any(m._forward_hooks for m in vae.modules())
 
 
 def test_four_convolutions_of_the_small_image_do_what_one_of_the_doubled_does():
     """What the limit counts on."""
-    x, weight = torch.randn(2, 3, 5, 6, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    x, weight = (
+        torch.randn(2, 3, 5, 6, dtype=torch.float64),
+        torch.randn(4, 3, 3, 3, dtype=torch.float64),
+    )
     doubled = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
     expected = nn.functional.conv2d(doubled, weight, padding=1)
     made = torch.empty_like(expected)
-    first = {0: ([0], [1, 2]), 1: ([0, 1], [2])}  # of an even and an odd row: which taps fall on the first and second small row
+    first = {
+        0: ([0], [1, 2]),
+        1: ([0, 1], [2]),
+    }  # of an even and an odd row: which taps fall on the first and second small row
     padded = nn.functional.pad(x, (1, 1, 1, 1))
     for i in (0, 1):
         for j in (0, 1):
             taps = torch.stack(
-                [torch.stack([weight[:, :, a][..., b].sum((2, 3)) for b in first[j]], dim=-1) for a in first[i]], dim=-2
+                [
+                    torch.stack([weight[:, :, a][..., b].sum((2, 3)) for b in first[j]], dim=-1)
+                    for a in first[i]
+                ],
+                dim=-2,
             )
             made[..., i::2, j::2] = nn.functional.conv2d(padded, taps)[..., i : i + 5, j : j + 6]
     assert_close(made, expected, 1e-12)
@@ -493,14 +573,25 @@ def limit(monkeypatch, rival: str, batch: int = 8) -> float:
         refiner = ft.models.sit.SiT(xl.config.refiner())
     noise = torch.empty(batch, 4, 32, 32, device="meta")
     s = rivals.Subject(
-        xl, refiner, published_decoder(), torch.device("cuda"), torch.bfloat16, batch, True, "full", noise, noise[:, 0, 0, 0]
+        xl,
+        refiner,
+        published_decoder(),
+        torch.device("cuda"),
+        torch.bfloat16,
+        batch,
+        True,
+        "full",
+        noise,
+        noise[:, 0, 0, 0],
     )
     return 1e3 * rivals.limit_of(rival, "H1P5R3", s) / batch
 
 
 @pytest.mark.parametrize("rival", list(rivals.RIVALS))
 def test_every_rival_has_the_limit_of_its_dtype(rival, monkeypatch):
-    """14 rows of 237 GFLOP, 12 of 8.5 and 525.6 of decoding take 5.00 ms in bfloat16, and where 14 times 228 are in fp8 3.1."""
+    """14 rows of 237 GFLOP, 12 of 8.5 and 525.6 of decoding take 5.00 ms in bfloat16, and where 14
+    times 228 are in fp8 3.1.
+    """
     found = limit(monkeypatch, rival)
     assert found == pytest.approx(3.11 if rival.endswith("fp8") else 5.00, rel=0.01)
 

@@ -15,13 +15,19 @@ from flowturbo.cli.main import COMMANDS, main
 from flowturbo.cli.output import labelled_grid
 
 
-def test_sample_without_arguments_writes_a_labelled_grid_of_ten_digits(tmp_path, monkeypatch, capsys):
+def test_sample_without_arguments_writes_a_labelled_grid_of_ten_digits(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert main(["sample"]) == 0
-    assert "samples.png: 10 images by H1P5R3 (7 predictor and 6 refiner calls)" in capsys.readouterr().out
+    assert (
+        "samples.png: 10 images by H1P5R3 (7 predictor and 6 refiner calls)"
+        in capsys.readouterr().out
+    )
     picture = np.asarray(Image.open("samples.png"))
     expected = labelled_grid(
-        ft.sample(ft.load("digits"), "H1P5R3", range(10), guidance=1.5, seed=0, output="uint8"), [str(i) for i in range(10)]
+        ft.sample(ft.load("digits"), "H1P5R3", range(10), guidance=1.5, seed=0, output="uint8"),
+        [str(i) for i in range(10)],
     )
     assert np.array_equal(picture, np.asarray(expected))
     assert len(np.unique(picture)) > 50
@@ -30,9 +36,28 @@ def test_sample_without_arguments_writes_a_labelled_grid_of_ten_digits(tmp_path,
 
 def test_npz_holds_the_images_of_the_library(tmp_path):
     out = tmp_path / "set.npz"
-    assert main(["sample", "--out", str(out), "--plan", "H1R1", "--num", "13", "--batch-size", "4", "--seed", "5"]) == 0
+    assert (
+        main(
+            [
+                "sample",
+                "--out",
+                str(out),
+                "--plan",
+                "H1R1",
+                "--num",
+                "13",
+                "--batch-size",
+                "4",
+                "--seed",
+                "5",
+            ]
+        )
+        == 0
+    )
     labels = [i % 10 for i in range(13)]
-    images = ft.sample(ft.load("digits"), "H1R1", labels, guidance=1.5, seed=5, batch_size=4, output="uint8")
+    images = ft.sample(
+        ft.load("digits"), "H1R1", labels, guidance=1.5, seed=5, batch_size=4, output="uint8"
+    )
     with np.load(out, allow_pickle=False) as arrays:
         assert np.array_equal(arrays["arr_0"], images.numpy())
         assert arrays["labels"].tolist() == labels
@@ -40,10 +65,15 @@ def test_npz_holds_the_images_of_the_library(tmp_path):
 
 def test_flags_reach_the_plan(tmp_path):
     out = tmp_path / "a.npz"
-    flags = "--plan E2 --grid 0 0.25 1 --labels 3 4 --cfg-scale 2 --guidance-interval 0.1 0.9 --guidance-channels 1"
+    flags = (
+        "--plan E2 --grid 0 0.25 1 --labels 3 4 --cfg-scale 2 --guidance-interval 0.1 0.9 "
+        "--guidance-channels 1"
+    )
     assert main(["sample", "--out", str(out), *flags.split()]) == 0
     plan = ft.Plan.parse("E2", grid=(0, 0.25, 1), guidance_interval=(0.1, 0.9))
-    expected = ft.sample(ft.load("digits"), plan, [3, 4], guidance=2.0, guidance_channels=1, seed=0, output="uint8")
+    expected = ft.sample(
+        ft.load("digits"), plan, [3, 4], guidance=2.0, guidance_channels=1, seed=0, output="uint8"
+    )
     with np.load(out, allow_pickle=False) as arrays:
         assert np.array_equal(arrays["arr_0"], expected.numpy())
 
@@ -64,7 +94,9 @@ def test_flags_reach_the_plan(tmp_path):
         (["train", "--out", "run", "--model", "SiT-Z/3"], "got 'SiT-Z/3'"),
     ],
 )
-def test_a_mistake_is_answered_in_one_line_and_leaves_nothing(words, said, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_answered_in_one_line_and_leaves_nothing(
+    words, said, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     error = capsys.readouterr().err
@@ -91,7 +123,9 @@ def test_convert_keeps_what_the_model_does(tmp_path):
     assert a.equal(b)
 
 
-@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
 def test_every_command_explains_itself(words, capsys):
     with pytest.raises(SystemExit) as exit:
         main(words)
@@ -102,7 +136,9 @@ def test_every_command_explains_itself(words, capsys):
 
 
 def test_info_names_versions_and_every_operation():
-    shown = subprocess.run([sys.executable, "-m", "flowturbo", "info"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-m", "flowturbo", "info"], capture_output=True, text=True, check=True
+    ).stdout
     from flowturbo_kernels import OPS
 
     for word in ("torch", "triton", "CUDA extension:", *OPS):

@@ -1,4 +1,6 @@
-"""Encoding once is encoding at every step: the same batches, whole shards after any interruption, nothing mixed."""
+"""Encoding once is encoding at every step: the same batches, whole shards after any interruption,
+nothing mixed.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,9 @@ CPU = torch.device("cpu")
 
 
 class Halved:
-    """A VAE by exact sums: three channels of half the side, weighted so that left and right differ, and a standard deviation."""
+    """A VAE by exact sums: three channels of half the side, weighted so that left and right differ,
+    and a standard deviation.
+    """
 
     scale, shift = 0.5, 0.25
 
@@ -60,7 +64,14 @@ def make_images(path: Path, seed: int) -> Path:
 
 def settings(source: Path, out: Path, **changes: object) -> Encode:
     given: dict[str, object] = dict(
-        source=source, out=out, vae="any", image_size=8, batch_size=2, shard_size=4, dtype="float32", device="cpu"
+        source=source,
+        out=out,
+        vae="any",
+        image_size=8,
+        batch_size=2,
+        shard_size=4,
+        dtype="float32",
+        device="cpu",
     )
     return Encode(**(given | changes))  # type: ignore[arg-type]
 
@@ -75,7 +86,10 @@ def equal(a: Path, b: Path) -> bool:
     return left.keys() == right.keys() and all(
         left[f][1] == right[f][1]
         and left[f][0].keys() == right[f][0].keys()
-        and all(torch.equal(v, right[f][0][k]) and v.dtype == right[f][0][k].dtype for k, v in left[f][0].items())
+        and all(
+            torch.equal(v, right[f][0][k]) and v.dtype == right[f][0][k].dtype
+            for k, v in left[f][0].items()
+        )
         for f in left
     )
 
@@ -89,7 +103,11 @@ def test_training_on_shards_is_training_on_the_images(folder: Path, tmp_path: Pa
     out = encode(settings(folder, tmp_path / "out"))
     assert out == tmp_path / "out"
     stored, direct = load_data(out), ImageFolder(folder, Halved(), 8)
-    assert (len(stored), stored.shape, stored.num_classes) == (len(direct), direct.shape, direct.num_classes) == (11, (3, 4, 4), 3)
+    assert (
+        (len(stored), stored.shape, stored.num_classes)
+        == (len(direct), direct.shape, direct.num_classes)
+        == (11, (3, 4, 4), 3)
+    )
     assert torch.equal(batches(stored, 11), batches(direct, 11))
     labels = stored.batch(np.arange(11), Draws(0, 0, range(11)))[1]
     assert labels.tolist() == [0] * 5 + [1] * 2 + [2] * 4
@@ -97,7 +115,10 @@ def test_training_on_shards_is_training_on_the_images(folder: Path, tmp_path: Pa
 
 def test_exact_vaes_store_no_deviation_and_still_both_sides(folder: Path, tmp_path: Path) -> None:
     out = encode(settings(folder, tmp_path / "out", vae="pixels"))
-    assert all(tensors.keys() == {"latents", "latents_flipped", "labels"} for tensors, _ in contents(out).values())
+    assert all(
+        tensors.keys() == {"latents", "latents_flipped", "labels"}
+        for tensors, _ in contents(out).values()
+    )
     assert torch.equal(batches(load_data(out), 11), batches(ImageFolder(folder, Pixels(), 8), 11))
 
 
@@ -116,24 +137,32 @@ def test_half_precision_costs_its_rounding_and_no_more(folder: Path, tmp_path: P
 
 def test_a_real_autoencoder_from_a_folder(folder: Path, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
-    network = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, shift_factor=0.1, scaling_factor=0.4)
+    network = diffusers.AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, shift_factor=0.1, scaling_factor=0.4
+    )
     network.save_pretrained(tmp_path / "vae")
     out = encode(settings(folder, tmp_path / "out", vae=str(tmp_path / "vae"), batch_size=3))
     direct = batches(ImageFolder(folder, load_vae(tmp_path / "vae", CPU, torch.float32), 8), 11)
     assert (batches(load_data(out), 11) - direct).norm() < 1e-5 * direct.norm()
     _, description = load_tensors(next(out.iterdir()))
     assert description is not None
-    assert {k: description["settings"][k] for k in ("scale", "shift")} == {"scale": 0.4, "shift": 0.1}
+    assert {k: description["settings"][k] for k in ("scale", "shift")} == {
+        "scale": 0.4,
+        "shift": 0.1,
+    }
 
 
-def test_mirrored_latents_are_those_of_mirrored_pixels(folder: Path, tmp_path: Path, halved: Halved) -> None:
+def test_mirrored_latents_are_those_of_mirrored_pixels(
+    folder: Path, tmp_path: Path, halved: Halved
+) -> None:
     data = ImageFolder(folder, halved, 8)
     mirrored = torch.from_numpy(data.files.read(range(11), 8)[:, :, ::-1].copy())
     mean, std = halved.encode(mirrored)
     assert std is not None
     shards = contents(encode(settings(folder, tmp_path / "both")))
     both = {
-        name: torch.cat([tensors[name] for tensors, _ in shards.values()]) for name in ("latents_flipped", "std_flipped", "latents")
+        name: torch.cat([tensors[name] for tensors, _ in shards.values()])
+        for name in ("latents_flipped", "std_flipped", "latents")
     }
     assert torch.equal(both["latents_flipped"], mean)
     assert torch.equal(both["std_flipped"], std)
@@ -150,9 +179,21 @@ def test_shards_are_named_and_described(folder: Path, tmp_path: Path) -> None:
     for k, (_, description) in enumerate(shards.values()):
         assert isinstance(description, dict)
         assert description["settings"]["classes"] == ["cat", "dog", "zebra"]
-        expected = {"vae": "any", "scale": 0.5, "shift": 0.25, "image_size": 8, "flips": True, "shard_size": 4, "dtype": "float32"}
+        expected = {
+            "vae": "any",
+            "scale": 0.5,
+            "shift": 0.25,
+            "image_size": 8,
+            "flips": True,
+            "shard_size": 4,
+            "dtype": "float32",
+        }
         assert description["settings"].items() >= expected.items()
-        assert (description["shard"], description["shards"], description["num_classes"]) == (k, 3, 3)
+        assert (description["shard"], description["shards"], description["num_classes"]) == (
+            k,
+            3,
+            3,
+        )
     with safe_open(tmp_path / "out" / "latents-00000-of-00003.safetensors", framework="pt") as file:
         assert set(file.keys()) == {"latents", "std", "latents_flipped", "std_flipped", "labels"}
 
@@ -188,7 +229,9 @@ def test_a_killed_run_leaves_whole_shards_and_goes_on(
     # What a kill in the middle of a write leaves beside them.
     (out / ".latents-00002-of-00003.safetensors.x7.tmp").write_bytes(b"torn")
     encode(settings(folder, out))
-    assert {path.name: path.stat().st_ino for path in out.iterdir() if path.name in left} == left  # kept, not made again
+    assert {
+        path.name: path.stat().st_ino for path in out.iterdir() if path.name in left
+    } == left  # kept, not made again
     assert equal(out, uninterrupted)
 
 
@@ -237,7 +280,9 @@ def test_batch_size_and_place_may_change_between_runs(folder: Path, tmp_path: Pa
     ],
 )
 @pytest.mark.usefixtures("halved")
-def test_shards_of_other_settings_are_not_touched(folder: Path, tmp_path: Path, change: dict[str, object], words: str) -> None:
+def test_shards_of_other_settings_are_not_touched(
+    folder: Path, tmp_path: Path, change: dict[str, object], words: str
+) -> None:
     out = encode(settings(folder, tmp_path / "out"))
     before = {path: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(ValueError, match=words) as caught:
@@ -255,7 +300,9 @@ def test_shards_of_another_scale_other_classes_other_images_or_no_shards_are_not
         encode(settings(folder, out))
     halved.scale = 0.5
     (folder / "cat" / "0.png").rename(folder / "cat" / "00.png")
-    with pytest.raises(ValueError, match=r"latents-00000-of-00003\.safetensors was made from other images"):
+    with pytest.raises(
+        ValueError, match=r"latents-00000-of-00003\.safetensors was made from other images"
+    ):
         encode(settings(folder, out))
     (folder / "cat" / "00.png").rename(folder / "cat" / "0.png")
     encode(settings(folder, out))
@@ -263,7 +310,9 @@ def test_shards_of_another_scale_other_classes_other_images_or_no_shards_are_not
     with pytest.raises(ValueError, match="classes was"):
         encode(settings(folder, out))
     (folder / "hound").rename(folder / "dog")
-    save_tensors(out / "latents-00001-of-00003.safetensors", {"latents": torch.zeros(1)}, {"kind": "else"})
+    save_tensors(
+        out / "latents-00001-of-00003.safetensors", {"latents": torch.zeros(1)}, {"kind": "else"}
+    )
     with pytest.raises(ValueError, match="was made by something else"):
         encode(settings(folder, out))
     other = tmp_path / "model"
@@ -273,7 +322,9 @@ def test_shards_of_another_scale_other_classes_other_images_or_no_shards_are_not
 
 
 @pytest.mark.usefixtures("halved")
-def test_a_bad_image_is_named_and_may_be_taken_out_without_losing_what_is_done(folder: Path, tmp_path: Path) -> None:
+def test_a_bad_image_is_named_and_may_be_taken_out_without_losing_what_is_done(
+    folder: Path, tmp_path: Path
+) -> None:
     bad = folder / "dog" / "1.png"  # image 6, in the second shard
     bad.write_bytes(bad.read_bytes()[:60])
     out = tmp_path / "out"
@@ -288,7 +339,9 @@ def test_a_bad_image_is_named_and_may_be_taken_out_without_losing_what_is_done(f
     assert len(load_data(out)) == 10
 
 
-def test_latents_that_are_not_finite_are_refused_with_their_image(folder: Path, tmp_path: Path, halved: Halved) -> None:
+def test_latents_that_are_not_finite_are_refused_with_their_image(
+    folder: Path, tmp_path: Path, halved: Halved
+) -> None:
     plain = halved.encode
     for value, dtype in ((float("nan"), "float32"), (1e5, "float16")):
 
@@ -311,9 +364,14 @@ def archive(path: Path, **arrays: np.ndarray) -> Path:
 @pytest.mark.parametrize("label_name", ["labels", "arr_1", None])
 def test_images_of_an_npz(tmp_path: Path, halved: Halved, label_name: str | None) -> None:
     rng = np.random.default_rng(1)
-    images, labels = rng.integers(256, size=(7, 8, 8, 3), dtype=np.uint8), rng.integers(1, 5, size=7)
+    images, labels = (
+        rng.integers(256, size=(7, 8, 8, 3), dtype=np.uint8),
+        rng.integers(1, 5, size=7),
+    )
     labels[3] = 5
-    source = archive(tmp_path / "a.npz", arr_0=images, **({label_name: labels} if label_name else {}))
+    source = archive(
+        tmp_path / "a.npz", arr_0=images, **({label_name: labels} if label_name else {})
+    )
     out = encode(settings(source, tmp_path / "out", flips=False))
     data = load_data(out)
     assert isinstance(data, Latents)
@@ -351,7 +409,10 @@ def test_an_npz_that_holds_no_images_is_refused_and_never_unpickled(tmp_path: Pa
         (dict(arr_0=images.astype(np.float32)), r"got \(3, 8, 8, 3\), float32"),
         (dict(arr_0=images[..., 0]), r"got \(3, 8, 8\), uint8"),
         (dict(arr_0=images[:0]), r"got \(0, 8, 8, 3\)"),
-        (dict(arr_0=images, labels=np.zeros(2, dtype=np.int64)), "a label from 0 on for each of its 3 images in labels"),
+        (
+            dict(arr_0=images, labels=np.zeros(2, dtype=np.int64)),
+            "a label from 0 on for each of its 3 images in labels",
+        ),
         (dict(arr_0=images, labels=np.zeros(3)), "a label from 0 on"),
         (dict(arr_0=images, arr_1=np.array([0, -1, 0])), "in arr_1"),
     ):
@@ -386,7 +447,9 @@ def test_settings_that_can_not_work_are_refused(folder: Path, tmp_path: Path) ->
     assert Encode(str(folder), str(tmp_path)) == replace(Encode(folder, tmp_path))  # type: ignore[arg-type]
 
 
-def test_the_encoder_runs_in_float32_without_gradients(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_encoder_runs_in_float32_without_gradients(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, torch.device, torch.dtype]] = []
 
     class Learning(Halved):

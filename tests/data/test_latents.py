@@ -1,4 +1,6 @@
-"""Training data: images as a person sees them, the same batch however it is split, and files that are whole or refused."""
+"""Training data: images as a person sees them, the same batch however it is split, and files that
+are whole or refused.
+"""
 
 import io
 import pickle
@@ -20,7 +22,9 @@ from flowturbo.storage.images import read_image, scan, square
 
 
 class Halved:
-    """A VAE by exact sums: three channels of half the side, weighted so that left and right differ, and a standard deviation."""
+    """A VAE by exact sums: three channels of half the side, weighted so that left and right differ,
+    and a standard deviation.
+    """
 
     def __init__(self) -> None:
         self.weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -42,14 +46,26 @@ def smooth(seed: int, height: int, width: int) -> np.ndarray:
     """An image of waves, which resizing does not blur away."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
-    waves = [np.sin(rng.uniform(0.05, 0.6) * y + rng.uniform(0.05, 0.6) * x + rng.uniform(0, 6)) for _ in range(3)]
+    waves = [
+        np.sin(rng.uniform(0.05, 0.6) * y + rng.uniform(0.05, 0.6) * x + rng.uniform(0, 6))
+        for _ in range(3)
+    ]
     return np.round(127.5 + 127 * np.stack(waves, axis=-1)).astype(np.uint8)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three classes of 4, 1 and 3 images of several sizes and formats."""
-    names = ["a/1.png", "a/2.JPEG", "a/3.webp", "a/4.bmp", "b/x.png", "c/10.png", "c/2.png", "c/9.jpg"]
+    names = [
+        "a/1.png",
+        "a/2.JPEG",
+        "a/3.webp",
+        "a/4.bmp",
+        "b/x.png",
+        "c/10.png",
+        "c/2.png",
+        "c/9.jpg",
+    ]
     for i, name in enumerate(names):
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,11 +73,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-# ---------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------ images
 
 
 def resized(values: np.ndarray, axis: int, count: int, box: bool) -> np.ndarray:
-    """Antialiased resampling of one axis in float64, by its definition: a filter as wide as the shrinking asks."""
+    """Antialiased resampling of one axis in float64, by its definition: a filter as wide as the
+    shrinking asks.
+    """
     length = values.shape[axis]
     wide = max(length / count, 1.0)
     centres = (np.arange(count) + 0.5) * length / count
@@ -70,7 +88,11 @@ def resized(values: np.ndarray, axis: int, count: int, box: bool) -> np.ndarray:
         weight = ((d > -0.5) & (d <= 0.5)).astype(float)
     else:  # Keys' cubic with a = -1/2
         d = np.abs(d)
-        weight = np.where(d < 1, 1.5 * d**3 - 2.5 * d**2 + 1, np.where(d < 2, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2, 0))
+        weight = np.where(
+            d < 1,
+            1.5 * d**3 - 2.5 * d**2 + 1,
+            np.where(d < 2, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2, 0),
+        )
     weight /= weight.sum(axis=1, keepdims=True)
     return np.clip(np.moveaxis(np.tensordot(weight, values, axes=(1, axis)), 0, axis), 0, 255)
 
@@ -88,13 +110,17 @@ def cropped(values: np.ndarray, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [8, 17])
-@pytest.mark.parametrize("height, width", [(17, 40), (39, 20), (64, 64), (34, 36), (80, 136), (143, 71), (9, 12), (68, 68)])
+@pytest.mark.parametrize(
+    "height, width",
+    [(17, 40), (39, 20), (64, 64), (34, 36), (80, 136), (143, 71), (9, 12), (68, 68)],
+)
 def test_the_centre_crop_is_its_definition(size: int, height: int, width: int) -> None:
     image = smooth(height * width, height, width)
     got = square(Image.fromarray(image), size)
     assert (got.shape, got.dtype) == ((size, size, 3), np.uint8)
     off = np.abs(got - cropped(image, size))
-    # Pillow rounds to whole levels after each axis of each resizing: half a level up on average for means of two.
+    # Pillow rounds to whole levels after each axis of each resizing: half a level up on average for
+    # means of two.
     halvings = int(np.log2(min(height, width) / size))
     assert off.max() <= 1.5 + halvings
     assert off.mean() < 0.5 * (1 + halvings) + 0.1
@@ -104,7 +130,9 @@ def test_the_centre_crop_is_its_definition(size: int, height: int, width: int) -
 def test_an_image_of_the_right_height_or_width_is_only_cut(height: int, width: int) -> None:
     image = pixels(0, height, width)
     top, left = (height - 16) // 2, (width - 16) // 2
-    assert np.array_equal(square(Image.fromarray(image), 16), image[top : top + 16, left : left + 16])
+    assert np.array_equal(
+        square(Image.fromarray(image), 16), image[top : top + 16, left : left + 16]
+    )
 
 
 def test_images_are_read_as_a_person_sees_them(tmp_path: Path) -> None:
@@ -115,7 +143,9 @@ def test_images_are_read_as_a_person_sees_them(tmp_path: Path) -> None:
     palette = Image.fromarray(colour).quantize(20)
     keyed = palette.copy()
     keyed.info["transparency"] = 3
-    without = np.where((np.asarray(palette) == 3)[..., None], 255, np.asarray(palette.convert("RGB")))
+    without = np.where(
+        (np.asarray(palette) == 3)[..., None], 255, np.asarray(palette.convert("RGB"))
+    )
     one_key = Image.fromarray(colour)
     key = tuple(int(v) for v in colour[0, 0])
     matches = (colour == colour[0, 0]).all(axis=2, keepdims=True)
@@ -136,9 +166,17 @@ def test_images_are_read_as_a_person_sees_them(tmp_path: Path) -> None:
     one_key.save(tmp_path / "key.png", transparency=key)
     assert np.array_equal(read_image(tmp_path / "key.png", 16), np.where(matches, 255, colour))
     photo = Image.fromarray(smooth(4, 16, 16))
-    photo.save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (16, 16))], quality=95)
+    photo.save(
+        tmp_path / "two.jpg",
+        "MPO",
+        save_all=True,
+        append_images=[Image.new("RGB", (16, 16))],
+        quality=95,
+    )
     photo.save(tmp_path / "one.jpg", quality=95)
-    assert np.array_equal(read_image(tmp_path / "two.jpg", 16), read_image(tmp_path / "one.jpg", 16))
+    assert np.array_equal(
+        read_image(tmp_path / "two.jpg", 16), read_image(tmp_path / "one.jpg", 16)
+    )
     half = np.dstack([np.zeros_like(colour), np.full_like(grey, 128)])
     Image.fromarray(half).save(tmp_path / "half.webp", lossless=True, exact=True)
     assert abs(int(read_image(tmp_path / "half.webp", 16).mean()) - 127) <= 1
@@ -167,16 +205,26 @@ def test_photos_stand_upright(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
     upright = UPRIGHT.get(orientation, UPRIGHT[1])(stored)
-    assert np.array_equal(read_image(tmp_path / "a.png", 16), square(Image.fromarray(np.ascontiguousarray(upright)), 16))
+    assert np.array_equal(
+        read_image(tmp_path / "a.png", 16),
+        square(Image.fromarray(np.ascontiguousarray(upright)), 16),
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_exif_does_not_cost_the_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_exif_does_not_cost_the_photo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.jpg"
     photo = Image.fromarray(smooth(0, 16, 16))
     photo.save(path)
     whole = read_image(path, 16)
-    for garbage in (b"garbage", b"II*\x00", b"II*\x00\xff\xff\xff\xff", b"II*\x00\x08\x00\x00\x00\xff\xff\x12\x01garbage"):
+    for garbage in (
+        b"garbage",
+        b"II*\x00",
+        b"II*\x00\xff\xff\xff\xff",
+        b"II*\x00\x08\x00\x00\x00\xff\xff\x12\x01garbage",
+    ):
         photo.save(path, exif=b"Exif\x00\x00" + garbage)
         assert np.array_equal(read_image(path, 16), whole)
 
@@ -188,15 +236,32 @@ def test_damaged_exif_does_not_cost_the_photo(tmp_path: Path, monkeypatch: pytes
 
 
 def test_classes_are_the_sub_folders_in_order(folder: Path) -> None:
-    for extra in ("a/.hidden.png", ".trash/a.png", "a/notes.txt", "readme.md", "a/deeper.png/x.png"):
+    for extra in (
+        "a/.hidden.png",
+        ".trash/a.png",
+        "a/notes.txt",
+        "readme.md",
+        "a/deeper.png/x.png",
+    ):
         (folder / extra).parent.mkdir(exist_ok=True)
         (folder / extra).write_bytes(b"not an image")
     files = scan(folder)
     assert files.classes == ["a", "b", "c"]
-    assert files.names == ["a/1.png", "a/2.JPEG", "a/3.webp", "a/4.bmp", "b/x.png", "c/10.png", "c/2.png", "c/9.jpg"]
+    assert files.names == [
+        "a/1.png",
+        "a/2.JPEG",
+        "a/3.webp",
+        "a/4.bmp",
+        "b/x.png",
+        "c/10.png",
+        "c/2.png",
+        "c/9.jpg",
+    ]
     assert files.labels.tolist() == [0, 0, 0, 0, 1, 2, 2, 2]
     read = files.read([5, 0], 8)
-    assert np.array_equal(read, np.stack([read_image(folder / "c/10.png", 8), read_image(folder / "a/1.png", 8)]))
+    assert np.array_equal(
+        read, np.stack([read_image(folder / "c/10.png", 8), read_image(folder / "a/1.png", 8)])
+    )
 
 
 def test_folders_without_images_or_classes_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -228,7 +293,9 @@ def test_files_that_are_no_whole_image_are_named(tmp_path: Path) -> None:
         (b"IDAT", zlib.compress(b"")),
         (b"IEND", b""),
     ):
-        enormous += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        enormous += (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
     for name, content in (
         ("truncated.jpg", buffer.getvalue()[: len(buffer.getvalue()) // 2]),
         ("truncated.png", png.getvalue()[: len(png.getvalue()) // 2]),
@@ -250,13 +317,20 @@ def test_files_that_are_no_whole_image_are_named(tmp_path: Path) -> None:
         moved.unlink()
 
 
-# ---------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------ batches
 
 
-def random_latents(seed: int, count: int = 9, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def random_latents(
+    seed: int, count: int = 9, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    parts = {name: torch.randn(count, 2, 4, 4, generator=g).to(dtype) for name in ("latents", "latents_flipped")}
-    parts |= {name: torch.rand(count, 2, 4, 4, generator=g).to(dtype) for name in ("std", "std_flipped")}
+    parts = {
+        name: torch.randn(count, 2, 4, 4, generator=g).to(dtype)
+        for name in ("latents", "latents_flipped")
+    }
+    parts |= {
+        name: torch.rand(count, 2, 4, 4, generator=g).to(dtype) for name in ("std", "std_flipped")
+    }
     return {**parts, "labels": torch.randint(5, (count,), generator=g)}
 
 
@@ -268,7 +342,13 @@ def made(parts: dict[str, Tensor]) -> Latents:
 def test_a_batch_made_in_parts_is_the_whole_batch(folder: Path) -> None:
     parts = random_latents(0)
     plain = {name: parts[name] for name in ("latents", "labels")}
-    for data in (made(parts), made(plain), ImageFolder(folder, Halved(), 8), ImageFolder(folder, Pixels(), 8), digits()):
+    for data in (
+        made(parts),
+        made(plain),
+        ImageFolder(folder, Halved(), 8),
+        ImageFolder(folder, Pixels(), 8),
+        digits(),
+    ):
         indices = np.array([3, 0, 7, 3, 5, 1])
         whole, labels = data.batch(indices, Draws(4, 9, range(6)))
         torch.manual_seed(1)  # nothing may come from the global generator
@@ -276,7 +356,11 @@ def test_a_batch_made_in_parts_is_the_whole_batch(folder: Path) -> None:
             part, part_labels = data.batch(indices[rows.start : rows.stop], Draws(4, 9, rows))
             assert torch.equal(part, whole[rows.start : rows.stop])
             assert torch.equal(part_labels, labels[rows.start : rows.stop])
-        assert (whole.shape, whole.dtype, labels.dtype) == ((6, *data.shape), torch.float32, torch.int64)
+        assert (whole.shape, whole.dtype, labels.dtype) == (
+            (6, *data.shape),
+            torch.float32,
+            torch.int64,
+        )
         assert not whole.requires_grad
 
 
@@ -303,7 +387,10 @@ def test_latents_are_mean_plus_std_times_noise_of_either_side(dtype: torch.dtype
     flip, noise = draws.uniform() < 0.5, draws.normal((2, 4, 4))
     for i, row in enumerate(indices):
         side = "_flipped" if flip[i] else ""
-        truth = parts["latents" + side][row].double() + parts["std" + side][row].double() * noise[i].double()
+        truth = (
+            parts["latents" + side][row].double()
+            + parts["std" + side][row].double() * noise[i].double()
+        )
         assert (got[i] - truth).abs().max() < 1e-6
     assert torch.equal(labels, parts["labels"][indices])
     assert 50 < int(flip.sum()) < 130
@@ -324,7 +411,9 @@ def test_latents_stay_where_the_vae_is(folder: Path) -> None:
             mean, std = super().encode(images)
             return mean.to("meta"), None if std is None else std.to("meta")
 
-    latents, labels = ImageFolder(folder, Elsewhere(), 8).batch(np.array([1, 2]), Draws(0, 0, range(2)))
+    latents, labels = ImageFolder(folder, Elsewhere(), 8).batch(
+        np.array([1, 2]), Draws(0, 0, range(2))
+    )
     assert (latents.device.type, latents.shape, labels.device.type) == ("meta", (2, 3, 4, 4), "cpu")
 
 
@@ -363,7 +452,10 @@ def test_the_order_is_a_function_of_the_place_and_every_epoch_a_permutation() ->
         ({"labels": torch.zeros(9)}, "whole numbers"),
         ({"labels": -torch.ones(9, dtype=torch.int64)}, "from 0 on"),
         ({"std": torch.zeros(9, 2, 4, 5)}, "std must have the latents' shape"),
-        ({"latents_flipped": torch.zeros(8, 2, 4, 4)}, "latents_flipped must have the latents' shape"),
+        (
+            {"latents_flipped": torch.zeros(8, 2, 4, 4)},
+            "latents_flipped must have the latents' shape",
+        ),
         ({"std_flipped": None}, "std_flipped must come with"),
         ({"std": None}, "std_flipped must come with"),
         ({"latents_flipped": None}, "std_flipped must come with"),
@@ -371,8 +463,12 @@ def test_the_order_is_a_function_of_the_place_and_every_epoch_a_permutation() ->
         ({"std_flipped": torch.full((9, 2, 4, 4), torch.inf)}, "std_flipped must be finite"),
     ],
 )
-def test_latents_that_do_not_fit_are_refused(change: dict[str, Tensor], words: str, tmp_path: Path) -> None:
-    parts = {name: values for name, values in (random_latents(3) | change).items() if values is not None}
+def test_latents_that_do_not_fit_are_refused(
+    change: dict[str, Tensor], words: str, tmp_path: Path
+) -> None:
+    parts = {
+        name: values for name, values in (random_latents(3) | change).items() if values is not None
+    }
     with pytest.raises(ValueError, match=words):
         made(parts)
     np.savez(tmp_path / "a.npz", **{name: values.numpy() for name, values in parts.items()})
@@ -380,7 +476,7 @@ def test_latents_that_do_not_fit_are_refused(change: dict[str, Tensor], words: s
         load_data(tmp_path / "a.npz")
 
 
-# ---------------------------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------ sources
 
 
 def same(a: Latents, b: Latents) -> bool:
@@ -390,13 +486,25 @@ def same(a: Latents, b: Latents) -> bool:
     return torch.equal(x, u) and torch.equal(y, v) and a.num_classes == b.num_classes
 
 
-@pytest.mark.parametrize("names", [("latents", "labels"), ("latents", "labels", "std"), tuple(random_latents(0))])
+@pytest.mark.parametrize(
+    "names", [("latents", "labels"), ("latents", "labels", "std"), tuple(random_latents(0))]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_the_same_latents_from_npz_shards_and_memory(tmp_path: Path, names: tuple[str, ...], dtype: torch.dtype) -> None:
-    parts = {name: values for name, values in random_latents(4, dtype=dtype).items() if name in names}
-    np.savez(tmp_path / "a.npz", other=np.zeros(3), **{name: values.numpy() for name, values in parts.items()})
+def test_the_same_latents_from_npz_shards_and_memory(
+    tmp_path: Path, names: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    parts = {
+        name: values for name, values in random_latents(4, dtype=dtype).items() if name in names
+    }
+    np.savez(
+        tmp_path / "a.npz",
+        other=np.zeros(3),
+        **{name: values.numpy() for name, values in parts.items()},
+    )
     for k, rows in enumerate((slice(0, 4), slice(4, 5), slice(5, 9))):
-        shard = {name: values[rows] for name, values in parts.items()} | {"other": torch.zeros(k + 1)}
+        shard = {name: values[rows] for name, values in parts.items()} | {
+            "other": torch.zeros(k + 1)
+        }
         save_tensors(tmp_path / "shards" / f"{k}.safetensors", shard, {})
     (tmp_path / "shards" / "._0.safetensors").write_bytes(b"what a Mac leaves beside files")
     expected = made(parts)
@@ -448,7 +556,9 @@ def test_npz_files_are_never_unpickled_and_damage_is_named(tmp_path: Path) -> No
     np.savez(tmp_path / "good.npz", **good)
     content = (tmp_path / "good.npz").read_bytes()
     (tmp_path / "truncated.npz").write_bytes(content[:-300])
-    (tmp_path / "flipped.npz").write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
+    (tmp_path / "flipped.npz").write_bytes(
+        content[:500] + bytes([content[500] ^ 1]) + content[501:]
+    )
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 8, 8, 3), dtype=np.uint8))
     np.savez(tmp_path / "text.npz", latents=np.array(["a"]), labels=np.zeros(1, dtype=np.int64))
     for name in ("objects", "pickle", "truncated", "flipped", "images", "text", "none"):
@@ -459,7 +569,12 @@ def test_npz_files_are_never_unpickled_and_damage_is_named(tmp_path: Path) -> No
         load_data(tmp_path / "images.npz")
 
 
-def shard(path: Path, drop: tuple[str, ...] = (), change: dict[str, Tensor] | None = None, **description: object) -> None:
+def shard(
+    path: Path,
+    drop: tuple[str, ...] = (),
+    change: dict[str, Tensor] | None = None,
+    **description: object,
+) -> None:
     parts = {name: values for name, values in random_latents(6, 3).items() if name not in drop}
     save_tensors(path, {**parts, **(change or {})}, description)
 
@@ -467,17 +582,35 @@ def shard(path: Path, drop: tuple[str, ...] = (), change: dict[str, Tensor] | No
 def test_shards_that_do_not_belong_together_are_refused_by_name(tmp_path: Path) -> None:
     settings = {"vae": "a"}
     first = {"kind": "latents", "settings": settings, "shards": 2, "shard": 0, "num_classes": 9}
-    wide = {name: torch.zeros(3, 2, 6, 6) for name in ("latents", "std", "latents_flipped", "std_flipped")}
+    wide = {
+        name: torch.zeros(3, 2, 6, 6)
+        for name in ("latents", "std", "latents_flipped", "std_flipped")
+    }
     for n, (arguments, words) in enumerate(
         (
-            (dict(drop=("std", "std_flipped")), "b.safetensors holds labels, latents, latents_flipped with"),
+            (
+                dict(drop=("std", "std_flipped")),
+                "b.safetensors holds labels, latents, latents_flipped with",
+            ),
             (dict(drop=("latents_flipped", "std_flipped")), "b.safetensors holds"),
             (dict(drop=("labels",)), "b.safetensors must hold 'latents' and 'labels'"),
             (dict(drop=("latents",)), "b.safetensors must hold 'latents' and 'labels'"),
-            (dict(change=wide), r"b.safetensors holds .* \(2, 6, 6\), but a.safetensors holds .* \(2, 4, 4\)"),
-            (dict(change={"labels": torch.zeros(2, dtype=torch.int64)}), "b.safetensors: labels must be 3 whole"),
-            (dict(change={"labels": torch.full((3,), 9)}), "b.safetensors: labels must be below 9, got 9"),
-            (dict(settings={"vae": "b"}), "b.safetensors and a.safetensors are not of one set: they differ in settings"),
+            (
+                dict(change=wide),
+                r"b.safetensors holds .* \(2, 6, 6\), but a.safetensors holds .* \(2, 4, 4\)",
+            ),
+            (
+                dict(change={"labels": torch.zeros(2, dtype=torch.int64)}),
+                "b.safetensors: labels must be 3 whole",
+            ),
+            (
+                dict(change={"labels": torch.full((3,), 9)}),
+                "b.safetensors: labels must be below 9, got 9",
+            ),
+            (
+                dict(settings={"vae": "b"}),
+                "b.safetensors and a.safetensors are not of one set: they differ in settings",
+            ),
             (dict(kind="weights"), "not of one set: they differ in kind"),
             (dict(num_classes=8), "not of one set: they differ in num_classes"),
             (dict(shards=3), "not of one set: they differ in shards"),
@@ -506,7 +639,12 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     path = tmp_path / "b.safetensors"
     content = path.read_bytes()
     load_data(tmp_path)
-    for damaged in (content[:-1], content[:-40] + bytes([content[-40] ^ 4]) + content[-39:], b"", content[:100]):
+    for damaged in (
+        content[:-1],
+        content[:-40] + bytes([content[-40] ^ 4]) + content[-39:],
+        b"",
+        content[:100],
+    ):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"b\.safetensors"):
             load_data(tmp_path)

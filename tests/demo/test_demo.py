@@ -69,15 +69,22 @@ def test_both_plans_make_what_the_library_makes_of_the_same_noise(model, studio,
     for side, text in ((found.a, "H1P2R1"), (found.b, "E3")):
         plan = ft.Plan.parse(text, guidance_interval=(0.1, 0.9))
         assert side.plan == plan
-        assert side.images.equal(ft.sample(model, plan, found.labels, guidance=1.5, seed=7, output="uint8"))
+        assert side.images.equal(
+            ft.sample(model, plan, found.labels, guidance=1.5, seed=7, output="uint8")
+        )
         assert side.speed.seconds > 0
         assert side.speed.runs >= 1
-    assert found.rms == pytest.approx(float((found.a.images.double() - found.b.images.double()).square().mean().sqrt()))
+    assert found.rms == pytest.approx(
+        float((found.a.images.double() - found.b.images.double()).square().mean().sqrt())
+    )
 
 
 def test_previews_come_in_the_order_of_steps_and_milliseconds_after_the_images(studio):
     seen = list(studio.sample(ASKED._replace(plan_a="E64", plan_b="E64")))
-    steps = [(found.a.step, found.b.step, sum(side.speed is not None for side in (found.a, found.b))) for found in seen]
+    steps = [
+        (found.a.step, found.b.step, sum(side.speed is not None for side in (found.a, found.b)))
+        for found in seen
+    ]
     assert steps == sorted(steps)
     assert any(0 < found.a.step < 64 and found.a.images is not None for found in seen)
     assert steps[-1] == (64, 64, 2)
@@ -90,7 +97,10 @@ def test_what_is_timed_has_no_previews(studio, monkeypatch):
     monkeypatch.setattr(studio, "_previews", lambda *_: lambda info: None)
     last(studio.sample(ASKED))
     assert len(timed) == 2 * demo_studio.RUNS
-    assert [run.keywords["plan"] for run in timed[:2]] == [ft.Plan.parse(ASKED.plan_a), ft.Plan.parse(ASKED.plan_b)]
+    assert [run.keywords["plan"] for run in timed[:2]] == [
+        ft.Plan.parse(ASKED.plan_a),
+        ft.Plan.parse(ASKED.plan_b),
+    ]
     assert not any("callback" in run.keywords for run in timed)
 
 
@@ -100,7 +110,9 @@ def test_inpainting_is_the_librarys_and_leaves_the_rest_untouched(model, studio)
     mask[2:5, 3:] = True
     found = last(studio.change(ASKED, image, mask, 0.9))
     for side in (found.a, found.b):
-        expected = ft.inpaint(model, side.plan, image[None], mask, found.labels, strength=0.9, guidance=1.5, seed=7)
+        expected = ft.inpaint(
+            model, side.plan, image[None], mask, found.labels, strength=0.9, guidance=1.5, seed=7
+        )
         assert side.images.equal(expected)
         assert (side.images.numpy()[:, ~mask] == image[~mask]).all()
         assert (side.images.numpy()[:, mask] != image[mask]).any()
@@ -110,7 +122,9 @@ def test_inpainting_is_the_librarys_and_leaves_the_rest_untouched(model, studio)
 def test_without_a_mask_the_whole_image_is_edited(model, studio):
     image = source(model)
     found = last(studio.change(ASKED, image, None, 0.5))
-    assert found.a.images.equal(ft.edit(model, found.a.plan, image[None], found.labels, strength=0.5, guidance=1.5, seed=7))
+    assert found.a.images.equal(
+        ft.edit(model, found.a.plan, image[None], found.labels, strength=0.5, guidance=1.5, seed=7)
+    )
 
 
 def test_the_image_to_inpaint_is_of_other_noise_than_what_is_made_of_it(model, studio):
@@ -151,7 +165,9 @@ def test_bad_wishes_are_answered_in_the_librarys_words(studio, changes, message)
 def test_a_refiner_step_without_a_refiner_is_refused(model):
     bare = Studio(ft.load("digits", device="cpu"), {"E3": None})
     bare.model.refiner = None
-    with pytest.raises(ValueError, match=r"Plan A: plan H1P2R1 has refiner steps, but the model has no refiner"):
+    with pytest.raises(
+        ValueError, match=r"Plan A: plan H1P2R1 has refiner steps, but the model has no refiner"
+    ):
         last(bare.sample(ASKED))
     bare.close()
 
@@ -208,7 +224,9 @@ def test_what_is_painted_is_a_pixel_by_a_quarter_of_it(studio):
 def test_images_that_are_brought_get_the_models_size_within_bounds(studio):
     assert studio.fitted(Image.new("RGBA", (40, 30), (255, 0, 0, 255))).shape == (8, 8, 3)
     for size in ((9, 1), (5000, 4000)):
-        with pytest.raises(ValueError, match=f"image must have at most .* got {size[0]} x {size[1]}"):
+        with pytest.raises(
+            ValueError, match=f"image must have at most .* got {size[0]} x {size[1]}"
+        ):
             studio.fitted(Image.new("L", size))
 
 
@@ -218,7 +236,9 @@ def test_the_curve_is_measured_once_for_each_guidance(studio, monkeypatch):
 
     def counted(model, *, guidance, **how):
         measured.append(guidance)
-        return velocity_curve(model, guidance=guidance, **{**how, "steps": 4, "images": 2, "batch_size": 2})
+        return velocity_curve(
+            model, guidance=guidance, **{**how, "steps": 4, "images": 2, "batch_size": 2}
+        )
 
     monkeypatch.setattr(demo_studio, "velocity_curve", counted)
     plots = [studio.curve(guidance) for guidance in (1.5, 1.5, 2.0)]
@@ -230,7 +250,10 @@ def test_the_curve_is_measured_once_for_each_guidance(studio, monkeypatch):
 
 
 def test_what_a_visitor_wrote_is_shown_as_text():
-    assert demo_html.error("plan <b>\n  ^ & it") == '<pre class="ft-error">plan &lt;b&gt;\n  ^ &amp; it</pre>'
+    assert (
+        demo_html.error("plan <b>\n  ^ & it")
+        == '<pre class="ft-error">plan &lt;b&gt;\n  ^ &amp; it</pre>'
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,7 +296,10 @@ def test_without_a_refiner_other_plans_are_offered():
     [
         (["--model", "org/pipeline"], "model must be a model of classes for the demo"),
         (["--model", "nowhere.pt"], "nowhere.pt does not exist"),
-        (["--host", "no.such.host.invalid"], "host and port can't be listened at: no.such.host.invalid, 7860"),
+        (
+            ["--host", "no.such.host.invalid"],
+            "host and port can't be listened at: no.such.host.invalid, 7860",
+        ),
         (["--port", "BUSY"], "host and port can't be listened at: 127.0.0.1"),
     ],
 )
@@ -293,14 +319,21 @@ def test_a_missing_gradio_is_named_with_its_cure(monkeypatch, capsys):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(demo, "serve", lambda *_: pytest.fail("it was served"))
     assert main(["demo"]) == 2
-    assert capsys.readouterr().err == "flowturbo: error: the demo needs gradio: pip install 'flowturbo[demo]'\n"
+    assert (
+        capsys.readouterr().err
+        == "flowturbo: error: the demo needs gradio: pip install 'flowturbo[demo]'\n"
+    )
 
 
 def test_a_name_in_a_request_makes_the_server_fetch_nothing(studio, tmp_path):
     pytest.importorskip("gradio")
     from flowturbo.demo.page import page
 
-    editors = [block for block in page(studio, 1.5).blocks.values() if block.get_block_name() == "imageeditor"]
+    editors = [
+        block
+        for block in page(studio, 1.5).blocks.values()
+        if block.get_block_name() == "imageeditor"
+    ]
     assert len(editors) == 1
     for name in ("https://127.0.0.1:1/a.png", "HTTP://127.0.0.1:1/a.png"):
         with pytest.raises(ValueError, match="image must be uploaded, got an address"):
@@ -308,26 +341,41 @@ def test_a_name_in_a_request_makes_the_server_fetch_nothing(studio, tmp_path):
 
 
 CHROMIUM = os.environ.get("FLOWTURBO_CHROMIUM") or shutil.which("chromium")
-CHROMIUM_FLAGS = """--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update
-    --disable-sync --disable-quic"""
+CHROMIUM_FLAGS = """--headless --no-sandbox --disable-gpu --no-first-run
+    --disable-background-networking --disable-component-update --disable-sync --disable-quic"""
 PATIENCE = 120_000
 """Milliseconds: for machines that do much else. Nothing waits so long but what fails."""
 TRIES = 5
-"""To paint: the page does not say when the editor has taken up an image, nor when it has sent what was painted."""
+"""To paint: the page does not say when the editor has taken up an image, nor when it has sent what
+was painted.
+"""
 
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """A demo in a process of its own: its address. It must end by Ctrl-C, at once and without complaint."""
+    """A demo in a process of its own: its address. It must end by Ctrl-C, at once and without
+    complaint.
+    """
     command = [sys.executable, "-m", "flowturbo", "demo", "--port", "0", "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ft.__file__).parent.parent)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(ft.__file__).parent.parent),
+    }
     with (
         open(folder / "said", "w") as said,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, cwd=folder, env=environment) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=said, text=True, cwd=folder, env=environment
+        ) as process,
     ):
         try:
             assert process.stdout is not None
-            found = next(filter(None, (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stdout)), None)
+            found = next(
+                filter(
+                    None, (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stdout)
+                ),
+                None,
+            )
             assert found, (folder / "said").read_text()
             yield found[0]
             process.send_signal(signal.SIGINT)
@@ -340,12 +388,16 @@ def served(folder: Path) -> Iterator[str]:
 @pytest.fixture
 def page(tmp_path):
     """The demo's page in chromium, which must fetch nothing from elsewhere."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed", exc_type=ImportError)
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed", exc_type=ImportError
+    )
     pytest.importorskip("gradio", reason="gradio is not installed")
     if CHROMIUM is None:
         pytest.skip("chromium is not installed: apt-get install chromium")
     with served(tmp_path) as address, playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=CHROMIUM_FLAGS.split())
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, headless=True, args=CHROMIUM_FLAGS.split()
+        )
         opened = browser.new_page(viewport={"width": 1280, "height": 720})
         opened.set_default_timeout(PATIENCE)
         asked: list[str] = []
@@ -359,20 +411,29 @@ def page(tmp_path):
 
 
 def shown(page, side: str, plan: str, labels: list[int]) -> np.ndarray:
-    """The images of a side, decoded, once they are those of this plan and these classes and milliseconds stand there."""
+    """The images of a side, decoded, once they are those of this plan and these classes and
+    milliseconds stand there.
+    """
     handle = page.wait_for_function(
         """([side, plan, captions]) => {
             const card = document.querySelector(`#${side} .ft-side[data-done=true]`);
-            const text = selector => [...card.querySelectorAll(selector)].map(found => found.textContent).join('');
+            const text = selector =>
+                [...card.querySelectorAll(selector)].map(found => found.textContent).join('');
             return card && text('.ft-plan').includes(plan) && text('figcaption') === captions
-                && {speed: text('.ft-speed'), urls: [...card.querySelectorAll('img')].map(image => image.src)};
+                && {speed: text('.ft-speed'),
+                urls: [...card.querySelectorAll('img')].map(image => image.src)};
         }""",
         arg=[side, plan, "".join(f"class {label}" for label in labels)],
     )
     found = handle.json_value()  # read in one go: the next change may be on its way
     assert re.fullmatch(r"[0-9.]+ ms an image", found["speed"])
     assert all(url.startswith("data:image/png;base64,") for url in found["urls"])
-    return np.stack([np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))) for url in found["urls"]])
+    return np.stack(
+        [
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))))
+            for url in found["urls"]
+        ]
+    )
 
 
 def choose(page, control: str, text: str) -> None:
@@ -384,7 +445,9 @@ def choose(page, control: str, text: str) -> None:
 
 
 def kept_outside(page, image: np.ndarray, label: int) -> bool:
-    """Paint over the middle and have it made anew: whether it is, by both plans, and all far from it is the image's own."""
+    """Paint over the middle and have it made anew: whether it is, by both plans, and all far from
+    it is the image's own.
+    """
     page_errors = pytest.importorskip("playwright.sync_api")
     canvas = page.locator("#editor canvas").first
     canvas.scroll_into_view_if_needed()
@@ -395,10 +458,16 @@ def kept_outside(page, image: np.ndarray, label: int) -> bool:
     page.mouse.move(box["x"] + 0.7 * box["width"], middle, steps=20)
     page.mouse.up()
     page.wait_for_timeout(1000)  # the editor sends what was painted a moment later
-    page.evaluate("document.querySelectorAll('#inpaint .ft-side').forEach(card => card.dataset.done = 'before')")
+    page.evaluate(
+        "document.querySelectorAll('#inpaint .ft-side').forEach(card => card.dataset.done = "
+        "'before')"
+    )
     page.locator("#change").click()
     try:
-        page.wait_for_function("document.querySelectorAll('#inpaint [data-done=true]').length == 2", timeout=PATIENCE / TRIES)
+        page.wait_for_function(
+            "document.querySelectorAll('#inpaint [data-done=true]').length == 2",
+            timeout=PATIENCE / TRIES,
+        )
     except page_errors.TimeoutError:  # nothing was painted yet, says the page
         return False
     far = []
@@ -411,7 +480,9 @@ def kept_outside(page, image: np.ndarray, label: int) -> bool:
 @pytest.mark.usefixtures("one_thread")
 def test_a_visitors_way_through_the_page(model, page, tmp_path):
     def made(plan: str, labels: list[int], **how: object) -> np.ndarray:
-        return ft.sample(model, plan, labels, **{"guidance": 1.5, "seed": 0, "output": "uint8", **how}).numpy()
+        return ft.sample(
+            model, plan, labels, **{"guidance": 1.5, "seed": 0, "output": "uint8", **how}
+        ).numpy()
 
     every = list(range(10))
     assert (shown(page, "sampled-a", "H1P5R3", every) == made("H1P5R3", every)).all()
@@ -426,7 +497,9 @@ def test_a_visitors_way_through_the_page(model, page, tmp_path):
     choose(page, "plan-b", "E4")
     page.locator("#next").click()
     page.wait_for_function("document.querySelector('#seed input').value === '1'")
-    page.wait_for_function("document.querySelector('#sampled-summary').textContent.includes('levels')")
+    page.wait_for_function(
+        "document.querySelector('#sampled-summary').textContent.includes('levels')"
+    )
     expected = {plan: made(plan, [3] * 10, seed=1) for plan in ("H1P5R3", "E4")}
     for _ in range(100):  # three changes, each shown when it is done
         found = shown(page, "sampled-b", "E4", [3] * 10)
@@ -439,7 +512,9 @@ def test_a_visitors_way_through_the_page(model, page, tmp_path):
     # A plan that is none, and a file of the server's.
     for text in ("H1p3", "/etc/plan.json"):
         choose(page, "plan-b", text)
-        page.wait_for_function("text => document.querySelector('#error')?.textContent.includes(text)", arg=text)
+        page.wait_for_function(
+            "text => document.querySelector('#error')?.textContent.includes(text)", arg=text
+        )
         assert "Plan B: plan must look like 'H1P5R3'" in page.locator("#error").inner_text()
     choose(page, "plan-b", "E2")
     shown(page, "sampled-b", "E2", [3] * 10)
@@ -453,7 +528,10 @@ def test_a_visitors_way_through_the_page(model, page, tmp_path):
     image = made("H1P5R3", [3], noise=rng.noise(model.latent_shape, 1, [PICTURES]))[0]
     page.locator("#editor canvas").first.wait_for()
     page.locator("#change").click()
-    page.wait_for_function("document.querySelector('#error')?.textContent.includes('mask must choose at least one pixel')")
+    page.wait_for_function(
+        "document.querySelector('#error')?.textContent.includes('mask must choose at least one "
+        "pixel')"
+    )
     assert any(kept_outside(page, image, 3) for _ in range(TRIES))
 
     # The same of a photo, of which the model's size is cut.

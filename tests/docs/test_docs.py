@@ -1,6 +1,8 @@
-"""The documents are right: every command and every example in them runs, on small files in the place of published ones.
+"""The documents are right: every command and every example in them runs, on small files in the
+place of published ones.
 
-What a page says is run in its order, in one folder, so that later commands use what earlier ones wrote.
+What a page says is run in its order, in one folder, so that later commands use what earlier ones
+wrote.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ SMALLER = {
     "tune": {"--budget-calls": "1"},
     "test_plans.py": {"--rivals": "ours", "--sizes": "64", "--batches": "1", "--plans": "H1R1"},
 }
-"""What is made smaller where it stands in a command: the values of a flag, or of a flag with these values."""
+"""What is made smaller where it stands in a command: the values of a flag, or of a flag with these
+values.
+"""
 
 BRIEF = {"--benchmark-max-time": "0.01", "--benchmark-min-rounds": "1"}
 ADDED = {
@@ -43,7 +47,12 @@ ADDED = {
     "distill": {"--steps": "2", "--batch-size": "4"},
     "bench": {"--repeats": "1"},
     "evaluate": {
-        **{"--plans": "E1 H1R1", "--images": "40", "--batch-size": "20", "--classifier-steps": "20"},
+        **{
+            "--plans": "E1 H1R1",
+            "--images": "40",
+            "--batch-size": "20",
+            "--classifier-steps": "20",
+        },
         **{"--reference-images": "20", "--reference-plan": "H3"},
     },
     "evaluate --metrics": {"--batch-size": "3"},
@@ -92,7 +101,9 @@ def kind_of(command: list[str]) -> str:
 
 
 def replaced(words: list[str], flag: str, values: str) -> list[str]:
-    """The words with these values after the flag, if it is there; of a flag with a value, if that value follows."""
+    """The words with these values after the flag, if it is there; of a flag with a value, if that
+    value follows.
+    """
     name, *before = flag.split()
     if name not in words:
         return words
@@ -127,14 +138,20 @@ def run_command(command: list[str]) -> None:
     if command[:2] == ["flowturbo", "demo"]:
         begin_and_end_demo(command[1:])
     elif flowturbo_words(command) is not None:
-        words = [found for word in flowturbo_words(smaller(command)) or [] for found in expanded(word)]
+        words = [
+            found for word in flowturbo_words(smaller(command)) or [] for found in expanded(word)
+        ]
         if "device" in vars(parse(words)):
             words += ["--device", "cpu"]
         assert main(words) == 0, shlex.join(command)
     elif runs_bench(command):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *smaller(command)[1:]], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        done = subprocess.run(
+            [sys.executable, *smaller(command)[1:]], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, (
+            f"{shlex.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        )
     else:
         assert why_not_run(command), f"no test knows how to run: {shlex.join(command)}"
 
@@ -145,11 +162,15 @@ def expanded(word: str) -> list[str]:
 
 
 def begin_and_end_demo(words: list[str]) -> None:
-    """The command serves until Ctrl-C: here, until it has said where. A browser that it opens is one that does nothing."""
+    """The command serves until Ctrl-C: here, until it has said where. A browser that it opens is
+    one that does nothing.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "BROWSER": "true"}
     run = [sys.executable, "-m", "flowturbo", *replaced(words, "--port", "0"), "--device", "cpu"]
     run += [] if "--port" in words else ["--port", "0"]
-    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         try:
             said = process.stdout.readline()  # type: ignore[union-attr]
         finally:
@@ -168,7 +189,9 @@ def run_example(block: Block, page: Path, names: dict[str, Any]) -> None:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, pipeline_folders, one_thread) -> Path:
-    """A folder with small files under published names, in which the test runs; Inception is a small random network."""
+    """A folder with small files under published names, in which the test runs; Inception is a small
+    random network.
+    """
     import stand_ins  # needs diffusers
 
     stand_ins.write(tmp_path, pipeline_folders)
@@ -177,7 +200,11 @@ def folder(tmp_path, monkeypatch, pipeline_folders, one_thread) -> Path:
     return tmp_path
 
 
-RUNNABLE = [page for page in DOCUMENTS if any(block.language in ("bash", "python") for block in blocks(page.read_text()))]
+RUNNABLE = [
+    page
+    for page in DOCUMENTS
+    if any(block.language in ("bash", "python") for block in blocks(page.read_text()))
+]
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
@@ -192,7 +219,13 @@ def test_every_command_and_example_runs(page, folder):
 
 
 def every_command() -> list[list[str]]:
-    return [c for page in DOCUMENTS for b in blocks(page.read_text()) if b.language == "bash" for c in commands(b.text)]
+    return [
+        c
+        for page in DOCUMENTS
+        for b in blocks(page.read_text())
+        if b.language == "bash"
+        for c in commands(b.text)
+    ]
 
 
 def test_commands_are_found_in_every_form():
@@ -217,9 +250,18 @@ def test_commands_are_found_in_every_form():
             "flowturbo sample --batch-size 50 --num-fid-samples 50000 --out x",
             "flowturbo sample --batch-size 2 --num-fid-samples 6 --out x",
         ),
-        ("flowturbo bench --batch-sizes 1 8 64 --plans H1 H8", "flowturbo bench --batch-sizes 1 --plans H1 H8 --repeats 1"),
-        ("flowturbo encode images latents --image-size 256", "flowturbo encode images latents --image-size 16"),
-        ("python bench/test_plans.py --rivals 'ours eager' --plans H8", "python bench/test_plans.py --rivals ours --plans H1R1"),
+        (
+            "flowturbo bench --batch-sizes 1 8 64 --plans H1 H8",
+            "flowturbo bench --batch-sizes 1 --plans H1 H8 --repeats 1",
+        ),
+        (
+            "flowturbo encode images latents --image-size 256",
+            "flowturbo encode images latents --image-size 16",
+        ),
+        (
+            "python bench/test_plans.py --rivals 'ours eager' --plans H8",
+            "python bench/test_plans.py --rivals ours --plans H1R1",
+        ),
     ],
 )
 def test_commands_are_made_smaller_and_no_more(command, made):
@@ -228,7 +270,11 @@ def test_commands_are_made_smaller_and_no_more(command, made):
 
 def test_every_command_can_be_read():
     """By the command line's own rules, as it stands there."""
-    found = [[w for word in words for w in expanded(word)] for words in map(flowturbo_words, every_command()) if words is not None]
+    found = [
+        [w for word in words for w in expanded(word)]
+        for words in map(flowturbo_words, every_command())
+        if words is not None
+    ]
     assert len(found) > 60
     for words in found:
         try:
@@ -239,24 +285,48 @@ def test_every_command_can_be_read():
 
 def test_all_that_the_tables_name_is_in_use():
     texts = "".join(page.read_text() for page in DOCUMENTS)
-    assert not [known for known in NOT_RUN if known not in {why_not_run(command) for command in every_command()}]
+    assert not [
+        known
+        for known in NOT_RUN
+        if known not in {why_not_run(command) for command in every_command()}
+    ]
     assert not [text for text in IN_PYTHON if text not in texts]
     used = [(kind_of(c), shlex.join(c)) for c in every_command() if why_not_run(c) is None]
     for kind, flags in SMALLER.items():
-        assert not [flag for flag in flags if not any(kind == k and flag in text for k, text in used)], kind
+        assert not [
+            flag for flag in flags if not any(kind == k and flag in text for k, text in used)
+        ], kind
     assert not ADDED.keys() - {kind for kind, _ in used}
 
 
 def test_under_torchrun_the_documented_command_makes_the_whole_set(folder):
     """The others that start with torchrun are run as one process above."""
     page = (ROOT / "docs" / "image-sets.md").read_text()
-    command = next(c for b in blocks(page) if b.language == "bash" for c in commands(b.text) if c[0] == "torchrun")
+    command = next(
+        c
+        for b in blocks(page)
+        if b.language == "bash"
+        for c in commands(b.text)
+        if c[0] == "torchrun"
+    )
     words = flowturbo_words(smaller(command))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flowturbo"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "flowturbo",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # 6 images in files of 4, so that each process makes one.
     subprocess.run(
-        [*launch, *words, "--shard-size", "4", "--batch-size", "4", "--device", "cpu"], check=True, env=environment, timeout=300
+        [*launch, *words, "--shard-size", "4", "--batch-size", "4", "--device", "cpu"],
+        check=True,
+        env=environment,
+        timeout=300,
     )
     assert main(["verify", "samples"]) == 0
     assert json.loads((folder / "samples" / "manifest.json").read_text())["shape"] == [6, 16, 16, 3]

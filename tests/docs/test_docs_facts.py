@@ -55,13 +55,19 @@ def said(tree: ast.AST) -> Iterator[str]:
     """Every text in a module, with … for what is put into it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+            yield "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values
+            )
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
 
 
 def test_the_messages_in_troubleshooting_are_those_of_the_library():
-    sources = [*(ROOT / "flowturbo").rglob("*.py"), *(ROOT / "flowturbo_kernels").glob("*.py"), ROOT / "setup.py"]
+    sources = [
+        *(ROOT / "flowturbo").rglob("*.py"),
+        *(ROOT / "flowturbo_kernels").glob("*.py"),
+        ROOT / "setup.py",
+    ]
     texts = {text for path in sources for text in said(ast.parse(path.read_text()))}
     messages = [
         line.strip()
@@ -74,17 +80,28 @@ def test_the_messages_in_troubleshooting_are_those_of_the_library():
     assert not unknown
 
 
-@pytest.mark.parametrize("document", [ROOT / "README.md", DOCS / "evaluation.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", [ROOT / "README.md", DOCS / "evaluation.md"], ids=lambda path: path.name
+)
 def test_figures_of_the_bundled_model_are_those_that_were_measured(document):
-    """Rows such as | `H1P5R3` | 7 + 6 | 7.52 | 8.1 | 5.00 | 0.094 |, and plans with a distance behind them, as in `H6` (4.85)."""
+    """Rows such as | `H1P5R3` | 7 + 6 | 7.52 | 8.1 | 5.00 | 0.094 |, and plans with a distance
+    behind them, as in `H6` (4.85).
+    """
     measured = {row["plan"]: row for row in json.loads((DOCS / "quality.json").read_text())["rows"]}
     text = document.read_text()
     rows = re.findall(
-        r"^\| `([A-Z0-9]+)` \| (\d+) \+ (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE
+        r"^\| `([A-Z0-9]+)` \| (\d+) \+ (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        text,
+        re.MULTILINE,
     )
     for plan, *figures in rows:
         row = measured[plan]
-        wanted = [row["predictor_calls"], row["refiner_calls"], f"{row['cost']:.2f}", f"{row['ms_per_image']:.1f}"]
+        wanted = [
+            row["predictor_calls"],
+            row["refiner_calls"],
+            f"{row['cost']:.2f}",
+            f"{row['ms_per_image']:.1f}",
+        ]
         assert figures == [*map(str, wanted), f"{row['frechet']:.2f}", f"{row['rms']:.3f}"], plan
     named = re.findall(r"`([A-Z][A-Z0-9]+)` \(?(\d+\.\d+)\)?", text)
     for plan, distance in named:
@@ -109,7 +126,9 @@ def test_figures_of_the_search_are_those_that_were_measured():
     assert [calls for calls, _ in found] == list("2345")
     for calls, cells in found:
         for cell, of in zip(cells.split("|"), columns, strict=True):
-            distances = [row["rms"] for row in rows if row["predictor_calls"] == int(calls) and of(row)]
+            distances = [
+                row["rms"] for row in rows if row["predictor_calls"] == int(calls) and of(row)
+            ]
             assert cell.strip(" *") == (f"{min(distances):.3f}" if distances else ""), (calls, cell)
     best = next(row for row in rows if row["plan"] == "L2M1")
     assert f"`L2M1` at {best['price']:.2f} calls has {best['frechet']:.2f}" in page
@@ -121,14 +140,22 @@ def test_figures_of_the_search_are_those_that_were_measured():
     for row in rows:
         if row["how"] == "fitted":
             as_fast = [
-                r for r in rows if r["how"] not in ("fitted", "searched") and r["ms_per_image"] <= 1.03 * row["ms_per_image"]
+                r
+                for r in rows
+                if r["how"] not in ("fitted", "searched")
+                and r["ms_per_image"] <= 1.03 * row["ms_per_image"]
             ]
             assert as_fast
             assert all(row["rms"] < rival["rms"] for rival in as_fast), row["plan"]
     times: dict[tuple[int, int], list[float]] = {}
     for row in rows:
-        times.setdefault((row["predictor_calls"], row["refiner_calls"]), []).append(row["ms_per_image"])
-    assert f"by up to {100 * max(max(found) / min(found) - 1 for found in times.values()):.0f} %" in page
+        times.setdefault((row["predictor_calls"], row["refiner_calls"]), []).append(
+            row["ms_per_image"]
+        )
+    assert (
+        f"by up to {100 * max(max(found) / min(found) - 1 for found in times.values()):.0f} %"
+        in page
+    )
 
 
 def test_links_from_outside_the_site_lead_somewhere():
@@ -147,8 +174,21 @@ def test_the_paper_is_reproduced_by_commands_that_are_there():
     """Every plan of its tables stands beside its figure, and in a command."""
     page = (DOCS / "reproduce.md").read_text()
     tabled = set(re.findall(r"\| `([A-Z0-9]+)` \| \d", page))
-    run = {word for b in blocks(page) if b.language in ("bash", "python") for word in re.findall(r"\b[A-Z][A-Z0-9]*\d\b", b.text)}
-    assert len(tabled) == 9 + 5 + 7  # of ImageNet; of the order, without H5P7R3 again; of COCO, without H8 again
+    run = {
+        word
+        for b in blocks(page)
+        if b.language in ("bash", "python")
+        for word in re.findall(r"\b[A-Z][A-Z0-9]*\d\b", b.text)
+    }
+    assert (
+        len(tabled) == 9 + 5 + 7
+    )  # of ImageNet; of the order, without H5P7R3 again; of COCO, without H8 again
     assert tabled <= run
-    for needed in ("VIRTUAL_imagenet256_labeled.npz", "3.93", "2.12", "2.27 to 2.33", "stabilityai/sd-vae-ft-ema"):
+    for needed in (
+        "VIRTUAL_imagenet256_labeled.npz",
+        "3.93",
+        "2.12",
+        "2.27 to 2.33",
+        "stabilityai/sd-vae-ft-ema",
+    ):
         assert needed in page

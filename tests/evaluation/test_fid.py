@@ -1,4 +1,6 @@
-"""FID as published, on small images and a small random network: right figures, resumable to the last bit, and honest reports."""
+"""FID as published, on small images and a small random network: right figures, resumable to the
+last bit, and honest reports.
+"""
 
 import json
 import os
@@ -56,7 +58,14 @@ def files(tmp_path_factory) -> Path:
 
 
 def settings(files: Path, out: Path, **changes) -> Fidelity:
-    these = dict(metrics=ALL, reference=files / "reference.npz", samples=files / "samples.npz", batch_size=4, device="cpu", out=out)
+    these = dict(
+        metrics=ALL,
+        reference=files / "reference.npz",
+        samples=files / "samples.npz",
+        batch_size=4,
+        device="cpu",
+        out=out,
+    )
     return Fidelity(**{**these, **changes})
 
 
@@ -70,7 +79,11 @@ def read(out: Path) -> dict:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
 
 
 def fid_by_scipy(a: np.ndarray, b: np.ndarray) -> float:
@@ -83,14 +96,20 @@ def arrays(network: RandomNetwork, pixels: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def inside(points: np.ndarray, manifold: np.ndarray) -> float:
-    """The share of points within the third nearest other neighbour of some point of the manifold."""
+    """The share of points within the third nearest other neighbour of some point of the
+    manifold.
+    """
     reach = np.sort(np.linalg.norm(manifold[:, None] - manifold[None], axis=2), axis=1)[:, 3]
-    return float((np.linalg.norm(points[:, None] - manifold[None], axis=2) <= reach).any(axis=1).mean())
+    return float(
+        (np.linalg.norm(points[:, None] - manifold[None], axis=2) <= reach).any(axis=1).mean()
+    )
 
 
 def test_figures_are_those_of_independent_formulas(files, tmp_path):
     assert fidelity(settings(files, tmp_path), RandomNetwork()) == tmp_path / "report.md"
-    (pool, spatial), (pool_r, spatial_r) = (arrays(RandomNetwork(), x) for x in (SAMPLES, REFERENCE))
+    (pool, spatial), (pool_r, spatial_r) = (
+        arrays(RandomNetwork(), x) for x in (SAMPLES, REFERENCE)
+    )
     logits = RandomNetwork().logits(torch.from_numpy(pool)).numpy()
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     score = np.exp(np.mean(np.sum(p * np.log(p / p.mean(0)), axis=1)))
@@ -111,7 +130,10 @@ def test_adms_gaussians_are_taken_where_the_file_has_them(files, tmp_path):
     whole = images(2, 500, 130)
     (pool, spatial), (pool_r, spatial_r) = (arrays(RandomNetwork(), x) for x in (SAMPLES, whole))
     network = RandomNetwork()
-    fidelity(settings(files, tmp_path, reference=files / "adm.npz", metrics=("fid", "sfid", "is")), network)
+    fidelity(
+        settings(files, tmp_path, reference=files / "adm.npz", metrics=("fid", "sfid", "is")),
+        network,
+    )
     assert network.asked == len(SAMPLES)  # the reference's images are not needed
     (row,) = read(tmp_path)["rows"]
     assert row["fid"] == pytest.approx(fid_by_scipy(pool, pool_r), rel=1e-6)
@@ -120,7 +142,9 @@ def test_adms_gaussians_are_taken_where_the_file_has_them(files, tmp_path):
     fidelity(settings(files, tmp_path, reference=files / "adm.npz"), network)
     assert network.asked == len(SAMPLES) + len(REFERENCE)  # for precision and recall
     (again,) = read(tmp_path)["rows"]
-    assert again["precision"] == pytest.approx(inside(pool, arrays(RandomNetwork(), REFERENCE)[0]), abs=1e-12)
+    assert again["precision"] == pytest.approx(
+        inside(pool, arrays(RandomNetwork(), REFERENCE)[0]), abs=1e-12
+    )
     assert {k: again[k] for k in row} == row
 
 
@@ -184,8 +208,10 @@ from flowturbo.evaluation.fid import Fidelity, fidelity
 features.SHARD = 8
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 network = RandomNetwork(before=lambda asked: time.sleep(0.01))
-given = dict(metrics=("fid", "sfid", "is", "precision", "recall"), reference=folder / "reference.npz")
-fidelity(Fidelity(**given, samples=folder / "samples.npz", batch_size=4, device="cpu", out=out), network)
+given = dict(metrics=("fid", "sfid", "is", "precision", "recall"),
+reference=folder / "reference.npz")
+fidelity(Fidelity(**given, samples=folder / "samples.npz", batch_size=4, device="cpu", out=out),
+network)
 """
 
 
@@ -194,7 +220,9 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(files, tmp_path):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     here = str(ROOT / "tests" / "helpers")
-    subprocess.run([*words, str(tmp_path / "undisturbed"), here], env=environment, check=True, timeout=120)
+    subprocess.run(
+        [*words, str(tmp_path / "undisturbed"), here], env=environment, check=True, timeout=120
+    )
     out = tmp_path / "killed"
     kills = 0
     for stored in (2, 9):
@@ -210,15 +238,28 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(files, tmp_path):
 
 def made(files: Path, out: Path, **changes) -> Fidelity:
     return settings(
-        files, out, **{"samples": None, "model": "digits", "images": 24, "plans": ("H1R1",), "metrics": "fid,is", **changes}
+        files,
+        out,
+        **{
+            "samples": None,
+            "model": "digits",
+            "images": 24,
+            "plans": ("H1R1",),
+            "metrics": "fid,is",
+            **changes,
+        },
     )
 
 
 def test_a_models_own_images_are_those_that_sample_writes(files, tmp_path):
     out = tmp_path / "samples.npz"
-    words = f"sample --plan H1R1 --num 24 --seed 3 --guidance 2 --batch-size 4 --device cpu --out {out}"
+    words = (
+        f"sample --plan H1R1 --num 24 --seed 3 --guidance 2 --batch-size 4 --device cpu --out {out}"
+    )
     assert main(words.split()) == 0
-    fidelity(settings(files, tmp_path / "file", samples=out, metrics=("fid", "is")), RandomNetwork())
+    fidelity(
+        settings(files, tmp_path / "file", samples=out, metrics=("fid", "is")), RandomNetwork()
+    )
     fidelity(made(files, tmp_path / "made", seed=3, guidance=2.0), RandomNetwork())
     (expected,), (row,) = read(tmp_path / "file")["rows"], read(tmp_path / "made")["rows"]
     assert row == {**expected, "samples": "H1R1"}
@@ -227,7 +268,9 @@ def test_a_models_own_images_are_those_that_sample_writes(files, tmp_path):
 def test_plans_of_files_are_told_apart(files, tmp_path):
     """Two fitted plans of the same letters."""
     for name, weight in (("a", 1.0), ("b", 0.8)):
-        ft.Plan("LL", (0.0, 0.4, 1.0), weights=((0.4,), (weight, -0.3))).save(tmp_path / f"{name}.json")
+        ft.Plan("LL", (0.0, 0.4, 1.0), weights=((0.4,), (weight, -0.3))).save(
+            tmp_path / f"{name}.json"
+        )
     plans = tuple(str(tmp_path / f"{name}.json") for name in "ab")
     fidelity(made(files, tmp_path / "out", plans=(*plans, "A2")), RandomNetwork())
     rows = {row["samples"]: row["fid"] for row in read(tmp_path / "out")["rows"]}
@@ -236,7 +279,10 @@ def test_plans_of_files_are_told_apart(files, tmp_path):
 
 
 def test_plans_and_metrics_may_be_added(files, tmp_path, few_a_file):
-    fidelity(made(files, tmp_path / "at once", plans=("H1R1", "E2"), metrics=("fid", "is", "recall")), RandomNetwork())
+    fidelity(
+        made(files, tmp_path / "at once", plans=("H1R1", "E2"), metrics=("fid", "is", "recall")),
+        RandomNetwork(),
+    )
     first, second, third = (RandomNetwork() for _ in range(3))
     fidelity(made(files, tmp_path / "bit by bit"), first)
     fidelity(made(files, tmp_path / "bit by bit", plans=("E2", "H1R1")), second)
@@ -291,7 +337,9 @@ def test_damaged_and_foreign_files_are_refused(files, tmp_path):
     stored = tmp_path / "a" / "features" / "samples" / "00000000.safetensors"
     whole = stored.read_bytes()
     (tmp_path / "a" / "report.json").unlink()
-    stored.write_bytes((tmp_path / "b" / "features" / "samples" / "00000000.safetensors").read_bytes())
+    stored.write_bytes(
+        (tmp_path / "b" / "features" / "samples" / "00000000.safetensors").read_bytes()
+    )
     with pytest.raises(ValueError, match="is of an evaluation with other settings"):
         fidelity(settings(files, tmp_path / "a"), RandomNetwork())
     stored.write_bytes(whole[:-1] + b"x")
@@ -305,11 +353,19 @@ def test_damaged_and_foreign_files_are_refused(files, tmp_path):
 def test_the_report_names_all_that_a_rerun_needs(files, tmp_path):
     fidelity(made(files, tmp_path, metrics=ALL, plans=("H1R1", "E2")), RandomNetwork())
     text, results = (tmp_path / "report.md").read_text(), read(tmp_path)
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
     assert cells[0] == ["samples", "images", *TITLES.values()]
     for line, row in zip(cells[1:], results["rows"], strict=True):
         assert line[:3] == [row["samples"], "24", f"{row['fid']:.3f}"]
-        assert line[4:] == [f"{row['is']:.2f} ± {row['is_std']:.2f}", f"{row['precision']:.4f}", f"{row['recall']:.4f}"]
+        assert line[4:] == [
+            f"{row['is']:.2f} ± {row['is_std']:.2f}",
+            f"{row['precision']:.4f}",
+            f"{row['recall']:.4f}",
+        ]
     model = Path(ft.__file__).parent / "bundled" / "digits.safetensors"
     for told in (
         "H1R1",
@@ -340,9 +396,14 @@ def test_what_makes_figures_others_than_published_ones_is_said(files, tmp_path):
     assert "The last group of the inception score has 45 images instead of 5000" in text
     assert "The reference has no mu and sigma, so FID is to the Gaussian of its 60 images" in text
     assert "far too large" not in text
-    fidelity(settings(files, tmp_path / "b", images=9, reference=files / "adm.npz"), RandomNetwork())
+    fidelity(
+        settings(files, tmp_path / "b", images=9, reference=files / "adm.npz"), RandomNetwork()
+    )
     text = (tmp_path / "b" / "report.md").read_text()
-    assert "9 images don't determine a covariance of 9 features: FID and sFID are far too large" in text
+    assert (
+        "9 images don't determine a covariance of 9 features: FID and sFID are far too large"
+        in text
+    )
     assert "no mu and sigma" not in text
     (tmp_path / "jpeg").mkdir()
     for i in range(12):
@@ -356,7 +417,10 @@ def test_what_makes_figures_others_than_published_ones_is_said(files, tmp_path):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (dict(metrics="fid,kid"), "metrics must be some of fid, sfid, is, precision, recall, got fid, kid"),
+        (
+            dict(metrics="fid,kid"),
+            "metrics must be some of fid, sfid, is, precision, recall, got fid, kid",
+        ),
         (dict(metrics=()), "got none"),
         (dict(model="digits"), "not both"),
         (dict(samples=None), "give samples or a model"),
@@ -368,7 +432,10 @@ def test_what_makes_figures_others_than_published_ones_is_said(files, tmp_path):
         (dict(reference="alone.npz"), "has no arr_0, the images that sfid, precision, recall need"),
         (dict(reference="wide.npz"), "reference has mu of 7 features, but the network gives 6"),
         (dict(reference="nowhere"), "nowhere does not exist"),
-        (dict(samples=None, model="digits", plans=("R2",)), "R needs the velocity of an earlier step"),
+        (
+            dict(samples=None, model="digits", plans=("R2",)),
+            "R needs the velocity of an earlier step",
+        ),
     ],
 )
 def test_mistakes_are_told_at_the_door(files, tmp_path, changes, said):
@@ -387,9 +454,14 @@ def test_mistakes_are_told_at_the_door(files, tmp_path, changes, said):
 def test_a_reference_of_gaussians_alone_serves_fid(files, tmp_path):
     pool = arrays(RandomNetwork(), REFERENCE)[0]
     np.savez(tmp_path / "alone.npz", mu=pool.mean(0), sigma=np.cov(pool, rowvar=False))
-    fidelity(settings(files, tmp_path / "a", reference=tmp_path / "alone.npz", metrics="fid,is"), RandomNetwork())
+    fidelity(
+        settings(files, tmp_path / "a", reference=tmp_path / "alone.npz", metrics="fid,is"),
+        RandomNetwork(),
+    )
     fidelity(settings(files, tmp_path / "b", metrics="fid"), RandomNetwork())
-    assert read(tmp_path / "a")["rows"][0]["fid"] == pytest.approx(read(tmp_path / "b")["rows"][0]["fid"], rel=1e-9)
+    assert read(tmp_path / "a")["rows"][0]["fid"] == pytest.approx(
+        read(tmp_path / "b")["rows"][0]["fid"], rel=1e-9
+    )
 
 
 def test_the_inception_score_needs_no_reference(files, tmp_path):
@@ -405,7 +477,10 @@ def test_every_metric_has_a_title_and_a_formula():
 def test_the_command_asks_for_missing_weights_by_name(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLOWTURBO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    words = f"evaluate --metrics fid,is --reference {files}/adm.npz --samples {files}/samples.npz --out {tmp_path}/out"
+    words = (
+        f"evaluate --metrics fid,is --reference {files}/adm.npz --samples {files}/samples.npz "
+        f"--out {tmp_path}/out"
+    )
     assert main(words.split()) == 2
     error = capsys.readouterr().err
     assert f"download {features.URL} (91 MB) and put it into {tmp_path / 'cache'}" in error
@@ -414,21 +489,31 @@ def test_the_command_asks_for_missing_weights_by_name(files, tmp_path, monkeypat
 
 @pytest.mark.skipif(find_spec("torch_fidelity") is None, reason="torch-fidelity is not installed")
 def test_the_command_scores_by_inception(files, tmp_path, monkeypatch, capsys):
-    """From the command line to the report, with random weights in a file of the published layout."""
+    """From the command line to the report, with random weights in a file of the published
+    layout.
+    """
     from inception_weights import random_weights
 
     path = tmp_path / "weights.pth"
     torch.save(random_weights(), path)
     monkeypatch.setattr(features, "SHA256", sha256(path.read_bytes()).hexdigest())
     np.savez(tmp_path / "few.npz", arr_0=REFERENCE[:9])
-    words = f"--reference {tmp_path}/few.npz --samples {files}/samples.npz --inception {path} --out {tmp_path}/out --images 7"
-    assert main(["evaluate", "--metrics", "is,precision,recall", *words.split(), "--device", "cpu"]) == 0
+    words = (
+        f"--reference {tmp_path}/few.npz --samples {files}/samples.npz --inception {path} "
+        f"--out {tmp_path}/out --images 7"
+    )
+    assert (
+        main(["evaluate", "--metrics", "is,precision,recall", *words.split(), "--device", "cpu"])
+        == 0
+    )
     assert f"{tmp_path}/out/report.md" in capsys.readouterr().out
     results = read(tmp_path / "out")
     assert results["network"]["weights_sha256"] == features.SHA256
     assert results["network"]["code"].startswith("torch-fidelity 0.")
     network = features.Inception(path)
-    reference, samples = (network.read(x).pool.double().numpy() for x in (REFERENCE[:9], SAMPLES[:7]))
+    reference, samples = (
+        network.read(x).pool.double().numpy() for x in (REFERENCE[:9], SAMPLES[:7])
+    )
     (row,) = results["rows"]
     assert row["precision"] == pytest.approx(inside(samples, reference), abs=1e-12)
     assert row["recall"] == pytest.approx(inside(reference, samples), abs=1e-12)

@@ -1,4 +1,6 @@
-"""Sets of images to be scored: right rows from any file, clear words for wrong ones, and the same digest for the same arrays."""
+"""Sets of images to be scored: right rows from any file, clear words for wrong ones, and the same
+digest for the same arrays.
+"""
 
 import json
 import zipfile
@@ -20,7 +22,11 @@ def shards(folder, cuts=(8, 16), save=np.savez):
     folder.mkdir()
     parts = np.split(IMAGES, cuts)
     for k, part in enumerate(parts):
-        save(folder / f"images-{k:05d}-of-{len(parts):05d}.npz", arr_0=part, labels=np.arange(len(part)))
+        save(
+            folder / f"images-{k:05d}-of-{len(parts):05d}.npz",
+            arr_0=part,
+            labels=np.arange(len(part)),
+        )
     return folder
 
 
@@ -32,7 +38,9 @@ def one_file(folder, save=np.savez):
 def pictures(folder):
     (folder / "b").mkdir(parents=True)
     for i, image in enumerate(IMAGES):  # numbered so that the order of names is that of images
-        Image.fromarray(image).save(folder / ("b" if i > 11 else "") / f"{'x' if i > 11 else 'a'}{i:03d}.png")
+        Image.fromarray(image).save(
+            folder / ("b" if i > 11 else "") / f"{'x' if i > 11 else 'a'}{i:03d}.png"
+        )
     (folder / "notes.txt").write_text("no image")
     (folder / ".hidden.png").write_bytes(b"")
     return folder
@@ -98,8 +106,12 @@ def test_shards_must_be_a_whole_set(tmp_path):
 
 def test_a_manifest_is_told_without_its_files(tmp_path):
     folder = shards(tmp_path / "set")
-    (folder / "manifest.json").write_text(json.dumps({"settings": {"plan": "H1P5R3"}, "shards": [{"name": "a"}]}))
-    assert open_images(folder, "samples").description["manifest"] == {"settings": {"plan": "H1P5R3"}}
+    (folder / "manifest.json").write_text(
+        json.dumps({"settings": {"plan": "H1P5R3"}, "shards": [{"name": "a"}]})
+    )
+    assert open_images(folder, "samples").description["manifest"] == {
+        "settings": {"plan": "H1P5R3"}
+    }
     (folder / "manifest.json").write_text("[")
     with pytest.raises(CheckpointError, match="no manifest"):
         _ = open_images(folder, "samples").description
@@ -141,7 +153,9 @@ def test_what_is_no_set_of_images_is_refused(tmp_path):
 def test_images_of_several_sizes_are_refused(tmp_path):
     folder = pictures(tmp_path / "pictures")
     Image.fromarray(IMAGES[0, :4]).save(folder / "a003.png")
-    with pytest.raises(ValueError, match=r"images must be of one size, but .*a003.png is of \(4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"images must be of one size, but .*a003.png is of \(4, 5\)"
+    ):
         open_images(folder, "samples").read(0, 5)
     np.savez(tmp_path / "pictures.npz", arr_0=IMAGES)
     folder = shards(tmp_path / "shards")
@@ -167,9 +181,19 @@ def digits():
 
 def test_made_images_are_those_of_sample_in_any_parts(digits):
     made = Made(digits, Plan.parse("H1R1"), 23, 1.5, None, 3, 5)
-    expected = ft.sample(digits, "H1R1", [i % 10 for i in range(23)], guidance=1.5, seed=3, batch_size=5, output="uint8").numpy()
+    expected = ft.sample(
+        digits,
+        "H1R1",
+        [i % 10 for i in range(23)],
+        guidance=1.5,
+        seed=3,
+        batch_size=5,
+        output="uint8",
+    ).numpy()
     assert np.array_equal(made.read(0, 23), expected)
-    assert np.array_equal(np.concatenate([made.read(first, 5) for first in range(0, 23, 5)]), expected)
+    assert np.array_equal(
+        np.concatenate([made.read(first, 5) for first in range(0, 23, 5)]), expected
+    )
     assert len(np.unique(expected)) > 100
 
 
@@ -189,11 +213,15 @@ def gaussian(d: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_reference_brings_its_own_gaussians_where_it_has_them(tmp_path):
     mu, sigma = gaussian(4)
-    np.savez(tmp_path / "adm.npz", arr_0=IMAGES, mu=mu, sigma=sigma, mu_s=mu[:3], sigma_s=sigma[:3, :3])
+    np.savez(
+        tmp_path / "adm.npz", arr_0=IMAGES, mu=mu, sigma=sigma, mu_s=mu[:3], sigma_s=sigma[:3, :3]
+    )
     np.savez(tmp_path / "plain.npz", arr_0=IMAGES)
     np.savez(tmp_path / "half.npz", arr_0=IMAGES, mu=mu, sigma=sigma)
     np.savez(tmp_path / "alone.npz", mu=mu, sigma=sigma)
-    adm, plain, half, alone = (Reference(tmp_path / f"{name}.npz") for name in ("adm", "plain", "half", "alone"))
+    adm, plain, half, alone = (
+        Reference(tmp_path / f"{name}.npz") for name in ("adm", "plain", "half", "alone")
+    )
     assert adm.pool is not None
     assert adm.spatial is not None
     assert np.array_equal(adm.pool.mean, mu)
@@ -210,7 +238,14 @@ def test_a_reference_brings_its_own_gaussians_where_it_has_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"sigma": None}, {"mu": None}, {"sigma": np.eye(3)}, {"mu": np.full(4, np.nan)}, {"mu": np.array(["a"] * 4)}]
+    "change",
+    [
+        {"sigma": None},
+        {"mu": None},
+        {"sigma": np.eye(3)},
+        {"mu": np.full(4, np.nan)},
+        {"mu": np.array(["a"] * 4)},
+    ],
 )
 def test_a_reference_with_half_a_gaussian_is_refused(tmp_path, change):
     mu, sigma = gaussian(4)
@@ -223,7 +258,9 @@ def test_a_reference_with_half_a_gaussian_is_refused(tmp_path, change):
 def test_a_reference_is_never_unpickled(tmp_path):
     with zipfile.ZipFile(tmp_path / "ref.npz", "w") as archive:
         archive.writestr("mu.npy", b"\x93NUMPY")
-    np.savez(tmp_path / "object.npz", arr_0=IMAGES, mu=np.array([{}], dtype=object), sigma=np.eye(1))
+    np.savez(
+        tmp_path / "object.npz", arr_0=IMAGES, mu=np.array([{}], dtype=object), sigma=np.eye(1)
+    )
     for name in ("ref", "object"):
         with pytest.raises(CheckpointError, match=r"no whole .npz of plain arrays"):
             Reference(tmp_path / f"{name}.npz")

@@ -1,4 +1,6 @@
-"""Inception by torch-fidelity's code, on random weights in a file of the published layout; and where its weights are looked for."""
+"""Inception by torch-fidelity's code, on random weights in a file of the published layout; and
+where its weights are looked for.
+"""
 
 import subprocess
 import sys
@@ -16,7 +18,9 @@ from flowturbo.evaluation import inception as features
 from flowturbo.evaluation.inception import WEIGHTS, Inception, find_weights
 from flowturbo.storage.files import CheckpointError
 
-needs_torch_fidelity = pytest.mark.skipif(find_spec("torch_fidelity") is None, reason="torch-fidelity is not installed")
+needs_torch_fidelity = pytest.mark.skipif(
+    find_spec("torch_fidelity") is None, reason="torch-fidelity is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,9 @@ IMAGES = np.random.default_rng(1).integers(0, 256, (3, 40, 56, 3), dtype=np.uint
 
 
 def resize_as_tensorflow_1(images: np.ndarray) -> torch.Tensor:
-    """(N, height, width, 3) -> (N, 3, 299, 299): output pixel i reads between floor(i * scale) and the next, in float64."""
+    """(N, height, width, 3) -> (N, 3, 299, 299): output pixel i reads between floor(i * scale) and
+    the next, in float64.
+    """
     x = images.astype(np.float64)
     for axis in (1, 2):
         at = np.arange(299) * (x.shape[axis] / 299)
@@ -50,14 +56,24 @@ def resize_as_tensorflow_1(images: np.ndarray) -> torch.Tensor:
 
 
 def unit(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """A convolution of Inception, batch normalisation and ReLU, in float64; padded as its kernel's shape needs in Mixed_5 and 6."""
+    """A convolution of Inception, batch normalisation and ReLU, in float64; padded as its kernel's
+    shape needs in Mixed_5 and 6.
+    """
     kernel = w[f"{name}.conv.weight"].double()
-    valid = name.startswith(("Conv2d_1a", "Conv2d_2a", "Conv2d_4a", "Mixed_6a.branch3x3dbl_3")) or name == "Mixed_6a.branch3x3"
-    stride = 2 if name.startswith(("Conv2d_1a", "Mixed_6a.branch3x3dbl_3")) or name == "Mixed_6a.branch3x3" else 1
+    valid = (
+        name.startswith(("Conv2d_1a", "Conv2d_2a", "Conv2d_4a", "Mixed_6a.branch3x3dbl_3"))
+        or name == "Mixed_6a.branch3x3"
+    )
+    stride = (
+        2
+        if name.startswith(("Conv2d_1a", "Mixed_6a.branch3x3dbl_3")) or name == "Mixed_6a.branch3x3"
+        else 1
+    )
     padding = (0, 0) if valid else tuple(k // 2 for k in kernel.shape[2:])
     x = F.conv2d(x, kernel, stride=stride, padding=padding)
     mean, var, scale, shift = (
-        w[f"{name}.bn.{k}"].double()[:, None, None] for k in ("running_mean", "running_var", "weight", "bias")
+        w[f"{name}.bn.{k}"].double()[:, None, None]
+        for k in ("running_mean", "running_var", "weight", "bias")
     )
     return ((x - mean) / (var + 1e-3).sqrt() * scale + shift).relu()
 
@@ -91,7 +107,10 @@ def mixed_6_conv(images: np.ndarray, w: dict[str, torch.Tensor]) -> torch.Tensor
             ],
             dim=1,
         )
-    x = torch.cat([chain(x, "Mixed_6a", "branch3x3"), chain(x, "Mixed_6a", *triple), F.max_pool2d(x, 3, 2)], dim=1)
+    x = torch.cat(
+        [chain(x, "Mixed_6a", "branch3x3"), chain(x, "Mixed_6a", *triple), F.max_pool2d(x, 3, 2)],
+        dim=1,
+    )
     for block in ("Mixed_6b", "Mixed_6c"):
         x = torch.cat(
             [
@@ -105,7 +124,9 @@ def mixed_6_conv(images: np.ndarray, w: dict[str, torch.Tensor]) -> torch.Tensor
     return chain(x, "Mixed_6d", "branch1x1")
 
 
-def test_spatial_features_are_seven_channels_of_mixed_6_conv_in_tensorflows_order(inception, weights):
+def test_spatial_features_are_seven_channels_of_mixed_6_conv_in_tensorflows_order(
+    inception, weights
+):
     found = inception.read(IMAGES)
     expected = mixed_6_conv(IMAGES, torch.load(weights, weights_only=True))[:, :7]
     assert found.spatial.shape == (3, 17 * 17 * 7)
@@ -117,7 +138,9 @@ def test_spatial_features_are_seven_channels_of_mixed_6_conv_in_tensorflows_orde
 def test_pool_features_and_logits_are_the_librarys(inception, weights):
     """Asked for both at once, as torch-fidelity's own evaluation asks."""
     found = inception.read(IMAGES)
-    direct = features._extractor()("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights)
+    direct = features._extractor()(
+        "x", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
+    )
     pool, logits = direct(torch.from_numpy(IMAGES).permute(0, 3, 1, 2))
     assert found.pool.dtype == torch.float32
     assert found.pool.equal(pool)
@@ -129,7 +152,9 @@ def test_pool_features_and_logits_are_the_librarys(inception, weights):
 def test_reading_is_in_float32_and_leaves_nothing_behind(inception, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     tf32 = []
-    inception.network.register_forward_pre_hook(lambda *_: tf32.append(torch.backends.cudnn.allow_tf32))
+    inception.network.register_forward_pre_hook(
+        lambda *_: tf32.append(torch.backends.cudnn.allow_tf32)
+    )
     one, two = inception.read(IMAGES), inception.read(IMAGES)
     assert tf32 == [False, False]
     assert torch.backends.cudnn.allow_tf32
@@ -164,7 +189,10 @@ def test_without_torch_fidelity_the_message_says_what_to_install(monkeypatch, tm
     monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(features, "SHA256", "")
     torch.save({}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"pip install 'flowturbo\[metrics\]'.*pip install --no-deps torch-fidelity"):
+    with pytest.raises(
+        ValueError,
+        match=r"pip install 'flowturbo\[metrics\]'.*pip install --no-deps torch-fidelity",
+    ):
         Inception(tmp_path / "weights.pth")
 
 
@@ -179,8 +207,13 @@ def nowhere(monkeypatch, tmp_path):
 def test_missing_weights_are_asked_for_by_name_and_place(nowhere):
     with pytest.raises(CheckpointError) as error:
         find_weights()
-    assert f"download {features.URL} (91 MB) and put it into {nowhere / 'cache'}" in str(error.value)
-    with pytest.raises(CheckpointError, match=r"mine.pth, named as the weights of Inception, does not exist: download https"):
+    assert f"download {features.URL} (91 MB) and put it into {nowhere / 'cache'}" in str(
+        error.value
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"mine.pth, named as the weights of Inception, does not exist: download https",
+    ):
         Inception(nowhere / "mine.pth")
 
 
@@ -202,7 +235,11 @@ def test_other_weights_are_refused(tmp_path):
     path = tmp_path / WEIGHTS[0]
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(
-        CheckpointError, match=f"whose SHA-256 begins with 6726825d: this file's is {sha256(path.read_bytes()).hexdigest()}"
+        CheckpointError,
+        match=(
+            "whose SHA-256 begins with 6726825d: this file's is "
+            f"{sha256(path.read_bytes()).hexdigest()}"
+        ),
     ):
         Inception(path)
 

@@ -39,16 +39,25 @@ def test_a_profile_is_a_trace_and_a_table_of_operations(tmp_path):
     blocks = 2 * 12 + 2 * 1  # two predictor calls of twelve blocks, two refiner calls of one
     assert names.count("flowturbo::attention") == blocks
     text = (tmp_path / "profile" / "H1R1-batch2.md").read_text()
-    cells = {row.split(" | ")[0].removeprefix("| "): row.split(" | ") for row in text.splitlines() if row.startswith("| ")}
+    cells = {
+        row.split(" | ")[0].removeprefix("| "): row.split(" | ")
+        for row in text.splitlines()
+        if row.startswith("| ")
+    }
     assert cells["flowturbo::attention"][1] == str(blocks)
     shares = [float(row[3].removesuffix(" % |")) for name, row in cells.items() if "::" in name]
     assert sum(shares) == pytest.approx(100, abs=3)
     assert shares == sorted(shares, reverse=True)
-    assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == ["H1R1-batch2.md", "H1R1-batch2.trace.json"]
+    assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == [
+        "H1R1-batch2.md",
+        "H1R1-batch2.trace.json",
+    ]
 
 
 def test_operations_hold_what_torch_does_inside_them():
-    """torch's own operations are listed only outside ours, and once: not those that they call themselves."""
+    """torch's own operations are listed only outside ours, and once: not those that they call
+    themselves.
+    """
 
     class Event:
         device_type = DeviceType.CPU
@@ -59,7 +68,14 @@ def test_operations_hold_what_torch_does_inside_them():
     ours = Event("flowturbo::linear", 2000)
     inside = Event("aten::linear", 1900, ours)
     outside = Event("aten::cat", 500)
-    events = [ours, inside, Event("aten::addmm", 1800, inside), outside, Event("aten::copy_", 400, outside), Event("other", 9999)]
+    events = [
+        ours,
+        inside,
+        Event("aten::addmm", 1800, inside),
+        outside,
+        Event("aten::copy_", 400, outside),
+        Event("other", 9999),
+    ]
     text = operations_table(events, cuda=False)
     assert "| flowturbo::linear | 1 | 2.000 | 80.0 % |" in text
     assert "| aten::cat | 1 | 0.500 | 20.0 % |" in text
@@ -69,7 +85,9 @@ def test_operations_hold_what_torch_does_inside_them():
 
 
 def test_an_operation_is_a_function_to_the_profiler():
-    """No kernel is linked to a user's range, as which torch.profiler.record_function marks what is in it."""
+    """No kernel is linked to a user's range, as which torch.profiler.record_function marks what is
+    in it.
+    """
     with profile() as trace:
         linear(torch.randn(3, 8), torch.randn(4, 8), torch.randn(4))
         with record_function("a user's range"):
@@ -80,13 +98,19 @@ def test_an_operation_is_a_function_to_the_profiler():
 
 
 def test_on_cuda_an_operations_time_is_that_of_the_kernels_it_launched_once():
-    """Of a real trace of the CPU's side, with kernels linked as torch links them, to functions alone."""
+    """Of a real trace of the CPU's side, with kernels linked as torch links them, to functions
+    alone.
+    """
     with profile() as trace:
         for _ in range(2):
             linear(torch.randn(3, 8), torch.randn(4, 8), torch.randn(4))
         torch.randn(5)
     events = list(trace.events())
-    launches = {"flowturbo::linear": 30.0, "aten::addmm": 400.0, "aten::normal_": 5.0}  # microseconds
+    launches = {
+        "flowturbo::linear": 30.0,
+        "aten::addmm": 400.0,
+        "aten::normal_": 5.0,
+    }  # microseconds
     device = []
     for event in events:
         event.use_device = "cuda"
@@ -98,10 +122,19 @@ def test_on_cuda_an_operations_time_is_that_of_the_kernels_it_launched_once():
             device.append(on_device(event.name, 999.0, is_user_annotation=True))
     device.append(on_device("Memset", 70.0))
     ours = [event for event in events if event.name == "flowturbo::linear"]
-    assert [event.device_time_total for event in ours] == [430.0, 430.0]  # its own kernel, and that of torch's product in it
-    made = sum(event.name == "aten::normal_" for event in events)  # outside: those that made the arguments
+    assert [event.device_time_total for event in ours] == [
+        430.0,
+        430.0,
+    ]  # its own kernel, and that of torch's product in it
+    made = sum(
+        event.name == "aten::normal_" for event in events
+    )  # outside: those that made the arguments
     table = operations_table([*events, *device], cuda=True)
-    rows = {row.split(" | ")[0].removeprefix("| "): row.split(" | ")[1:] for row in table.splitlines() if row.startswith("| ")}
+    rows = {
+        row.split(" | ")[0].removeprefix("| "): row.split(" | ")[1:]
+        for row in table.splitlines()
+        if row.startswith("| ")
+    }
     assert rows["flowturbo::linear"][:2] == ["2", "0.860"]
     assert rows["aten::randn"][:2] == [str(made), f"{made * 5e-3:.3f}"]
     assert rows["outside all operations"][:2] == ["", "0.070"]
@@ -148,7 +181,11 @@ def test_the_memory_of_earlier_captures_is_given_back_before_it_is_counted():
 def test_untrained_weights_are_of_the_published_size_and_bounded():
     predictor, refiner = untrained("SiT-S/8", 128, torch.device("cpu"))
     assert predictor.config.side == 16
-    assert (predictor.config.hidden, refiner.config.depth, refiner.config.reads_velocity) == (384, 1, True)
+    assert (predictor.config.hidden, refiner.config.depth, refiner.config.reads_velocity) == (
+        384,
+        1,
+        True,
+    )
     model = ft.load(predictor, refiner, device="cpu", dtype=torch.float32)
     x = ft.sample(model, "H1R1", [1, 2], guidance=1.5, seed=0)
     assert x.isfinite().all()

@@ -1,4 +1,6 @@
-"""Evaluation of plans on a small random model: right figures, resumable, nothing half-written; and the velocity of known fields."""
+"""Evaluation of plans on a small random model: right figures, resumable, nothing half-written; and
+the velocity of known fields.
+"""
 
 import cmath
 import json
@@ -42,8 +44,12 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def settings(models, out: Path, **changes) -> Evaluate:
-    few = dict(images=25, batch_size=10, reference_images=21, reference_plan="H20", classifier_steps=10)
-    these = dict(plans=PLANS_HERE, device="cpu", out=out, model=str(models[0]), refiner=str(models[1]))
+    few = dict(
+        images=25, batch_size=10, reference_images=21, reference_plan="H20", classifier_steps=10
+    )
+    these = dict(
+        plans=PLANS_HERE, device="cpu", out=out, model=str(models[0]), refiner=str(models[1])
+    )
     return Evaluate(**{**few, **these, **changes})
 
 
@@ -91,19 +97,34 @@ def test_figures_are_those_of_the_plans_images(measured, models):
     classifier, test = train_classifier(digits(), steps=10), digits("test")
     held_out = classifier.read(test.mean)[0]
     results = read(measured)
-    images = {plan: ft.sample(model, plan, labels, noise=noise, guidance=1.5) for plan in PLANS_HERE}
+    images = {
+        plan: ft.sample(model, plan, labels, noise=noise, guidance=1.5) for plan in PLANS_HERE
+    }
     for row in results["rows"]:
         x = images[row["plan"]]
         features, classes = classifier.read(x)
         assert row["frechet"] == pytest.approx(frechet_distance(features, held_out), rel=1e-3)
-        assert row["frechet_first"] == pytest.approx(frechet_distance(features[:21], held_out), rel=1e-3)
+        assert row["frechet_first"] == pytest.approx(
+            frechet_distance(features[:21], held_out), rel=1e-3
+        )
         assert row["label_share"] == float((classes == torch.tensor(labels)).double().mean())
-        assert row["rms"] == pytest.approx(rms_distance(x[:21], images["H20"][:21]), rel=1e-3, abs=1e-12)
+        assert row["rms"] == pytest.approx(
+            rms_distance(x[:21], images["H20"][:21]), rel=1e-3, abs=1e-12
+        )
         # 21 images in ten blocks: the first of three, the others of two
-        assert row["rms_blocks"][0] == pytest.approx(rms_distance(x[3:21], images["H20"][3:21]), rel=1e-3, abs=1e-12)
-        assert row["rms_blocks"][9] == pytest.approx(rms_distance(x[:19], images["H20"][:19]), rel=1e-3, abs=1e-12)
-        assert row["frechet_blocks"][9] == pytest.approx(frechet_distance(features[:23], held_out), rel=1e-3)
-    assert results["classifier"] == {"held_out_accuracy": classifier.accuracy(test), "held_out_images": len(test)}
+        assert row["rms_blocks"][0] == pytest.approx(
+            rms_distance(x[3:21], images["H20"][3:21]), rel=1e-3, abs=1e-12
+        )
+        assert row["rms_blocks"][9] == pytest.approx(
+            rms_distance(x[:19], images["H20"][:19]), rel=1e-3, abs=1e-12
+        )
+        assert row["frechet_blocks"][9] == pytest.approx(
+            frechet_distance(features[:23], held_out), rel=1e-3
+        )
+    assert results["classifier"] == {
+        "held_out_accuracy": classifier.accuracy(test),
+        "held_out_images": len(test),
+    }
     floor = frechet_distance(classifier.read(digits().mean)[0], held_out)
     assert results["floor"] == {"frechet": pytest.approx(floor, rel=1e-9), "images": len(digits())}
     assert results["fine"]["images"] == 21
@@ -121,7 +142,11 @@ def test_fine_solution_is_at_no_distance_from_itself(measured):
 
 def test_table(measured):
     text = (measured / "quality.md").read_text()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     main = [line for line in cells if len(line) == 9 and line[0] in PLANS_HERE]
     assert [line[0] for line in main] == ["E2", "H1R1", "H20"]  # by cost
     assert [line[1] for line in main] == ["Euler", "FlowTurbo", "Heun"]
@@ -136,11 +161,15 @@ def test_table(measured):
 
 
 def test_time_is_the_median_without_the_first_batch(models, tmp_path, monkeypatch, no_plot):
-    """Of five batches of 10 images, the last half full: 100, 1, 7, 2 and 4 seconds by this clock."""
+    """Of five batches of 10 images, the last half full: 100, 1, 7, 2 and 4 seconds by this
+    clock.
+    """
     now, seconds = [0.0], [100.0, 1.0, 7.0, 2.0, 4.0]
 
     def sample(model, plan, labels, *, noise, **others):
-        assert others["batch_size"] == 10  # the last batch costs as much as a full one; bits can be those of the fine solution
+        assert (
+            others["batch_size"] == 10
+        )  # the last batch costs as much as a full one; bits can be those of the fine solution
         if str(plan) == "E1":
             now[0] += seconds.pop(0)
         return noise
@@ -156,7 +185,9 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, victim: str) -> list[str]:
-    """From now on sampling with the plan `victim` is the end, in its second batch; -> the plans sampled so far, a batch each."""
+    """From now on sampling with the plan `victim` is the end, in its second batch; -> the plans
+    sampled so far, a batch each.
+    """
     seen: list[str] = []
 
     def sample(model, plan, *rest, **others):
@@ -179,15 +210,20 @@ def test_killed_evaluation_goes_on(models, measured, tmp_path, monkeypatch, no_p
 
     seen[:] = ["E2", "E2"]  # past the kill
     evaluate(settings(models, tmp_path))
-    assert seen[2:] == ["E2"] * 3 + ["H20"] * 3  # neither the fine solution nor the finished plan again
+    assert (
+        seen[2:] == ["E2"] * 3 + ["H20"] * 3
+    )  # neither the fine solution nor the finished plan again
     whole = read(tmp_path)
     assert whole["rows"][0] == half["rows"][0]
     assert {path.name for path in tmp_path.iterdir()} == NAMES
     without_time = [
-        [{k: v for k, v in row.items() if k != "ms_per_image"} for row in results["rows"]] for results in (whole, read(measured))
+        [{k: v for k, v in row.items() if k != "ms_per_image"} for row in results["rows"]]
+        for results in (whole, read(measured))
     ]
     assert without_time[0] == without_time[1]
-    assert {k: v for k, v in whole.items() if k != "rows"} == {k: v for k, v in read(measured).items() if k != "rows"}
+    assert {k: v for k, v in whole.items() if k != "rows"} == {
+        k: v for k, v in read(measured).items() if k != "rows"
+    }
 
 
 def test_kill_in_the_fine_solution_leaves_nothing(models, tmp_path, monkeypatch, no_plot):
@@ -209,7 +245,9 @@ def test_plans_may_be_added(models, tmp_path, monkeypatch, no_plot):
     assert [row["plan"] for row in rows] == ["E2", "E1"]
     assert rows[0] == first[0]
     (tmp_path / "quality.md").unlink()
-    evaluate(settings(models, tmp_path, plans=("E2",), **quick))  # nothing left to measure: the reports alone
+    evaluate(
+        settings(models, tmp_path, plans=("E2",), **quick)
+    )  # nothing left to measure: the reports alone
     assert seen == ["E1"] * 3
     assert read(tmp_path)["rows"] == rows
     assert "| E1 |" in (tmp_path / "quality.md").read_text()
@@ -241,11 +279,15 @@ def test_another_model_under_the_same_name_is_refused(models, tmp_path, no_plot)
     with pytest.raises(ValueError, match=r"model\.predictor_sha256 was"):
         evaluate(chosen)
     (chosen.out / "quality.json").unlink()
-    with pytest.raises(CheckpointError, match=r"fine\.safetensors belongs to an evaluation with other settings"):
+    with pytest.raises(
+        CheckpointError, match=r"fine\.safetensors belongs to an evaluation with other settings"
+    ):
         evaluate(chosen)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 99, "settings": {}, "model": {}, "environment": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"format": 99, "settings": {}, "model": {}, "environment": {}}']
+)
 def test_foreign_results_are_refused(models, tmp_path, text):
     (tmp_path / "quality.json").write_text(text)
     with pytest.raises(ValueError, match=r"quality\.json holds no results of an evaluation"):
@@ -281,9 +323,16 @@ def test_models_that_do_not_fit_are_refused(models, tmp_path):
     save_sit(tmp_path / "four.safetensors", random_sit(CONFIG, 0))
     save_sit(tmp_path / "five.safetensors", random_sit(replace(DIGITS, num_classes=5), 0))
     out = tmp_path / "out"
-    for name, got in (("four", r"latents \(4, 8, 8\) of 10 classes"), ("five", r"latents \(1, 8, 8\) of 5 classes")):
-        with pytest.raises(ValueError, match=rf"model must have latents \(1, 8, 8\) of 10 classes.*got {got}"):
-            evaluate(settings((tmp_path / f"{name}.safetensors", None), out, refiner=None, plans=("E1",)))
+    for name, got in (
+        ("four", r"latents \(4, 8, 8\) of 10 classes"),
+        ("five", r"latents \(1, 8, 8\) of 5 classes"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"model must have latents \(1, 8, 8\) of 10 classes.*got {got}"
+        ):
+            evaluate(
+                settings((tmp_path / f"{name}.safetensors", None), out, refiner=None, plans=("E1",))
+            )
     with pytest.raises(ValueError, match="refiner must be given: of the plans, H1R1 need one"):
         evaluate(settings(models, out, refiner=None))
     assert not out.exists()
@@ -334,12 +383,22 @@ def test_default_plans_have_rivals_at_their_costs():
     free = [plan.cost.predictor for plan in plans if not plan.cost.refiner]
     for plan in plans:
         if plan.cost.refiner:
-            # A refiner call costs less than a sixth of a predictor call at 12 blocks, and no plan here has more than ten.
+            # A refiner call costs less than a sixth of a predictor call at 12 blocks, and no plan
+            # here has more than ten.
             assert {plan.cost.predictor, plan.cost.predictor + 1} <= set(free), plan
-            assert sum(calls in (plan.cost.predictor, plan.cost.predictor + 1) for calls in free) >= 3, plan
+            assert (
+                sum(calls in (plan.cost.predictor, plan.cost.predictor + 1) for calls in free) >= 3
+            ), plan
 
 
-def row(plan: str, cost: float, rms: float, refiner_calls: int = 0, spread: float = 0.0, ms: float | None = None) -> dict:
+def row(
+    plan: str,
+    cost: float,
+    rms: float,
+    refiner_calls: int = 0,
+    spread: float = 0.0,
+    ms: float | None = None,
+) -> dict:
     blocks = [rms + spread * (-1) ** i for i in range(10)]
     return {
         "plan": plan,
@@ -368,10 +427,19 @@ def test_a_plan_is_judged_against_the_best_that_is_as_cheap():
 
 
 def test_a_difference_counts_beyond_two_standard_errors():
-    """The blocks of both plans swing together by 0.1, so that what counts is how the difference swings: by `spread`."""
-    for gain, spread, outcome in ((0.05, 0.0, "better"), (-0.05, 0.0, "worse"), (0.05, 0.02, "level"), (-0.05, 0.02, "level")):
+    """The blocks of both plans swing together by 0.1, so that what counts is how the difference
+    swings: by `spread`.
+    """
+    for gain, spread, outcome in (
+        (0.05, 0.0, "better"),
+        (-0.05, 0.0, "worse"),
+        (0.05, 0.02, "level"),
+        (-0.05, 0.02, "level"),
+    ):
         mine, other = row("H1R1", 2.0, 0.5 - gain, 2, 0.1 + spread), row("E2", 2.0, 0.5, 0, 0.1)
-        error = jackknife_error([a - b for a, b in zip(other["rms_blocks"], mine["rms_blocks"], strict=True)])
+        error = jackknife_error(
+            [a - b for a, b in zip(other["rms_blocks"], mine["rms_blocks"], strict=True)]
+        )
         assert error == pytest.approx(3 * spread, abs=1e-12)  # sqrt((n - 1) / n * n) spread, n = 10
         assert judge(mine, [other], "rms", "cost", 2.0)[0] == outcome
 
@@ -396,15 +464,21 @@ def test_verdicts_name_winners_and_losers(measured):
     assert "- Next whole call, of 2 plans: 2 worse (H1P1R1, H1P2R1)." in text
     assert "- Same time, of 2 plans: 1 worse (H1P1R1), 1 no rival (H1P2R1)." in text
     assert (
-        "| H1P1R1 | 3.20 | 0.2 | better than E3 (0.3) | better than H1P1 (0.4) | worse than E4 (0.1) | worse than E4 (0.1) |"
-        in text
-    )
+        "| H1P1R1 | 3.20 | 0.2 | better than E3 (0.3) | better than H1P1 (0.4) | worse than E4 "
+        "(0.1) | worse than E4 (0.1) |"
+    ) in text
 
 
-@pytest.mark.parametrize("plan, said", [("E2", "No plan here has refiner steps."), ("H1R1", "of 1 plans: 1 no rival (H1R1).")])
+@pytest.mark.parametrize(
+    "plan, said",
+    [("E2", "No plan here has refiner steps."), ("H1R1", "of 1 plans: 1 no rival (H1R1).")],
+)
 @pytest.mark.filterwarnings("error")
 def test_reports_of_one_plan(measured, tmp_path, plan, said):
-    results = {**read(measured), "rows": [row for row in read(measured)["rows"] if row["plan"] == plan]}
+    results = {
+        **read(measured),
+        "rows": [row for row in read(measured)["rows"] if row["plan"] == plan],
+    }
     assert said in quality_table(results)
     plot_quality(results, tmp_path / "one.png")
     with Image.open(tmp_path / "one.png") as image:
@@ -417,17 +491,25 @@ def handmade(predictor) -> ft.FlowModel:
 
 @pytest.mark.parametrize("guidance, rate", [(1.0, 0.7), (1.5, 1.05)])
 def test_velocities_are_those_at_the_states_of_the_trajectory(guidance, rate):
-    """dx/dt = 0.7 x with a label, 0 without: guided by s, Heun's states grow by 1 + h + h^2/2 with h = 0.7 s / steps."""
+    """dx/dt = 0.7 x with a label, 0 without: guided by s, Heun's states grow by 1 + h + h^2/2 with
+    h = 0.7 s / steps.
+    """
     steps, labels, noise = 8, torch.arange(5), ft.noise((1, 1, 2), 0, range(5))
     model = handmade(lambda x, t, y, v=None: 0.7 * x * (y < 10).view(-1, 1, 1, 1))
     v = trajectory_velocities(model, ft.Plan.parse(f"H{steps}"), labels, noise, guidance)
     h = rate / steps
-    expected = rate * noise * torch.tensor([(1 + h + h * h / 2) ** k for k in range(steps + 1)]).view(-1, 1, 1, 1, 1)
+    expected = (
+        rate
+        * noise
+        * torch.tensor([(1 + h + h * h / 2) ** k for k in range(steps + 1)]).view(-1, 1, 1, 1, 1)
+    )
     torch.testing.assert_close(v, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_velocity_that_turns_at_a_known_rate(tmp_path, monkeypatch):
-    """v = exp((a + iw) t): its relative change over dt is |exp((a + iw) dt) - 1|, its cosine with v(s) is cos w(t - s)."""
+    """v = exp((a + iw) t): its relative change over dt is |exp((a + iw) dt) - 1|, its cosine with
+    v(s) is cos w(t - s).
+    """
     a, w, steps = 0.8, 2.0, 40
 
     def predictor(x, t, y, v=None):
@@ -445,7 +527,9 @@ def test_velocity_that_turns_at_a_known_rate(tmp_path, monkeypatch):
     for part, scale in (("change", 1), ("rate", steps)):
         for kind in ("mean", "p10", "p90"):
             np.testing.assert_allclose(
-                results[part][kind], np.full(steps, scale * abs(cmath.exp((a + w * 1j) / steps) - 1)), rtol=1e-4
+                results[part][kind],
+                np.full(steps, scale * abs(cmath.exp((a + w * 1j) / steps) - 1)),
+                rtol=1e-4,
             )
     assert list(results["cosine"]) == ["0", "0.25", "0.5", "0.75", "1"]
     for s, cosine in results["cosine"].items():
@@ -456,7 +540,11 @@ def test_inspected_velocity_does_not_depend_on_batches(models, tmp_path, monkeyp
     monkeypatch.setattr(velocity, "plot_velocity", lambda *_: None)
     found = []
     for size in (3, 12):
-        inspect_velocity(InspectVelocity(out=tmp_path / str(size), model=str(models[0]), images=12, batch_size=size, steps=6))
+        inspect_velocity(
+            InspectVelocity(
+                out=tmp_path / str(size), model=str(models[0]), images=12, batch_size=size, steps=6
+            )
+        )
         found.append(json.loads((tmp_path / str(size) / "velocity.json").read_text()))
     for part, kind in (("rate", "mean"), ("rate", "p90"), ("change", "p10"), ("cosine", "0")):
         np.testing.assert_allclose(found[0][part][kind], found[1][part][kind], rtol=1e-3)
@@ -480,7 +568,9 @@ def test_bad_inspections_are_refused(changes, message):
 
 
 def test_a_velocity_of_zero_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(velocity, "load", lambda *_, **__: handmade(lambda x, t, y, v=None: torch.zeros_like(x)))
+    monkeypatch.setattr(
+        velocity, "load", lambda *_, **__: handmade(lambda x, t, y, v=None: torch.zeros_like(x))
+    )
     with pytest.raises(ValueError, match="has a velocity of zero: is it trained"):
         inspect_velocity(InspectVelocity(out=tmp_path / "out", images=2, steps=3))
     assert not (tmp_path / "out").exists()

@@ -1,17 +1,36 @@
-"""A stand-in for a CUDA device, from Python: whether this process runs on it, and what was done there.
+"""A stand-in for a CUDA device, from Python: whether this process runs on it, and what was done
+there.
 
-Device memory is host memory and kernels do nothing, so that no value means anything; streams, events, captures, pools and launch
-limits follow CUDA's rules. `python tests/fake_cuda/run.py COMMAND...` runs a command on it.
+Device memory is host memory and kernels do nothing, so that no value means anything; streams,
+events, captures, pools and launch limits follow CUDA's rules. `python tests/fake_cuda/run.py
+COMMAND...` runs a command on it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 PRESENT = bool(os.environ.get("FAKE_CUDA"))
 _library: Any = ctypes.CDLL(None) if PRESENT else None
+
+
+def _hide_static_runtime() -> None:
+    """An extension built without run.py holds a CUDA runtime of its own, which looks for a real
+    driver: it counts as not built here, so that NVRTC compiles csrc's kernels.
+    """
+    name = "flowturbo_kernels._C"
+    spec = importlib.util.find_spec(name)
+    if spec and spec.origin and b"libcuda.so.1" in Path(spec.origin).read_bytes():
+        sys.modules[name] = None  # type: ignore[assignment]
+
+
+if PRESENT:
+    _hide_static_runtime()
 
 
 def _lines(function: Any) -> list[str]:

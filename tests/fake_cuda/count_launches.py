@@ -1,8 +1,10 @@
-"""How many launches, by kernel: of calls of SiT-XL/2 and of whole captured plans, as the table in docs/launches.md.
+"""How many launches, by kernel: of calls of SiT-XL/2 and of whole captured plans, as the table in
+docs/launches.md.
 
     python tests/fake_cuda/run.py python tests/fake_cuda/count_launches.py > docs/launches.md
 
-tests/fake_cuda/test_launches.py holds the package to that table, so that a change that adds a launch is seen at once.
+tests/fake_cuda/test_launches.py holds the package to that table, so that a change that adds a
+launch is seen at once.
 """
 
 from __future__ import annotations
@@ -45,11 +47,12 @@ KINDS = {
 }
 HEAD = """# Launches
 
-Kernels launched by SiT-XL/2 at 256 x 256 in bfloat16 on an H100, guided, and by Stable Diffusion's decoder: counts, not times.
-They are the same at batch 1 and 8. A predictor call and a refiner call are those of a plan, without the modulations, which the
-plan makes once; a plan's are the nodes of its CUDA graph. Counted with torch 2.11 on a stand-in for a CUDA device, where torch and
-Triton run and kernels do nothing. No time means anything there, so where the library takes the fastest of several ways, this
-counts the first of them. A test holds the package to this table.
+Kernels launched by SiT-XL/2 at 256 x 256 in bfloat16 on an H100, guided, and by Stable Diffusion's
+decoder: counts, not times. They are the same at batch 1 and 8. A predictor call and a refiner call
+are those of a plan, without the modulations, which the plan makes once; a plan's are the nodes of
+its CUDA graph. Counted with torch 2.11 on a stand-in for a CUDA device, where torch and Triton run
+and kernels do nothing. No time means anything there, so where the library takes the fastest of
+several ways, this counts the first of them. A test holds the package to this table.
 
 """
 
@@ -59,7 +62,9 @@ def kind(name: str) -> str:
     ours = re.fullmatch(r"(_\w+_kernel)|void (flowturbo::\w+).*", name)
     if ours:
         return f"`{ours[1] or ours[2]}`"
-    return next((label for label, pattern in KINDS.items() if re.search(pattern, name)), "other (torch)")
+    return next(
+        (label for label, pattern in KINDS.items() if re.search(pattern, name)), "other (torch)"
+    )
 
 
 def counts(batch: int) -> dict[str, Counter[str]]:
@@ -67,8 +72,13 @@ def counts(batch: int) -> dict[str, Counter[str]]:
     device = torch.device("cuda", 0)
     vae = Autoencoder().requires_grad_(False).eval().to(device, torch.bfloat16)
     fuse(vae)
-    model = ft.load(*untrained("SiT-XL/2", 256, device), DiffusersVAE(vae), device=device, dtype=torch.bfloat16)
-    found = {"predictor call": called(model, "_run", batch), "refiner call": called(model, "refine_and_move", batch)}
+    model = ft.load(
+        *untrained("SiT-XL/2", 256, device), DiffusersVAE(vae), device=device, dtype=torch.bfloat16
+    )
+    found = {
+        "predictor call": called(model, "_run", batch),
+        "refiner call": called(model, "refine_and_move", batch),
+    }
     latents = torch.zeros(batch, 4, 32, 32, device=device)
     model.decode(latents)
     fake_cuda.launches()
@@ -83,7 +93,9 @@ def counts(batch: int) -> dict[str, Counter[str]]:
 
 
 def called(model: ft.FlowModel, method: str, batch: int) -> Counter[str]:
-    """The launches of the last call of a field's method in a plan without a graph; choices are measured in a run before."""
+    """The launches of the last call of a field's method in a plan without a graph; choices are
+    measured in a run before.
+    """
     original: Callable[..., Any] = getattr(HoistedField, method)
     seen: list[list[str]] = []
 
@@ -95,21 +107,33 @@ def called(model: ft.FlowModel, method: str, batch: int) -> Counter[str]:
 
     with mock.patch.object(HoistedField, method, counted):
         for _ in range(2):
-            ft.sample(model, PLAN, list(range(batch)), guidance=1.5, seed=0, callback=lambda info: None)
+            ft.sample(
+                model, PLAN, list(range(batch)), guidance=1.5, seed=0, callback=lambda info: None
+            )
     return Counter(map(kind, seen[-1]))
 
 
 def table(found: dict[str, Counter[str]]) -> str:
-    kinds = sorted(set().union(*found.values()), key=lambda k: (-max(c[k] for c in found.values()), k))
+    kinds = sorted(
+        set().union(*found.values()), key=lambda k: (-max(c[k] for c in found.values()), k)
+    )
     lines = ["| | " + " | ".join(found) + " |", "|---|" + "--:|" * len(found)]
-    lines += [f"| {k} | " + " | ".join(str(c[k] or "") for c in found.values()) + " |" for k in kinds]
+    lines += [
+        f"| {k} | " + " | ".join(str(c[k] or "") for c in found.values()) + " |" for k in kinds
+    ]
     lines.append("| all | " + " | ".join(str(c.total()) for c in found.values()) + " |")
     return "\n".join(lines) + "\n"
 
 
 def of_our_own(text: str) -> list[str]:
-    """The rows that another version of torch should not change: all but those of its own kernels, and the sum."""
-    return [line for line in text.splitlines() if line.startswith("| ") and "(torch)" not in line and "| all |" not in line]
+    """The rows that another version of torch should not change: all but those of its own kernels,
+    and the sum.
+    """
+    return [
+        line
+        for line in text.splitlines()
+        if line.startswith("| ") and "(torch)" not in line and "| all |" not in line
+    ]
 
 
 if __name__ == "__main__":

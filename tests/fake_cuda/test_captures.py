@@ -1,4 +1,6 @@
-"""Captures on the stand-in for a CUDA device: real torch's pools, streams and states of capture, with no arithmetic."""
+"""Captures on the stand-in for a CUDA device: real torch's pools, streams and states of capture,
+with no arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ WORKSPACE = 4 * MIB
 
 @pytest.fixture(autouse=True)
 def strict() -> Iterator[None]:
-    """Whatever is captured here is meant to succeed, unless a test says otherwise; and memory is measured from a clean start."""
+    """Whatever is captured here is meant to succeed, unless a test says otherwise; and memory is
+    measured from a clean start.
+    """
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
@@ -40,7 +44,9 @@ def strict() -> Iterator[None]:
 
 
 def model_on_cuda(limit: int = 8) -> ft.FlowModel:
-    model = ft.load(random_sit(CONFIG, 0), random_sit(CONFIG.refiner(), 1), device="cuda", dtype=torch.bfloat16)
+    model = ft.load(
+        random_sit(CONFIG, 0), random_sit(CONFIG.refiner(), 1), device="cuda", dtype=torch.bfloat16
+    )
     model.captures.limit = limit
     return model
 
@@ -56,7 +62,11 @@ def kept(model: ft.FlowModel) -> list[str]:
 
 
 def in_pools() -> int:
-    return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0))
+    return sum(
+        s["total_size"]
+        for s in torch.cuda.memory_snapshot()
+        if tuple(s["segment_pool_id"]) != (0, 0)
+    )
 
 
 def product(x: Tensor) -> Tensor:
@@ -225,7 +235,9 @@ FORBIDDEN = {
 }
 
 
-@pytest.mark.parametrize("forbidden, said", FORBIDDEN.items(), ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "forbidden, said", FORBIDDEN.items(), ids=lambda value: getattr(value, "__name__", "")
+)
 @pytest.mark.parametrize("beside_another", [False, True])
 def test_a_body_that_can_not_be_captured_harms_nothing(forbidden, said, beside_another):
     captures, inputs = Captures(), matrix()
@@ -244,7 +256,9 @@ def test_a_body_that_can_not_be_captured_harms_nothing(forbidden, said, beside_a
 
     numbers = torch.cuda.get_rng_state()
     captures.run(Key("it", 64), body, inputs, [])
-    with pytest.warns(UserWarning, match=f"capturing it failed .*{said}.*; it runs without a graph") as warned:
+    with pytest.warns(
+        UserWarning, match=f"capturing it failed .*{said}.*; it runs without a graph"
+    ) as warned:
         captures.run(Key("it", 64), body, inputs, [])
     assert all(cause in str(warned[0].message) for cause in causes)
     assert causes or forbidden is swallowed
@@ -317,7 +331,12 @@ def test_the_stream_of_the_caller_stays_the_current_one():
         captures.ahead(Key("it", 64), product, inputs, [])
         assert torch.cuda.current_stream() == stream
         with pytest.raises(ft.CaptureError):
-            captures.ahead(Key("other", 64), lambda x: waits(x) if torch.cuda.is_current_stream_capturing() else x, inputs, [])
+            captures.ahead(
+                Key("other", 64),
+                lambda x: waits(x) if torch.cuda.is_current_stream_capturing() else x,
+                inputs,
+                [],
+            )
         assert torch.cuda.current_stream() == stream
         captures.run(Key("it", 64), product, inputs, [])
     fake_cuda.violations()
@@ -371,7 +390,12 @@ def test_random_numbers_may_be_drawn_inside_and_after():
 
 def test_pinned_memory_may_be_taken_inside():
     captures = Captures()
-    captures.ahead(Key("it", 64), lambda x: x + torch.ones(64).pin_memory().cuda(non_blocking=True), matrix(), [])
+    captures.ahead(
+        Key("it", 64),
+        lambda x: x + torch.ones(64).pin_memory().cuda(non_blocking=True),
+        matrix(),
+        [],
+    )
     captures.clear()
     torch.ones(64).pin_memory()
 
@@ -379,7 +403,10 @@ def test_pinned_memory_may_be_taken_inside():
 def test_what_can_not_be_captured_is_said_though_other_plans_were():
     model = model_on_cuda()
     ft.compile(model, "E1", 2)
-    with torch.autocast("cuda"), pytest.raises(ft.CaptureError, match=r"plan E2 .* can't be captured: .*under autocast"):
+    with (
+        torch.autocast("cuda"),
+        pytest.raises(ft.CaptureError, match=r"plan E2 .* can't be captured: .*under autocast"),
+    ):
         ft.compile(model, "E2", 2)
     model.captures.limit = 0
     with pytest.raises(ft.CaptureError, match="limit = 0"):
@@ -404,7 +431,9 @@ def test_captures_have_a_workspace_each_even_on_one_stream():
     for captures in (first, second):
         captures.recorder = CudaRecorder(torch.device("cuda", 0))
     first.recorder._stream = second.recorder._stream = torch.cuda.Stream()
-    memory = [captures.ahead(Key("it", 64), product, matrix(), []).memory for captures in (first, second)]
+    memory = [
+        captures.ahead(Key("it", 64), product, matrix(), []).memory for captures in (first, second)
+    ]
     assert memory[0] == memory[1] > WORKSPACE
 
 
@@ -459,7 +488,9 @@ def test_threads_share_one_model():
 
 
 def beside_a_capture(work: Callable[[], object]) -> tuple[Captures, list[object]]:
-    """Captures a body that waits inside its capture for what another thread does -> captures, and what that came to."""
+    """Captures a body that waits inside its capture for what another thread does -> captures, and
+    what that came to.
+    """
     captures, begun, done = Captures(), threading.Event(), threading.Event()
 
     def other() -> object:

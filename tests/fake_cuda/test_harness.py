@@ -1,4 +1,6 @@
-"""The benchmarks' own captures on the stand-in for a CUDA device: one stream, other threads, failures that leave nothing behind."""
+"""The benchmarks' own captures on the stand-in for a CUDA device: one stream, other threads,
+failures that leave nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def test_measuring_again_holds_no_more_memory():
 
 @pytest.mark.parametrize("kind", ["python", "cuda"])
 def test_a_capture_that_fails_leaves_nothing_behind(kind):
-    """Neither torch's memory in a pool of the capture, nor its stream current, nor the next capture in danger."""
+    """Neither torch's memory in a pool of the capture, nor its stream current, nor the next capture
+    in danger.
+    """
 
     def fails(x: Tensor) -> Tensor:
         y = x + 1
@@ -70,7 +74,9 @@ def test_a_capture_that_fails_leaves_nothing_behind(kind):
     assert bool(fake_cuda.violations()) == (kind == "cuda")
     assert torch.cuda.current_stream() == stream
     after = held()
-    assert after <= before + 2 * (2 * MIB)  # a graph that was not ended is kept, and with it a block of torch's smallest
+    assert after <= before + 2 * (
+        2 * MIB
+    )  # a graph that was not ended is kept, and with it a block of torch's smallest
     with torch.cuda.stream(harness.graphs().stream):
         big = torch.empty(64 * MIB, device="cuda", dtype=torch.uint8)
     assert torch.cuda.memory_reserved() > after

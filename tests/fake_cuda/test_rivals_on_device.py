@@ -1,4 +1,6 @@
-"""Every rival is set up and called on the stand-in for a CUDA device, as on a GPU but for depth and the search for fast kernels."""
+"""Every rival is set up and called on the stand-in for a CUDA device, as on a GPU but for depth and
+the search for fast kernels.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,14 @@ from flowturbo.evaluation.latency import fresh_peak, measure
 from flowturbo.models.vae import DiffusersVAE
 
 EAGER = ["ours", "ours-eager", "ours-fp8", "eager", "autocast"]
-COMPILED = ["compile", "max-autotune", "plan-graph", "max-autotune-fp8", "plan-graph-hoisted", "plan-graph-fp8"]
+COMPILED = [
+    "compile",
+    "max-autotune",
+    "plan-graph",
+    "max-autotune-fp8",
+    "plan-graph-hoisted",
+    "plan-graph-fp8",
+]
 WHOLE = ["ours", "ours-fp8", "plan-graph", "plan-graph-hoisted", "plan-graph-fp8"]
 """Those whose plans are one graph."""
 
@@ -36,13 +45,18 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One block, a small decoder and no search: what is compiled here takes minutes otherwise."""
     monkeypatch.setenv(rivals.DEPTH, "1")
     monkeypatch.setenv(rivals.DECODER, "small")
-    monkeypatch.setattr(inductor, "OPTIONS", inductor.OPTIONS | {"coordinate_descent_tuning": False})
-    monkeypatch.setitem(sys.modules, "torchao", None)  # weights quantised by it do not tell their dtype
+    monkeypatch.setattr(
+        inductor, "OPTIONS", inductor.OPTIONS | {"coordinate_descent_tuning": False}
+    )
+    monkeypatch.setitem(
+        sys.modules, "torchao", None
+    )  # weights quantised by it do not tell their dtype
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention is not in the stand-in
     fewer = {
         "max_autotune_gemm_backends": "ATEN",
         "max_autotune_conv_backends": "ATEN",
-        "use_static_cuda_launcher": False,  # it loads modules from files, which the stand-in does not
+        # it loads modules from files, which the stand-in does not
+        "use_static_cuda_launcher": False,
     }
     with config.patch({name: value for name, value in fewer.items() if hasattr(config, name)}):
         yield
@@ -52,7 +66,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def images(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
-    """Of each decoding that is not replayed: whether convolutions are tuned, and whether it is captured."""
+    """Of each decoding that is not replayed: whether convolutions are tuned, and whether it is
+    captured.
+    """
     seen = []
     decode = DiffusersVAE._images
 
@@ -83,7 +99,8 @@ def test_a_rival_is_set_up_and_samples(rival: str, images: list[tuple[bool, bool
     check_dtypes(rival, sampler.model)
     assert not torch.backends.cudnn.benchmark
     assert all(tuned for tuned, _ in images)
-    # A convolution that nobody met before would be timed, which a capture forbids: runs as they are come first.
+    # A convolution that nobody met before would be timed, which a capture forbids: runs as they are
+    # come first.
     assert not images or not images[0][1]
     fake_cuda.launches()
     sampler("H1R1")
@@ -137,6 +154,9 @@ def test_freed_memory_and_old_workspaces_are_in_no_later_peak() -> None:
 def test_a_plan_takes_as_much_memory_whatever_was_measured_before() -> None:
     s = rivals.subject(64, 2, False)
     model = ft.load(s.predictor, s.refiner, device="cuda", dtype=torch.bfloat16)
-    peaks = [measure(model, plan, 2, 1.5, "latents", repeats=1).peak_bytes for plan in ("H1R1", "E3", "H1R1", "E3", "H1R1")]
+    peaks = [
+        measure(model, plan, 2, 1.5, "latents", repeats=1).peak_bytes
+        for plan in ("H1R1", "E3", "H1R1", "E3", "H1R1")
+    ]
     assert peaks[2] == peaks[4]
     assert abs(peaks[2] - peaks[0]) <= 4 << 20  # the first also loads what all need

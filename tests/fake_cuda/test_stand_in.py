@@ -87,7 +87,11 @@ EARLIER = torch.cuda.Event()
 
 def copied_from(host: torch.Tensor) -> None:
     """By the runtime: torch refuses it before."""
-    to, at, stream = on_device(4), ctypes.c_void_p(host.data_ptr()), ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    to, at, stream = (
+        on_device(4),
+        ctypes.c_void_p(host.data_ptr()),
+        ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+    )
     RUNTIME.cudaMemcpyAsync(ctypes.c_void_p(to.data_ptr()), at, ctypes.c_size_t(16), 1, stream)
     RUNTIME.cudaGetLastError()
 
@@ -181,7 +185,9 @@ def test_code_of_another_architecture_is_not_loaded():
     from flowturbo_kernels import _nvrtc
 
     major, _ = torch.cuda.get_device_capability()
-    _, code = _nvrtc.compiled("flowturbo::adaln<float,1,1>", (12, 0) if major == 9 else (9, 0), _nvrtc.options())
+    _, code = _nvrtc.compiled(
+        "flowturbo::adaln<float,1,1>", (12, 0) if major == 9 else (9, 0), _nvrtc.options()
+    )
     with pytest.raises(driver.CUDADriverError):
         driver.moduleLoadData(code)
     [violation] = fake_cuda.violations()

@@ -1,4 +1,6 @@
-"""The choice by measurement on the stand-in for a CUDA device: which candidates there are, and that measuring disturbs nobody."""
+"""The choice by measurement on the stand-in for a CUDA device: which candidates there are, and that
+measuring disturbs nobody.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def forget() -> None:
 
 def product(backend: str, K: int = 1152, N: int = 1152) -> str:
     """What is taken for a product on that backend."""
-    args = [torch.empty(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((2, 256, K), (N, K), (N,))]
+    args = [
+        torch.empty(*shape, device="cuda", dtype=torch.bfloat16)
+        for shape in ((2, 256, K), (N, K), (N,))
+    ]
     with use_backend(backend), torch.no_grad():
         OPS["linear"](*args)
         return OPS["linear"].why(*args)[0]
@@ -57,7 +62,8 @@ def torchs_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_torchs_is_taken_in_every_operation_that_has_it(folder, torchs_is_fastest):
     x, weight, bias, gate = (
-        torch.zeros(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((2, 256, 128), (128, 128), (128,), (2, 128))
+        torch.zeros(*shape, device="cuda", dtype=torch.bfloat16)
+        for shape in ((2, 256, 128), (128, 128), (128,), (2, 128))
     )
     quantised = quantize_rows(weight)
     asked = (
@@ -74,13 +80,19 @@ def test_torchs_is_taken_in_every_operation_that_has_it(folder, torchs_is_fastes
 
 
 @pytest.mark.parametrize("order", [("auto", "triton", "auto"), ("triton", "auto", "triton")])
-def test_a_backend_that_was_asked_for_by_name_does_not_decide_for_auto(folder, torchs_is_fastest, order):
+def test_a_backend_that_was_asked_for_by_name_does_not_decide_for_auto(
+    folder, torchs_is_fastest, order
+):
     for backend in order:
         assert (product(backend) == "torch") == (backend == "auto")
     forget()
     for backend in order:
         assert (product(backend) == "torch") == (backend == "auto")
-    chosen = [c["fastest"] for file in folder.glob("*.json") for c in json.loads(file.read_text())["choices"].values()]
+    chosen = [
+        c["fastest"]
+        for file in folder.glob("*.json")
+        for c in json.loads(file.read_text())["choices"].values()
+    ]
     assert chosen.count("torch") == 1
 
 
@@ -174,7 +186,9 @@ def test_weights_rotate_over_several_times_the_cache(monkeypatch):
 
 
 @pytest.mark.parametrize("free", [None, 1 << 40])
-def test_where_memory_is_short_fewer_weights_rotate_and_the_choice_is_not_kept(folder, torchs_is_fastest, monkeypatch, free):
+def test_where_memory_is_short_fewer_weights_rotate_and_the_choice_is_not_kept(
+    folder, torchs_is_fastest, monkeypatch, free
+):
     """None: as much as the device says; else another process was quicker than this one."""
     product("auto", N=4608)
     forget()
@@ -200,6 +214,8 @@ def test_a_candidate_that_lacks_memory_leaves_nothing_on_disk(folder):
     def hungry(weight: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    ways = _tune.Ways(("it",), {"hungry": hungry, "product": lambda weight: x @ weight}, x.device, (x,))
+    ways = _tune.Ways(
+        ("it",), {"hungry": hungry, "product": lambda weight: x @ weight}, x.device, (x,)
+    )
     assert _tune.fastest(ways) == "product"
     assert list(folder.glob("*.json")) == []

@@ -1,6 +1,8 @@
-"""Calls of the library and its command, and digests of what they give, to tell that a change of the code changed no result.
+"""Calls of the library and its command, and digests of what they give, to tell that a change of the
+code changed no result.
 
-python tests/goldens/calls.py     # writes calls.json anew: only after a change that is meant to change results
+python tests/goldens/calls.py     # writes calls.json anew: only after a change that is meant to
+change results
 """
 
 from __future__ import annotations
@@ -48,7 +50,11 @@ def pixels(path: str) -> np.ndarray:
 
 
 def digits(plan: str, **options: Any) -> torch.Tensor:
-    return ft.sample(ft.load("digits", device="cpu"), plan, **{"labels": LABELS, "guidance": 1.5, "seed": 3, **options})
+    return ft.sample(
+        ft.load("digits", device="cpu"),
+        plan,
+        **{"labels": LABELS, "guidance": 1.5, "seed": 3, **options},
+    )
 
 
 def digit_files(folder: str, **options: Any) -> list[Path]:
@@ -97,13 +103,17 @@ def sample_in_float64_with_heads_of_72() -> Any:
 
 @call
 def sample_a_function() -> Any:
-    return ft.sample(lambda x, t, rate: rate * x.sin() - t, "H1P3", noise=ft.noise((2, 3), 5, range(4)), rate=0.7)
+    return ft.sample(
+        lambda x, t, rate: rate * x.sin() - t, "H1P3", noise=ft.noise((2, 3), 5, range(4)), rate=0.7
+    )
 
 
 @call
 def edit() -> Any:
     model = ft.load("digits", device="cpu")
-    return ft.edit(model, "H4", digits("H2", output="uint8"), LABELS[::-1], strength=0.6, guidance=2.0, seed=1)
+    return ft.edit(
+        model, "H4", digits("H2", output="uint8"), LABELS[::-1], strength=0.6, guidance=2.0, seed=1
+    )
 
 
 @call
@@ -135,7 +145,19 @@ def command_sample() -> Any:
 
 @call
 def command_sample_a_set() -> Any:
-    command("sample", "--plan", "H1P2R1", "--num", 25, "--batch-size", 5, "--out", "set", "--label-rule", "random")
+    command(
+        "sample",
+        "--plan",
+        "H1P2R1",
+        "--num",
+        25,
+        "--batch-size",
+        5,
+        "--out",
+        "set",
+        "--label-rule",
+        "random",
+    )
     command("verify", "set", "--npz", "set.npz")
     with np.load("set.npz") as arrays:
         return dict(arrays)
@@ -150,19 +172,57 @@ def command_edit() -> Any:
 @call
 def command_train() -> Any:
     sizes = ["--model", "custom", "--hidden", 48, "--depth", 2, "--heads", 2]
-    command("train", "--data", "digits", *sizes, "--steps", 4, "--batch-size", 8, "--out", "run", "--warmup", 2, "--clip", 1)
+    command(
+        "train",
+        "--data",
+        "digits",
+        *sizes,
+        "--steps",
+        4,
+        "--batch-size",
+        8,
+        "--out",
+        "run",
+        "--warmup",
+        2,
+        "--clip",
+        1,
+    )
     return load_file("run/model.safetensors")
 
 
 @call
 def command_distill() -> Any:
-    command("distill", "--data", "digits", "--teacher", "digits", "--steps", 4, "--batch-size", 8, "--out", "run")
+    command(
+        "distill",
+        "--data",
+        "digits",
+        "--teacher",
+        "digits",
+        "--steps",
+        4,
+        "--batch-size",
+        8,
+        "--out",
+        "run",
+    )
     return load_file("run/model.safetensors")
 
 
 @call
 def command_evaluate() -> Any:
-    small = ["--images", 40, "--batch-size", 20, "--classifier-steps", 20, "--reference-images", 20, "--reference-plan", "H3"]
+    small = [
+        "--images",
+        40,
+        "--batch-size",
+        20,
+        "--classifier-steps",
+        20,
+        "--reference-images",
+        20,
+        "--reference-plan",
+        "H3",
+    ]
     command("evaluate", "--plans", "E1", "H1R1", *small, "--out", "run")
     report = json.loads(Path("run/quality.json").read_text())
     return without_times(report.get("rows", report))
@@ -170,7 +230,18 @@ def command_evaluate() -> Any:
 
 @call
 def command_tune() -> Any:
-    small = ["--calibration-images", 8, "--images", 20, "--batch-size", 10, "--iterations", 1, "--reference-plan", "C9"]
+    small = [
+        "--calibration-images",
+        8,
+        "--images",
+        20,
+        "--batch-size",
+        10,
+        "--iterations",
+        1,
+        "--reference-plan",
+        "C9",
+    ]
     command("tune", "--budget-calls", 1, "--refiner-steps", 0, *small, "--out", "run")
     rows = json.loads(Path("run/tuning.json").read_text())["rows"]
     return [[row[name] for name in ("plan", "how", "predictor_calls", "rms")] for row in rows]
@@ -186,20 +257,42 @@ def command_encode() -> Any:
 
 def without_times(value: Any) -> Any:
     """What a report says but for measured times, machines and versions."""
-    names = ("ms", "seconds", "time", "version", "device", "host", "torch", "digest", "circumstances", "provenance", "python")
+    names = (
+        "ms",
+        "seconds",
+        "time",
+        "version",
+        "device",
+        "host",
+        "torch",
+        "digest",
+        "circumstances",
+        "provenance",
+        "python",
+    )
     if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if not any(name in str(k).lower() for name in names)}
+        return {
+            k: without_times(v)
+            for k, v in value.items()
+            if not any(name in str(k).lower() for name in names)
+        }
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
 def flat(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [part for key in sorted(value) for part in (key, *flat(value[key]))]
-    return [part for item in value for part in flat(item)] if isinstance(value, list | tuple) else [value]
+    return (
+        [part for item in value for part in flat(item)]
+        if isinstance(value, list | tuple)
+        else [value]
+    )
 
 
 def described(value: Any) -> dict[str, Any]:
-    """Of a result: its digest, and the size of all its numbers, for machines that round otherwise."""
+    """Of a result: its digest, and the size of all its numbers, for machines that round
+    otherwise.
+    """
     digest, total = hashlib.sha256(), 0.0
     for part in flat(value):
         if isinstance(part, torch.Tensor):
@@ -216,7 +309,12 @@ def described(value: Any) -> dict[str, Any]:
 def machine() -> dict[str, str]:
     """On which the digests depend: other processors and versions round sums otherwise."""
     cpu = torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "numpy": np.__version__, "cpu": cpu, "machine": platform.machine()}
+    return {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu": cpu,
+        "machine": platform.machine(),
+    }
 
 
 def result(name: str) -> dict[str, Any]:

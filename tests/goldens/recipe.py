@@ -23,7 +23,9 @@ CASES: list[tuple[str, str, tuple[int, int, int], float]] = [
 ]
 
 
-def shapes(hidden: int, heads: int, side: int, classes: int, depth: int, in_channels: int) -> dict[str, tuple[int, ...]]:
+def shapes(
+    hidden: int, heads: int, side: int, classes: int, depth: int, in_channels: int
+) -> dict[str, tuple[int, ...]]:
     """{parameter name: shape} of a SiT with patch 2 and learned sigma (8 output channels)."""
     d = hidden
     out: dict[str, tuple[int, ...]] = {

@@ -1,6 +1,8 @@
-"""Compiles every kernel launch of every operation ahead of time, without a GPU; prints a JSON line a compiled kernel.
+"""Compiles every kernel launch of every operation ahead of time, without a GPU; prints a JSON line
+a compiled kernel.
 
-A process of its own, because Triton's interpreter, which other tests turn on, must be off: python tests/helpers/aot.py ARCH...
+A process of its own, because Triton's interpreter, which other tests turn on, must be off: python
+tests/helpers/aot.py ARCH...
 """
 
 from __future__ import annotations
@@ -25,32 +27,50 @@ from triton.compiler import ASTSource
 
 from flowturbo_kernels import OPS, _op, _triton, _tune, sizes, use_backend
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv", torch.int64: "i64"}
-WIDE = r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|cp\.async\.c[ag]\.shared\.global[^;]*, 0x10"
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int64: "i64",
+}
+WIDE = (
+    r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64"
+    r"|cp\.async\.c[ag]\.shared\.global[^;]*, 0x10"
+)
 """Loads of 16 bytes."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Any, tuple[Any, ...], dict[str, Any]]]:
-    """(operation, of which sizes, kernel, arguments, options) on tensors without memory: of "real" models, at the "limits" that
-    kernels state, and of "examples".
+    """(operation, of which sizes, kernel, arguments, options) on tensors without memory: of "real"
+    models, at the "limits" that kernels state, and of "examples".
     """
     seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    _triton.Kernel.launch = lambda kernel, grid, *args, **options: seen.append((kernel, args, options))  # type: ignore[method-assign]
+    _triton.Kernel.launch = lambda kernel, grid, *args, **options: seen.append(
+        (kernel, args, options)
+    )  # type: ignore[method-assign]
     _op.unavailable = lambda backend, device: None  # type: ignore[assignment]
 
     def make(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     real = itertools.chain(
-        sizes.sit(make, 1), sizes.sit(make, 8), sizes.sit(make, 2, side=64), sizes.sit_fp8(make, 8), sizes.vae(make, 2)
+        sizes.sit(make, 1),
+        sizes.sit(make, 8),
+        sizes.sit(make, 2, side=64),
+        sizes.sit_fp8(make, 8),
+        sizes.vae(make, 2),
     )
     examples = ((name, args) for name, op in OPS.items() for args in op.example(make))
     walks = ("real", every, real), ("limits", every, largest(make)), ("examples", first, examples)
     for kind, choose, (name, args) in ((*which, case) for *which, walk in walks for case in walk):
         _tune.fastest = choose  # type: ignore[assignment]
         positional = OPS[name]._positional(args, {})
-        if "triton" in OPS[name].backends and OPS[name].backends["triton"].cannot(*positional) is None:
+        if (
+            "triton" in OPS[name].backends
+            and OPS[name].backends["triton"].cannot(*positional) is None
+        ):
             with use_backend("triton"):
                 OPS[name](*args)
         yield from ((name, kind, *launch) for launch in seen)
@@ -69,18 +89,24 @@ def every(ways: _tune.Ways) -> str:
 
 
 def source(kernel: Any, args: tuple[Any, ...]) -> tuple[str, ASTSource]:
-    """(what tells it from others, the kernel specialised as a launch with these arguments would)."""
+    """(what tells it from others, the kernel specialised as a launch with these arguments
+    would).
+    """
     signature: dict[str, str] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attrs: dict[tuple[int, ...], Any] = {}
-    for i, (parameter, value) in enumerate(zip(inspect.signature(kernel.function).parameters.values(), args, strict=True)):
+    for i, (parameter, value) in enumerate(
+        zip(inspect.signature(kernel.function).parameters.values(), args, strict=True)
+    ):
         kind, aligned = described(value)
         if "constexpr" in str(parameter.annotation) or (kind == "i32" and value == 1):
             kind, constexprs[i,] = "constexpr", value
         elif aligned:
             attrs[i,] = [["tt.divisibility", 16]]
         signature[parameter.name] = kind
-    return str((kernel.__name__, signature, constexprs, attrs)), ASTSource(kernel.jit, signature, constexprs, attrs)
+    return str((kernel.__name__, signature, constexprs, attrs)), ASTSource(
+        kernel.jit, signature, constexprs, attrs
+    )
 
 
 def described(value: Any) -> tuple[str, bool]:
@@ -101,8 +127,15 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+        text = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    return {
+        key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)
+    }
 
 
 def main(archs: list[int]) -> None:

@@ -1,4 +1,6 @@
-"""The one rule by which tests compare numbers: relative error in the 2-norm, against a stated bound."""
+"""The one rule by which tests compare numbers: relative error in the 2-norm, against a stated
+bound.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,12 @@ from torch import Tensor
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected| in float64; infinite where either holds NaN or infinity. AssertionError for other shapes."""
-    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    """|actual - expected| / |expected| in float64; infinite where either holds NaN or infinity.
+    AssertionError for other shapes.
+    """
+    assert actual.shape == expected.shape, (
+        f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
     a, e = actual.detach().double().cpu(), expected.detach().double().cpu()
     if not (a.isfinite().all() and e.isfinite().all()):
         return float("inf")
@@ -24,7 +30,9 @@ def assert_close(actual: Tensor, expected: Tensor, bound: float) -> None:
     On the stand-in for a CUDA device no value means anything: there the shape alone is compared.
     """
     if fake_cuda.PRESENT:
-        assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+        assert actual.shape == expected.shape, (
+            f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+        )
         return
     error = relative_error(actual, expected)
     if not error <= bound:
@@ -38,7 +46,9 @@ def assert_close(actual: Tensor, expected: Tensor, bound: float) -> None:
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    """Fail unless they are equal to the last bit, in shape, dtype and device. On the stand-in: in these three alone."""
+    """Fail unless they are equal to the last bit, in shape, dtype and device. On the stand-in: in
+    these three alone.
+    """
     for what in ("shape", "dtype", "device"):
         got, wanted = getattr(actual, what), getattr(expected, what)
         assert got == wanted, f"{what} {got}, expected {wanted}"

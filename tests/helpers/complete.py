@@ -1,4 +1,6 @@
-"""Whole pipelines of diffusers' real classes, text encoders and tokenizers among them, tiny and random, built from nothing."""
+"""Whole pipelines of diffusers' real classes, text encoders and tokenizers among them, tiny and
+random, built from nothing.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +53,24 @@ def _t5(seed: int) -> tuple[Any, Any]:
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(chr(code) for code in range(33, 127))]
     plain = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=2))
     plain.pre_tokenizer = pre_tokenizers.Metaspace()
-    plain.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    plain.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=_LENGTH
+        tokenizer_object=plain,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=_LENGTH,
     )
     config = T5Config(
-        vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+        vocab_size=len(pieces),
+        d_model=32,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
     )
     return tokenizer, _random(T5EncoderModel, config, seed)
 

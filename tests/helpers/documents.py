@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 from paths import ROOT
 
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "bench").glob("*.md")])
+DOCUMENTS = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "bench").glob("*.md"),
+    ]
+)
 
 
 class Block(NamedTuple):
@@ -26,7 +33,9 @@ def blocks(text: str) -> list[Block]:
 
 
 def commands(bash: str) -> Iterator[list[str]]:
-    """The words of each command in order. A loop `for NAME in WORDS; do ... done` is written out."""
+    """The words of each command in order. A loop `for NAME in WORDS; do ... done` is written
+    out.
+    """
     loop: tuple[str, list[str], list[list[str]]] | None = None
     for line in re.split(r"\n|&&", bash.replace("\\\n", " ")):
         words = shlex.split(line, comments=True)
@@ -40,7 +49,9 @@ def commands(bash: str) -> Iterator[list[str]]:
             assert loop is not None, line
             name, values, body = loop
             for value in values:
-                yield from ([word.replace(f"${name}", value) for word in command] for command in body)
+                yield from (
+                    [word.replace(f"${name}", value) for word in command] for command in body
+                )
             loop = None
         elif loop is not None:
             loop[2].append(words)
@@ -50,7 +61,9 @@ def commands(bash: str) -> Iterator[list[str]]:
 
 
 def flowturbo_words(command: list[str]) -> list[str] | None:
-    """What comes after the name: of `flowturbo ...`, `python -m flowturbo ...`, `torchrun ... -m flowturbo ...`; else None."""
+    """What comes after the name: of `flowturbo ...`, `python -m flowturbo ...`, `torchrun ... -m
+    flowturbo ...`; else None.
+    """
     if command[0] == "flowturbo":
         return command[1:]
     if command[0] in ("python", "torchrun") and "flowturbo" in command:

@@ -16,7 +16,9 @@ LABELS = [1, 8, 3]
 
 
 class Fake:
-    """A recorder as hostile as a GPU: recording fills no buffer, and a replay destroys the results of all other captures."""
+    """A recorder as hostile as a GPU: recording fills no buffer, and a replay destroys the results
+    of all other captures.
+    """
 
     def __init__(self, failures: list[BaseException] | None = None) -> None:
         self.failures = failures or []

@@ -19,9 +19,13 @@ def random_weights() -> dict[str, torch.Tensor]:
         state = blank("blank", ["2048"], feature_extractor_weights_path=path).state_dict()
     for name, value in state.items():
         if value.ndim > 1:
-            state[name] = torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5
+            state[name] = (
+                torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5
+            )
         elif name.endswith(("bn.weight", "running_var")):
             state[name] = 0.8 + 0.4 * torch.rand(value.shape, generator=generator)
         elif value.is_floating_point():
             state[name] = 0.1 * torch.randn(value.shape, generator=generator)
-    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    return {
+        name: value for name, value in state.items() if not name.endswith("num_batches_tracked")
+    }

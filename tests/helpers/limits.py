@@ -10,9 +10,13 @@ import torch
 from flowturbo_kernels._op import Make
 
 THREADS, REGISTERS = 1024, 65536
-"""Of a block: at most so many threads, and so many registers of all of them (CUDA C++ Programming Guide, compute capabilities)."""
+"""Of a block: at most so many threads, and so many registers of all of them (CUDA C++ Programming
+Guide, compute capabilities).
+"""
 SHARED = {80: 163 << 10, 90: 227 << 10}
-"""Bytes of shared memory that a block may have there; more than 48 KB only by an opt-in of the kernel's, which Triton makes."""
+"""Bytes of shared memory that a block may have there; more than 48 KB only by an opt-in of the
+kernel's, which Triton makes.
+"""
 PLAIN_SHARED = 48 << 10
 GRID = (2**31 - 1, 65535, 65535)
 
@@ -23,7 +27,9 @@ def registers(each: int, threads: int) -> int:
 
 
 def largest(make: Make) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(operation, arguments) at the limits that kernels state, where a program holds most: what lies beyond `cannot` refuses."""
+    """(operation, arguments) at the limits that kernels state, where a program holds most: what
+    lies beyond `cannot` refuses.
+    """
     for D in (2, 16384):
         rows = make(1, 2, D)
         yield "adaln_modulate", (rows, make(1, D), make(1, D))
@@ -36,6 +42,12 @@ def largest(make: Make) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for C, p in ((16, 4), (256, 1)):
         x, v = make(1, C, 2 * p, 2 * p), [make(2, C, 2 * p, 2 * p)] * 4
         yield "patch_embed", (x, make(96, 2 * C, p, p), make(96), v[0])
-        layer = make(2, 4, 1152), make(2, 1152), make(2, 1152), make(2 * p * p * C, 1152), make(2 * p * p * C)
+        layer = (
+            make(2, 4, 1152),
+            make(2, 1152),
+            make(2, 1152),
+            make(2 * p * p * C, 1152),
+            make(2 * p * p * C),
+        )
         yield "final_update", (*layer, x, 1.5, C, 0.1, v[0], v, [0.1] * 4)
     yield "quantize_rows", (make(2, 16384),)

@@ -25,16 +25,22 @@ def tensors(value: Any) -> list[Tensor]:
 def mapped(value: Any, change: Any) -> Any:
     if isinstance(value, Tensor):
         return change(value)
-    return type(value)(mapped(v, change) for v in value) if isinstance(value, list | tuple) else value
+    return (
+        type(value)(mapped(v, change) for v in value) if isinstance(value, list | tuple) else value
+    )
 
 
 def examples(name: str, dtype: torch.dtype, seed: int = 0) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(seed)
-    yield from OPS[name].example(lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype))
+    yield from OPS[name].example(
+        lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    )
 
 
 FP8 = "quantize_rows", "linear_fp8"
-"""Operations that take and give fp8, whose errors are of its own size: tests/kernels/test_fp8.py."""
+"""Operations that take and give fp8, whose errors are of its own size:
+tests/kernels/test_fp8.py.
+"""
 NAMES = [name for name in OPS if name not in FP8]
 CASES = [(name, i) for name in NAMES for i, _ in enumerate(examples(name, torch.float32))]
 
@@ -51,12 +57,16 @@ def strided(t: Tensor) -> Tensor:
 
 
 def assert_errs_as_torch(
-    results: list[Tensor], reference: Callable[..., Any], args: Any, floor: float, any_shape: bool = False
+    results: list[Tensor],
+    reference: Callable[..., Any],
+    args: Any,
+    floor: float,
+    any_shape: bool = False,
 ) -> None:
     """Results err at most twice as much as torch's own operations do, and `floor`.
 
-    any_shape: and by a few roundings of the inputs. Results of a few numbers may hang on their last bits (two nearly equal ones,
-    normalised), and torch be right by chance.
+    any_shape: and by a few roundings of the inputs. Results of a few numbers may hang on their last
+    bits (two nearly equal ones, normalised), and torch be right by chance.
     """
     truths, plain = tensors(reference(*mapped(args, Tensor.double))), tensors(reference(*args))
     others = [tensors(reference(*mapped(args, _shaken))) for _ in range(8 if any_shape else 0)]

@@ -50,7 +50,9 @@ def _attention(sd: StateDict, name: str, x: Tensor, heads: int) -> Tensor:
     return _linear(sd, f"{name}.proj", out)
 
 
-def sit_forward(sd: StateDict, heads: int, x: Tensor, t: Tensor, y: Tensor, velocity_channels: int = 4) -> Tensor:
+def sit_forward(
+    sd: StateDict, heads: int, x: Tensor, t: Tensor, y: Tensor, velocity_channels: int = 4
+) -> Tensor:
     """The SiT trunk (public code), sized by its weights; x (N, C, H, W), t (N,), y (N,).
 
     The predictor reads x of 4 channels; the refiner is the same trunk reading concat([x, v]), 8
@@ -66,9 +68,9 @@ def sit_forward(sd: StateDict, heads: int, x: Tensor, t: Tensor, y: Tensor, velo
 
     for i in range(depth):
         b = f"blocks.{i}"
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _linear(sd, f"{b}.adaLN_modulation.1", silu_c).chunk(
-            6, dim=1
-        )
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _linear(
+            sd, f"{b}.adaLN_modulation.1", silu_c
+        ).chunk(6, dim=1)
         attended = _attention(sd, f"{b}.attn", _modulated_norm(z, shift_msa, scale_msa), heads)
         z = z + gate_msa[:, None, :] * attended
         hidden = _linear(sd, f"{b}.mlp.fc1", _modulated_norm(z, shift_mlp, scale_mlp))
@@ -108,7 +110,9 @@ def heun_step(v: Velocity, x: Tensor, t: float, t_next: float) -> Step:
     return x + dt / 2 * (d[:n] + d_prime[:n]), d_prime
 
 
-def pseudo_corrector_step(v: Velocity, x: Tensor, t: float, t_next: float, cache: Tensor | None) -> Step:
+def pseudo_corrector_step(
+    v: Velocity, x: Tensor, t: float, t_next: float, cache: Tensor | None
+) -> Step:
     """P, the paper's pseudo corrector: Heun, but d is the cached d', evaluated if there is none."""
     n, dt = len(x), t_next - t
     d = v(x, t) if cache is None else cache

@@ -1,4 +1,6 @@
-"""Tiny random pipelines of diffusers' real classes, without text encoders, and what they are called with."""
+"""Tiny random pipelines of diffusers' real classes, without text encoders, and what they are called
+with.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,10 @@ def sd3_transformer(seed: int = 1, **config: Any) -> Any:
     return _randomised(
         diffusers.SD3Transformer2DModel(
             **dict(
-                sample_size=SIZE // 2, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-                num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=16,
+                sample_size=SIZE // 2, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32,
+                pooled_projection_dim=16,
                 pos_embed_max_size=16,
             )
             | config
@@ -54,8 +58,10 @@ def flux_transformer(seed: int = 2, **config: Any) -> Any:
     return _randomised(
         diffusers.FluxTransformer2DModel(
             **dict(
-                patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-                joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+                patch_size=1, in_channels=16, num_layers=1, num_single_layers=1,
+                attention_head_dim=16, num_attention_heads=2,
+                joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+                guidance_embeds=True,
             )
             | config
         ),
@@ -67,8 +73,10 @@ def unet(seed: int = 3, **config: Any) -> Any:
     return _randomised(
         diffusers.UNet2DConditionModel(
             **dict(
-                sample_size=SIZE // 2, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
-                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                sample_size=SIZE // 2, in_channels=4, out_channels=4, block_out_channels=(16, 32),
+                layers_per_block=1,
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
                 cross_attention_dim=32, attention_head_dim=2, norm_num_groups=4,
             )
             | config
@@ -79,7 +87,11 @@ def unet(seed: int = 3, **config: Any) -> Any:
 
 def _no_text(count: int) -> dict[str, None]:
     """Of a pipeline with so many text encoders, all of them left out."""
-    return {f"{kind}{suffix}": None for kind in ("text_encoder", "tokenizer") for suffix in ("", "_2", "_3")[:count]}
+    return {
+        f"{kind}{suffix}": None
+        for kind in ("text_encoder", "tokenizer")
+        for suffix in ("", "_2", "_3")[:count]
+    }
 
 
 def sd3(kind: str = "StableDiffusion3Pipeline", transformer: Any = None, **scheduler: Any) -> Any:
@@ -96,7 +108,9 @@ def sd3(kind: str = "StableDiffusion3Pipeline", transformer: Any = None, **sched
 def flux(kind: str = "FluxPipeline", transformer: Any = None, **scheduler: Any) -> Any:
     pipe = getattr(diffusers, kind)(
         transformer=transformer or flux_transformer(),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, "use_dynamic_shifting": True, **scheduler}),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            **{"shift": 3.0, "use_dynamic_shifting": True, **scheduler}
+        ),
         vae=vae(),
         **_no_text(2),
     )
@@ -124,4 +138,6 @@ def call(pipe: Any, seed: int = 0, **options: Any) -> torch.Tensor:
         prompts |= negative()
     sized = {} if "image" in options else dict(height=SIZE, width=SIZE)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(2)]
-    return pipe(**prompts, **{"generator": generators, "output_type": "latent", **sized, **options}).images
+    return pipe(
+        **prompts, **{"generator": generators, "output_type": "latent", **sized, **options}
+    ).images

@@ -10,7 +10,9 @@ import flowturbo as ft
 
 def claimed(rival: str) -> torch.dtype:
     """Of the weights of the predictor's blocks' products, on a GPU."""
-    return {"fp8": torch.float8_e4m3fn, "autocast": torch.float32}.get(rival.split("-")[-1], torch.bfloat16)
+    return {"fp8": torch.float8_e4m3fn, "autocast": torch.float32}.get(
+        rival.split("-")[-1], torch.bfloat16
+    )
 
 
 def check_dtypes(rival: str, model: ft.FlowModel) -> None:

@@ -1,4 +1,6 @@
-"""Small files under the names of published ones, in the same formats, so that the documents' commands run as they stand there."""
+"""Small files under the names of published ones, in the same formats, so that the documents'
+commands run as they stand there.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,17 @@ SIDE = 16  # of images of the SiT, latents are half; those of the pipelines have
 
 def write(folder: Path, pipeline_folders: dict[str, Path]) -> None:
     """All that the documents name and do not make themselves."""
-    config = replace(CONFIG, hidden=384, heads=6, depth=1, side=SIDE // 2, num_classes=CLASSES, learned_sigma=True)
-    # As published: the predictor bare, in half of whose output nothing is read; the refiner under "ema".
+    config = replace(
+        CONFIG,
+        hidden=384,
+        heads=6,
+        depth=1,
+        side=SIDE // 2,
+        num_classes=CLASSES,
+        learned_sigma=True,
+    )
+    # As published: the predictor bare, in half of whose output nothing is read; the refiner under
+    # "ema".
     torch.save(random_sit(config, 0).state_dict(), folder / "SiT-XL-2-256x256.pt")
     refiner = random_sit(config.refiner(), 1).state_dict()
     torch.save({"model": refiner, "ema": refiner}, folder / "SiT-XL-2-Refiner.pt")
@@ -39,7 +50,12 @@ def write(folder: Path, pipeline_folders: dict[str, Path]) -> None:
     _third_text_encoder(folder / "stabilityai/stable-diffusion-3.5-medium")
     _refiner(folder / "runs" / "2rf-refiner", pipelines.unet())
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", **reference())
-    for place in ("imagenet/train/n01440764", "imagenet/train/n01443537", "captioned", "coco-reference"):
+    for place in (
+        "imagenet/train/n01440764",
+        "imagenet/train/n01443537",
+        "captioned",
+        "coco-reference",
+    ):
         (folder / place).mkdir(parents=True)
         for i in range(3):
             _picture(folder / place / f"{i}.png", seed=i)
@@ -77,4 +93,9 @@ def reference() -> dict[str, np.ndarray]:
     whole = np.random.default_rng(5).integers(0, 256, (64, SIDE, SIDE, 3), dtype=np.uint8)
     pool, spatial = (x.double().numpy() for x in RandomNetwork().read(whole))
     gaussians = {"mu": pool.mean(0), "sigma": np.cov(pool, rowvar=False)}
-    return {"arr_0": whole[:20], **gaussians, "mu_s": spatial.mean(0), "sigma_s": np.cov(spatial, rowvar=False)}
+    return {
+        "arr_0": whole[:20],
+        **gaussians,
+        "mu_s": spatial.mean(0),
+        "sigma_s": np.cov(spatial, rowvar=False),
+    }

@@ -9,7 +9,9 @@ import torch
 import flowturbo as ft
 from flowturbo.models.sit import SiT, SiTConfig
 
-CONFIG = SiTConfig(hidden=48, depth=2, heads=2, patch=2, side=8, channels=4, num_classes=10, learned_sigma=False)
+CONFIG = SiTConfig(
+    hidden=48, depth=2, heads=2, patch=2, side=8, channels=4, num_classes=10, learned_sigma=False
+)
 HEAD_DIM_72 = replace(CONFIG, hidden=72, heads=1)
 
 
@@ -24,7 +26,11 @@ def random_sit(config: SiTConfig, seed: int) -> SiT:
 
 
 def tiny_model(
-    config: SiTConfig = CONFIG, *, seed: int = 0, refiner: bool = True, dtype: torch.dtype = torch.float32
+    config: SiTConfig = CONFIG,
+    *,
+    seed: int = 0,
+    refiner: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> ft.FlowModel:
     """A predictor and, if asked, its refiner, on the CPU."""
     side = random_sit(config.refiner(), seed + 1) if refiner else None

@@ -1,4 +1,6 @@
-"""accelerate(): a plan inside diffusers' own pipelines, with a refiner, fused adaLN, captures; restore() undoes all of it."""
+"""accelerate(): a plan inside diffusers' own pipelines, with a refiner, fused adaLN, captures;
+restore() undoes all of it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,18 @@ import pytest
 import torch
 from close import assert_close, relative_error
 from fake_recorder import Fake
-from pipelines import SIZE, call, diffusers, embeds, flux, flux_transformer, negative, sd3, sd3_transformer, unet
+from pipelines import (
+    SIZE,
+    call,
+    diffusers,
+    embeds,
+    flux,
+    flux_transformer,
+    negative,
+    sd3,
+    sd3_transformer,
+    unet,
+)
 from torch import Tensor
 
 import flowturbo as ft
@@ -44,12 +57,16 @@ def test_an_e_plan_makes_what_the_pipeline_made(kind):
     before = call(pipe, num_inference_steps=5)
     with ft.accelerated(pipe, "E5"):
         assert_close(call(pipe, num_inference_steps=5), before, 1e-6)
-        assert_close(call(pipe, num_inference_steps=30), before, 1e-6)  # which means nothing any more
+        assert_close(
+            call(pipe, num_inference_steps=30), before, 1e-6
+        )  # which means nothing any more
     with ft.accelerated(pipe, "H1P3"):
         assert relative_error(call(pipe, num_inference_steps=4), before) > 1e-3
 
 
-def heun_by_hand(pipe: Any, levels: list[float], plan: str, refiner: Any = None, guidance: float = 2.5) -> Tensor:
+def heun_by_hand(
+    pipe: Any, levels: list[float], plan: str, refiner: Any = None, guidance: float = 2.5
+) -> Tensor:
     """H, P and R written out over the modules of an SD3 pipeline, for what `call` asks of it."""
     told = embeds() | negative()
 
@@ -58,15 +75,21 @@ def heun_by_hand(pipe: Any, levels: list[float], plan: str, refiner: Any = None,
         out = module(
             hidden_states=x,
             timestep=torch.full((4,), 1000 * level),
-            encoder_hidden_states=torch.cat([told["negative_prompt_embeds"], told["prompt_embeds"]]),
-            pooled_projections=torch.cat([told["negative_pooled_prompt_embeds"], told["pooled_prompt_embeds"]]),
+            encoder_hidden_states=torch.cat(
+                [told["negative_prompt_embeds"], told["prompt_embeds"]]
+            ),
+            pooled_projections=torch.cat(
+                [told["negative_pooled_prompt_embeds"], told["pooled_prompt_embeds"]]
+            ),
             return_dict=False,
         )[0]
         u, c = out.chunk(2)
         return -(u + guidance * (c - u))
 
     shape = (1, 4, SIZE // 2, SIZE // 2)
-    x = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    x = torch.cat(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    )
     cache = None
     with torch.no_grad():
         for letter, a, b in zip(plan, levels, levels[1:], strict=False):
@@ -104,7 +127,9 @@ def test_a_refiner_beside_flux_reads_packed_latents_and_its_guidance():
         pooled_projections=embeds()["pooled_prompt_embeds"],
         guidance=torch.full((2,), 3.0),
         txt_ids=torch.zeros(5, 3),
-        img_ids=pipe._prepare_latent_image_ids(2, SIZE // 4, SIZE // 4, torch.device("cpu"), torch.float32),
+        img_ids=pipe._prepare_latent_image_ids(
+            2, SIZE // 4, SIZE // 4, torch.device("cpu"), torch.float32
+        ),
         return_dict=False,
     )
 
@@ -112,7 +137,11 @@ def test_a_refiner_beside_flux_reads_packed_latents_and_its_guidance():
         return -module(hidden_states=x, timestep=torch.full((2,), level), **told)[0]
 
     shape = (1, 4, SIZE // 2, SIZE // 2)
-    x = packed(torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]))
+    x = packed(
+        torch.cat(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+        )
+    )
     with torch.no_grad():
         d = run(pipe.transformer, x, 1.0)
         later = run(pipe.transformer, x + 0.5 * d, 0.5)
@@ -131,14 +160,17 @@ def test_image_to_image_enters_in_the_middle(kind):
     maker = sd3 if kind == "StableDiffusion3" else flux
     pipe = maker(f"{kind}Img2ImgPipeline")
     image = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    options: dict[str, Any] = dict(image=image, strength=0.5, **({} if maker is sd3 else dict(height=SIZE, width=SIZE)))
+    options: dict[str, Any] = dict(
+        image=image, strength=0.5, **({} if maker is sd3 else dict(height=SIZE, width=SIZE))
+    )
     stock = call(pipe, num_inference_steps=6, **options)
     calls = []
     handle = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
     with ft.accelerated(pipe, "E6"):
         assert_close(call(pipe, num_inference_steps=6, **options), stock, 1e-6)
         assert len(calls) == 3
-        # The number of steps that was asked for decides nothing: strength is a share of the plan's calls.
+        # The number of steps that was asked for decides nothing: strength is a share of the plan's
+        # calls.
         assert_close(call(pipe, num_inference_steps=40, **options), stock, 1e-6)
     calls.clear()
     with ft.accelerated(pipe, "H1P5"):
@@ -148,7 +180,9 @@ def test_image_to_image_enters_in_the_middle(kind):
 
 
 def test_inpainting_leaves_the_outside_as_it_was():
-    """The source's own latents, one draw of the encoder's posterior, whatever the plan and the mask."""
+    """The source's own latents, one draw of the encoder's posterior, whatever the plan and the
+    mask.
+    """
     pipe = sd3("StableDiffusion3InpaintPipeline", sd3_transformer(in_channels=16, out_channels=16))
     pipe.vae = pipelines.vae(16)
     image = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
@@ -172,7 +206,14 @@ def test_a_generator_for_each_image():
         both = call(pipe, guidance_scale=1.0)
         generator = [torch.Generator().manual_seed(1)]
         told = {name: value[1:] for name, value in embeds().items()}
-        one = pipe(**told, generator=generator, guidance_scale=1.0, height=SIZE, width=SIZE, output_type="latent").images
+        one = pipe(
+            **told,
+            generator=generator,
+            guidance_scale=1.0,
+            height=SIZE,
+            width=SIZE,
+            output_type="latent",
+        ).images
     assert_close(one[0], both[1], 1e-5)
 
 
@@ -180,7 +221,9 @@ def test_callbacks_see_every_call_change_latents_and_interrupt():
     pipe = flux()
     seen = []
 
-    def halve_once(pipe: Any, index: int, timestep: Any, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    def halve_once(
+        pipe: Any, index: int, timestep: Any, kept: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         seen.append(float(timestep))
         return {"latents": kept["latents"] / 2} if index == 2 else kept
 
@@ -234,7 +277,11 @@ def test_a_saved_pipeline_loads_as_a_stock_one_and_one_loads_with_the_plan(tmp_p
     ft.accelerate(pipe, "H1P3")
     planned = call(pipe)
     pipe.save_pretrained(tmp_path)
-    absent = {f"{part}{suffix}": None for part in ("text_encoder", "tokenizer") for suffix in ("", "_2", "_3")}
+    absent = {
+        f"{part}{suffix}": None
+        for part in ("text_encoder", "tokenizer")
+        for suffix in ("", "_2", "_3")
+    }
     again = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path, **absent)
     assert type(again.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
     again.set_progress_bar_config(disable=True)
@@ -250,10 +297,15 @@ def test_a_saved_pipeline_loads_as_a_stock_one_and_one_loads_with_the_plan(tmp_p
 
 def attributes(pipe: Any) -> dict[str, Any]:
     """Of the pipeline and of every module in it, without what was there before."""
-    found = {"pipe": {k: v for k, v in vars(pipe).items() if not k.startswith("_callback")}, "config": dict(pipe.config)}
+    found = {
+        "pipe": {k: v for k, v in vars(pipe).items() if not k.startswith("_callback")},
+        "config": dict(pipe.config),
+    }
     for name, module in pipe.transformer.named_modules():
         found[name] = {k: v for k, v in vars(module).items() if "hook" not in k}
-        found[name, "hooks"] = {k: dict(v) for k, v in vars(module).items() if "hook" in k and isinstance(v, dict)}
+        found[name, "hooks"] = {
+            k: dict(v) for k, v in vars(module).items() if "hook" in k and isinstance(v, dict)
+        }
     return found
 
 
@@ -261,7 +313,12 @@ def attributes(pipe: Any) -> dict[str, Any]:
 def test_restore_leaves_no_trace(kind):
     pipe, other = MAKERS[kind](), MAKERS[kind]()
     before = call(pipe, num_inference_steps=3)
-    classes = [type(pipe), type(pipe.transformer), type(pipe.scheduler), *map(type, pipe.transformer.modules())]
+    classes = [
+        type(pipe),
+        type(pipe.transformer),
+        type(pipe.scheduler),
+        *map(type, pipe.transformer.modules()),
+    ]
     of_classes = [dict(vars(one)) for one in classes]
     scheduler, traces = pipe.scheduler, attributes(pipe)
     ft.accelerate(pipe, "H1P1R1", refiner_of(pipe), graph=True)
@@ -273,12 +330,26 @@ def test_restore_leaves_no_trace(kind):
     assert pipe.scheduler is scheduler
     after = attributes(pipe)
     assert after.keys() == traces.keys()
-    of_calls = ("_guidance", "_joint", "_interrupt", "_num_timesteps", "_skip", "_clip", "_current")  # what calling leaves behind
+    of_calls = (
+        "_guidance",
+        "_joint",
+        "_interrupt",
+        "_num_timesteps",
+        "_skip",
+        "_clip",
+        "_current",
+    )  # what calling leaves behind
     for name, values in traces.items():
         kept = after[name]
         assert values.keys() <= kept.keys(), name
-        changed = {key for key, value in kept.items() if key not in values or values[key] is not value}
-        assert not {key for key in changed if not str(key).startswith(of_calls) and values.get(key) != kept[key]}, name
+        changed = {
+            key for key, value in kept.items() if key not in values or values[key] is not value
+        }
+        assert not {
+            key
+            for key in changed
+            if not str(key).startswith(of_calls) and values.get(key) != kept[key]
+        }, name
     assert call(pipe, num_inference_steps=3).equal(before)
 
 
@@ -313,7 +384,8 @@ def test_what_does_not_fit_is_refused_and_leaves_the_pipeline_as_it_was():
     with pytest.raises(TypeError, match="with a scheduler, got int"):
         ft.accelerate(3, "H1")
     strange = diffusers.StableDiffusionPipeline(
-        vae=pipelines.vae(), text_encoder=None, tokenizer=None, unet=unet(), scheduler=diffusers.DDIMScheduler(),
+        vae=pipelines.vae(), text_encoder=None, tokenizer=None, unet=unet(),
+        scheduler=diffusers.DDIMScheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     with pytest.raises(TypeError, match="FlowMatchEulerDiscreteScheduler, not of DDIMScheduler"):
@@ -351,13 +423,23 @@ def test_summary_tells_plan_calls_and_milliseconds():
 
 
 @pytest.mark.parametrize(
-    "transformer", [sd3_transformer, flux_transformer, lambda: sd3_transformer(dual_attention_layers=(0,), qk_norm="rms_norm")]
+    "transformer",
+    [
+        sd3_transformer,
+        flux_transformer,
+        lambda: sd3_transformer(dual_attention_layers=(0,), qk_norm="rms_norm"),
+    ],
 )
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-6)])
 def test_fused_adaln_is_the_networks_own(transformer, dtype, bound):
     network = transformer().to(dtype)
     pipe = (sd3 if "SD3" in type(network).__name__ else flux)(transformer=network)
-    told = {name: value.to(dtype) for name, value in (embeds() | (negative() if "SD3" in type(network).__name__ else {})).items()}
+    told = {
+        name: value.to(dtype)
+        for name, value in (
+            embeds() | (negative() if "SD3" in type(network).__name__ else {})
+        ).items()
+    }
     options = dict(num_inference_steps=3, height=SIZE, width=SIZE, output_type="latent")
 
     def made() -> Tensor:
@@ -365,7 +447,11 @@ def test_fused_adaln_is_the_networks_own(transformer, dtype, bound):
         return pipe(**told, generator=generator, **options).images
 
     plain = made()
-    changed = [module for module in network.modules() if type(module).__name__ in ("AdaLayerNormZero", "AdaLayerNormContinuous")]
+    changed = [
+        module
+        for module in network.modules()
+        if type(module).__name__ in ("AdaLayerNormZero", "AdaLayerNormContinuous")
+    ]
     ft.accelerate(pipe, "E3", graph=True)
     patched = [module for module in changed if "forward" in vars(module)]
     assert len(patched) == len(changed) > 1

@@ -1,4 +1,6 @@
-"""PlanScheduler: a plan's steps in call after call, equal to plain loops and to diffusers' own schedulers."""
+"""PlanScheduler: a plan's steps in call after call, equal to plain loops and to diffusers' own
+schedulers.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ def levels_of(scheduler: PlanScheduler) -> list[float]:
     return [-t for t in scheduler._times]
 
 
-@pytest.mark.parametrize("letters", ["E4", "H3", "H1P5", "H2P3", "P4", "E2H1P2", "A5", "H1P5R3", "H1P2R1P2", "H1R1H1R2"])
+@pytest.mark.parametrize(
+    "letters", ["E4", "H3", "H1P5", "H2P3", "P4", "E2H1P2", "A5", "H1P5R3", "H1P2R1P2", "H1R1H1R2"]
+)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_call_after_call_is_the_loop(letters, shift):
     scheduler, x = made(letters, shift=shift), latents(1)
@@ -110,7 +114,9 @@ def test_call_after_call_is_the_loop(letters, shift):
     # timesteps are float32: a network is told levels that are rounded so
     assert_close(through(scheduler, x), loop(scheduler.plan.letters, levels, x), 1e-6)
     assert scheduler.refiner.steps == cost.predictor  # type: ignore[union-attr]
-    assert_close(through(scheduler, x), loop(scheduler.plan.letters, levels, x), 1e-6)  # and again, with nothing set anew
+    assert_close(
+        through(scheduler, x), loop(scheduler.plan.letters, levels, x), 1e-6
+    )  # and again, with nothing set anew
 
 
 def test_an_e_plan_is_the_stock_scheduler():
@@ -151,13 +157,19 @@ def test_grids():
     count, shift = 5, 3.0
     stock = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     stock.set_timesteps(count)
-    twice, once, own = (made("H1P4", grid, shift=shift) for grid in ("pipeline", "corrected", "plan"))
+    twice, once, own = (
+        made("H1P4", grid, shift=shift) for grid in ("pipeline", "corrected", "plan")
+    )
     for scheduler in (twice, once, own):
         scheduler.set_timesteps(count)
     assert levels_of(twice) == pytest.approx(stock.sigmas.tolist(), abs=1e-7)
     linear = [1 - i / count for i in range(count)]
-    assert levels_of(once) == pytest.approx([*(shift * s / (1 + (shift - 1) * s) for s in linear), 0], abs=1e-6)
-    assert levels_of(twice)[-2] < levels_of(once)[-2] / 2  # the slip of which the corrected grid is free
+    assert levels_of(once) == pytest.approx(
+        [*(shift * s / (1 + (shift - 1) * s) for s in linear), 0], abs=1e-6
+    )
+    assert (
+        levels_of(twice)[-2] < levels_of(once)[-2] / 2
+    )  # the slip of which the corrected grid is free
     assert levels_of(own) == pytest.approx([*linear, 0], abs=1e-7)
     shifted = made(Plan.parse("H1P4", shift=2.0), "auto", shift=shift)
     assert shifted.grid == "plan"
@@ -185,7 +197,9 @@ def test_noise_levels_that_are_given_are_resampled():
 
 @pytest.mark.parametrize("first", [1, 2, 3, 4])
 def test_entering_in_the_middle_runs_the_rest_of_the_plan(first):
-    """Calls of H1P4 are at the ends 0, 1, 2, ...: the one inside H is that of the state where the next step starts."""
+    """Calls of H1P4 are at the ends 0, 1, 2, ...: the one inside H is that of the state where the
+    next step starts.
+    """
     scheduler = made("H1P4", shift=2.0)
     scheduler.set_timesteps(5)
     scheduler.set_begin_index(first)
@@ -238,7 +252,11 @@ def test_threads_share_a_scheduler():
         return through(scheduler, x)
 
     expected = [run(x) for x in starts]
-    barrier, found, errors = threading.Barrier(len(starts)), dict[int, list[Tensor]](), list[BaseException]()
+    barrier, found, errors = (
+        threading.Barrier(len(starts)),
+        dict[int, list[Tensor]](),
+        list[BaseException](),
+    )
 
     def work(number: int) -> None:
         try:
@@ -266,7 +284,11 @@ def test_copies_and_configurations_make_the_same_scheduler(tmp_path, grid):
     scheduler.save_pretrained(tmp_path)
     again = PlanScheduler.from_pretrained(tmp_path)
     again.set_timesteps(4)
-    copies = [copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler)), PlanScheduler.from_config(scheduler.config)]
+    copies = [
+        copy.deepcopy(scheduler),
+        pickle.loads(pickle.dumps(scheduler)),
+        PlanScheduler.from_config(scheduler.config),
+    ]
     for other in (*copies, again):
         assert (other.plan, other.grid) == (scheduler.plan, scheduler.grid)
         assert (other.config["shift"], other.config["base_shift"]) == (3.0, 0.4)
@@ -300,7 +322,9 @@ def test_arguments():
 
 def test_other_numbers_of_steps_are_warned_of_once():
     scheduler = made("H1P5")
-    with pytest.warns(UserWarning, match="28 steps were asked for: plan H1P5 has 6 and makes 7 predictor calls"):
+    with pytest.warns(
+        UserWarning, match="28 steps were asked for: plan H1P5 has 6 and makes 7 predictor calls"
+    ):
         scheduler.set_timesteps(28)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

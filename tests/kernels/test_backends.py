@@ -1,4 +1,6 @@
-"""Which backend an operation takes, what it says when it can't, and how it looks to torch.compile and torch.export."""
+"""Which backend an operation takes, what it says when it can't, and how it looks to torch.compile
+and torch.export.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,21 @@ from tiny import CONFIG, HEAD_DIM_72, random_sit
 from torch import Tensor, nn
 
 import flowturbo as ft
-from flowturbo_kernels import OPS, BackendError, adaln_modulate, linear, patch_embed, use_backend, velocity_update
+from flowturbo_kernels import (
+    OPS,
+    BackendError,
+    adaln_modulate,
+    linear,
+    patch_embed,
+    use_backend,
+    velocity_update,
+)
 from flowturbo_kernels._op import Backend, wanted
 
 X, SHIFT, SCALE = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8)
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU"
+)
 
 
 def test_on_the_cpu_references_run_and_say_why():
@@ -45,14 +57,22 @@ def test_the_environment_names_a_backend(monkeypatch):
     with use_backend("triton"):
         assert wanted() == "triton"
     monkeypatch.setenv("FLOWTURBO_BACKEND", "tritom")
-    with pytest.raises(ValueError, match="FLOWTURBO_BACKEND must be one of auto, reference, triton, cuda, got 'tritom'"):
+    with pytest.raises(
+        ValueError,
+        match="FLOWTURBO_BACKEND must be one of auto, reference, triton, cuda, got 'tritom'",
+    ):
         wanted()
     monkeypatch.delenv("FLOWTURBO_BACKEND")
     assert wanted() == "auto"
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="backend must be one of auto, reference, triton, cuda, got 'fast'"), use_backend("fast"):
+    with (
+        pytest.raises(
+            ValueError, match="backend must be one of auto, reference, triton, cuda, got 'fast'"
+        ),
+        use_backend("fast"),
+    ):
         pass
 
 
@@ -66,14 +86,22 @@ def test_an_unknown_backend_is_refused():
     ],
 )
 def test_a_named_backend_never_falls_back(args, said):
-    with use_backend("triton"), pytest.raises(BackendError, match=f"adaln_modulate: triton was asked for, but: .*{said}"):
+    with (
+        use_backend("triton"),
+        pytest.raises(BackendError, match=f"adaln_modulate: triton was asked for, but: .*{said}"),
+    ):
         adaln_modulate(*args)
     adaln_modulate(*args)
 
 
 def test_a_named_backend_without_its_machine_says_so(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with use_backend("triton"), pytest.raises(BackendError, match="tensors are on the cpu, and TRITON_INTERPRET=1 is not set"):
+    with (
+        use_backend("triton"),
+        pytest.raises(
+            BackendError, match="tensors are on the cpu, and TRITON_INTERPRET=1 is not set"
+        ),
+    ):
         adaln_modulate(X, SHIFT, SCALE)
 
 
@@ -95,7 +123,10 @@ def test_under_autocast_the_reference_runs():
     """A kernel would take float32 as it comes, where autocast means 16 bits."""
     weight, bias = torch.randn(4, 8), torch.randn(4)
     with use_backend("triton"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert linear.why(X, weight, bias) == ("reference", {"triton": "under autocast torch chooses the dtypes"})
+        assert linear.why(X, weight, bias) == (
+            "reference",
+            {"triton": "under autocast torch chooses the dtypes"},
+        )
         assert linear(X, weight, bias).dtype == torch.bfloat16
 
 
@@ -107,7 +138,10 @@ def test_under_autocast_the_reference_runs():
 def test_a_model_on_triton_is_the_reference_model(config):
     """In float32, through every operation of a guided plan with refiner steps."""
     networks = random_sit(config, 0), random_sit(config.refiner(), 1)
-    plain, triton = (ft.load(*networks, device="cpu", dtype=torch.float32, backend=b) for b in ("reference", "triton"))
+    plain, triton = (
+        ft.load(*networks, device="cpu", dtype=torch.float32, backend=b)
+        for b in ("reference", "triton")
+    )
     a, b = (ft.sample(m, "H1P1R1", [1, 8], guidance=1.5, seed=0) for m in (plain, triton))
     assert not a.equal(b)
     assert_close(b, a, 1e-5)
@@ -116,9 +150,13 @@ def test_a_model_on_triton_is_the_reference_model(config):
 def test_a_model_asks_for_its_backend_at_the_door(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for backend in ("triton", "cuda"):
-        with pytest.raises(BackendError, match=f"backend '{backend}' was asked for, but: tensors are on the cpu"):
+        with pytest.raises(
+            BackendError, match=f"backend '{backend}' was asked for, but: tensors are on the cpu"
+        ):
             ft.load(random_sit(CONFIG, 0), device="cpu", backend=backend)
-    with pytest.raises(ValueError, match="backend must be one of auto, reference, triton, cuda, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, reference, triton, cuda, got 'fast'"
+    ):
         ft.load(random_sit(CONFIG, 0), backend="fast")
 
 
@@ -133,7 +171,9 @@ def lowered(name: str, args: tuple) -> tuple:
 
 @pytest.mark.parametrize("name, index", CASES)
 def test_opcheck(name, index):
-    """torch's own checks: the schema tells the truth, fake results have the real ones' metadata, and tracing works."""
+    """torch's own checks: the schema tells the truth, fake results have the real ones' metadata,
+    and tracing works.
+    """
     args = lowered(name, case(name, index, torch.float32))
     torch.library.opcheck(OPS[name].library, args)
 
@@ -160,7 +200,9 @@ def test_a_compiled_operation_is_one_node_of_the_graph(name):
 def test_a_compiled_training_step_differentiates():
     weight = torch.randn(4, 8, requires_grad=True)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, w, b: linear(x, w, b, "gelu_tanh").sum(), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda x, w, b: linear(x, w, b, "gelu_tanh").sum(), backend="aot_eager", fullgraph=True
+    )
     (got,) = torch.autograd.grad(compiled(X, weight, torch.zeros(4)), weight)
     (plain,) = torch.autograd.grad(linear(X, weight, torch.zeros(4), "gelu_tanh").sum(), weight)
     assert_close(got, plain, 1e-6)

@@ -1,4 +1,6 @@
-"""Every kernel launch of every operation, compiled for two generations of GPUs, on a machine that may have neither."""
+"""Every kernel launch of every operation, compiled for two generations of GPUs, on a machine that
+may have neither.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ def kernels() -> list[dict[str, Any]]:
     }
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "aot.py")]
     running = [
-        subprocess.Popen([*command, str(arch)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(arch)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for arch in SHARED
     ]
     found = []
@@ -37,7 +45,9 @@ def test_every_operation_with_a_triton_kernel_is_compiled(kernels):
     from flowturbo_kernels import OPS
 
     fp8 = {("quantize_rows", 80), ("linear_fp8", 80)}  # before sm_89 there is no e4m3
-    expected = {(name, arch) for name, op in OPS.items() if "triton" in op.backends for arch in SHARED} - fp8
+    expected = {
+        (name, arch) for name, op in OPS.items() if "triton" in op.backends for arch in SHARED
+    } - fp8
     assert {(k["op"], k["arch"]) for k in kernels} == expected
     assert {k["dtype"] for k in kernels} == {"bfloat16", "float32"}
 
@@ -56,7 +66,9 @@ def test_every_block_fits_a_multiprocessor(kernels):
 
 
 def test_products_of_16_bits_run_on_tensor_cores(kernels):
-    """wgmma, which needs 64 rows, where Hopper has it; no float32 product runs there, which would be TF32."""
+    """wgmma, which needs 64 rows, where Hopper has it; no float32 product runs there, which would
+    be TF32.
+    """
     products = [k for k in kernels if k["kernel"] in PRODUCTS]
     assert {k["kernel"] for k in products} == set(PRODUCTS)
     for k in products:
@@ -71,8 +83,15 @@ def test_products_of_16_bits_run_on_tensor_cores(kernels):
             assert k["mma"] or k["wgmma"], k
 
 
-PRODUCTS = {"_patch_kernel": False, "_final_kernel": False, "_attention_kernel": True, "_product_kernel": True}
-"""Kernels that multiply matrices, and whether they must use wgmma: those with few rows or features a program can't."""
+PRODUCTS = {
+    "_patch_kernel": False,
+    "_final_kernel": False,
+    "_attention_kernel": True,
+    "_product_kernel": True,
+}
+"""Kernels that multiply matrices, and whether they must use wgmma: those with few rows or features
+a program can't.
+"""
 
 
 @pytest.mark.parametrize(
@@ -88,7 +107,9 @@ PRODUCTS = {"_patch_kernel": False, "_final_kernel": False, "_attention_kernel":
     ],
 )
 def test_memory_bound_kernels_load_16_bytes_at_a_time(kernels, name):
-    """At the sizes of real models. (GroupNorm's load what a group has: 8 bytes for 4 channels of 16 bits, of whole lines.)"""
+    """At the sizes of real models. (GroupNorm's load what a group has: 8 bytes for 4 channels of 16
+    bits, of whole lines.)
+    """
     real = [k for k in kernels if k["kernel"] == name and k["real"]]
     assert real
     assert all(k["wide_loads"] for k in real), real

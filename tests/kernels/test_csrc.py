@@ -1,4 +1,5 @@
-"""csrc: its arithmetic, run on the CPU through the extension, against the references; its sources compiled; its kernels' resources.
+"""csrc: its arithmetic, run on the CPU through the extension, against the references; its sources
+compiled; its kernels' resources.
 
 The launches themselves need a GPU: tests/kernels/test_gpu.py.
 """
@@ -19,7 +20,16 @@ from hypothesis import strategies as st
 from ops import DTYPES, assert_errs_as_torch, tensors
 from torch import Tensor
 
-from flowturbo_kernels import OPS, BackendError, _cuda, _nvrtc, adaln, group_norm, use_backend, velocity_update
+from flowturbo_kernels import (
+    OPS,
+    BackendError,
+    _cuda,
+    _nvrtc,
+    adaln,
+    group_norm,
+    use_backend,
+    velocity_update,
+)
 
 try:
     extension: Any = importlib.import_module("flowturbo_kernels._C")
@@ -51,7 +61,9 @@ MODULE = importlib.import_module("flowturbo_kernels.velocity_update")
 
 def update_on_host(x, velocities, weights):
     out = nan(*x.shape, dtype=x.dtype)
-    name, _, _, args = MODULE.cuda_call(x, None, None, None, [v[: len(x)] for v in velocities], weights, out, None)
+    name, _, _, args = MODULE.cuda_call(
+        x, None, None, None, [v[: len(x)] for v in velocities], weights, out, None
+    )
     extension.run_on_host(name, bytes(args))
     return out
 
@@ -61,7 +73,9 @@ def guided_on_host(x, raw, scale, channels, weight, base=None, velocities=(), we
     velocity = nan(*raw.shape, dtype=x.dtype)
     scales = None if scale is None else MODULE._per_image(raw, scale).float()
     others = [v[: len(x)] for v in velocities]
-    name, _, _, args = MODULE.cuda_call(x, raw, scales, base, others, weights, out, velocity, weight, channels)
+    name, _, _, args = MODULE.cuda_call(
+        x, raw, scales, base, others, weights, out, velocity, weight, channels
+    )
     extension.run_on_host(name, bytes(args))
     return out, velocity
 
@@ -85,7 +99,9 @@ HOST = {
 
 
 def check(name: str, args: Any, dtype: torch.dtype, any_shape: bool = False) -> None:
-    floor = torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 0.25)  # a sum in one sequence, where torch's is in pairs
+    floor = torch.finfo(dtype).eps * (
+        2 if dtype == torch.float32 else 0.25
+    )  # a sum in one sequence, where torch's is in pairs
     assert_errs_as_torch(tensors(HOST[name](*args)), OPS[name].reference, args, floor, any_shape)
 
 
@@ -111,7 +127,13 @@ def shifted(t: Tensor) -> Tensor:
 
 @built
 @sizes
-@given(B=st.integers(1, 3), T=st.integers(1, 5), D=st.integers(2, 300), dtype=st.sampled_from(DTYPES), odd=st.booleans())
+@given(
+    B=st.integers(1, 3),
+    T=st.integers(1, 5),
+    D=st.integers(2, 300),
+    dtype=st.sampled_from(DTYPES),
+    odd=st.booleans(),
+)
 def test_adaln_of_any_shape_and_alignment(B, T, D, dtype, odd):
     modulations = torch.randn(B, 6 * D).to(dtype).chunk(6, dim=1)
     x, y = (torch.randn(B, T, D).to(dtype) for _ in range(2))
@@ -123,9 +145,17 @@ def test_adaln_of_any_shape_and_alignment(B, T, D, dtype, odd):
 
 @built
 @sizes
-@given(N=st.integers(1, 3), C=st.integers(1, 4), H=st.integers(1, 9), W=st.integers(1, 9), data=st.data())
+@given(
+    N=st.integers(1, 3),
+    C=st.integers(1, 4),
+    H=st.integers(1, 9),
+    W=st.integers(1, 9),
+    data=st.data(),
+)
 def test_guided_update_of_any_shape_and_alignment(N, C, H, W, data):
-    dtype, raw_dtype = data.draw(st.sampled_from([(a, b) for a in DTYPES for b in DTYPES if a in (torch.float32, b)]))
+    dtype, raw_dtype = data.draw(
+        st.sampled_from([(a, b) for a in DTYPES for b in DTYPES if a in (torch.float32, b)])
+    )
     guided, base, odd, count = (
         data.draw(st.booleans()),
         data.draw(st.booleans()),
@@ -138,19 +168,36 @@ def test_guided_update_of_any_shape_and_alignment(N, C, H, W, data):
         x, raw = shifted(x), shifted(raw)
     others = [torch.randn(N, C, H, W).to(dtype) for _ in range(count)]
     scale = data.draw(st.sampled_from([2.5, torch.rand(N, 1, 1, 1)])) if guided else None
-    args = (x, raw, scale, data.draw(st.integers(1, C)), 0.3, torch.randn(R, C, H, W).to(dtype) if base else None)
+    args = (
+        x,
+        raw,
+        scale,
+        data.draw(st.integers(1, C)),
+        0.3,
+        torch.randn(R, C, H, W).to(dtype) if base else None,
+    )
     check("guided_update", (*args, others, [0.1 * k - 0.2 for k in range(count)]), dtype)
 
 
 @built
 @sizes
-@given(N=st.integers(1, 2), groups=st.integers(1, 6), size=st.integers(1, 9), H=st.integers(1, 40), W=st.integers(1, 20))
+@given(
+    N=st.integers(1, 2),
+    groups=st.integers(1, 6),
+    size=st.integers(1, 9),
+    H=st.integers(1, 40),
+    W=st.integers(1, 20),
+)
 def test_group_norm_of_any_shape_far_from_zero(N, groups, size, H, W):
     assume(size * H * W > 1)  # of one number there is no deviation, and torch refuses
     x = (torch.randn(N, groups * size, H, W) + 100).contiguous(memory_format=torch.channels_last)
-    truth = group_norm.group_norm_silu.reference(x.double(), *(torch.ones(groups * size).double() for _ in range(2)), groups)
+    truth = group_norm.group_norm_silu.reference(
+        x.double(), *(torch.ones(groups * size).double() for _ in range(2)), groups
+    )
     got = group_norm_on_host(x, torch.ones(groups * size), torch.ones(groups * size), groups)
-    assert_close(got, truth, 3e-4)  # 3e-6 of the offset, as sums of thousands of it round; a sum of squares would lose 1e-3
+    assert_close(
+        got, truth, 3e-4
+    )  # 3e-6 of the offset, as sums of thousands of it round; a sum of squares would lose 1e-3
 
 
 @built
@@ -166,7 +213,9 @@ def test_wrong_names_and_sizes_are_refused():
     with pytest.raises(ValueError, match="no kernel is called flowturbo::nothing"):
         extension.launch("flowturbo::nothing", [1], 32, 0, b"", 0)
     name = "flowturbo::adaln<float,4,1>"
-    with pytest.raises(ValueError, match=re.escape(name) + ": its arguments take [0-9]+ bytes, got 3"):
+    with pytest.raises(
+        ValueError, match=re.escape(name) + ": its arguments take [0-9]+ bytes, got 3"
+    ):
         extension.run_on_host(name, b"abc")
 
 
@@ -203,7 +252,12 @@ def test_architectures_that_a_build_serves():
 
 
 def test_cuda_on_cpu_tensors_is_refused_by_name():
-    with use_backend("cuda"), pytest.raises(BackendError, match="adaln_modulate: cuda was asked for, but: tensors are on the cpu"):
+    with (
+        use_backend("cuda"),
+        pytest.raises(
+            BackendError, match="adaln_modulate: cuda was asked for, but: tensors are on the cpu"
+        ),
+    ):
         OPS["adaln_modulate"](torch.randn(1, 2, 8), torch.randn(1, 8), torch.randn(1, 8))
     assert velocity_update(torch.ones(2, 2), [torch.ones(2, 2)], [1.0]).eq(2).all()
 
@@ -226,7 +280,10 @@ def test_no_kernel_spills(arch, tmp_path):
         ]
         done = subprocess.run([*command, source], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+        spills = re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+            done.stderr,
+        )
         assert all(stores == loads == "0" for _, stores, loads in spills), done.stderr
 
 

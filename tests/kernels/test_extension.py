@@ -9,7 +9,10 @@ import shutil
 import pytest
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None or os.environ.get("FLOWTURBO_BUILD_CUDA") == "0", reason="no nvcc here")
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None or os.environ.get("FLOWTURBO_BUILD_CUDA") == "0",
+    reason="no nvcc here",
+)
 def test_the_extension_was_built_and_imports_without_a_gpu():
     built = importlib.import_module("flowturbo_kernels._C").build_info()
     assert built.cuda_version >= 11000

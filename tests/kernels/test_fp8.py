@@ -1,4 +1,6 @@
-"""fp8 products: what quantising means, what it costs in accuracy, and the kernels on operands that are quantised already."""
+"""fp8 products: what quantising means, what it costs in accuracy, and the kernels on operands that
+are quantised already.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,23 @@ from flowturbo_kernels import OPS, linear, linear_fp8, quantize_rows, use_backen
 from flowturbo_kernels._matmul import EXACT_TILES, MASKED_TILES, WIDE_TILES, Tile, product
 
 E4M3 = torch.float8_e4m3fn
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU"
+)
 
 
 def test_every_row_uses_the_whole_range_and_errs_by_half_a_step():
-    x = torch.randn(7, 96, dtype=torch.float64) * torch.logspace(-5, 4, 7, dtype=torch.float64)[:, None]
+    x = (
+        torch.randn(7, 96, dtype=torch.float64)
+        * torch.logspace(-5, 4, 7, dtype=torch.float64)[:, None]
+    )
     q, scale = quantize_rows(x)
     assert (q.dtype, scale.dtype, q.shape, scale.shape) == (E4M3, torch.float32, (7, 96), (7,))
     assert q.double().abs().amax(1).eq(448).all()
     back = q.double() * scale.double()[:, None]
-    step = torch.maximum(x.abs() / 8, scale.double()[:, None] * 2.0**-9)  # 3 bits of mantissa; below 2^-6, steps of 2^-9
+    step = torch.maximum(
+        x.abs() / 8, scale.double()[:, None] * 2.0**-9
+    )  # 3 bits of mantissa; below 2^-6, steps of 2^-9
     assert ((back - x).abs() <= 0.5001 * step).all()
 
 
@@ -35,12 +44,18 @@ def test_a_row_of_zeros_stays_zeros():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, "gelu_tanh"])
 def test_it_is_the_linear_layer_to_fp8s_accuracy(dtype, activation):
-    x, weight, bias = torch.randn(3, 5, 384).to(dtype), torch.randn(96, 384) / 384**0.5, torch.randn(96).to(dtype)
+    x, weight, bias = (
+        torch.randn(3, 5, 384).to(dtype),
+        torch.randn(96, 384) / 384**0.5,
+        torch.randn(96).to(dtype),
+    )
     truth = linear(x.double(), weight.double(), bias.double(), activation)
     y = linear_fp8(x, *quantize_rows(weight), bias, activation)
     assert (y.dtype, y.shape) == (dtype, (3, 5, 96))
     error = relative_error(y, truth)
-    assert 0.005 < error < 0.05  # two operands of 3 bits; much less would mean that nothing was quantised
+    assert (
+        0.005 < error < 0.05
+    )  # two operands of 3 bits; much less would mean that nothing was quantised
 
 
 @pytest.mark.parametrize("name", ["quantize_rows", "linear_fp8"])
@@ -68,16 +83,22 @@ def test_refusals():
         quantize_rows(torch.randn(2, 3, 4))
 
 
-@pytest.mark.parametrize("what, low, high", [({}, 0.4, 0.6), ({"bits": 12}, 1.0, 2.0), ({"promote": 128}, 0.05, 0.2)])
+@pytest.mark.parametrize(
+    "what, low, high", [({}, 0.4, 0.6), ({"bits": 12}, 1.0, 2.0), ({"promote": 128}, 0.05, 0.2)]
+)
 def test_the_bound_on_sums_of_fp8_is_twice_what_hopper_errs_by(what, low, high):
-    """As its tensor cores are known to sum; one bit less passes the bound, and promoted sums are far below it."""
+    """As its tensor cores are known to sum; one bit less passes the bound, and promoted sums are
+    far below it.
+    """
     (x, _), (weight, _) = (quantize_rows(torch.randn(48, 1152)) for _ in range(2))
     error = relative_error(hopper.product(x, weight, **what), x.double() @ weight.double().T)
     assert low * hopper.FP8_SUMS < error < high * hopper.FP8_SUMS
 
 
 def test_sums_are_cut_off_as_on_hopper():
-    """A sum of 2^13 keeps products of 1 and loses those of a half, each on its own, of either sign."""
+    """A sum of 2^13 keeps products of 1 and loses those of a half, each on its own, of either
+    sign.
+    """
     x = torch.zeros(1, 32)
     x[0, :2] = 256
     weight = torch.zeros(4, 32)
@@ -86,20 +107,31 @@ def test_sums_are_cut_off_as_on_hopper():
     x[0, 2:] = 1
     got = hopper.product(x.to(E4M3), weight.to(E4M3))
     assert got.tolist() == [[8192, 8193, 8192, 8192]]
-    assert hopper.product(x.to(E4M3), weight.to(E4M3), bits=23).tolist() == [[8192, 8193, 8194, 8190]]
+    assert hopper.product(x.to(E4M3), weight.to(E4M3), bits=23).tolist() == [
+        [8192, 8193, 8194, 8190]
+    ]
 
 
-# The interpreter truncates where it converts to fp8, so kernels get operands that are quantised already.
+# The interpreter truncates where it converts to fp8, so kernels get operands that are quantised
+# already.
 
 
 @interpreted
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("M, K, N, split", [(7, 96, 40, 1), (33, 200, 130, 2), (1, 64, 16, 4)])
 def test_the_product_of_quantised_operands_is_exact_but_for_its_sums(M, K, N, split, gelu):
-    (x, x_scale), (weight, weight_scale), bias = quantize_rows(torch.randn(M, K)), quantize_rows(torch.randn(N, K)), torch.randn(N)
-    truth = (x.double() * x_scale.double()[:, None]) @ (weight.double() * weight_scale.double()[:, None]).T + bias.double()
+    (x, x_scale), (weight, weight_scale), bias = (
+        quantize_rows(torch.randn(M, K)),
+        quantize_rows(torch.randn(N, K)),
+        torch.randn(N),
+    )
+    truth = (x.double() * x_scale.double()[:, None]) @ (
+        weight.double() * weight_scale.double()[:, None]
+    ).T + bias.double()
     truth = torch.nn.functional.gelu(truth, approximate="tanh") if gelu else truth
-    got = product(x, weight, bias, Tile(16, 32, 32, 4, 1), split, gelu=gelu, scales=(x_scale, weight_scale))
+    got = product(
+        x, weight, bias, Tile(16, 32, 32, 4, 1), split, gelu=gelu, scales=(x_scale, weight_scale)
+    )
     assert_close(got, truth, 1e-6)
 
 
@@ -120,7 +152,11 @@ def test_the_quantising_kernel_scales_as_the_reference_and_errs_by_a_step():
 @pytest.mark.parametrize("tile", [*WIDE_TILES, *MASKED_TILES, *EXACT_TILES])
 def test_every_tile_and_split(tile, split):
     M, K, N, tokens = 70, 200, 136, 35
-    x, weight, bias = torch.randn(M, 2 * K).half()[:, :K], (torch.randn(N, K) / K**0.5).half(), torch.randn(N).half()
+    x, weight, bias = (
+        torch.randn(M, 2 * K).half()[:, :K],
+        (torch.randn(N, K) / K**0.5).half(),
+        torch.randn(N).half(),
+    )
     residual, gate = torch.randn(M, N).half(), torch.randn(M // tokens, 2 * N).half()[:, N:]
 
     def wide(*tensors: Tensor) -> list[Tensor]:
@@ -128,7 +164,11 @@ def test_every_tile_and_split(tile, split):
 
     y = torch.nn.functional.linear(*wide(x, weight, bias))
     assert_close(product(x, weight, bias, tile, split), y, 3e-4)
-    assert_close(product(x, weight, bias, tile, split, gelu=True), torch.nn.functional.gelu(y, approximate="tanh"), 3e-4)
+    assert_close(
+        product(x, weight, bias, tile, split, gelu=True),
+        torch.nn.functional.gelu(y, approximate="tanh"),
+        3e-4,
+    )
     r, g = wide(residual, gate)
     got = product(x, weight, bias, tile, split, residual=residual, gate=gate, tokens=tokens)
     assert_close(got, r + g.repeat_interleave(tokens, 0) * y, 3e-4)

@@ -81,7 +81,9 @@ def test_the_fastest_is_measured_once_and_remembered_on_disk(machine):
     (file,) = machine.glob("*.json")
     assert "GPU---1" in file.name
     assert torch.__version__ in file.name
-    assert on_disk() == {"op 1": {"fastest": "b", "us": {"a": 3e6, "b": 1.0, "c": 2e6}, "cannot": {}}}
+    assert on_disk() == {
+        "op 1": {"fastest": "b", "us": {"a": 3e6, "b": 1.0, "c": 2e6}, "cannot": {}}
+    }
     assert json.loads(file.read_text())["of"] == FACTS
 
 
@@ -188,11 +190,16 @@ OF_THE_MOMENT = [
     RuntimeError(),
 ]
 LASTING = [
-    OutOfResources("out of resource: shared memory, Required: 245760, Hardware limit: 232448.\nReducing block sizes may help."),
+    OutOfResources(
+        "out of resource: shared memory, Required: 245760, Hardware limit: 232448.\nReducing "
+        "block sizes may help."
+    ),
     BackendError("linear: triton was asked for, but: M must be at most 8"),
     NotImplementedError("no such kernel"),
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`"),
-    RuntimeError("torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0 or 8.9"),
+    RuntimeError(
+        "torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0 or 8.9"
+    ),
 ]
 
 
@@ -215,7 +222,9 @@ def test_what_can_never_run_is_tried_once(machine, error):
     another_process()
     assert fastest("op 1", timed(log, a=error, b=5.0)) == "b"
     assert log == ["a", "b"]
-    assert on_disk()["op 1"]["cannot"] == {"a": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    assert on_disk()["op 1"]["cannot"] == {
+        "a": f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    }
 
 
 def test_lasting_and_of_the_moment_together_leave_nothing(machine):
@@ -266,11 +275,35 @@ def damaged(machine) -> dict[str, bytes]:
     whole = _choices.file(FACTS).read_bytes()
     entries = json.loads(whole)["choices"]
     (key,) = entries
-    changed = [{key: e} for e in (None, [], "b", {}, {"fastest": 3}, {"fastest": ["b"]}, {"fastest": "gone"}, {"us": {}})]
+    changed = [
+        {key: e}
+        for e in (
+            None,
+            [],
+            "b",
+            {},
+            {"fastest": 3},
+            {"fastest": ["b"]},
+            {"fastest": "gone"},
+            {"us": {}},
+        )
+    ]
     changed += [[], None, 3, "b"]
     return {
         **{str(c): json.dumps({"of": FACTS, "choices": c}).encode() for c in changed},
-        **{str(content): content for content in (b"", b"{", b"[1]", b"3", b"null", b"\xff\xfe", b'{"op 1": "b"}', b"[" * 100000)},
+        **{
+            str(content): content
+            for content in (
+                b"",
+                b"{",
+                b"[1]",
+                b"3",
+                b"null",
+                b"\xff\xfe",
+                b'{"op 1": "b"}',
+                b"[" * 100000,
+            )
+        },
         "half": whole[: len(whole) // 2],
         "zeros": bytes(len(whole)),
     }
@@ -328,7 +361,9 @@ def test_where_there_are_no_locks_it_is_written_all_the_same(machine, monkeypatc
 
 def entry_of_another_process(question: str, candidates, choice: str) -> None:
     ways = Ways((question,), candidates, GPU)
-    _choices.add(FACTS, _tune._written(ways), {"fastest": choice, "us": {}, "cannot": {}}, candidates)
+    _choices.add(
+        FACTS, _tune._written(ways), {"fastest": choice, "us": {}, "cannot": {}}, candidates
+    )
 
 
 def test_what_others_measured_meanwhile_is_seen(machine):
@@ -457,7 +492,9 @@ def clock(monkeypatch, *said: tuple[float, bool]) -> list[float]:
 def test_a_timing_takes_the_sets_in_turn(monkeypatch):
     seen: list[int] = []
     pauses = clock(monkeypatch, (2.0, False))
-    assert _measure.timing(lambda x, y: seen.append(x), [(i, None) for i in range(30)], GPU) == Timing(2.0, True)
+    assert _measure.timing(
+        lambda x, y: seen.append(x), [(i, None) for i in range(30)], GPU
+    ) == Timing(2.0, True)
     assert seen == [0, *list(range(30)) * (1 + len(pauses))]
     assert len(pauses) == _measure._TIMES
 

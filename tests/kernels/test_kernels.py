@@ -1,4 +1,6 @@
-"""Laws of every operation: it means its formula, errs little in every dtype, reads strides, and refuses what does not fit."""
+"""Laws of every operation: it means its formula, errs little in every dtype, reads strides, and
+refuses what does not fit.
+"""
 
 import math
 from typing import Any
@@ -57,7 +59,9 @@ def long_linear(x, weight, bias, activation=None):
 
 
 def long_patch_embed(x, weight, bias, v=None, positions=None):
-    both = x if v is None else torch.stack([torch.cat([x[b % len(x)], v[b]]) for b in range(len(v))])
+    both = (
+        x if v is None else torch.stack([torch.cat([x[b % len(x)], v[b]]) for b in range(len(v))])
+    )
     p = weight.shape[-1]
     patches = [
         both[:, :, row : row + p, column : column + p].reshape(len(both), -1)
@@ -114,7 +118,10 @@ def long_group_norm_silu(x, weight, bias, groups, eps=1e-6):
         for g in range(groups):
             part = x[n, g * size : (g + 1) * size]
             normal = (part - part.mean()) / (((part - part.mean()) ** 2).mean() + eps) ** 0.5
-            y = normal * weight[g * size : (g + 1) * size, None, None] + bias[g * size : (g + 1) * size, None, None]
+            y = (
+                normal * weight[g * size : (g + 1) * size, None, None]
+                + bias[g * size : (g + 1) * size, None, None]
+            )
             out[n, g * size : (g + 1) * size] = y / (1 + (-y).exp())
     return out
 
@@ -148,7 +155,9 @@ def test_the_registry_names_its_operations():
 
 
 def test_examples_hold_what_kernels_get_wrong():
-    """head_dim 72, which is no power of two; token counts that divide by nothing; a batch of one."""
+    """head_dim 72, which is no power of two; token counts that divide by nothing; a batch of
+    one.
+    """
     shapes = [args[0].shape for args in examples("attention", torch.float32)]
     assert {s[4] for s in shapes} >= {72}
     assert any(s[1] % 2 for s in shapes)
@@ -167,9 +176,10 @@ def test_an_operation_means_its_formula(name, index):
         assert_close(got, truth, 1e-13)
 
 
-# Rounding inputs is not an operation's error: truth is float64 arithmetic on the rounded inputs. In float16 and bfloat16 a result
-# that is right but for its own rounding errs by a quarter of eps, measured; one more rounding on the way makes that a half. In
-# float32 sums of 1152 terms round at every term: 3.6 eps were measured.
+# Rounding inputs is not an operation's error: truth is float64 arithmetic on the rounded inputs. In
+# float16 and bfloat16 a result that is right but for its own rounding errs by a quarter of eps,
+# measured; one more rounding on the way makes that a half. In float32 sums of 1152 terms round at
+# every term: 3.6 eps were measured.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name, index", CASES)
 def test_error_against_float64(name, index, dtype):
@@ -187,7 +197,10 @@ def test_operations_that_widen_round_once(name, dtype):
     """In 16 bits they give what float32 gives on the same inputs, rounded."""
     for args in examples(name, dtype, seed=7):
         widened = tensors(OPS[name](*mapped(args, Tensor.float)))
-        assert all(torch.equal(got, w.to(dtype)) for got, w in zip(tensors(OPS[name](*args)), widened, strict=True))
+        assert all(
+            torch.equal(got, w.to(dtype))
+            for got, w in zip(tensors(OPS[name](*args)), widened, strict=True)
+        )
 
 
 @pytest.mark.parametrize("layout", ["every other", "axes turned", "rows repeated"])
@@ -200,7 +213,9 @@ def test_strides_change_nothing(name, index, layout):
         if layout == "every other":
             return strided(t)
         if layout == "axes turned":
-            return t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim)))
+            return (
+                t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim)))
+            )
         return t[:1].expand(t.shape)
 
     changed = mapped(args, change)
@@ -220,8 +235,13 @@ def test_inputs_are_left_alone(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_the_formula(name):
-    """By every tensor argument, against the formula's own, along a random direction of the results."""
-    mine, theirs = (mapped(case(name, 1, torch.float64, seed=4), lambda t: t.clone().requires_grad_()) for _ in range(2))
+    """By every tensor argument, against the formula's own, along a random direction of the
+    results.
+    """
+    mine, theirs = (
+        mapped(case(name, 1, torch.float64, seed=4), lambda t: t.clone().requires_grad_())
+        for _ in range(2)
+    )
     results, truths = tensors(OPS[name](*mine)), tensors(MEANING[name](*theirs))
     generator = torch.Generator().manual_seed(5)
     directions = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in truths]
@@ -257,7 +277,9 @@ def test_velocity_update_reads_the_first_rows_only():
 
 
 def test_guidance_of_one_and_zero():
-    """Scale 1 is the conditional half, scale 0 the unconditional, in both halves, for the guided channels."""
+    """Scale 1 is the conditional half, scale 0 the unconditional, in both halves, for the guided
+    channels.
+    """
     v = torch.randn(4, 4, 5, 7, dtype=torch.float64)
     c, u = v.chunk(2)
     assert torch.allclose(guide(v, 1.0, 3)[:, :3], torch.cat([c, c])[:, :3], atol=1e-15)
@@ -282,8 +304,18 @@ REFUSED: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [
     (gated_residual_adaln, (r(2, 3, 8), r(2, 4, 8), r(2, 8), r(2, 8), r(2, 8)), ValueError, "y"),
     (gated_residual_adaln, (r(2, 3, 8), r(2, 3, 8), r(3, 8), r(2, 8), r(2, 8)), ValueError, "gate"),
     (gated_residual_adaln, (r(2, 3, 8), r(2, 3, 8), r(2, 8), r(8), r(2, 8)), ValueError, "shift"),
-    (gated_residual_adaln, (r(2, 3, 8), r(2, 3, 8), r(2, 8), r(2, 8), r(2, 9)), ValueError, "scale"),
-    (gated_residual_adaln, (r(2, 3, 8), r(2, 3, 8).bool(), r(2, 8), r(2, 8), r(2, 8)), TypeError, "y"),
+    (
+        gated_residual_adaln,
+        (r(2, 3, 8), r(2, 3, 8), r(2, 8), r(2, 8), r(2, 9)),
+        ValueError,
+        "scale",
+    ),
+    (
+        gated_residual_adaln,
+        (r(2, 3, 8), r(2, 3, 8).bool(), r(2, 8), r(2, 8), r(2, 8)),
+        TypeError,
+        "y",
+    ),
     (attention, (r(2, 7, 3, 8),), ValueError, "qkv"),
     (attention, (r(2, 7, 2, 1, 8),), ValueError, "qkv"),
     (attention, (r(2, 7, 3, 1, 8).long(),), TypeError, "qkv"),
@@ -303,7 +335,12 @@ REFUSED: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [
     (patch_embed, (r(2, 4, 8, 8), r(16, 8, 2, 2), r(16), r(3, 4, 8, 8)), ValueError, "v"),
     (patch_embed, (r(1, 4, 8, 8), r(16, 8, 2, 2), r(16), r(1, 4, 8, 4)), ValueError, "v"),
     (patch_embed, (r(1, 4, 8, 8), r(16, 4, 2, 2), r(16), None, r(15, 16)), ValueError, "positions"),
-    (patch_embed, (r(1, 4, 8, 8), r(16, 4, 2, 2), r(16), None, r(16, 16).int()), TypeError, "positions"),
+    (
+        patch_embed,
+        (r(1, 4, 8, 8), r(16, 4, 2, 2), r(16), None, r(16, 16).int()),
+        TypeError,
+        "positions",
+    ),
     (patch_embed, (r(1, 4, 8, 8), r(16, 8, 2, 2), r(16), r(1, 4, 8, 8).int()), TypeError, "v"),
     (velocity_update, (r(2, 3), [], []), ValueError, "velocities"),
     (velocity_update, (r(2, 3), [r(2, 3)], [0.1, 0.2]), ValueError, "weights"),
@@ -318,26 +355,91 @@ REFUSED: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [
     (guide, (r(4, 4, 8, 8).long(), 2.0, 3), TypeError, "v"),
     (linear_gated_residual, (r(2, 3, 8), r(4, 7), r(4), r(2, 3, 4), r(2, 4)), ValueError, "weight"),
     (linear_gated_residual, (r(2, 3, 8), r(4, 8), r(5), r(2, 3, 4), r(2, 4)), ValueError, "bias"),
-    (linear_gated_residual, (r(2, 3, 8), r(4, 8), r(4), r(2, 3, 5), r(2, 4)), ValueError, "residual"),
+    (
+        linear_gated_residual,
+        (r(2, 3, 8), r(4, 8), r(4), r(2, 3, 5), r(2, 4)),
+        ValueError,
+        "residual",
+    ),
     (linear_gated_residual, (r(2, 3, 8), r(4, 8), r(4), r(2, 3, 4), r(3, 4)), ValueError, "gate"),
-    (linear_gated_residual, (r(2, 3, 8), r(4, 8), r(4), r(2, 3, 4).long(), r(2, 4)), TypeError, "residual"),
+    (
+        linear_gated_residual,
+        (r(2, 3, 8), r(4, 8), r(4), r(2, 3, 4).long(), r(2, 4)),
+        TypeError,
+        "residual",
+    ),
     (guided_update, (r(4, 8, 8), r(4, 8, 8), None, 1, 0.1), ValueError, "x"),
     (guided_update, (r(2, 4, 8, 8), r(2, 4, 8, 8), 1.5, 3, 0.1), ValueError, "raw"),
     (guided_update, (r(2, 4, 8, 8), r(4, 4, 8, 8), None, 3, 0.1), ValueError, "raw"),
     (guided_update, (r(2, 4, 8, 8), r(4, 4, 8, 8), 1.5, 5, 0.1), ValueError, "channels"),
     (guided_update, (r(2, 4, 8, 8), r(4, 4, 8, 8), r(3, 1, 1, 1), 3, 0.1), ValueError, "scale"),
     (guided_update, (r(2, 4, 8, 8), r(4, 4, 8, 8), 1.5, 3, 0.1, r(2, 4, 8, 8)), ValueError, "base"),
-    (guided_update, (r(2, 4, 8, 8), r(2, 4, 8, 8), None, 3, 0.1, None, [r(2, 4, 8, 8)], []), ValueError, "weights"),
-    (guided_update, (r(2, 4, 8, 8), r(2, 4, 8, 8), None, 3, 0.1, None, [r(1, 4, 8, 8)], [1.0]), ValueError, "velocities[0]"),
-    (final_update, (r(2, 16), r(2, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "tokens"),
-    (final_update, (r(2, 16, 8), r(2, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8, 8), 1.5, 4, 0.1), ValueError, "tokens"),
-    (final_update, (r(2, 16, 8), r(1, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "shift"),
-    (final_update, (r(2, 16, 8), r(2, 8), r(2, 9), r(16, 8), r(16), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "scale"),
-    (final_update, (r(2, 16, 8), r(2, 8), r(2, 8), r(16, 7), r(16), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "weight"),
-    (final_update, (r(2, 16, 8), r(2, 8), r(2, 8), r(20, 8), r(20), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "weight"),
-    (final_update, (r(2, 16, 8), r(2, 8), r(2, 8), r(16, 8), r(15), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "bias"),
-    (final_update, (r(2, 15, 8), r(2, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8, 8), None, 4, 0.1), ValueError, "tokens"),
-    (final_update, (r(2, 16, 8), r(2, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8), None, 4, 0.1), ValueError, "x"),
+    (
+        guided_update,
+        (r(2, 4, 8, 8), r(2, 4, 8, 8), None, 3, 0.1, None, [r(2, 4, 8, 8)], []),
+        ValueError,
+        "weights",
+    ),
+    (
+        guided_update,
+        (r(2, 4, 8, 8), r(2, 4, 8, 8), None, 3, 0.1, None, [r(1, 4, 8, 8)], [1.0]),
+        ValueError,
+        "velocities[0]",
+    ),
+    (
+        final_update,
+        (r(2, 16), r(2, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8, 8), None, 4, 0.1),
+        ValueError,
+        "tokens",
+    ),
+    (
+        final_update,
+        (r(2, 16, 8), r(2, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8, 8), 1.5, 4, 0.1),
+        ValueError,
+        "tokens",
+    ),
+    (
+        final_update,
+        (r(2, 16, 8), r(1, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8, 8), None, 4, 0.1),
+        ValueError,
+        "shift",
+    ),
+    (
+        final_update,
+        (r(2, 16, 8), r(2, 8), r(2, 9), r(16, 8), r(16), r(2, 4, 8, 8), None, 4, 0.1),
+        ValueError,
+        "scale",
+    ),
+    (
+        final_update,
+        (r(2, 16, 8), r(2, 8), r(2, 8), r(16, 7), r(16), r(2, 4, 8, 8), None, 4, 0.1),
+        ValueError,
+        "weight",
+    ),
+    (
+        final_update,
+        (r(2, 16, 8), r(2, 8), r(2, 8), r(20, 8), r(20), r(2, 4, 8, 8), None, 4, 0.1),
+        ValueError,
+        "weight",
+    ),
+    (
+        final_update,
+        (r(2, 16, 8), r(2, 8), r(2, 8), r(16, 8), r(15), r(2, 4, 8, 8), None, 4, 0.1),
+        ValueError,
+        "bias",
+    ),
+    (
+        final_update,
+        (r(2, 15, 8), r(2, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8, 8), None, 4, 0.1),
+        ValueError,
+        "tokens",
+    ),
+    (
+        final_update,
+        (r(2, 16, 8), r(2, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8), None, 4, 0.1),
+        ValueError,
+        "x",
+    ),
     (group_norm_silu, (r(2, 8, 4), r(8), r(8), 4), ValueError, "x"),
     (group_norm_silu, (r(2, 8, 4, 4), r(8), r(8), 3), ValueError, "groups"),
     (group_norm_silu, (r(2, 8, 4, 4), r(7), r(8), 4), ValueError, "weight"),
@@ -347,7 +449,9 @@ REFUSED: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(
-    "operation, args, kind, argument", REFUSED, ids=[f"{o.name}-{a}-{i}" for i, (o, _, _, a) in enumerate(REFUSED)]
+    "operation, args, kind, argument",
+    REFUSED,
+    ids=[f"{o.name}-{a}-{i}" for i, (o, _, _, a) in enumerate(REFUSED)],
 )
 def test_what_does_not_fit_is_refused_by_name(operation, args, kind, argument):
     with pytest.raises(kind) as refusal:
@@ -361,18 +465,28 @@ MIXED = [
     (linear, lambda a, b: (a(2, 8), b(4, 8), a(4)), "weight"),
     (linear, lambda a, b: (a(2, 8), a(4, 8), b(4)), "bias"),
     (patch_embed, lambda a, b: (a(1, 4, 8, 8), a(16, 4, 2, 2), b(16)), "bias"),
-    (patch_embed, lambda a, b: (a(1, 4, 8, 8), a(16, 4, 2, 2), a(16), None, b(16, 16)), "positions"),
+    (
+        patch_embed,
+        lambda a, b: (a(1, 4, 8, 8), a(16, 4, 2, 2), a(16), None, b(16, 16)),
+        "positions",
+    ),
 ]
 
 
-@pytest.mark.parametrize("operation, make, argument", MIXED, ids=[f"{o.name}-{a}" for o, _, a in MIXED])
+@pytest.mark.parametrize(
+    "operation, make, argument", MIXED, ids=[f"{o.name}-{a}" for o, _, a in MIXED]
+)
 def test_matrix_products_refuse_mixed_dtypes_by_name(operation, make, argument):
     with pytest.raises(TypeError, match=rf"{operation.name}: .*\b{argument}\b"):
-        operation(*make(lambda *s: torch.zeros(*s), lambda *s: torch.zeros(*s, dtype=torch.bfloat16)))
+        operation(
+            *make(lambda *s: torch.zeros(*s), lambda *s: torch.zeros(*s, dtype=torch.bfloat16))
+        )
 
 
 def test_results_have_the_first_arguments_dtype():
-    """Also where modulations, velocities or scales come in a wider one. The patch embedding's is that of its weight."""
+    """Also where modulations, velocities or scales come in a wider one. The patch embedding's is
+    that of its weight.
+    """
     latents = torch.randn(2, 4, 8, 8)
     weight, bias = torch.randn(16, 8, 2, 2).bfloat16(), torch.randn(16).bfloat16()
     tokens = patch_embed(latents, weight, bias, latents.double())
@@ -382,4 +496,7 @@ def test_results_have_the_first_arguments_dtype():
     assert adaln_modulate(x, wide[0], wide[1]).dtype == torch.bfloat16
     assert [t.dtype for t in gated_residual_adaln(x, x.float(), *wide)] == [torch.bfloat16] * 2
     assert velocity_update(x, [x.double()], [0.1]).dtype == torch.bfloat16
-    assert guide(torch.randn(4, 4, 2, 2).bfloat16(), torch.randn(2, 1, 1, 1), 3).dtype == torch.bfloat16
+    assert (
+        guide(torch.randn(4, 4, 2, 2).bfloat16(), torch.randn(2, 1, 1, 1), 3).dtype
+        == torch.bfloat16
+    )

@@ -1,7 +1,9 @@
-"""Every launch that host code can ask for is one that a GPU can make: threads, registers, shared memory, grids.
+"""Every launch that host code can ask for is one that a GPU can make: threads, registers, shared
+memory, grids.
 
-csrc's kernels for all widths, alignments and dtypes, with the registers that compilers give them; all grids for inputs as large as
-`cannot` lets through. Triton's blocks: tests/kernels/test_compiled.py.
+csrc's kernels for all widths, alignments and dtypes, with the registers that compilers give them;
+all grids for inputs as large as `cannot` lets through. Triton's blocks:
+tests/kernels/test_compiled.py.
 """
 
 from __future__ import annotations
@@ -36,41 +38,95 @@ class Launch(NamedTuple):
 def launched(monkeypatch) -> list[Launch]:
     """What csrc's host code asks for, in place of a launch."""
     seen: list[Launch] = []
-    monkeypatch.setattr(_cuda, "launch", lambda name, grid, threads, shared, args: seen.append(Launch(name, grid, threads, shared)))
+    monkeypatch.setattr(
+        _cuda,
+        "launch",
+        lambda name, grid, threads, shared, args: seen.append(Launch(name, grid, threads, shared)),
+    )
     return seen
 
 
 def make(dtype: torch.dtype, odd: bool) -> Any:
     """Tensors of no particular numbers, aligned or one element off."""
-    return lambda *shape: torch.empty(torch.Size(shape).numel() + odd, dtype=dtype)[int(odd) :].view(shape)
+    return lambda *shape: torch.empty(torch.Size(shape).numel() + odd, dtype=dtype)[
+        int(odd) :
+    ].view(shape)
 
 
 def adaln(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """All widths to 600, and from there to the largest some of every kind: whole vectors and not, and both sides of every limit."""
-    for D in {*range(2, 600), *range(601, 16385, 61), *range(1024, 16385, 256), *range(1023, 16385, 1024), *range(14330, 14345)}:
+    """All widths to 600, and from there to the largest some of every kind: whole vectors and not,
+    and both sides of every limit.
+    """
+    for D in {
+        *range(2, 600),
+        *range(601, 16385, 61),
+        *range(1024, 16385, 256),
+        *range(1023, 16385, 1024),
+        *range(14330, 14345),
+    }:
         for odd in (False, True):
             new = make(dtype, odd)
             yield "adaln_modulate", (new(1, 1, D), new(1, D), new(1, D), 1e-6)
-            yield "gated_residual_adaln", (new(1, 1, D), new(1, 1, D), new(1, D), new(1, D), new(1, D), 1e-6)
+            yield (
+                "gated_residual_adaln",
+                (new(1, 1, D), new(1, 1, D), new(1, D), new(1, D), new(1, D), 1e-6),
+            )
 
 
 def group_norm(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for C in {*range(1, 300), *range(300, 9000, 37), *range(256, 9000, 256), 1023, 1025, 1032, 4095, 4097, 8191, 8193}:
+    for C in {
+        *range(1, 300),
+        *range(300, 9000, 37),
+        *range(256, 9000, 256),
+        1023,
+        1025,
+        1032,
+        4095,
+        4097,
+        8191,
+        8193,
+    }:
         for groups in {1, C, *(g for g in (2, 32, 37, 1024) if C % g == 0)}:
             for odd in (False, True):
                 x = torch.empty(C + odd, dtype=dtype)[int(odd) :].view(1, C, 1, 1)
                 weight, bias = make(dtype, odd)(C), make(dtype, False)(C)
-                yield "group_norm_silu", (x.contiguous(memory_format=torch.channels_last), weight, bias, groups, 1e-6)
+                yield (
+                    "group_norm_silu",
+                    (x.contiguous(memory_format=torch.channels_last), weight, bias, groups, 1e-6),
+                )
 
 
 def updates(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for C, HW in ((1, 1), (3, 1), (1, 31), (1, 33), (4, 64), (4, 65), (1, 255), (1, 257), (4, 2048), (3, 2049)):
+    for C, HW in (
+        (1, 1),
+        (3, 1),
+        (1, 31),
+        (1, 33),
+        (4, 64),
+        (4, 65),
+        (1, 255),
+        (1, 257),
+        (4, 2048),
+        (3, 2049),
+    ):
         for odd in (False, True):
             new = make(dtype, odd)
             x, v = new(1, C, HW, 1), new(2, C, HW, 1)
             yield "velocity_update", (x, [v] * 4, [0.1] * 4)
             yield "guided_update", (x, v, 1.5, C, 0.1, v, [v] * 4, [0.1] * 4)
-            yield "guided_update", (x, make(torch.float32, odd)(2, C, HW, 1).to(dtype), 1.5, C, 0.1, v, [v] * 4, [0.1] * 4)
+            yield (
+                "guided_update",
+                (
+                    x,
+                    make(torch.float32, odd)(2, C, HW, 1).to(dtype),
+                    1.5,
+                    C,
+                    0.1,
+                    v,
+                    [v] * 4,
+                    [0.1] * 4,
+                ),
+            )
             if dtype != torch.float32:
                 wide = make(torch.float32, odd)(1, C, HW, 1)
                 yield "guided_update", (wide, v, 1.5, C, 0.1, None, [wide], [0.1])
@@ -80,29 +136,43 @@ WALKS = {"adaln": adaln, "group_norm": group_norm, "updates": updates}
 
 
 def asked_for(walk: Any, launched: list[Launch]) -> list[tuple[Launch, str]]:
-    """All launches of a walk over what the operations do not refuse, each with what asked for it."""
+    """All launches of a walk over what the operations do not refuse, each with what asked for
+    it.
+    """
     found = []
     for dtype in DTYPES:
         for name, args in walk(dtype):
             backend = OPS[name].backends["cuda"]
             if backend.cannot(*args) is None:
                 backend.run(*args)
-            found += [(launch, f"{name} {dtype} {[tuple(a.shape) for a in args if isinstance(a, Tensor)]}") for launch in launched]
+            found += [
+                (
+                    launch,
+                    f"{name} {dtype} {[tuple(a.shape) for a in args if isinstance(a, Tensor)]}",
+                )
+                for launch in launched
+            ]
             launched.clear()
     return found
 
 
 def resources(said: str) -> dict[str, tuple[int, int]]:
-    """What ptxas says, by linkers' names: registers of a thread, and a block's shared memory beside what its launch asks for."""
+    """What ptxas says, by linkers' names: registers of a thread, and a block's shared memory beside
+    what its launch asks for.
+    """
     found = {}
-    for name, rest in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", said, re.DOTALL):
+    for name, rest in re.findall(
+        r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", said, re.DOTALL
+    ):
         smem = re.search(r"(\d+) bytes smem", rest)
         found[name] = int(re.search(r"Used (\d+) registers", rest)[1]), int(smem[1]) if smem else 0
     return found
 
 
 def instances(names: set[str], arch: str, folder: Path) -> dict[str, list[tuple[int, int]]]:
-    """Of each instance what each compiler at hand gives it: NVRTC, which runs where there is no extension, and builds' nvcc."""
+    """Of each instance what each compiler at hand gives it: NVRTC, which runs where there is no
+    extension, and builds' nvcc.
+    """
     nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed").cuda.nvrtc
     files = defaultdict(list)
     for name in sorted(names):
@@ -116,8 +186,22 @@ def instances(names: set[str], arch: str, folder: Path) -> dict[str, list[tuple[
         nvrtc.compileProgram(program, [*_nvrtc.options(), f"-arch=sm_{arch}", "--ptxas-options=-v"])
         by_compiler = [resources(nvrtc.getProgramLog(program))]
         if nvcc := shutil.which("nvcc"):
-            command = [nvcc, "-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v"]
-            done = subprocess.run([*command, "-o", folder / "x.cubin", path], check=True, capture_output=True, text=True)
+            command = [
+                nvcc,
+                "-O3",
+                "-std=c++17",
+                "--expt-relaxed-constexpr",
+                f"-arch=sm_{arch}",
+                "-cubin",
+                "-Xptxas",
+                "-v",
+            ]
+            done = subprocess.run(
+                [*command, "-o", folder / "x.cubin", path],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             by_compiler.append(resources(done.stderr))
         for name in members:
             found[name] = [known[nvrtc.getLoweredName(program, name)] for known in by_compiler]
@@ -146,7 +230,8 @@ def test_the_walks_reach_the_largest_blocks(launched):
             kernel = launch.name.split("<")[0].removeprefix("flowturbo::")
             most[kernel] = max(most[kernel], launch.threads)
     assert dict(most) == {
-        "adaln": 1024, "group_norm_statistics": 1024, "group_norm_apply": 256, "velocity_update": 256
+        "adaln": 1024, "group_norm_statistics": 1024, "group_norm_apply": 256,
+        "velocity_update": 256
     }  # fmt: skip
 
 
@@ -165,7 +250,9 @@ def empty(*shape: int) -> Tensor:
 
 
 def huge() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(operation, arguments) whose grids would pass an axis, or with numbers that 32 bits can't count, and the last before that."""
+    """(operation, arguments) whose grids would pass an axis, or with numbers that 32 bits can't
+    count, and the last before that.
+    """
     for rows in (2**31 - 1, 2**31):
         yield "adaln_modulate", (empty(rows, 1, 2), empty(rows, 2), empty(rows, 2))
         yield "gated_residual_adaln", (*[empty(1, rows, 2)] * 2, *[empty(1, 2)] * 3)
@@ -189,7 +276,10 @@ def huge() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "final_update", (*layer, x, 1.5, 1, 0.1)
         yield "attention", (empty(N, 1, 3, 1, 8),)
         yield "linear", (empty(N, 8), empty(8, 8), empty(8))
-        yield "linear_gated_residual", (empty(N, 1, 8), empty(8, 8), empty(8), empty(N, 1, 8), empty(N, 8))
+        yield (
+            "linear_gated_residual",
+            (empty(N, 1, 8), empty(8, 8), empty(8), empty(N, 1, 8), empty(N, 8)),
+        )
     for side in (2**15, 2**16):  # 2^30 and 2^32 numbers an image
         x = empty(1, 1, side, side)
         yield "velocity_update", (x, [x], [0.1])
@@ -203,7 +293,10 @@ def huge() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "patch_embed", (empty(1, 1, 2, 2), empty(D, 1, 2, 2), empty(D))
     for channels in (1024, 4096, 8192, 2**21):
         yield "group_norm_silu", (empty(1, channels, 2, 2), empty(channels), empty(channels), 32)
-        yield "group_norm_silu", (empty(1, channels, 2, 2), empty(channels), empty(channels), channels)
+        yield (
+            "group_norm_silu",
+            (empty(1, channels, 2, 2), empty(channels), empty(channels), channels),
+        )
 
 
 def positional(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -214,7 +307,9 @@ def positional(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_every_grid_is_one_or_its_inputs_are_refused(backend, launched, monkeypatch):
     grids: list[tuple[int, ...]] = []
-    monkeypatch.setattr(_triton.Kernel, "launch", lambda kernel, grid, *args, **options: grids.append(grid))
+    monkeypatch.setattr(
+        _triton.Kernel, "launch", lambda kernel, grid, *args, **options: grids.append(grid)
+    )
     taken: dict[str, list[bool]] = defaultdict(list)
     for name, args in huge():
         if backend not in OPS[name].backends:
@@ -228,10 +323,18 @@ def test_every_grid_is_one_or_its_inputs_are_refused(backend, launched, monkeypa
         way.run(*full)
         for grid in (*grids, *(launch.grid for launch in launched)):
             sizes = [tuple(t.shape) for t in args if isinstance(t, Tensor)]
-            assert all(1 <= n <= most for n, most in zip(grid, GRID, strict=False)), (name, grid, sizes)
+            assert all(1 <= n <= most for n, most in zip(grid, GRID, strict=False)), (
+                name,
+                grid,
+                sizes,
+            )
         grids.clear()
         launched.clear()
     assert all(any(ways) for ways in taken.values()), taken
     refused = {name for name, ways in taken.items() if not all(ways)}
     in_triton_alone = {"attention", "linear_fp8", "quantize_rows"} if backend == "triton" else set()
-    assert refused >= {"adaln_modulate", "gated_residual_adaln", "guided_update", "group_norm_silu"} | in_triton_alone
+    assert (
+        refused
+        >= {"adaln_modulate", "gated_residual_adaln", "guided_update", "group_norm_silu"}
+        | in_triton_alone
+    )

@@ -23,7 +23,9 @@ def programs(monkeypatch):
     from cupy.cuda import nvrtc
 
     made, original = [], nvrtc.createProgram
-    monkeypatch.setattr(nvrtc, "createProgram", lambda *args: made.append(args[1]) or original(*args))
+    monkeypatch.setattr(
+        nvrtc, "createProgram", lambda *args: made.append(args[1]) or original(*args)
+    )
     return made
 
 
@@ -37,13 +39,19 @@ def test_what_was_compiled_is_kept_for_the_next_process(folder, programs):
     assert len(list(folder.iterdir())) == 2
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b"\n\n\n"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[:-100], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b"\n\n\n"],
+)
 def test_a_damaged_file_is_compiled_over(folder, programs, damage):
     first = _nvrtc.compiled(NAME, (9, 0), _nvrtc.options())
     [file] = folder.iterdir()
     file.write_bytes(damage(file.read_bytes()))
     name, code = _nvrtc.compiled(NAME, (9, 0), _nvrtc.options())
-    assert (name, code[:4]) == (first[0], b"\x7fELF")  # the same source does not give the same bytes each time
+    assert (name, code[:4]) == (
+        first[0],
+        b"\x7fELF",
+    )  # the same source does not give the same bytes each time
     assert len(programs) == 2
     assert _nvrtc.compiled(NAME, (9, 0), _nvrtc.options()) == (name, code)
 
@@ -55,7 +63,9 @@ def test_a_gpu_newer_than_nvrtc_gets_ptx(folder):
 
 def test_a_source_that_does_not_compile_is_named_with_the_compilers_words(folder, monkeypatch):
     monkeypatch.setattr(_nvrtc, "source", lambda name: "no such thing;")
-    with pytest.raises(RuntimeError, match=r"adaln<float,1,1> does not compile for -arch=sm_90: (.|\n)*error"):
+    with pytest.raises(
+        RuntimeError, match=r"adaln<float,1,1> does not compile for -arch=sm_90: (.|\n)*error"
+    ):
         _nvrtc.compiled(NAME, (9, 0), _nvrtc.options())
     assert not folder.exists()
 

@@ -11,11 +11,15 @@ from tiny import CONFIG, HEAD_DIM_72, random_sit
 
 from flowturbo_kernels import guide, refiner_forward, use_backend, velocity_update
 
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU"
+)
 
 
 def both_ways(config, dtype, guidance, depth=1, backend="reference"):
-    """Moved latents and refined velocity, by SiT.forward with guidance and update apart, and by refiner_forward."""
+    """Moved latents and refined velocity, by SiT.forward with guidance and update apart, and by
+    refiner_forward.
+    """
     N, seed = 3, int(torch.randint(1000, ()))
     R = N if guidance is None else 2 * N
     network = random_sit(config.refiner(depth), seed).to(dtype)
@@ -68,7 +72,9 @@ def test_in_16_bits_it_errs_no_more_than_step_by_step():
 
 
 def test_another_base_and_origin():
-    """As the second half of a Heun-like refiner step has them: it reads the cached velocity and corrects the first refined one."""
+    """As the second half of a Heun-like refiner step has them: it reads the cached velocity and
+    corrects the first refined one.
+    """
     network = random_sit(CONFIG.refiner(), 1).double()
     x, origin, v, base = (torch.randn(2, 4, 8, 8, dtype=torch.float64) for _ in range(4))
     t, y = torch.full((2,), 0.7), torch.tensor([1, 5])

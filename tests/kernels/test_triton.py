@@ -1,7 +1,9 @@
-"""Laws of the Triton kernels, in Triton's interpreter on the CPU and, with the marker gpu, compiled on a GPU.
+"""Laws of the Triton kernels, in Triton's interpreter on the CPU and, with the marker gpu, compiled
+on a GPU.
 
-Truth is float64 arithmetic on the same inputs. A kernel may err twice as much as torch's own operations in that dtype, and, since
-the errors of a few numbers scatter, by four eps more in float32 and by a quarter of one in 16 bits.
+Truth is float64 arithmetic on the same inputs. A kernel may err twice as much as torch's own
+operations in that dtype, and, since the errors of a few numbers scatter, by four eps more in
+float32 and by a quarter of one in 16 bits.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Whatever memory a kernel is given holds NaN, not by chance the right result of an earlier call."""
+    """Whatever memory a kernel is given holds NaN, not by chance the right result of an earlier
+    call.
+    """
     for name in ("empty", "empty_like"):
         allocate = getattr(torch, name)
 
@@ -55,7 +59,9 @@ def poisoned(monkeypatch):
 
 
 def dtypes_of(device: str) -> list[torch.dtype]:
-    """In the interpreter stores to bfloat16 truncate instead of rounding, and products of it are wrong."""
+    """In the interpreter stores to bfloat16 truncate instead of rounding, and products of it are
+    wrong.
+    """
     return DTYPES if device == "cuda" else DTYPES[:2]
 
 
@@ -80,7 +86,9 @@ def test_strides_change_nothing(name, index, layout, device):
         if layout == "every other":
             return strided(t)
         if layout == "axes turned":
-            return t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim)))
+            return (
+                t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim)))
+            )
         return t[:1].expand(t.shape)
 
     args = mapped(case(name, index, torch.float32, seed=12), change)
@@ -113,7 +121,12 @@ def random(*shape: int) -> Tensor:
 def test_adaln_of_any_shape(B, T, D):
     modulations = random(B, 6 * D).chunk(6, dim=1)  # strided rows, as a SiT has them
     check(adaln_modulate, (random(B, T, D) + 3, *modulations[:2]), torch.float32, any_shape=True)
-    check(gated_residual_adaln, (random(B, T, D), random(B, T, D), *modulations[2:5]), torch.float32, any_shape=True)
+    check(
+        gated_residual_adaln,
+        (random(B, T, D), random(B, T, D), *modulations[2:5]),
+        torch.float32,
+        any_shape=True,
+    )
 
 
 @sizes
@@ -128,61 +141,141 @@ def test_adaln_of_any_shape(B, T, D):
 def test_patch_embed_of_any_shape(B, C, p, h, w, data):
     D, has_v = data.draw(st.integers(1, 100)), data.draw(st.booleans())
     x, v = (random(B, C, h * p, w * p) for _ in range(2))
-    check(patch_embed, (x, random(D, C * (1 + has_v), p, p), random(D), v if has_v else None), torch.float32, any_shape=True)
+    check(
+        patch_embed,
+        (x, random(D, C * (1 + has_v), p, p), random(D), v if has_v else None),
+        torch.float32,
+        any_shape=True,
+    )
 
 
 @sizes
-@given(N=st.integers(1, 3), C=st.integers(1, 5), H=st.integers(1, 9), W=st.integers(1, 9), data=st.data())
+@given(
+    N=st.integers(1, 3),
+    C=st.integers(1, 5),
+    H=st.integers(1, 9),
+    W=st.integers(1, 9),
+    data=st.data(),
+)
 def test_guided_update_of_any_shape(N, C, H, W, data):
-    guided, base, count = data.draw(st.booleans()), data.draw(st.booleans()), data.draw(st.integers(0, 4))
+    guided, base, count = (
+        data.draw(st.booleans()),
+        data.draw(st.booleans()),
+        data.draw(st.integers(0, 4)),
+    )
     R = 2 * N if guided else N
     x, raw = random(N, C, H, W), random(R, C, H, W)
     others = [random(data.draw(st.sampled_from([N, 2 * N])), C, H, W) for _ in range(count)]
     scale = data.draw(st.sampled_from([2.5, random(N, 1, 1, 1)])) if guided else None
     channels = data.draw(st.integers(1, C))
-    args = (x, raw, scale, channels, 0.3, random(R, C, H, W) if base else None, others, [0.1 * k - 0.2 for k in range(count)])
+    args = (
+        x,
+        raw,
+        scale,
+        channels,
+        0.3,
+        random(R, C, H, W) if base else None,
+        others,
+        [0.1 * k - 0.2 for k in range(count)],
+    )
     check(guided_update, args, torch.float32, any_shape=True)
 
 
 @sizes
 @given(
-    N=st.integers(1, 2), C=st.integers(1, 4), p=st.sampled_from([1, 2, 3]), h=st.integers(1, 5), w=st.integers(1, 5), data=st.data()
+    N=st.integers(1, 2),
+    C=st.integers(1, 4),
+    p=st.sampled_from([1, 2, 3]),
+    h=st.integers(1, 5),
+    w=st.integers(1, 5),
+    data=st.data(),
 )
 def test_final_update_of_any_shape(N, C, p, h, w, data):
     """Latents need not be square: the patch is known from the number of tokens."""
     guided, base, sigma = (data.draw(st.booleans()) for _ in range(3))
-    R, T, D, outputs = N * (1 + guided), h * w, data.draw(st.integers(2, 200)), p * p * C * (1 + sigma)
-    layer = random(R, T, D) - 2, random(R, D), random(R, D), random(outputs, D) / D**0.5, random(outputs)
-    args = (*layer, random(N, C, h * p, w * p), 1.7 if guided else None, data.draw(st.integers(1, C)), 0.2)
-    check(final_update, (*args, random(R, C, h * p, w * p)) if base else args, torch.float32, any_shape=True)
+    R, T, D, outputs = (
+        N * (1 + guided),
+        h * w,
+        data.draw(st.integers(2, 200)),
+        p * p * C * (1 + sigma),
+    )
+    layer = (
+        random(R, T, D) - 2,
+        random(R, D),
+        random(R, D),
+        random(outputs, D) / D**0.5,
+        random(outputs),
+    )
+    args = (
+        *layer,
+        random(N, C, h * p, w * p),
+        1.7 if guided else None,
+        data.draw(st.integers(1, C)),
+        0.2,
+    )
+    check(
+        final_update,
+        (*args, random(R, C, h * p, w * p)) if base else args,
+        torch.float32,
+        any_shape=True,
+    )
 
 
 @sizes
-@given(N=st.integers(1, 2), groups=st.integers(1, 6), size=st.integers(1, 9), H=st.integers(1, 40), W=st.integers(1, 40))
+@given(
+    N=st.integers(1, 2),
+    groups=st.integers(1, 6),
+    size=st.integers(1, 9),
+    H=st.integers(1, 40),
+    W=st.integers(1, 40),
+)
 def test_group_norm_of_any_shape(N, groups, size, H, W):
     """With a mean that is large beside the deviation, where a sum of squares would cancel."""
     assume(size * H * W > 1)  # of one number there is no deviation, and torch refuses
     x = (random(N, groups * size, H, W) + 100).to(memory_format=torch.channels_last)
-    check(group_norm_silu, (x, random(groups * size), random(groups * size), groups), torch.float32, any_shape=True)
+    check(
+        group_norm_silu,
+        (x, random(groups * size), random(groups * size), groups),
+        torch.float32,
+        any_shape=True,
+    )
 
 
 @sizes
-@given(B=st.integers(1, 3), T=st.integers(1, 40), heads=st.integers(1, 3), eighths=st.integers(1, 16))
+@given(
+    B=st.integers(1, 3), T=st.integers(1, 40), heads=st.integers(1, 3), eighths=st.integers(1, 16)
+)
 def test_attention_of_any_shape(B, T, heads, eighths):
     check(attention, (random(B, T, 3, heads, 8 * eighths),), torch.float32, any_shape=True)
 
 
 @sizes
-@given(B=st.integers(1, 3), T=st.integers(1, 40), K=st.integers(1, 100), N=st.integers(1, 100), gelu=st.booleans())
+@given(
+    B=st.integers(1, 3),
+    T=st.integers(1, 40),
+    K=st.integers(1, 100),
+    N=st.integers(1, 100),
+    gelu=st.booleans(),
+)
 def test_products_of_any_shape(B, T, K, N, gelu):
     layer = random(B, T, K), random(N, K) / K**0.5, random(N)
     check(linear, (*layer, "gelu_tanh" if gelu else None), torch.float32, any_shape=True)
-    check(linear_gated_residual, (*layer, random(B, T, N), random(B, N)), torch.float32, any_shape=True)
+    check(
+        linear_gated_residual,
+        (*layer, random(B, T, N), random(B, N)),
+        torch.float32,
+        any_shape=True,
+    )
 
 
 def test_a_row_far_from_zero_keeps_its_variance(device):
-    """Its mean is rounded to 3e-5, however it is summed; the mean of squares less that of the mean would be off by 0.02."""
-    args = (torch.randn(2, 5, 1152) + 1000).to(device), *(torch.randn(2, 1152).to(device) for _ in range(2))
+    """Its mean is rounded to 3e-5, however it is summed; the mean of squares less that of the mean
+    would be off by 0.02.
+    """
+    args = (
+        (torch.randn(2, 5, 1152) + 1000).to(device),
+        *(torch.randn(2, 1152).to(device) for _ in range(2)),
+    )
     with use_backend("triton"):
         got = adaln_modulate(*args)
     assert_close(got, adaln_modulate.reference(*mapped(args, Tensor.double)), 2e-4)

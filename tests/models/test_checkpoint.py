@@ -1,4 +1,6 @@
-"""Checkpoints: every published form loads, everything else is named and refused by one error, and a written file is bit for bit."""
+"""Checkpoints: every published form loads, everything else is named and refused by one error, and a
+written file is bit for bit.
+"""
 
 import contextlib
 import itertools
@@ -37,9 +39,15 @@ def refiner_state(seed: int = 2, depth: int = 1, **sizes: int) -> dict[str, Tens
 def repa_state(seed: int = 3) -> dict[str, Tensor]:
     """As REPA's trainer saves: no learned sigma, and projectors that only its training needs."""
     state = predictor_state(seed)
-    state |= {f"final_layer.linear.{kind}": state[f"final_layer.linear.{kind}"][:16].clone() for kind in ("weight", "bias")}
+    state |= {
+        f"final_layer.linear.{kind}": state[f"final_layer.linear.{kind}"][:16].clone()
+        for kind in ("weight", "bias")
+    }
     for layer in (0, 2, 4):
-        state |= {f"projectors.0.{layer}.weight": torch.randn(8, 8), f"projectors.0.{layer}.bias": torch.randn(8)}
+        state |= {
+            f"projectors.0.{layer}.weight": torch.randn(8, 8),
+            f"projectors.0.{layer}.bias": torch.randn(8),
+        }
     return state
 
 
@@ -54,7 +62,10 @@ def agrees(model: SiT, state: dict[str, Tensor], seed: int = 4) -> bool:
     x, t, y = inputs(seed)
     if model.config.reads_velocity:
         v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1))
-        return relative_error(model(x, t, y, v), sit_forward(state, HEADS, torch.cat([x, v], 1), t, y)) < 2e-6
+        return (
+            relative_error(model(x, t, y, v), sit_forward(state, HEADS, torch.cat([x, v], 1), t, y))
+            < 2e-6
+        )
     return relative_error(model(x, t, y), sit_forward(state, HEADS, x, t, y)) < 2e-6
 
 
@@ -64,7 +75,15 @@ def train_file(model: dict[str, Tensor], ema: dict[str, Tensor]) -> dict[str, ob
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
     sum(w.square().sum() for w in weights).backward()
     optimizer.step()
-    args = Namespace(model="SiT-XL/2", image_size=256, num_classes=1000, ckpt=None, path_type="Linear", cfg_scale=4.0, vae=["ema"])
+    args = Namespace(
+        model="SiT-XL/2",
+        image_size=256,
+        num_classes=1000,
+        ckpt=None,
+        path_type="Linear",
+        cfg_scale=4.0,
+        vae=["ema"],
+    )
     return {"model": model, "ema": ema, "opt": optimizer.state_dict(), "args": args}
 
 
@@ -83,14 +102,20 @@ WRAPPED = {
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".PT"])
 @pytest.mark.parametrize("wrapper", WRAPPED)
-@pytest.mark.parametrize("make, role", [(predictor_state, "predictor"), (refiner_state, "refiner")], ids=["predictor", "refiner"])
+@pytest.mark.parametrize(
+    "make, role",
+    [(predictor_state, "predictor"), (refiner_state, "refiner")],
+    ids=["predictor", "refiner"],
+)
 def test_published_forms_load(tmp_path, wrapper, make, role, suffix):
     other, state = make(11), make(12)
     path = tmp_path / f"a{suffix}"
     torch.save(WRAPPED[wrapper](other, state), path)
     loaded = load_sit(path, role, heads=HEADS)
     assert loaded.convention == "sit"
-    assert loaded.model.config == config_from_state(state, reads_velocity=role == "refiner", heads=HEADS)
+    assert loaded.model.config == config_from_state(
+        state, reads_velocity=role == "refiner", heads=HEADS
+    )
     assert agrees(loaded.model, state)
     assert not agrees(loaded.model, other)
 
@@ -106,7 +131,11 @@ def test_weights_stand_where_torch_would_put_them(tmp_path, name):
     assert all(weight.equal(state[key]) for key, weight in model.predictor.state_dict().items())
 
 
-@pytest.mark.parametrize("make, role", [(predictor_state, "predictor"), (refiner_state, "refiner")], ids=["predictor", "refiner"])
+@pytest.mark.parametrize(
+    "make, role",
+    [(predictor_state, "predictor"), (refiner_state, "refiner")],
+    ids=["predictor", "refiner"],
+)
 def test_safetensors_of_others_load(tmp_path, make, role):
     state = make(13)
     safetensors.torch.save_file(state, tmp_path / "a.safetensors", {"format": "pt"})
@@ -123,14 +152,23 @@ def test_positions_are_the_files_own(tmp_path):
     """A checkpoint's pos_embed is used as it is, sines or not."""
     state = predictor_state(15)
     torch.save(state, tmp_path / "a.pt")
-    assert torch.equal(load_sit(tmp_path / "a.pt", "predictor", heads=HEADS).model.pos_embed, state["pos_embed"])
+    assert torch.equal(
+        load_sit(tmp_path / "a.pt", "predictor", heads=HEADS).model.pos_embed, state["pos_embed"]
+    )
 
 
 def test_load_makes_a_flow_model(tmp_path):
     torch.save({"ema": predictor_state(16)}, tmp_path / "p.pt")
     torch.save(refiner_state(17), tmp_path / "r.pth")
-    model = ft.load(tmp_path / "p.pt", str(tmp_path / "r.pth"), heads=HEADS, device="cpu", dtype=torch.float32)
-    assert (model.latent_shape, model.num_classes, model.null_class, model.guidance_channels) == ((4, 8, 8), 10, 10, 3)
+    model = ft.load(
+        tmp_path / "p.pt", str(tmp_path / "r.pth"), heads=HEADS, device="cpu", dtype=torch.float32
+    )
+    assert (model.latent_shape, model.num_classes, model.null_class, model.guidance_channels) == (
+        (4, 8, 8),
+        10,
+        10,
+        3,
+    )
     assert agrees(model.predictor, predictor_state(16))
     assert agrees(model.refiner, refiner_state(17))
     assert ft.load(tmp_path / "p.pt", heads=HEADS, device="cpu").refiner is None
@@ -158,7 +196,9 @@ def test_repas_files_run_backwards_in_time(tmp_path, form):
     if form == ".safetensors":
         safetensors.torch.save_file(state, path)
     else:
-        torch.save({"model": predictor_state(), "ema": state, "args": Namespace(a=1), "steps": 3}, path)
+        torch.save(
+            {"model": predictor_state(), "ema": state, "args": Namespace(a=1), "steps": 3}, path
+        )
     if form == "converted":
         path = tmp_path / "b.safetensors"
         convert(tmp_path / "a.pt", path, heads=HEADS)
@@ -168,7 +208,9 @@ def test_repas_files_run_backwards_in_time(tmp_path, form):
         model = ft.load(path, heads=HEADS, device="cpu", dtype=torch.float32, convention=convention)
         assert_close(model.predictor(x, t, y), -theirs, 2e-6)
         assert model.guidance_channels == 4
-    with pytest.raises(CheckpointError, match=r"convention 'sit' was asked for, but the file is of 'repa'"):
+    with pytest.raises(
+        CheckpointError, match=r"convention 'sit' was asked for, but the file is of 'repa'"
+    ):
         ft.load(path, heads=HEADS, device="cpu", convention="sit")
 
 
@@ -178,7 +220,9 @@ def test_a_file_without_projectors_may_be_called_repas(tmp_path):
     torch.save(state, tmp_path / "a.pt")
     x, t, y = inputs(6)
     theirs = sit_forward(state, HEADS, x, 1 - t, y)
-    model = ft.load(tmp_path / "a.pt", heads=HEADS, device="cpu", dtype=torch.float32, convention="repa")
+    model = ft.load(
+        tmp_path / "a.pt", heads=HEADS, device="cpu", dtype=torch.float32, convention="repa"
+    )
     assert_close(model.predictor(x, t, y), -theirs, 2e-6)
     assert model.guidance_channels == 4
     plain = ft.load(tmp_path / "a.pt", heads=HEADS, device="cpu", dtype=torch.float32)
@@ -190,8 +234,13 @@ def test_a_file_without_projectors_may_be_called_repas(tmp_path):
 
 
 def test_a_file_of_ours_cannot_be_called_repas(tmp_path):
-    save_sit(tmp_path / "a.safetensors", build(config_from_state(predictor_state(), heads=HEADS), predictor_state()))
-    with pytest.raises(CheckpointError, match="convention 'repa' was asked for, but the file is of 'sit'"):
+    save_sit(
+        tmp_path / "a.safetensors",
+        build(config_from_state(predictor_state(), heads=HEADS), predictor_state()),
+    )
+    with pytest.raises(
+        CheckpointError, match="convention 'repa' was asked for, but the file is of 'sit'"
+    ):
         ft.load(tmp_path / "a.safetensors", device="cpu", convention="repa")
 
 
@@ -205,14 +254,18 @@ def test_reversed_time_samples_what_their_sampler_would(tmp_path):
     y = torch.tensor([1, 2])
     got = ft.sample(model, "E4", labels=y, noise=x)
     for k in range(4):
-        x = x - 0.25 * sit_forward(state, HEADS, x, torch.full((2,), 1 - k / 4, dtype=torch.float64), y)
+        x = x - 0.25 * sit_forward(
+            state, HEADS, x, torch.full((2,), 1 - k / 4, dtype=torch.float64), y
+        )
     assert_close(got, x, 1e-6)  # the field rounds to float32 nowhere but in t
 
 
 # Files that do not fit.
 
 
-def refused(tmp_path: Path, state: object, role: str = "predictor", *, heads: int | None = HEADS) -> str:
+def refused(
+    tmp_path: Path, state: object, role: str = "predictor", *, heads: int | None = HEADS
+) -> str:
     """The message by which a .pt and, if it can be one, a .safetensors of this state is refused."""
     messages = set()
     torch.save(state, tmp_path / "a.pt")
@@ -241,8 +294,13 @@ def test_a_misshapen_key_is_named(tmp_path, name):
     """One row, one column or one axis too many, wherever sizes are not read from."""
     state = predictor_state(depth=1)
     for axis in range(state[name].ndim):
-        changed = {**state, name: torch.cat([state[name], state[name].narrow(axis, 0, 1)], dim=axis)}
-        if not (name == "y_embedder.embedding_table.weight" and axis == 0):  # one class more is a model too
+        changed = {
+            **state,
+            name: torch.cat([state[name], state[name].narrow(axis, 0, 1)], dim=axis),
+        }
+        if not (
+            name == "y_embedder.embedding_table.weight" and axis == 0
+        ):  # one class more is a model too
             message = refused(tmp_path, changed)
             assert "must" in message or "shape" in message
             if "x_embedder" not in name:  # sizes are read from it: then others look misshapen
@@ -251,7 +309,9 @@ def test_a_misshapen_key_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64], ids=str)
-@pytest.mark.parametrize("name", ["pos_embed", "blocks.0.attn.qkv.weight", "x_embedder.proj.weight"])
+@pytest.mark.parametrize(
+    "name", ["pos_embed", "blocks.0.attn.qkv.weight", "x_embedder.proj.weight"]
+)
 def test_numbers_of_another_kind_are_named(tmp_path, name, dtype):
     state = predictor_state()
     message = refused(tmp_path, {**state, name: torch.ones_like(state[name]).to(dtype)})
@@ -260,7 +320,14 @@ def test_numbers_of_another_kind_are_named(tmp_path, name, dtype):
 
 @pytest.mark.parametrize(
     "name",
-    ["extra", "blocks.0.attn.q_norm.weight", "blocks.1.mlp.fc3.weight", "module.pos_embed", "projector.0.weight", "decoder.x"],
+    [
+        "extra",
+        "blocks.0.attn.q_norm.weight",
+        "blocks.1.mlp.fc3.weight",
+        "module.pos_embed",
+        "projector.0.weight",
+        "decoder.x",
+    ],
 )
 def test_an_extra_key_is_named(tmp_path, name):
     message = refused(tmp_path, {**predictor_state(), name: torch.zeros(2)})
@@ -268,7 +335,10 @@ def test_an_extra_key_is_named(tmp_path, name):
     assert name in message
 
 
-@pytest.mark.parametrize("name", ["blocks.x.attn.qkv.weight", "blocks.", "blocks.-1.mlp.fc1.bias", "blocks.1e3.y", "blocks.²"])
+@pytest.mark.parametrize(
+    "name",
+    ["blocks.x.attn.qkv.weight", "blocks.", "blocks.-1.mlp.fc1.bias", "blocks.1e3.y", "blocks.²"],
+)
 def test_a_nonsense_block_is_named(tmp_path, name):
     assert name in refused(tmp_path, {**predictor_state(), name: torch.zeros(2)})
 
@@ -279,13 +349,18 @@ def test_a_gap_in_the_blocks_builds_no_giant(tmp_path, monkeypatch):
         return SiT(config)
 
     monkeypatch.setattr(checkpoint, "SiT", giant)
-    message = refused(tmp_path, {**predictor_state(), "blocks.1000000.mlp.fc1.bias": torch.zeros(2)})
+    message = refused(
+        tmp_path, {**predictor_state(), "blocks.1000000.mlp.fc1.bias": torch.zeros(2)}
+    )
     assert "blocks." in message
 
 
 def test_many_problems_are_cut_short(tmp_path):
     state = predictor_state(depth=8)
-    message = refused(tmp_path, {k: v for k, v in state.items() if not k.startswith("blocks.3.")} | {"odd": torch.zeros(1)})
+    message = refused(
+        tmp_path,
+        {k: v for k, v in state.items() if not k.startswith("blocks.3.")} | {"odd": torch.zeros(1)},
+    )
     assert "missing: blocks.3." in message
     assert "and 6 more" in message
     assert "odd" in message
@@ -304,7 +379,10 @@ NO_WEIGHTS = {
     "a number under a name": {**predictor_state(depth=1), "epoch": 3},
     "an empty ema": {"model": predictor_state(depth=1), "ema": {}},
     "a list under model": {"model": [1, 2]},
-    "a tensor without numbers": {**predictor_state(depth=1), "pos_embed": torch.empty(1, 16, 96, device="meta")},
+    "a tensor without numbers": {
+        **predictor_state(depth=1),
+        "pos_embed": torch.empty(1, 16, 96, device="meta"),
+    },
     "a sparse tensor": {**predictor_state(depth=1), "pos_embed": torch.ones(1, 16, 96).to_sparse()},
 }
 
@@ -318,7 +396,9 @@ def test_what_holds_no_weights_is_refused(tmp_path, what):
 
 def test_heads_that_cannot_be_known_are_asked_for(tmp_path):
     assert "heads must be given: width 96" in refused(tmp_path, predictor_state(), heads=None)
-    assert "heads must divide the hidden size 96, got 7" in refused(tmp_path, predictor_state(), heads=7)
+    assert "heads must divide the hidden size 96, got 7" in refused(
+        tmp_path, predictor_state(), heads=7
+    )
     assert "heads must be at least 1, got 0" in refused(tmp_path, predictor_state(), heads=0)
     torch.save(predictor_state(), tmp_path / "p.pt")
     with pytest.raises(CheckpointError, match=r"p\.pt: heads must be given"):
@@ -341,13 +421,20 @@ def velocity_only(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("sigma", [True, False], ids=["learned sigma", "velocity only"])
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "published"])
 def test_predictor_and_refiner_are_not_exchanged(tmp_path, ours, sigma):
-    """A published predictor of 4 channels without sigma has the very shapes of a refiner of 2: it is found when both are loaded."""
+    """A published predictor of 4 channels without sigma has the very shapes of a refiner of 2: it
+    is found when both are loaded.
+    """
     states = {"predictor": predictor_state(), "refiner": refiner_state()}
     for role, state in states.items():
         state = state if sigma else velocity_only(state)
         path = tmp_path / f"{role}.{'safetensors' if ours else 'pt'}"
         if ours:
-            save_sit(path, build(config_from_state(state, reads_velocity=role == "refiner", heads=HEADS), state))
+            save_sit(
+                path,
+                build(
+                    config_from_state(state, reads_velocity=role == "refiner", heads=HEADS), state
+                ),
+            )
         else:
             torch.save(state, path)
     predictor, refiner = (tmp_path / f"{role}.{'safetensors' if ours else 'pt'}" for role in states)
@@ -367,7 +454,10 @@ def test_predictor_and_refiner_are_not_exchanged(tmp_path, ours, sigma):
 
 @pytest.mark.parametrize(
     "sizes, what",
-    [({"side": 16}, "latent side 16, the predictor 8"), ({"classes": 9}, "classes 9, the predictor 10")],
+    [
+        ({"side": 16}, "latent side 16, the predictor 8"),
+        ({"classes": 9}, "classes 9, the predictor 10"),
+    ],
     ids=["side", "classes"],
 )
 def test_a_refiner_of_another_size_is_refused(tmp_path, sizes, what):
@@ -391,10 +481,15 @@ def test_paths_that_are_no_checkpoints(tmp_path):
         ("empty.pt", "is no whole"),
         ("empty.safetensors", "is no whole"),
     ):
-        for role in ({"predictor": str(tmp_path / name)}, {"predictor": sit(), "refiner": str(tmp_path / name)}):
+        for role in (
+            {"predictor": str(tmp_path / name)},
+            {"predictor": sit(), "refiner": str(tmp_path / name)},
+        ):
             with pytest.raises(CheckpointError, match=message):
                 ft.load(**role, device="cpu", heads=HEADS)
-    with pytest.raises(CheckpointError, match=r"predictor 'digitz' is neither a bundled model .*digits"):
+    with pytest.raises(
+        CheckpointError, match=r"predictor 'digitz' is neither a bundled model .*digits"
+    ):
         ft.load("digitz")
 
 
@@ -413,16 +508,38 @@ def sit(**changes: object) -> SiT:
         ({"backend": "fast"}, ValueError, "backend must be .*'fast'"),
         ({"convention": "ddpm"}, ValueError, "convention must be .*'ddpm'"),
         ({"device": "gpu"}, ValueError, "device"),
-        ({"predictor": None}, TypeError, "predictor must be a path, a bundled name or a SiT, got NoneType"),
+        (
+            {"predictor": None},
+            TypeError,
+            "predictor must be a path, a bundled name or a SiT, got NoneType",
+        ),
         ({"predictor": torch.nn.Linear(1, 1)}, TypeError, "predictor must be .*, got Linear"),
         ({"refiner": 3}, TypeError, "refiner must be .*, got int"),
         ({"refiner": sit()}, ValueError, "refiner must be a SiT with config.reads_velocity=True"),
-        ({"predictor": sit(reads_velocity=True)}, ValueError, "predictor must be a SiT with config.reads_velocity=False"),
-        ({"refiner": sit(reads_velocity=True, channels=3)}, ValueError, "latent channels 3, the predictor 4"),
-        ({"refiner": sit(reads_velocity=True, side=4)}, ValueError, "latent side 4, the predictor 8"),
-        ({"refiner": sit(reads_velocity=True, num_classes=11)}, ValueError, "classes 11, the predictor 10"),
+        (
+            {"predictor": sit(reads_velocity=True)},
+            ValueError,
+            "predictor must be a SiT with config.reads_velocity=False",
+        ),
+        (
+            {"refiner": sit(reads_velocity=True, channels=3)},
+            ValueError,
+            "latent channels 3, the predictor 4",
+        ),
+        (
+            {"refiner": sit(reads_velocity=True, side=4)},
+            ValueError,
+            "latent side 4, the predictor 8",
+        ),
+        (
+            {"refiner": sit(reads_velocity=True, num_classes=11)},
+            ValueError,
+            "classes 11, the predictor 10",
+        ),
     ],
-    ids=lambda value: "-".join(f"{k} {v}" for k, v in value.items())[:40] if isinstance(value, dict) else "",
+    ids=lambda value: (
+        "-".join(f"{k} {v}" for k, v in value.items())[:40] if isinstance(value, dict) else ""
+    ),
 )
 @pytest.mark.parametrize("source", ["a module", "a file"])
 def test_arguments_that_fit_nothing_are_refused(tmp_path, arguments, kind, message, source):
@@ -445,14 +562,20 @@ def test_cuda_that_is_not_there_is_refused(device):
 # Files that we write.
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("reads_velocity, learned_sigma", list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+@pytest.mark.parametrize(
+    "reads_velocity, learned_sigma", list(itertools.product([False, True], repeat=2))
+)
 def test_a_round_trip_is_bit_for_bit(tmp_path, reads_velocity, learned_sigma, dtype):
     config = SiTConfig(hidden=24, depth=2, heads=3, patch=2, side=6, channels=2, num_classes=4)
     config = replace(config, reads_velocity=reads_velocity, learned_sigma=learned_sigma)
     model = SiT(config).to(dtype)
     provenance = {"settings": {"lr": 1e-4, "name": "ü\n"}, "steps": 7, "note": None}
-    save_sit(tmp_path / "a.safetensors", model, convention="repa", vae="pixels", provenance=provenance)
+    save_sit(
+        tmp_path / "a.safetensors", model, convention="repa", vae="pixels", provenance=provenance
+    )
     loaded = load_sit(tmp_path / "a.safetensors", "refiner" if reads_velocity else "predictor")
     assert loaded.model.config == config
     assert (loaded.convention, loaded.vae, loaded.provenance) == ("repa", "pixels", provenance)
@@ -476,16 +599,27 @@ def test_a_vae_named_in_the_file_is_used(tmp_path):
 def test_conversion_keeps_the_model(tmp_path, dtype):
     state = predictor_state(21)
     torch.save(train_file(predictor_state(22), state), tmp_path / "0050000.pt")
-    convert(tmp_path / "0050000.pt", tmp_path / "b.safetensors", heads=HEADS, vae="stabilityai/sd-vae-ft-ema", dtype=dtype)
+    convert(
+        tmp_path / "0050000.pt",
+        tmp_path / "b.safetensors",
+        heads=HEADS,
+        vae="stabilityai/sd-vae-ft-ema",
+        dtype=dtype,
+    )
     converted = load_sit(tmp_path / "b.safetensors", "predictor")
     kept = {k: v.to(dtype or v.dtype) for k, v in state.items()}
     assert converted.model.state_dict().keys() == kept.keys()
     assert all(torch.equal(v, kept[k]) for k, v in converted.model.state_dict().items())
     assert converted.vae == "stabilityai/sd-vae-ft-ema"
     assert converted.provenance == {"source": "0050000.pt"}
-    assert (tmp_path / "b.safetensors").stat().st_size < 1.2 * sum(v.nbytes for v in kept.values()) + 10_000
+    assert (tmp_path / "b.safetensors").stat().st_size < 1.2 * sum(
+        v.nbytes for v in kept.values()
+    ) + 10_000
     x, t, y = inputs(8)
-    got, truth = (load_sit(tmp_path / n, "predictor", heads=HEADS).model.float()(x, t, y) for n in ("b.safetensors", "0050000.pt"))
+    got, truth = (
+        load_sit(tmp_path / n, "predictor", heads=HEADS).model.float()(x, t, y)
+        for n in ("b.safetensors", "0050000.pt")
+    )
     assert_close(got, truth, 0.0 if dtype is None else 0.03)
 
 
@@ -501,7 +635,17 @@ def test_conversion_of_a_refiner_and_its_refusals(tmp_path):
 
 
 GOOD = {"format": 1, "role": "predictor", "convention": "sit", "vae": None, "provenance": {}}
-CONFIG = dict(hidden=32, depth=1, heads=2, patch=2, side=8, channels=4, num_classes=10, learned_sigma=True, reads_velocity=False)
+CONFIG = dict(
+    hidden=32,
+    depth=1,
+    heads=2,
+    patch=2,
+    side=8,
+    channels=4,
+    num_classes=10,
+    learned_sigma=True,
+    reads_velocity=False,
+)
 
 
 DESCRIBED = {**GOOD, "config": CONFIG}
@@ -519,13 +663,20 @@ OTHER_DESCRIPTIONS = {
     "depth 0": ({**GOOD, "config": {**CONFIG, "depth": 0}}, "depth must be at least 1"),
     "a size from the future": ({**GOOD, "config": {**CONFIG, "window": 7}}, "config|window"),
     "sizes as a list": ({**GOOD, "config": [1, 2]}, "config"),
-    "a refiner's sizes": ({**GOOD, "config": {**CONFIG, "reads_velocity": True}}, "must have shape|role|refiner"),
+    "a refiner's sizes": (
+        {**GOOD, "config": {**CONFIG, "reads_velocity": True}},
+        "must have shape|role|refiner",
+    ),
 }
 
 
-@pytest.mark.parametrize("description, message", OTHER_DESCRIPTIONS.values(), ids=OTHER_DESCRIPTIONS.keys())
+@pytest.mark.parametrize(
+    "description, message", OTHER_DESCRIPTIONS.values(), ids=OTHER_DESCRIPTIONS.keys()
+)
 def test_a_whole_file_with_another_description_is_refused(tmp_path, description, message):
-    """As a later version or another program might write: the digest is right, the content is not."""
+    """As a later version or another program might write: the digest is right, the content is
+    not.
+    """
     model = sit()
     save_tensors(tmp_path / "good.safetensors", model.state_dict(), DESCRIBED)
     load_sit(tmp_path / "good.safetensors", "predictor")
@@ -542,7 +693,9 @@ KINDS = ["cut short", "header byte", "payload byte", "bit", "bytes appended", "b
 
 
 def damaged(data: bytes, header: int, kind: str, rng: np.random.Generator) -> bytes:
-    """The data with one piece of damage at a random place; header: the length of what precedes the tensors."""
+    """The data with one piece of damage at a random place; header: the length of what precedes the
+    tensors.
+    """
     out = bytearray(data)
     match kind:
         case "cut short":
@@ -577,7 +730,9 @@ def test_six_hundred_damaged_files_of_ours_are_refused(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth"])
 def test_damaged_torch_files_never_load_other_numbers(tmp_path, suffix):
-    """Bytes of a zip that hold nothing (padding, dates) may change and the file still load, with the numbers it had."""
+    """Bytes of a zip that hold nothing (padding, dates) may change and the file still load, with
+    the numbers it had.
+    """
     path = tmp_path / f"a{suffix}"
     state = sit().state_dict()
     torch.save({"model": state, "args": Namespace(a=1)}, path)
@@ -591,4 +746,6 @@ def test_damaged_torch_files_never_load_other_numbers(tmp_path, suffix):
             loaded += 1
             assert read.keys() == state.keys()
             assert all(torch.equal(read[k], state[k]) for k in state)
-    assert loaded < 150  # most damage is refused: appended bytes and header bytes that mean nothing are what remains
+    assert (
+        loaded < 150
+    )  # most damage is refused: appended bytes and header bytes that mean nothing are what remains

@@ -1,4 +1,6 @@
-"""A quantised model stays what it is: moved, cast, copied, loaded, saved. Casts leave fp8 weights and their scales alone."""
+"""A quantised model stays what it is: moved, cast, copied, loaded, saved. Casts leave fp8 weights
+and their scales alone.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +37,27 @@ def velocity(sit: SiT) -> Tensor:
 
 
 def quantised_state(sit: SiT) -> dict[str, Tensor]:
-    """The numbers that a cast must leave alone: weights, of which bytes are compared, and scales."""
-    layers = [(name, module) for name, module in sit.named_modules() if isinstance(module, Fp8Linear)]
+    """The numbers that a cast must leave alone: weights, of which bytes are compared, and
+    scales.
+    """
+    layers = [
+        (name, module) for name, module in sit.named_modules() if isinstance(module, Fp8Linear)
+    ]
     assert len(layers) == 4 * CONFIG.depth
-    return {f"{name}.{kind}": getattr(module, kind) for name, module in layers for kind in ("weight", "weight_scale")}
+    return {
+        f"{name}.{kind}": getattr(module, kind)
+        for name, module in layers
+        for kind in ("weight", "weight_scale")
+    }
 
 
 def assert_kept(sit: SiT, before: dict[str, Tensor], dtype: torch.dtype) -> None:
     """All fp8 weights and scales are as before, bit for bit; everything else is of `dtype`."""
     after = quantised_state(sit)
     for name, value in before.items():
-        assert after[name].dtype == value.dtype == (E4M3 if name.endswith("weight") else torch.float32), name
+        assert (
+            after[name].dtype == value.dtype == (E4M3 if name.endswith("weight") else torch.float32)
+        ), name
         assert after[name].view(torch.uint8).equal(value.view(torch.uint8)), name
     others = {name: value.dtype for name, value in sit.state_dict().items() if name not in before}
     assert set(others.values()) == {dtype}, others
@@ -59,8 +71,11 @@ CASTS: dict[str, tuple[Callable[[SiT], Any], torch.dtype]] = {
     "double": (lambda sit: sit.double(), torch.float64),
     "float": (lambda sit: sit.double().float(), torch.float32),
     "type": (lambda sit: sit.type(torch.bfloat16), torch.bfloat16),
-    "a block": (lambda sit: [part.to(torch.float16) for part in sit.children()] and sit._buffers.update(
-        pos_embed=sit.pos_embed.half()), torch.float16),
+    "a block": (
+        lambda sit: [part.to(torch.float16) for part in sit.children()]
+        and sit._buffers.update(pos_embed=sit.pos_embed.half()),
+        torch.float16,
+    ),
     "share_memory": (lambda sit: sit.share_memory(), torch.float32),
     "cpu": (lambda sit: sit.cpu(), torch.float32),
 }  # fmt: skip
@@ -85,17 +100,24 @@ def test_a_cast_to_the_dtype_that_is_there_changes_no_bit_of_the_velocity(dtype)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cast_costs_a_quantised_model_what_it_costs_a_plain_one(dtype):
-    """A little more: where a layer's input rounds to another number of e4m3 it moves by an eighth, and few do."""
+    """A little more: where a layer's input rounds to another number of e4m3 it moves by an eighth,
+    and few do.
+    """
     plain, sit = random_sit(CONFIG, 0), quantised()
     truths = velocity(plain), velocity(sit)
-    costs = [relative_error(velocity(network.to(dtype)), truth) for network, truth in zip((plain, sit), truths, strict=True)]
+    costs = [
+        relative_error(velocity(network.to(dtype)), truth)
+        for network, truth in zip((plain, sit), truths, strict=True)
+    ]
     assert costs[1] <= 3 * costs[0]
 
 
 def test_moves_keep_what_was_moved():
     sit = quantised()
     weight = sit.blocks[0].attn.qkv.weight
-    assert sit.to("cpu").blocks[0].attn.qkv.weight is weight  # nothing to do: captured graphs read it where it is
+    assert (
+        sit.to("cpu").blocks[0].attn.qkv.weight is weight
+    )  # nothing to do: captured graphs read it where it is
     meta = quantised().to("meta", torch.float16)
     assert {value.device.type for value in meta.state_dict().values()} == {"meta"}
     assert {value.dtype for value in quantised_state(meta).values()} == {E4M3, torch.float32}
@@ -111,7 +133,13 @@ def test_load_keeps_a_quantised_module(dtype, quantize):
     sit = random_sit(CONFIG, 0).to(dtype)
     quantised_before = copy.deepcopy(sit).quantize_()
     expected, before = velocity(quantised_before), quantised_state(quantised_before)
-    model = ft.load(quantised_before, random_sit(CONFIG.refiner(), 1), device="cpu", dtype=dtype, quantize=quantize)
+    model = ft.load(
+        quantised_before,
+        random_sit(CONFIG.refiner(), 1),
+        device="cpu",
+        dtype=dtype,
+        quantize=quantize,
+    )
     assert_kept(model.predictor, before, dtype)
     assert velocity(model.predictor).equal(expected)
     assert ft.sample(model, "H1P1R1", [1, 2], guidance=1.5, seed=0).isfinite().all()
@@ -138,30 +166,43 @@ def test_a_state_dict_goes_round_and_another_kind_is_refused():
     plain = random_sit(CONFIG, 2).state_dict()
     for assign in (False, True):
         with pytest.raises(
-            RuntimeError, match=r"attn\.qkv\.weight must be torch\.float8_e4m3fn, of a layer in fp8, got torch\.float32"
+            RuntimeError,
+            match=(
+                r"attn\.qkv\.weight must be torch\.float8_e4m3fn, of a layer in fp8, got "
+                r"torch\.float32"
+            ),
         ):
             quantised().load_state_dict(plain, strict=False, assign=assign)
 
 
 def test_files_hold_no_quantised_weights(tmp_path):
     sit = quantised()
-    with pytest.raises(ValueError, match=r"model must not be quantised to be saved: save it before quantize_\(\)"):
+    with pytest.raises(
+        ValueError, match=r"model must not be quantised to be saved: save it before quantize_\(\)"
+    ):
         save_sit(tmp_path / "m.safetensors", sit)
     assert list(tmp_path.iterdir()) == []
     torch.save(sit.state_dict(), tmp_path / "m.pt")
-    with pytest.raises(ft.CheckpointError, match=r"m\.pt: it is quantised, and only the weights before that can be loaded"):
+    with pytest.raises(
+        ft.CheckpointError,
+        match=r"m\.pt: it is quantised, and only the weights before that can be loaded",
+    ):
         load_sit(tmp_path / "m.pt", "predictor", heads=CONFIG.heads)
 
 
 @pytest.mark.parametrize(
-    "name, dtype", [("weight", torch.bfloat16), ("weight_scale", torch.bfloat16), ("weight", torch.float8_e5m2)]
+    "name, dtype",
+    [("weight", torch.bfloat16), ("weight_scale", torch.bfloat16), ("weight", torch.float8_e5m2)],
 )
 def test_a_weight_that_was_cast_is_refused_where_arguments_are_trusted(name, dtype):
     """On the CPU too, where the reference would multiply whatever it is given."""
     sit = quantised()
     layer = sit.blocks[0].mlp.fc1
     layer._buffers[name] = layer._buffers[name].to(dtype)
-    with trusted(), pytest.raises(TypeError, match=f"a layer in fp8 must have .*, got .*{name} {dtype}"):
+    with (
+        trusted(),
+        pytest.raises(TypeError, match=f"a layer in fp8 must have .*, got .*{name} {dtype}"),
+    ):
         velocity(sit)
 
 
@@ -184,7 +225,10 @@ def test_a_quantised_pipeline_is_moved_and_not_cast():
         assert model.dtype == torch.float32
         after = pipe.transformer.state_dict()
         assert all(after[name].dtype == value.dtype for name, value in before.items())
-    with pytest.raises(ValueError, match=r"dtype must be left out for a quantised SD3Transformer2DModel of torch\.float32"):
+    with pytest.raises(
+        ValueError,
+        match=r"dtype must be left out for a quantised SD3Transformer2DModel of torch\.float32",
+    ):
         ft.from_pipeline(pipe, image_size=32, dtype=torch.bfloat16)
 
 

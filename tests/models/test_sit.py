@@ -1,4 +1,6 @@
-"""SiT: its forward against a plain second reading, its sizes, positions, first weights and costs."""
+"""SiT: its forward against a plain second reading, its sizes, positions, first weights and
+costs.
+"""
 
 import itertools
 import math
@@ -18,11 +20,15 @@ from flowturbo.models.checkpoint import build, load_sit, save_sit
 from flowturbo.models.sit import SIT_CONFIGS, SiT, SiTConfig, config_from_state, sincos_positions
 
 
-def inputs(config: SiTConfig, seed: int, n: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+def inputs(
+    config: SiTConfig, seed: int, n: int = 3, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
     """x, t, y, and v for a refiner; the last label is the null class."""
     generator = torch.Generator().manual_seed(seed)
     shape = (n, config.channels, config.side, config.side)
-    x, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    x, v = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
+    )
     t = torch.rand(n, generator=generator, dtype=torch.float64).to(dtype)
     y = torch.randint(config.num_classes, (n,), generator=generator)
     y[-1] = config.null_class
@@ -34,8 +40,12 @@ SMALL = {
     "patch 4": SiTConfig(hidden=32, depth=2, heads=2, patch=4, side=16, num_classes=3),
     "patch 8": SiTConfig(hidden=40, depth=1, heads=5, patch=8, side=16, num_classes=10),
     "head_dim 72": SiTConfig(hidden=144, depth=2, heads=2, patch=2, side=6, num_classes=10),
-    "one channel, 9 tokens": SiTConfig(hidden=24, depth=2, heads=1, patch=2, side=6, channels=1, num_classes=1),
-    "three channels, one token": SiTConfig(hidden=24, depth=2, heads=3, patch=2, side=2, channels=3, num_classes=5),
+    "one channel, 9 tokens": SiTConfig(
+        hidden=24, depth=2, heads=1, patch=2, side=6, channels=1, num_classes=1
+    ),
+    "three channels, one token": SiTConfig(
+        hidden=24, depth=2, heads=3, patch=2, side=2, channels=3, num_classes=5
+    ),
 }
 
 
@@ -48,17 +58,26 @@ def variants(config: SiTConfig) -> dict[str, SiTConfig]:
     }
 
 
-ALL = {f"{size}, {kind}": config for size, small in SMALL.items() for kind, config in variants(small).items()}
+ALL = {
+    f"{size}, {kind}": config
+    for size, small in SMALL.items()
+    for kind, config in variants(small).items()
+}
 every = pytest.mark.parametrize("config", ALL.values(), ids=ALL.keys())
 
 
 def oracle(model: SiT, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor:
     both = x if v is None else torch.cat([x, v], dim=1)
-    return sit_forward(model.state_dict(), model.config.heads, both, t, y, velocity_channels=model.config.channels)
+    return sit_forward(
+        model.state_dict(), model.config.heads, both, t, y, velocity_channels=model.config.channels
+    )
 
 
-# float32: the network of 96 x 3 blocks errs by 4e-7 against its own float64 self, measured, in either reading.
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.float64, 1e-14)], ids=["float32", "float64"])
+# float32: the network of 96 x 3 blocks errs by 4e-7 against its own float64 self, measured, in
+# either reading.
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float32, 2e-6), (torch.float64, 1e-14)], ids=["float32", "float64"]
+)
 @every
 def test_forward_agrees_with_a_second_reading(config, dtype, bound):
     model = random_sit(config, seed=1).to(dtype)
@@ -90,7 +109,9 @@ def test_lower_precision_runs_with_times_in_float32(dtype):
 
 @pytest.mark.parametrize("kind", ["predictor", "refiner"])
 def test_autocast_runs_and_trains(kind):
-    """As training on CUDA does: float32 weights, products in bfloat16. Results and gradients err by half its eps, measured."""
+    """As training on CUDA does: float32 weights, products in bfloat16. Results and gradients err by
+    half its eps, measured.
+    """
     config = ALL[f"patch 2, {kind}, velocity only"]
     model = random_sit(config, 21).requires_grad_(True)
     given = inputs(config, 22, dtype=torch.float32)
@@ -187,11 +208,18 @@ def test_parameter_names_are_the_published():
         for kind in ("weight", "bias")
     ]
     config = SMALL["patch 4"]
-    assert set(SiT(config).state_dict()) == {"pos_embed", "y_embedder.embedding_table.weight", *blocks, *ends}
+    assert set(SiT(config).state_dict()) == {
+        "pos_embed",
+        "y_embedder.embedding_table.weight",
+        *blocks,
+        *ends,
+    }
 
 
 def test_published_parameter_counts():
-    """The published counts hold pos_embed (T * D), which is a parameter without gradient there and a buffer here."""
+    """The published counts hold pos_embed (T * D), which is a parameter without gradient there and
+    a buffer here.
+    """
     with torch.device("meta"):
         predictor, refiner = SiT(SIT_CONFIGS["SiT-XL/2"]), SiT(SIT_CONFIGS["SiT-XL/2"].refiner())
     for model, published in ((predictor, 675_129_632), (refiner, 29_708_960)):
@@ -202,7 +230,9 @@ def test_published_parameter_counts():
 @every
 def test_sizes_are_read_off_the_tensors(config):
     state = SiT(config).state_dict()
-    assert config_from_state(state, reads_velocity=config.reads_velocity, heads=config.heads) == config
+    assert (
+        config_from_state(state, reads_velocity=config.reads_velocity, heads=config.heads) == config
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,7 +258,9 @@ def test_sizes_that_do_not_fit_are_refused(change, message):
 
 @pytest.mark.parametrize("hidden, side", [(8, 1), (8, 3), (72, 4), (1152, 16)])
 def test_positions_hold_the_column_first(hidden, side):
-    """DiT's layout, number by number: sines then cosines of the column, then sines and cosines of the row."""
+    """DiT's layout, number by number: sines then cosines of the column, then sines and cosines of
+    the row.
+    """
     got = sincos_positions(hidden, side)
     assert got.shape == (side * side, hidden)
     assert got.dtype == torch.float32
@@ -238,7 +270,9 @@ def test_positions_hold_the_column_first(hidden, side):
         for place in (column, row):
             angles = [place * 10_000 ** (-k / quarter) for k in range(quarter)]
             expected += [*map(math.sin, angles), *map(math.cos, angles)]
-        assert torch.equal(got[row * side + column], torch.tensor(expected, dtype=torch.float64).float())
+        assert torch.equal(
+            got[row * side + column], torch.tensor(expected, dtype=torch.float64).float()
+        )
 
 
 @every
@@ -251,7 +285,9 @@ def test_a_fresh_model_returns_zeros(config):
 
 
 def test_first_weights():
-    """SiT's: Xavier for products, 0.02 normal for embeddings, zero for what modulates; and a function of the generator alone."""
+    """SiT's: Xavier for products, 0.02 normal for embeddings, zero for what modulates; and a
+    function of the generator alone.
+    """
     config = SiTConfig(hidden=192, depth=2, heads=3, patch=2, side=8)
     first = SiT(config).reset_parameters(torch.Generator().manual_seed(1)).state_dict()
     again = SiT(config).reset_parameters(torch.Generator().manual_seed(1)).state_dict()
@@ -266,7 +302,11 @@ def test_first_weights():
             continue
         assert not torch.equal(weight, other[name]), name
         fan_out, fan_in = weight.flatten(1).shape
-        wanted = 0.02 if "t_embedder" in name or "y_embedder" in name else math.sqrt(2 / (fan_in + fan_out))
+        wanted = (
+            0.02
+            if "t_embedder" in name or "y_embedder" in name
+            else math.sqrt(2 / (fan_in + fan_out))
+        )
         assert float(weight.std()) == pytest.approx(wanted, rel=0.1), name
         if "embedder.mlp" not in name and "table" not in name:
             assert float(weight.abs().max()) <= math.sqrt(3) * wanted * (1 + 1e-6)
@@ -296,7 +336,9 @@ def test_published_macs():
 def test_a_built_model_holds_the_given_tensors(config):
     state = {k: v.clone() for k, v in random_sit(config, 15).state_dict().items()}
     built = build(config, state)
-    assert {k: v.data_ptr() for k, v in built.state_dict().items()} == {k: v.data_ptr() for k, v in state.items()}
+    assert {k: v.data_ptr() for k, v in built.state_dict().items()} == {
+        k: v.data_ptr() for k, v in state.items()
+    }
     assert not any(p.requires_grad for p in built.parameters())
     assert not built.training
 
@@ -311,17 +353,27 @@ def test_loading_copies_no_weight_that_stands_well(tmp_path, monkeypatch, suffix
     else:
         save_sit(path, model)
     read, original = [], checkpoint.read_state
-    monkeypatch.setattr(checkpoint, "read_state", lambda path: read.append(original(path)) or read[-1])
+    monkeypatch.setattr(
+        checkpoint, "read_state", lambda path: read.append(original(path)) or read[-1]
+    )
     loaded = ft.load(path, heads=4, device="cpu", dtype=torch.float32).predictor
     [(state, _)] = read
-    copied = [state[k] for k, v in loaded.state_dict().items() if v.data_ptr() != state[k].data_ptr()]
-    assert all(weight.data_ptr() % 64 for weight in copied)  # products of what stands so round otherwise
+    copied = [
+        state[k] for k, v in loaded.state_dict().items() if v.data_ptr() != state[k].data_ptr()
+    ]
+    assert all(
+        weight.data_ptr() % 64 for weight in copied
+    )  # products of what stands so round otherwise
     assert not copied or suffix == ".safetensors"
 
 
 def test_heun_and_pseudo_corrector_share_one_predictor():
     config = SMALL["patch 4"]
-    model = ft.load(random_sit(config, 17).double(), refiner=random_sit(config.refiner(), 18).double(), device="cpu")
+    model = ft.load(
+        random_sit(config, 17).double(),
+        refiner=random_sit(config.refiner(), 18).double(),
+        device="cpu",
+    )
     called = []
     for module in (model.predictor, model.refiner):
         module.x_embedder.register_forward_hook(lambda m, *_: called.append(m))
@@ -338,20 +390,31 @@ def test_a_module_is_taken_as_it_is():
     assert {k: v.data_ptr() for k, v in predictor.state_dict().items()} == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
 def test_a_file_keeps_its_dtype(tmp_path, dtype):
     model = random_sit(SMALL["patch 4"], 20).to(dtype)
     save_sit(tmp_path / "m.safetensors", model)
     loaded = load_sit(tmp_path / "m.safetensors", "predictor").model
     assert {v.dtype for v in loaded.state_dict().values()} == {dtype}
-    assert ft.load(tmp_path / "m.safetensors", device="cpu").predictor.state_dict()["pos_embed"].dtype == torch.float32
+    assert (
+        ft.load(tmp_path / "m.safetensors", device="cpu").predictor.state_dict()["pos_embed"].dtype
+        == torch.float32
+    )
 
 
 @pytest.mark.parametrize("convention", ["sit", "repa"])
 def test_fp8_changes_the_velocity_by_some_percent(convention):
     config = replace(SMALL["patch 4"], hidden=96, heads=4, depth=4)
     plain, fp8 = (
-        ft.load(random_sit(config, 21), random_sit(config.refiner(), 22), device="cpu", convention=convention, quantize=quantize)
+        ft.load(
+            random_sit(config, 21),
+            random_sit(config.refiner(), 22),
+            device="cpu",
+            convention=convention,
+            quantize=quantize,
+        )
         for quantize in (None, "fp8")
     )
     x, t, y = torch.randn(4, *plain.latent_shape), torch.rand(4), torch.arange(4)
@@ -363,7 +426,12 @@ def test_fp8_changes_the_velocity_by_some_percent(convention):
 
 
 def test_only_the_predictors_blocks_are_in_fp8():
-    model = ft.load(random_sit(SMALL["patch 4"], 23), random_sit(SMALL["patch 4"].refiner(), 24), device="cpu", quantize="fp8")
+    model = ft.load(
+        random_sit(SMALL["patch 4"], 23),
+        random_sit(SMALL["patch 4"].refiner(), 24),
+        device="cpu",
+        quantize="fp8",
+    )
     kinds = {name: value.dtype for name, value in model.predictor.state_dict().items()}
     quantised = {name for name, dtype in kinds.items() if dtype == torch.float8_e4m3fn}
     assert quantised == {

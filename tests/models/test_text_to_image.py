@@ -1,4 +1,6 @@
-"""Text-to-image models in our convention: 2-RF, SD3 and FLUX from pipelines, with their guidance, shift and refiners."""
+"""Text-to-image models in our convention: 2-RF, SD3 and FLUX from pipelines, with their guidance,
+shift and refiners.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,18 @@ import pytest
 import torch
 from close import assert_close, relative_error
 from fake_recorder import Fake
-from pipelines import SIZE, call, diffusers, embeds, flux, flux_transformer, negative, sd3, sd3_transformer, unet
+from pipelines import (
+    SIZE,
+    call,
+    diffusers,
+    embeds,
+    flux,
+    flux_transformer,
+    negative,
+    sd3,
+    sd3_transformer,
+    unet,
+)
 from torch import Tensor, nn
 
 import flowturbo as ft
@@ -28,7 +41,9 @@ def randomised(module: nn.Module, seed: int = 3) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         scale = 0.02 if parameter.ndim == 1 else 0.3 / parameter[0].numel() ** 0.5
-        parameter.data = scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+        parameter.data = scale * torch.randn(
+            parameter.shape, generator=generator, dtype=torch.float64
+        ).to(parameter)
     return module.requires_grad_(False).eval()
 
 
@@ -50,7 +65,10 @@ def model_of(kind: str, refined: bool = False, **network: Any) -> ft.PromptModel
 def told(kind: str, seed: int = 0, count: int = 2) -> dict[str, Tensor]:
     """Encoded prompts as our models take them."""
     values = embeds(seed, count) | negative(seed + 9, count)
-    named = {name.replace("prompt_embeds", "embeds").replace("pooled_embeds", "pooled"): value for name, value in values.items()}
+    named = {
+        name.replace("prompt_embeds", "embeds").replace("pooled_embeds", "pooled"): value
+        for name, value in values.items()
+    }
     return {name: value for name, value in named.items() if kind != "2rf" or "pooled" not in name}
 
 
@@ -59,13 +77,23 @@ def noise_of(model: ft.PromptModel, count: int = 2, seed: int = 1) -> Tensor:
 
 
 def by_hand(
-    kind: str, module: Any, x: Tensor, t: float, c: dict[str, Tensor], v: Tensor | None = None, guidance: float = 1.0
+    kind: str,
+    module: Any,
+    x: Tensor,
+    t: float,
+    c: dict[str, Tensor],
+    v: Tensor | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
-    """The velocity, data - noise, that each kind's own code makes of its network, one half at a time."""
+    """The velocity, data - noise, that each kind's own code makes of its network, one half at a
+    time.
+    """
     level, N = 1 - t, len(x)
     given = x if v is None else torch.cat([x, v], 1)
     if kind == "2rf":
-        return module(given, torch.full((N,), 1000 * level), encoder_hidden_states=c["embeds"]).sample
+        return module(
+            given, torch.full((N,), 1000 * level), encoder_hidden_states=c["embeds"]
+        ).sample
     if kind == "sd3":
         out = module(given, c["embeds"], c["pooled"], torch.full((N,), 1000 * level)).sample
         return -out
@@ -75,19 +103,33 @@ def by_hand(
     tokens = pipe._pack_latents(given, N, given.shape[1], H, W)
     scale = torch.full((N,), guidance) if module.config.guidance_embeds else None
     zeros = torch.zeros(c["embeds"].shape[1], 3)
-    out = module(tokens, c["embeds"], c["pooled"], torch.full((N,), level), ids, zeros, scale).sample
+    out = module(
+        tokens, c["embeds"], c["pooled"], torch.full((N,), level), ids, zeros, scale
+    ).sample
     return -pipe._unpack_latents(out, 8 * H, 8 * W, 8)
 
 
-def loop(kind: str, model: Any, plan: str, grid: list[float], x: Tensor, c: dict[str, Tensor], guidance: float) -> Tensor:
+def loop(
+    kind: str,
+    model: Any,
+    plan: str,
+    grid: list[float],
+    x: Tensor,
+    c: dict[str, Tensor],
+    guidance: float,
+) -> Tensor:
     """E, H, P and R over the modules, guided by two calls in turn where the kind has halves."""
     halves = kind != "flux" and guidance != 1
 
     def run(module: Any, x: Tensor, t: float, v: Tensor | None = None) -> Tensor:
-        found = by_hand(kind, module, x, t, {k: c[k] for k in c if "negative" not in k}, v, guidance)
+        found = by_hand(
+            kind, module, x, t, {k: c[k] for k in c if "negative" not in k}, v, guidance
+        )
         if not halves:
             return found
-        u = by_hand(kind, module, x, t, {k.removeprefix("negative_"): c[k] for k in c if "negative" in k}, v)
+        u = by_hand(
+            kind, module, x, t, {k.removeprefix("negative_"): c[k] for k in c if "negative" in k}, v
+        )
         return u + guidance * (found - u)
 
     cache: Any = None
@@ -128,11 +170,17 @@ def test_time_and_sign_are_ours(kind):
     made = network(x, t, {**c, **more})
     for i in range(2):
         mine = {name: value[i : i + 1] for name, value in c.items()}
-        assert_close(made[i : i + 1], by_hand(kind, module, x[i : i + 1], float(t[i]), mine, guidance=2.5), 1e-5)
+        assert_close(
+            made[i : i + 1],
+            by_hand(kind, module, x[i : i + 1], float(t[i]), mine, guidance=2.5),
+            1e-5,
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("plan", "guidance"), [("EEE", 1.0), ("HPP", 3.0), ("HPR", 2.0), ("HRPR", 1.0)])
+@pytest.mark.parametrize(
+    ("plan", "guidance"), [("EEE", 1.0), ("HPP", 3.0), ("HPR", 2.0), ("HRPR", 1.0)]
+)
 def test_plans_are_loops_over_the_modules(kind, plan, guidance):
     model = model_of(kind, refined="R" in plan)
     grid = [0.0, 0.2, 0.55, 0.8, 1.0] if len(plan) == 4 else [0.0, 0.3, 0.7, 1.0]
@@ -142,7 +190,12 @@ def test_plans_are_loops_over_the_modules(kind, plan, guidance):
         expected = loop(kind, model, plan, grid, x, c, guidance)
         assert_close(made, expected, 2e-5)
         if "R" in plan:
-            assert relative_error(loop(kind, model, plan.replace("R", "P"), grid, x, c, guidance), expected) > 1e-3
+            assert (
+                relative_error(
+                    loop(kind, model, plan.replace("R", "P"), grid, x, c, guidance), expected
+                )
+                > 1e-3
+            )
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
@@ -153,8 +206,13 @@ def test_e_plans_make_the_latents_of_the_pipeline(kind):
     grid = [1 - level for level in pipe.scheduler.sigmas.tolist()]
     model = ft.from_pipeline(pipe, image_size=SIZE)
     shape = (1, *model.latent_shape)
-    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(2)])
-    c = {k.replace("prompt_embeds", "embeds").replace("pooled_embeds", "pooled"): v for k, v in (embeds() | negative()).items()}
+    noise = torch.cat(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    )
+    c = {
+        k.replace("prompt_embeds", "embeds").replace("pooled_embeds", "pooled"): v
+        for k, v in (embeds() | negative()).items()
+    }
     made = ft.sample(model, ft.Plan.parse("E5", grid=grid), c, guidance=3.0, noise=noise)
     assert_close(made, unpacked(expected, *shape[2:]) if kind == "flux" else expected, 1e-5)
 
@@ -185,7 +243,9 @@ def calls_of(model: ft.PromptModel) -> list[int]:
     """Rows of each call of the predictor, as they come."""
     rows: list[int] = []
     module: Any = model.predictor
-    module.module.register_forward_pre_hook(lambda _, args, told: rows.append(len(told["hidden_states"])), with_kwargs=True)
+    module.module.register_forward_pre_hook(
+        lambda _, args, told: rows.append(len(told["hidden_states"])), with_kwargs=True
+    )
     return rows
 
 
@@ -195,7 +255,10 @@ def test_guidance_is_each_models_own():
     guided = ft.sample(halves, "E2", c, guidance=3.0, noise=x)
     assert rows == [4, 4]
     other = {name: value for name, value in told("sd3", 5).items() if "negative" in name}
-    assert relative_error(ft.sample(halves, "E2", {**c, **other}, guidance=3.0, noise=x), guided) > 1e-3
+    assert (
+        relative_error(ft.sample(halves, "E2", {**c, **other}, guidance=3.0, noise=x), guided)
+        > 1e-3
+    )
     embedded = model_of("flux")
     rows, c = calls_of(embedded), told("flux")
     low, high = (ft.sample(embedded, "E2", c, guidance=g, noise=x) for g in (1.0, 4.0))
@@ -211,7 +274,13 @@ def test_batches_are_parts_of_the_whole():
     model, c = model_of("sd3"), told("sd3", count=5)
     whole = ft.sample(model, "H1P1", c, guidance=2.0, seed=4)
     assert_close(ft.sample(model, "H1P1", c, guidance=2.0, seed=4, batch_size=2), whole, 1e-5)
-    alone = ft.sample(model, "H1P1", {k: v[3:4] for k, v in c.items()}, guidance=2.0, noise=ft.noise(model.latent_shape, 4, [3]))
+    alone = ft.sample(
+        model,
+        "H1P1",
+        {k: v[3:4] for k, v in c.items()},
+        guidance=2.0,
+        noise=ft.noise(model.latent_shape, 4, [3]),
+    )
     assert_close(alone, whole[3:4], 1e-5)
 
 
@@ -239,7 +308,8 @@ def test_runs_are_captured_and_replayed_for_other_prompts(kind):
 
 
 SD15 = dict(
-    sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+    sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
+    layers_per_block=2,
     cross_attention_dim=768, attention_head_dim=8,
 )  # fmt: skip
 
@@ -250,7 +320,11 @@ def test_the_refiner_of_2_rf_has_the_papers_size():
         made: Any = ft.refiner_for(teacher)
     assert sum(p.numel() for p in teacher.parameters()) == 859_520_964
     assert sum(p.numel() for p in made.parameters()) == 43_500_164
-    assert (made.config.in_channels, made.config.out_channels, made.config.layers_per_block) == (8, 4, 1)
+    assert (made.config.in_channels, made.config.out_channels, made.config.layers_per_block) == (
+        8,
+        4,
+        1,
+    )
     assert tuple(made.config.block_out_channels) == (160, 160, 320, 320)
 
 
@@ -258,17 +332,27 @@ def test_the_refiner_of_2_rf_has_the_papers_size():
 def test_refiners_of_published_transformers(depth):
     """Sizes of SD3-medium, SD3.5-medium, with its dual attention, and FLUX.1-dev."""
     with torch.device("meta"):
-        sd = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, in_channels=16, out_channels=16)
+        sd = dict(
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            in_channels=16,
+            out_channels=16,
+        )
         for teacher in (
             diffusers.SD3Transformer2DModel(**sd),
-            diffusers.SD3Transformer2DModel(**sd, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"),
+            diffusers.SD3Transformer2DModel(
+                **sd, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"
+            ),
             diffusers.FluxTransformer2DModel(guidance_embeds=True),
         ):
             made: Any = ft.refiner_for(teacher, depth)
             assert made.config.in_channels == 2 * teacher.config.in_channels
             assert made.config.num_layers == depth
             assert made.proj_out.weight.shape == teacher.proj_out.weight.shape
-            share = sum(p.numel() for p in made.parameters()) / sum(p.numel() for p in teacher.parameters())
+            share = sum(p.numel() for p in made.parameters()) / sum(
+                p.numel() for p in teacher.parameters()
+            )
             assert share < 0.07 * depth
 
 
@@ -282,7 +366,10 @@ def test_a_new_refiner_passes_the_velocity_on_and_lives_in_a_folder(kind, depth,
     with torch.no_grad():
         assert PromptNetwork(made)(x, torch.tensor([0.2, 0.9]), {**c, **more}, v).eq(0).all()
     made.save_pretrained(tmp_path)
-    assert ft.models.prompted.check_refiner(tmp_path, teacher).config.in_channels == 2 * teacher.config.in_channels
+    assert (
+        ft.models.prompted.check_refiner(tmp_path, teacher).config.in_channels
+        == 2 * teacher.config.in_channels
+    )
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointError, match=r"refiner .* can't be read"):
         ft.models.prompted.check_refiner(tmp_path, teacher)
@@ -295,7 +382,9 @@ def test_refiners_that_do_not_fit_are_refused():
         ft.refiner_for(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="must read 8 channels, x and v, got 4"):
         ft.from_pipeline(sd3(), sd3_transformer())
-    with pytest.raises(TypeError, match="must be a SD3Transformer2DModel as the predictor is, got Flux"):
+    with pytest.raises(
+        TypeError, match="must be a SD3Transformer2DModel as the predictor is, got Flux"
+    ):
         ft.from_pipeline(sd3(), ft.refiner_for(flux_transformer()))
 
 
@@ -304,7 +393,9 @@ def test_refiners_that_do_not_fit_are_refused():
 
 def loaded(pipeline_folders: dict[str, Path], kind: str, **options: Any) -> ft.PromptModel:
     convention: Any = "2-rf" if kind == "2rf" else "auto"
-    return ft.from_pipeline(pipeline_folders[kind], convention=convention, image_size=SIZE, device="cpu", **options)
+    return ft.from_pipeline(
+        pipeline_folders[kind], convention=convention, image_size=SIZE, device="cpu", **options
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -326,7 +417,15 @@ def test_texts_are_encoded_as_the_pipeline_does(kind, pipeline_folders):
     for name, value in zip(names, expected, strict=True):
         assert_close(found[name], value, 1e-5)
     guidance = 2.0
-    made = ft.sample(model, "H1P1", texts, guidance=guidance, seed=3, negative=None if kind == "flux" else against, output="uint8")
+    made = ft.sample(
+        model,
+        "H1P1",
+        texts,
+        guidance=guidance,
+        seed=3,
+        negative=None if kind == "flux" else against,
+        output="uint8",
+    )
     assert made.shape == (2, SIZE, SIZE, 3)
     assert made.equal(ft.sample(model, "H1P1", found, guidance=guidance, seed=3, output="uint8"))
     assert model.encode("a cat")["embeds"].shape == found["embeds"][:1].shape
@@ -342,12 +441,16 @@ def test_images_are_edited_and_inpainted_by_prompts(kind, pipeline_folders):
     mask = np.zeros((SIZE, SIZE), dtype=bool)
     mask[:, : SIZE // 2] = True
     half = SIZE // 4
-    latents = ft.inpaint(model, "H1P2", images, mask, ["a cat", "a dog"], guidance=1.5, seed=1, output="latents")
+    latents = ft.inpaint(
+        model, "H1P2", images, mask, ["a cat", "a dog"], guidance=1.5, seed=1, output="latents"
+    )
     assert latents[..., half:].equal(source[..., half:])
     assert relative_error(latents[..., :half], source[..., :half]) > 0.1
     made = ft.inpaint(model, "H1P2", images, mask, ["a cat", "a dog"], guidance=1.5, seed=1)
     assert np.array_equal(made[:, :, SIZE // 2 :], images[:, :, SIZE // 2 :])
-    with pytest.raises(ValueError, match=r"images must be one or as many as there are of the other \(3\), got 2"):
+    with pytest.raises(
+        ValueError, match=r"images must be one or as many as there are of the other \(3\), got 2"
+    ):
         ft.edit(model, "H1", images, ["a", "b", "c"])
 
 
@@ -358,7 +461,9 @@ def test_a_pipeline_is_loaded_by_folder_part_by_part(pipeline_folders, tmp_path)
     assert load_pipeline(pipeline_folders["flux"], ("network",)).text_encoder is None
     assert is_pipeline(pipeline_folders["sd3"])
     assert is_pipeline("stabilityai/stable-diffusion-3.5-medium")
-    assert not any(map(is_pipeline, ("digits", "model.pt", "SiT-XL/2.pt", str(tmp_path / "model.safetensors"))))
+    assert not any(
+        map(is_pipeline, ("digits", "model.pt", "SiT-XL/2.pt", str(tmp_path / "model.safetensors")))
+    )
     with pytest.raises(CheckpointError, match=r"no model_index\.json"):
         ft.from_pipeline(tmp_path)
     model = loaded(pipeline_folders, "sd3", dtype=torch.float64)
@@ -396,9 +501,19 @@ def test_what_is_no_flow_model_or_does_not_fit_is_refused(pipeline_folders):
         ft.from_pipeline(pipeline_folders["2rf"])
     with pytest.raises(TypeError, match="with a transformer or a unet, got int"):
         ft.from_pipeline(3)
-    for kind, size in (("2rf", SIZE + 2), ("sd3", SIZE + 2), ("flux", (SIZE, SIZE + 2)), ("sd3", 4096)):
+    for kind, size in (
+        ("2rf", SIZE + 2),
+        ("sd3", SIZE + 2),
+        ("flux", (SIZE, SIZE + 2)),
+        ("sd3", 4096),
+    ):
         with pytest.raises(ValueError, match="image_size must be multiples of 4, at most"):
-            ft.from_pipeline(pipeline_folders[kind], convention="2-rf" if kind == "2rf" else "auto", image_size=size, device="cpu")
+            ft.from_pipeline(
+                pipeline_folders[kind],
+                convention="2-rf" if kind == "2rf" else "auto",
+                image_size=size,
+                device="cpu",
+            )
 
 
 def test_prompts_that_do_not_fit_are_refused(pipeline_folders):
@@ -419,7 +534,12 @@ def test_prompts_that_do_not_fit_are_refused(pipeline_folders):
         ([], {}, ValueError, "at least one text"),
         ([3], {}, ValueError, "at least one text"),
         (3, {}, TypeError, "must be texts for a text-to-image model, got int"),
-        (torch.tensor([1, 2]), {}, TypeError, "must be texts for a text-to-image model, got Tensor"),
+        (
+            torch.tensor([1, 2]),
+            {},
+            TypeError,
+            "must be texts for a text-to-image model, got Tensor",
+        ),
     ):
         with pytest.raises(kind, match=message):
             ft.sample(model, "E1", prompts, **options)

@@ -1,4 +1,6 @@
-"""Autoencoders: what goes in comes out, latents are scaled as the model's configuration says, and what can't be had is named."""
+"""Autoencoders: what goes in comes out, latents are scaled as the model's configuration says, and
+what can't be had is named.
+"""
 
 import json
 import pickle
@@ -22,7 +24,12 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def images(seed: int, count: int, height: int, width: int) -> Tensor:
-    return torch.randint(256, (count, height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        256,
+        (count, height, width, 3),
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.uint8,
+    )
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
@@ -79,16 +86,22 @@ class Identity:
     device, dtype = CPU, torch.float32
 
     def __init__(self, scale: float, shift: float | None) -> None:
-        self.config = SimpleNamespace(scaling_factor=scale, shift_factor=shift, latent_channels=3, block_out_channels=(1,))
+        self.config = SimpleNamespace(
+            scaling_factor=scale, shift_factor=shift, latent_channels=3, block_out_channels=(1,)
+        )
 
     def encode(self, pixels: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=pixels, std=torch.ones_like(pixels)))
+        return SimpleNamespace(
+            latent_dist=SimpleNamespace(mean=pixels, std=torch.ones_like(pixels))
+        )
 
     def decode(self, z: Tensor) -> SimpleNamespace:
         return SimpleNamespace(sample=z)
 
 
-@pytest.mark.parametrize("scale, shift", [(0.18215, None), (0.13025, 0.0), (1.5305, 0.0609), (0.3611, 0.1159)])
+@pytest.mark.parametrize(
+    "scale, shift", [(0.18215, None), (0.13025, 0.0), (1.5305, 0.0609), (0.3611, 0.1159)]
+)
 def test_decoding_undoes_encoding(scale: float, shift: float | None) -> None:
     vae = DiffusersVAE(Identity(scale, shift))
     before = images(1, 2, 5, 7)
@@ -102,7 +115,9 @@ def test_decoding_undoes_encoding(scale: float, shift: float | None) -> None:
 
 @pytest.mark.parametrize("config", [{}, {"scaling_factor": 1.5305, "shift_factor": 0.0609}])
 @pytest.mark.parametrize("as_text", [True, False])
-def test_a_folder_loads_and_agrees_with_diffusers_in_float64(tmp_path: Path, config: dict[str, float], as_text: bool) -> None:
+def test_a_folder_loads_and_agrees_with_diffusers_in_float64(
+    tmp_path: Path, config: dict[str, float], as_text: bool
+) -> None:
     place = make_folder(tmp_path / "vae", **config)
     vae = load_vae(str(place) if as_text else place, CPU, torch.float32)
     from diffusers import AutoencoderKL
@@ -128,7 +143,9 @@ def test_a_folder_loads_and_agrees_with_diffusers_in_float64(tmp_path: Path, con
     assert (after.double() == levels.floor().clamp(0, 255)).double().mean() > 0.99
 
 
-def test_half_precision_is_left_to_devices_that_are_good_at_it(folder: Path, tmp_path: Path) -> None:
+def test_half_precision_is_left_to_devices_that_are_good_at_it(
+    folder: Path, tmp_path: Path
+) -> None:
     safe = make_folder(tmp_path / "safe", force_upcast=False)
     meta = torch.device("meta")  # stands for an accelerator: it has no numbers, but types
     for place, device, asked, runs in (
@@ -136,7 +153,12 @@ def test_half_precision_is_left_to_devices_that_are_good_at_it(folder: Path, tmp
         (folder, CPU, torch.float16, torch.float32),
         (folder, CPU, torch.float64, torch.float64),
         (folder, meta, torch.bfloat16, torch.bfloat16),
-        (folder, meta, torch.float16, torch.float32),  # its configuration says that float16 overflows
+        (
+            folder,
+            meta,
+            torch.float16,
+            torch.float32,
+        ),  # its configuration says that float16 overflows
         (safe, meta, torch.float16, torch.float16),
     ):
         vae = load_vae(place, device, asked)
@@ -144,7 +166,11 @@ def test_half_precision_is_left_to_devices_that_are_good_at_it(folder: Path, tmp
         assert (vae.network.dtype, vae.network.device.type) == (runs, device.type)
         mean, std = vae.encode(images(8, 1, 16, 16))  # from the CPU, wherever the network is
         assert std is not None
-        assert (mean.device.type, mean.dtype, std.dtype) == (device.type, torch.float32, torch.float32)
+        assert (mean.device.type, mean.dtype, std.dtype) == (
+            device.type,
+            torch.float32,
+            torch.float32,
+        )
         assert vae.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 16, 16, 3)
 
 
@@ -172,14 +198,21 @@ def test_published_files_with_the_old_names_of_attention_load(folder: Path, tmp_
     """stabilityai/sd-vae-ft-ema is one."""
     old = {}
     for name, value in load_file(folder / WEIGHTS).items():
-        for new, before in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        for new, before in (
+            ("to_q", "query"),
+            ("to_k", "key"),
+            ("to_v", "value"),
+            ("to_out.0", "proj_attn"),
+        ):
             name = name.replace(f"{new}.", f"{before}.")
         old[name] = value
     assert any("proj_attn" in name for name in old)
     save_file(old, tmp_path / WEIGHTS, metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     image = images(5, 1, 16, 16)
-    new, renamed = (load_vae(place, CPU, torch.float32).encode(image)[0] for place in (folder, tmp_path))
+    new, renamed = (
+        load_vae(place, CPU, torch.float32).encode(image)[0] for place in (folder, tmp_path)
+    )
     assert torch.equal(new, renamed)
 
 
@@ -197,7 +230,9 @@ def changed(folder: Path, target: Path, change: str) -> Path:
     if change == "broken configuration":
         config = config[:-9]
     if change == "means and deviations of latents":
-        config = json.dumps(json.loads(config) | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4})
+        config = json.dumps(
+            json.loads(config) | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+        )
     target.mkdir()
     save_file(state, target / WEIGHTS, metadata={"format": "pt"})
     if change != "no configuration":
@@ -247,7 +282,9 @@ class Canary:
         return (Path.touch, (self.path,))
 
 
-def test_pickled_weights_are_not_read_and_the_message_tells_how_to_convert_them(folder: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_not_read_and_the_message_tells_how_to_convert_them(
+    folder: Path, tmp_path: Path
+) -> None:
     place = changed(folder, tmp_path / "pickled", "no weights")
     pickled, canary = place / "diffusion_pytorch_model.bin", tmp_path / "canary"
     pickled.write_bytes(pickle.dumps(Canary(canary)))
@@ -261,17 +298,31 @@ def test_pickled_weights_are_not_read_and_the_message_tells_how_to_convert_them(
 
     eval(command, {"AutoencoderKL": AutoencoderKL})
     image = images(6, 1, 16, 16)
-    converted, original = (load_vae(p, CPU, torch.float32).encode(image)[0] for p in (place, folder))
+    converted, original = (
+        load_vae(p, CPU, torch.float32).encode(image)[0] for p in (place, folder)
+    )
     assert torch.equal(converted, original)
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_mistyped_path_is_not_taken_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistyped_path_is_not_taken_to_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "file.safetensors").touch()
-    names = ["./vae", "../vae", "/no/such/vae", "~/no-such-folder-here", "vae", "models/vae", "models", "file.safetensors", ""]
+    names = [
+        "./vae",
+        "../vae",
+        "/no/such/vae",
+        "~/no-such-folder-here",
+        "vae",
+        "models/vae",
+        "models",
+        "file.safetensors",
+        "",
+    ]
     for name in [*names, Path("org/name"), tmp_path / "vae"]:
         began = time.perf_counter()
         with pytest.raises(ValueError, match="vae must be") as caught:
@@ -280,14 +331,18 @@ def test_a_mistyped_path_is_not_taken_to_the_hub(tmp_path: Path, monkeypatch: py
         assert time.perf_counter() - began < 1
 
 
-def test_a_name_without_a_network_fails_soon_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_name_without_a_network_fails_soon_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     hub = pytest.importorskip("huggingface_hub")
     pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub.hf_api.api, "endpoint", "http://127.0.0.1:9")  # where nobody answers
     began = time.perf_counter()
-    with pytest.raises(ValueError, match=r"'org/name' .* can't be had from the hub: .*\w") as caught:
+    with pytest.raises(
+        ValueError, match=r"'org/name' .* can't be had from the hub: .*\w"
+    ) as caught:
         load_vae("org/name", CPU, torch.float32)
     assert time.perf_counter() - began < 12
     assert not isinstance(caught.value, CheckpointError)
@@ -338,10 +393,14 @@ def test_every_norm_that_silu_follows_is_fused_in_this_instance_only(folder: Pat
     assert vae.network.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_fused_decoder_runs_the_librarys_operation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_decoder_runs_the_librarys_operation(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     original = fused_vae.group_norm_silu
-    monkeypatch.setattr(fused_vae, "group_norm_silu", lambda x, *rest: calls.append(x) or original(x, *rest))
+    monkeypatch.setattr(
+        fused_vae, "group_norm_silu", lambda x, *rest: calls.append(x) or original(x, *rest)
+    )
     vae = load_vae(folder, CPU, torch.float32)
     vae.decode(torch.randn(2, 4, 8, 8))
     assert calls
@@ -351,7 +410,8 @@ def test_the_fused_decoder_runs_the_librarys_operation(folder: Path, monkeypatch
 def test_norms_that_other_activations_follow_are_left_alone() -> None:
     diffusers = pytest.importorskip("diffusers")
     network = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(8,), norm_num_groups=4,
         act_fn="gelu",
     ).eval()  # fmt: skip
     z = torch.randn(1, 4, 8, 8)
@@ -385,7 +445,9 @@ def peak_of(limit: int, sizes: list[int]):
         (3, 99, 1, [3, 2, 1, 1, 1]),
     ],
 )
-def test_slices_halve_until_they_fit(count: int, size: int, limit: int, expected: list[int]) -> None:
+def test_slices_halve_until_they_fit(
+    count: int, size: int, limit: int, expected: list[int]
+) -> None:
     x, sizes = torch.randn(count, 3), []
     assert torch.equal(in_slices(peak_of(limit, sizes), x, size), 2 * x)
     assert sizes == expected
@@ -396,7 +458,9 @@ def test_one_image_that_does_not_fit_is_an_error() -> None:
         in_slices(peak_of(0, []), torch.randn(4, 3), 4)
 
 
-def test_large_batches_are_decoded_in_slices_of_a_fixed_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_batches_are_decoded_in_slices_of_a_fixed_size(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vae = load_vae(folder, CPU, torch.float32)
     latents = torch.randn(7, 4, 8, 8)
     whole = vae.decode(latents)
@@ -415,11 +479,15 @@ def test_large_batches_are_decoded_in_slices_of_a_fixed_size(folder: Path, monke
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random AutoencoderTiny as save_pretrained writes it: 4 channels, an eighth of the side, as TAESD's."""
+    """A random AutoencoderTiny as save_pretrained writes it: 4 channels, an eighth of the side, as
+    TAESD's.
+    """
     diffusers = pytest.importorskip("diffusers")
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        network = diffusers.AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+        network = diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4
+        )
     place = tmp_path_factory.mktemp("taesd")
     network.save_pretrained(place)
     return place
@@ -457,5 +525,8 @@ def test_another_kind_of_model_is_named(folder: Path, tmp_path: Path) -> None:
     place = changed(folder, tmp_path / "other", "nothing")
     config = json.loads((place / "config.json").read_text()) | {"_class_name": "AutoencoderDC"}
     (place / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="of the kind AutoencoderDC, not one of AutoencoderKL, AutoencoderTiny"):
+    with pytest.raises(
+        CheckpointError,
+        match="of the kind AutoencoderDC, not one of AutoencoderKL, AutoencoderTiny",
+    ):
         load_vae(place, CPU, torch.float32)

@@ -1,4 +1,6 @@
-"""Captures of whole runs, with a recorder that needs no GPU: keys, buffers, bounds, threads, and what goes wrong."""
+"""Captures of whole runs, with a recorder that needs no GPU: keys, buffers, bounds, threads, and
+what goes wrong.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +40,28 @@ def test_the_first_run_is_eager_the_second_is_captured_and_then_it_is_replayed()
         seen.append((recorder.recorded, recorder.replayed))
     assert seen == [(0, 0), (1, 3), (1, 4), (1, 5)]  # two replays are timed
     [capture] = model.captures.report()
-    assert (capture.hits, capture.memory, capture.eager_seconds, capture.replay_seconds) == (3, 1 << 20, 0.25, 0.25)
+    assert (capture.hits, capture.memory, capture.eager_seconds, capture.replay_seconds) == (
+        3,
+        1 << 20,
+        0.25,
+        0.25,
+    )
 
 
 def test_no_label_seed_noise_or_scale_makes_a_new_capture():
     model, recorder = captured_model()
-    for labels, seed, guidance in ((LABELS, 0, 2.0), ([4, 4, 4], 1, 1.5), (LABELS, 2, 0.0), ([0, 9, 5], 3, -1.0)):
+    for labels, seed, guidance in (
+        (LABELS, 0, 2.0),
+        ([4, 4, 4], 1, 1.5),
+        (LABELS, 2, 0.0),
+        ([0, 9, 5], 3, -1.0),
+    ):
         result = ft.sample(model, "H1R1", labels, guidance=guidance, seed=seed)
         assert result.equal(plain("H1R1", labels, guidance=guidance, seed=seed))
     noise = torch.randn(3, *model.latent_shape)
-    assert ft.sample(model, "H1R1", LABELS, guidance=3.0, noise=noise).equal(plain("H1R1", LABELS, guidance=3.0, noise=noise))
+    assert ft.sample(model, "H1R1", LABELS, guidance=3.0, noise=noise).equal(
+        plain("H1R1", LABELS, guidance=3.0, noise=noise)
+    )
     assert recorder.recorded == 1
 
 
@@ -106,7 +120,9 @@ def test_settings_of_arithmetic_make_a_new_capture_of_a_network_too():
 
 def test_results_of_earlier_replays_stay_whole():
     model, _ = captured_model()
-    results = [ft.sample(model, plan, LABELS, seed=seed) for seed in range(5) for plan in ("H1R1", "E2")]
+    results = [
+        ft.sample(model, plan, LABELS, seed=seed) for seed in range(5) for plan in ("H1R1", "E2")
+    ]
     truth = [plain(plan, LABELS, seed=seed) for seed in range(5) for plan in ("H1R1", "E2")]
     assert all(a.equal(b) for a, b in zip(results, truth, strict=True))
 
@@ -179,12 +195,19 @@ def test_a_capture_that_was_given_up_holds_no_memory_whoever_holds_it():
     [made] = ft.compile(model, "E1")
     buffers = [weakref.ref(tensor) for tensor in made.inputs.values()]
     whole = []
-    recorder.settle = lambda: whole.append(all(buffer() is not None for buffer in buffers))  # the device may still be using them
+    recorder.settle = lambda: whole.append(
+        all(buffer() is not None for buffer in buffers)
+    )  # the device may still be using them
     model.captures.clear()
     recorder.buffers.clear()
     assert whole == [True]
     assert [buffer() for buffer in buffers] == [None] * len(buffers)
-    assert (made.inputs, made.result.numel(), made.watched.kept, made.memory) == ({}, 0, [], 1 << 20)
+    assert (made.inputs, made.result.numel(), made.watched.kept, made.memory) == (
+        {},
+        0,
+        [],
+        1 << 20,
+    )
     with pytest.raises(RuntimeError, match="was given up"):
         made.replay()
 
@@ -195,12 +218,19 @@ def test_a_capture_that_was_given_up_holds_no_memory_whoever_holds_it():
 def test_compile_captures_every_plan_with_every_batch_size():
     model, recorder = captured_model()
     made = ft.compile(model, ["H1R1", ft.Plan.parse("E2")], [1, 4])
-    assert [(str(c.key.what.plan), c.key.size) for c in made] == [("H1R1", 1), ("H1R1", 4), ("E2", 1), ("E2", 4)]
+    assert [(str(c.key.what.plan), c.key.size) for c in made] == [
+        ("H1R1", 1),
+        ("H1R1", 4),
+        ("E2", 1),
+        ("E2", 4),
+    ]
     assert recorder.recorded == 4
     assert [c.ahead for c in model.captures.report()] == [True] * 4
     assert ft.compile(model, "E2", 4) == made[3:]
     assert recorder.recorded == 4
-    assert ft.sample(model, "E2", LABELS, guidance=2.0, seed=1).equal(plain("E2", LABELS, guidance=2.0, seed=1, batch_size=4))
+    assert ft.sample(model, "E2", LABELS, guidance=2.0, seed=1).equal(
+        plain("E2", LABELS, guidance=2.0, seed=1, batch_size=4)
+    )
     assert (recorder.recorded, made[3].hits) == (4, 1)
 
 
@@ -218,7 +248,9 @@ def test_without_a_batch_size_the_smallest_capture_that_holds_all_is_taken():
     for count, hits in ((1, (1, 0)), (2, (2, 0)), (3, (2, 1)), (4, (2, 2)), (5, (2, 2))):
         result = ft.sample(model, "E1", list(range(count)), seed=0)
         assert len(result) == count
-        assert result.equal(plain("E1", list(range(count)), seed=0, batch_size={1: 2, 3: 4}.get(count)))
+        assert result.equal(
+            plain("E1", list(range(count)), seed=0, batch_size={1: 2, 3: 4}.get(count))
+        )
         assert (two.hits, four.hits) == hits
     ft.sample(model, "E1", [1], seed=0, batch_size=1)
     assert (two.hits, four.hits) == (2, 2)
@@ -252,7 +284,11 @@ def test_compile_shows_a_bar_when_asked(capsys):
         (dict(batch_sizes=[True]), TypeError, "batch_sizes must be a whole number, got True"),
         (dict(output="uint8"), ValueError, "needs a model that was loaded with a vae"),
         (dict(guidance_channels=9), ValueError, "guidance_channels must be from 1 to 4, got 9"),
-        (dict(batch_sizes=range(1, 10)), ft.CaptureError, "there are 8 captures made ahead already: raise model.captures.limit"),
+        (
+            dict(batch_sizes=range(1, 10)),
+            ft.CaptureError,
+            "there are 8 captures made ahead already: raise model.captures.limit",
+        ),
     ],
 )
 def test_what_compile_refuses(arguments, kind, said):
@@ -271,12 +307,14 @@ def test_the_summary_tells_cost_and_gain():
         ft.sample(model, "E1", LABELS, seed=0)
     first, second = ft.summary(model).splitlines()
     assert first.startswith(
-        "plan H1R1 with guidance to latents, batch 3: 250.00 ms a replay, 250.00 ms without a graph (1.00 times)"
+        "plan H1R1 with guidance to latents, batch 3: 250.00 ms a replay, 250.00 ms without a "
+        "graph (1.00 times)"
     )
     assert "1 MiB" in first
     assert first.endswith("ahead of time, replayed 1 times")
     assert second == (
-        "plan E1 without guidance to latents, batch 3: without a graph, since capturing plan E1 without guidance to latents "
+        "plan E1 without guidance to latents, batch 3: without a graph, since capturing plan E1 "
+        "without guidance to latents "
         "failed (RuntimeError: no luck)"
     )
 
@@ -303,14 +341,19 @@ class Baking(Fake):
         result, replay = super().record(run)
 
         def replay_there() -> None:
-            now, others = {m: {k: p.data for k, p in m._parameters.items()} for m in then}, dict(self.root._modules)
+            now, others = (
+                {m: {k: p.data for k, p in m._parameters.items()} for m in then},
+                dict(self.root._modules),
+            )
             self._put(then, children)
             replay()
             self._put(now, others)
 
         return result, replay_there
 
-    def _put(self, data: dict[nn.Module, dict[str, Tensor]], children: dict[str, nn.Module | None]) -> None:
+    def _put(
+        self, data: dict[nn.Module, dict[str, Tensor]], children: dict[str, nn.Module | None]
+    ) -> None:
         self.root._modules.update(children)
         for module, parameters in data.items():
             for name, value in parameters.items():
@@ -341,7 +384,9 @@ def test_weights_that_moved_are_captured_anew(change):
 
     def run() -> list[float]:
         with torch.no_grad():
-            return captures.run(Key("it", 2), lambda x: (x * root[0].weight).float(), {"x": torch.ones(2)}, [root]).tolist()
+            return captures.run(
+                Key("it", 2), lambda x: (x * root[0].weight).float(), {"x": torch.ones(2)}, [root]
+            ).tolist()
 
     assert [run() for _ in range(3)] == [[3.0, 3.0]] * 3
     change(root)
@@ -371,7 +416,9 @@ def test_another_predictor_or_refiner_is_another_run():
     other = tiny_model()
     other.refiner = model.refiner
     for _ in range(2):
-        assert ft.sample(model, "H1R1", LABELS, seed=0).equal(ft.sample(other, "H1R1", LABELS, seed=0))
+        assert ft.sample(model, "H1R1", LABELS, seed=0).equal(
+            ft.sample(other, "H1R1", LABELS, seed=0)
+        )
     assert recorder.recorded == 2
 
 
@@ -445,7 +492,9 @@ def test_weights_that_were_made_in_inference_mode_are_captured():
     with torch.inference_mode():
         model, recorder = captured_model()
         [made] = ft.compile(model, "H1P1R1", 3)
-    assert ft.sample(model, "H1P1R1", LABELS, guidance=2.0, seed=0).equal(plain("H1P1R1", LABELS, guidance=2.0, seed=0))
+    assert ft.sample(model, "H1P1R1", LABELS, guidance=2.0, seed=0).equal(
+        plain("H1P1R1", LABELS, guidance=2.0, seed=0)
+    )
     assert (recorder.recorded, made.hits) == (1, 1)
 
 
@@ -466,7 +515,13 @@ def test_a_capture_that_fails_is_said_once_and_the_run_goes_on():
     model, recorder = captured_model()
     ft.sample(model, "H1", LABELS, seed=0)
     recorder.failures = [RuntimeError("operation not permitted\nwhen capturing")]
-    with pytest.warns(UserWarning, match=r"capturing plan H1 .* failed \(RuntimeError: operation not permitted\); it runs without"):
+    with pytest.warns(
+        UserWarning,
+        match=(
+            r"capturing plan H1 .* failed \(RuntimeError: operation not permitted\); it runs "
+            r"without"
+        ),
+    ):
         result = ft.sample(model, "H1", LABELS, seed=0)
     assert result.equal(plain("H1", LABELS, seed=0))
     with warnings.catch_warnings():
@@ -505,7 +560,9 @@ def test_out_of_memory_for_good_leaves_the_model_usable_and_says_what_was_asked_
         assert ft.sample(model, "E1", LABELS, seed=0).equal(plain("E1", LABELS, seed=0))
 
 
-@pytest.mark.parametrize("said", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"])
+@pytest.mark.parametrize(
+    "said", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"]
+)
 def test_libraries_lack_memory_too(said):
     model, recorder = captured_model()
     ft.compile(model, ["E1", "E2"])
@@ -522,7 +579,10 @@ def test_a_first_run_that_lacks_memory_makes_compile_fail_as_it_says():
         raise OOM
 
     model.predictor.evaluate = evaluate
-    with pytest.raises(ft.CaptureError, match="capturing plan H8 with guidance to latents for 64 images ran out of memory"):
+    with pytest.raises(
+        ft.CaptureError,
+        match="capturing plan H8 with guidance to latents for 64 images ran out of memory",
+    ):
         ft.compile(model, "H8", 64)
     model.predictor.evaluate = original
     assert ft.sample(model, "H1", LABELS, seed=0).equal(plain("H1", LABELS, seed=0))
@@ -581,7 +641,9 @@ def test_concurrent_calls_give_the_results_of_sequential_ones():
     model, recorder = captured_model(limit=2)
     plans = ["H1R1", "E2", "H1P1"]
     work = [(plans[n % 3], [n % 10, (n + 3) % 10], 1.0 + n % 2, n) for n in range(36)]
-    truth = [plain(plan, labels, guidance=guidance, seed=seed) for plan, labels, guidance, seed in work]
+    truth = [
+        plain(plan, labels, guidance=guidance, seed=seed) for plan, labels, guidance, seed in work
+    ]
 
     def one(job: tuple[str, list[int], float, int]) -> Tensor:
         plan, labels, guidance, seed = job

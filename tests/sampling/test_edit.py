@@ -33,7 +33,9 @@ def pixel_model() -> ft.FlowModel:
 
 
 def pictures(count: int = 3, seed: int = 0) -> Tensor:
-    grey = torch.randint(256, (count, 8, 8, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    grey = torch.randint(
+        256, (count, 8, 8, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     return grey.expand(-1, -1, -1, 3)
 
 
@@ -57,20 +59,36 @@ class Blocks(Pixels):
 def test_an_edit_is_the_whole_plan_from_the_path_on(plan):
     """By hand: a plain function, on a clock that starts at 0, integrates the same equation."""
     model = tiny_model(refiner="R" in plan, dtype=torch.float64)
-    source, noise = (torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    source, noise = (
+        torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(s))
+        for s in (1, 2)
+    )
     got = ft.edit(model, plan, source, LABELS, strength=0.7, noise=noise, output="latents")
     if "R" not in plan:
         y = torch.tensor(LABELS)
 
         def v(x: Tensor, t: Tensor) -> Tensor:  # dx/ds with t = 0.3 + 0.7 s
-            return 0.7 * model.predictor(x, torch.full((3,), 0.3 + 0.7 * float(t), dtype=torch.float64), y)
+            return 0.7 * model.predictor(
+                x, torch.full((3,), 0.3 + 0.7 * float(t), dtype=torch.float64), y
+            )
 
         expected = ft.sample(v, plan, noise=on_path(source, noise, 0.3).double())
         assert_close(got, expected, 1e-5)
     seen = []
-    ft.edit(model, plan, source, LABELS, strength=0.7, noise=noise, output="latents", callback=seen.append)
+    ft.edit(
+        model,
+        plan,
+        source,
+        LABELS,
+        strength=0.7,
+        noise=noise,
+        output="latents",
+        callback=seen.append,
+    )
     assert len(seen) == len(ft.Plan.parse(plan))
-    assert [info.t for info in seen] == pytest.approx([0.3 + 0.7 * t for t in ft.Plan.parse(plan).grid[1:]])
+    assert [info.t for info in seen] == pytest.approx(
+        [0.3 + 0.7 * t for t in ft.Plan.parse(plan).grid[1:]]
+    )
 
 
 def test_full_strength_forgets_the_image_and_little_keeps_it():
@@ -79,7 +97,11 @@ def test_full_strength_forgets_the_image_and_little_keeps_it():
     forgotten = ft.edit(model, "H1R1", source, LABELS, strength=1.0, seed=5, output="latents")
     assert_close(forgotten, ft.sample(model, "H1R1", LABELS, seed=5), 1e-6)
     distances = [
-        float((ft.edit(model, "H2", source, LABELS, strength=s, seed=5, output="latents") - source).norm())
+        float(
+            (
+                ft.edit(model, "H2", source, LABELS, strength=s, seed=5, output="latents") - source
+            ).norm()
+        )
         for s in (0.001, 0.1, 0.5, 1.0)
     ]
     assert distances == sorted(distances)
@@ -132,21 +154,31 @@ def half(height: int = 8, width: int = 8) -> Tensor:
 def test_outside_the_mask_latents_are_the_sources_own(plan, strength):
     model = tiny_model()
     source, mask = torch.randn(3, *model.latent_shape), half()
-    x = ft.inpaint(model, plan, source, mask, LABELS, strength=strength, guidance=2.0, seed=0, output="latents")
+    x = ft.inpaint(
+        model, plan, source, mask, LABELS, strength=strength, guidance=2.0, seed=0, output="latents"
+    )
     assert x[..., ~mask].equal(source[..., ~mask])
     assert (x - source)[..., mask].abs().mean() > 0.1
 
 
 def test_between_steps_the_outside_is_on_its_path():
     model = tiny_model()
-    source, noise, mask = torch.randn(3, *model.latent_shape), torch.randn(3, *model.latent_shape), half()
+    source, noise, mask = (
+        torch.randn(3, *model.latent_shape),
+        torch.randn(3, *model.latent_shape),
+        half(),
+    )
     seen = []
-    ft.inpaint(model, "H2P1", source, mask, LABELS, noise=noise, output="latents", callback=seen.append)
+    ft.inpaint(
+        model, "H2P1", source, mask, LABELS, noise=noise, output="latents", callback=seen.append
+    )
     for info in seen:
         assert info.x[..., ~mask].equal(on_path(source, noise, info.t)[..., ~mask])
     free = []
     ft.sample(model, "H2P1", LABELS, noise=noise, callback=free.append)
-    assert_close(seen[0].x[..., mask], free[0].x[..., mask], 1e-6)  # the first step knows nothing of the source
+    assert_close(
+        seen[0].x[..., mask], free[0].x[..., mask], 1e-6
+    )  # the first step knows nothing of the source
     assert (seen[2].x - free[2].x)[..., mask].abs().max() > 1e-4  # later ones see it
 
 
@@ -179,7 +211,9 @@ def test_pixels_outside_the_mask_are_untouched_even_where_a_latent_is_shared():
 def test_masks_of_every_kind(make):
     model, source = tiny_model(), torch.randn(3, *CONFIG_SHAPE)
     plain = ft.inpaint(model, "H1", source, half(), LABELS, seed=0, output="latents")
-    assert ft.inpaint(model, "H1", source, make(half()), LABELS, seed=0, output="latents").equal(plain)
+    assert ft.inpaint(model, "H1", source, make(half()), LABELS, seed=0, output="latents").equal(
+        plain
+    )
 
 
 CONFIG_SHAPE = (4, 8, 8)
@@ -187,7 +221,16 @@ CONFIG_SHAPE = (4, 8, 8)
 
 def test_an_inpainting_stopped_by_its_callback_returns_what_there_is():
     model = pixel_model()
-    after = ft.inpaint(model, "E4", pictures(), half(), LABELS, seed=0, batch_size=2, callback=lambda info: info.step < 2)
+    after = ft.inpaint(
+        model,
+        "E4",
+        pictures(),
+        half(),
+        LABELS,
+        seed=0,
+        batch_size=2,
+        callback=lambda info: info.step < 2,
+    )
     assert after.shape == (2, 8, 8, 3)
 
 
@@ -200,12 +243,28 @@ def test_an_inpainting_stopped_by_its_callback_returns_what_there_is():
         (dict(strength=0.0), ValueError, "strength must be above 0 and at most 1, got 0"),
         (dict(strength=1.5), ValueError, "strength must be above 0 and at most 1, got 1.5"),
         (dict(strength=math.nan), ValueError, "strength must be finite"),
-        (dict(images=pictures().float()), ValueError, r"images given as latents must have shape \(N, 1, 8, 8\)"),
+        (
+            dict(images=pictures().float()),
+            ValueError,
+            r"images given as latents must have shape \(N, 1, 8, 8\)",
+        ),
         (dict(images=torch.full((3, 1, 8, 8), math.nan)), ValueError, "images must be finite"),
-        (dict(images=pictures()[..., :1]), ValueError, r"images must be uint8 of shape \(N, height, width, 3\)"),
-        (dict(images=pictures()[0]), ValueError, r"images must be uint8 of shape \(N, height, width, 3\)"),
+        (
+            dict(images=pictures()[..., :1]),
+            ValueError,
+            r"images must be uint8 of shape \(N, height, width, 3\)",
+        ),
+        (
+            dict(images=pictures()[0]),
+            ValueError,
+            r"images must be uint8 of shape \(N, height, width, 3\)",
+        ),
         (dict(images=pictures().int()), ValueError, "images must be uint8 .* got torch.int32"),
-        (dict(images=pictures()[:, :4]), ValueError, "images must be 8 x 8 for this model, got 4 x 8"),
+        (
+            dict(images=pictures()[:, :4]),
+            ValueError,
+            "images must be 8 x 8 for this model, got 4 x 8",
+        ),
         (dict(images="a.png"), TypeError, "images must be an array or a tensor, got str"),
         (dict(labels=None), ValueError, "labels must say what to make"),
         (dict(labels=[1, 2, 11]), ValueError, "labels must be from 0 to 9, got 11"),
@@ -216,16 +275,36 @@ def test_an_inpainting_stopped_by_its_callback_returns_what_there_is():
 )
 def test_what_an_edit_refuses(arguments, kind, said):
     with pytest.raises(kind, match=said):
-        ft.edit(**{"model": pixel_model(), "plan": "H1R1", "images": pictures(), "labels": LABELS, **arguments})
+        ft.edit(
+            **{
+                "model": pixel_model(),
+                "plan": "H1R1",
+                "images": pictures(),
+                "labels": LABELS,
+                **arguments,
+            }
+        )
 
 
 @pytest.mark.parametrize(
     "mask, kind, said",
     [
-        (half(8, 4), ValueError, r"mask must have the images' size, shape \(8, 8\) or \(3, 8, 8\), got \(8, 4\)"),
+        (
+            half(8, 4),
+            ValueError,
+            r"mask must have the images' size, shape \(8, 8\) or \(3, 8, 8\), got \(8, 4\)",
+        ),
         (half().expand(2, 8, 8), ValueError, r"got \(2, 8, 8\)"),
-        (torch.zeros(8, 8, dtype=torch.bool), ValueError, "mask must choose at least one pixel of every image"),
-        (torch.stack([half(), half(), half() & False]), ValueError, "mask must choose at least one pixel of every image"),
+        (
+            torch.zeros(8, 8, dtype=torch.bool),
+            ValueError,
+            "mask must choose at least one pixel of every image",
+        ),
+        (
+            torch.stack([half(), half(), half() & False]),
+            ValueError,
+            "mask must choose at least one pixel of every image",
+        ),
         (half().int(), TypeError, "mask must be bool, uint8 or floating point, got torch.int32"),
         ("mask.png", TypeError, "mask must be an array or a tensor"),
     ],
@@ -239,7 +318,12 @@ def test_images_need_a_vae_and_latents_do_not():
     model = tiny_model(GREY)
     with pytest.raises(ValueError, match="images need a model that was loaded with a vae"):
         ft.edit(model, "H1", pictures(), LABELS, output="latents")
-    assert ft.edit(model, "H1", torch.randn(3, 1, 8, 8), LABELS, output="latents").shape == (3, 1, 8, 8)
+    assert ft.edit(model, "H1", torch.randn(3, 1, 8, 8), LABELS, output="latents").shape == (
+        3,
+        1,
+        8,
+        8,
+    )
     with pytest.raises(ValueError, match="output='uint8' needs a model"):
         ft.edit(model, "H1", torch.randn(3, 1, 8, 8), LABELS)
 
@@ -253,7 +337,9 @@ def test_a_plan_that_starts_later_is_for_edit():
     for t in (1.0, -0.1, math.nan):
         with pytest.raises(ValueError, match="t must be"):
             ft.Plan.parse("H1").starting_at(t)
-    _, job = _prepare(tiny_model(), plan, torch.randn(1, *CONFIG_SHAPE), 3, 1.0, None, None, 0, "latents")
+    _, job = _prepare(
+        tiny_model(), plan, torch.randn(1, *CONFIG_SHAPE), 3, 1.0, None, None, 0, "latents"
+    )
     assert "from t = 0.25" in str(job)
 
 
@@ -263,11 +349,37 @@ def test_a_plan_that_starts_later_is_for_edit():
 def test_the_command_edits_and_inpaints_an_npz(tmp_path, capsys):
     assert main(["sample", "--num", "3", "--plan", "H1P1R1", "--out", str(tmp_path / "d.npz")]) == 0
     common = [str(tmp_path / "d.npz"), "--plan", "H1R1"]
-    assert main(["edit", *common, "--labels", "8", "--strength", "0.3", "--out", str(tmp_path / "e.npz")]) == 0
+    assert (
+        main(
+            [
+                "edit",
+                *common,
+                "--labels",
+                "8",
+                "--strength",
+                "0.3",
+                "--out",
+                str(tmp_path / "e.npz"),
+            ]
+        )
+        == 0
+    )
     with np.load(tmp_path / "e.npz") as found:
         assert found["arr_0"].shape == (3, 8, 8, 3)
         assert found["labels"].tolist() == [8, 8, 8]
-    arguments = ["--labels", "1", "2", "3", "--box", "0.5", "0", "1", "1", "--out", str(tmp_path / "i.png")]
+    arguments = [
+        "--labels",
+        "1",
+        "2",
+        "3",
+        "--box",
+        "0.5",
+        "0",
+        "1",
+        "1",
+        "--out",
+        str(tmp_path / "i.png"),
+    ]
     assert main(["inpaint", *common, *arguments]) == 0
     assert Image.open(tmp_path / "i.png").width > 3 * 96
     before = read_npz(tmp_path / "d.npz")
@@ -280,7 +392,9 @@ def test_the_command_edits_and_inpaints_an_npz(tmp_path, capsys):
 
 
 def test_the_command_takes_image_files_of_any_size_and_masks_of_theirs(tmp_path, capsys):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    )
     picture.save(tmp_path / "a.png")
     mask = Image.new("L", (40, 30))
     mask.paste(255, (0, 0, 20, 30))
@@ -305,14 +419,40 @@ def test_the_command_takes_image_files_of_any_size_and_masks_of_theirs(tmp_path,
     )
     assert read_npz(out).shape == (1, 8, 8, 3)
     Image.new("L", (41, 30), 255).save(tmp_path / "wrong.png")
-    assert main(["inpaint", str(tmp_path / "a.png"), "--labels", "3", "--mask", str(tmp_path / "wrong.png")]) == 2
+    assert (
+        main(
+            [
+                "inpaint",
+                str(tmp_path / "a.png"),
+                "--labels",
+                "3",
+                "--mask",
+                str(tmp_path / "wrong.png"),
+            ]
+        )
+        == 2
+    )
     assert "must have the size of" in capsys.readouterr().err
     assert main(["inpaint", str(tmp_path / "a.png"), "--labels", "3"]) == 2
     assert "mask or box must say what to make anew" in capsys.readouterr().err
     clear = picture.convert("RGBA")
     clear.paste((0, 0, 0, 0), (20, 0, 40, 30))
     clear.save(tmp_path / "clear.png")
-    assert main(["inpaint", str(tmp_path / "clear.png"), "--labels", "3", "--plan", "H1", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "inpaint",
+                str(tmp_path / "clear.png"),
+                "--labels",
+                "3",
+                "--plan",
+                "H1",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert not (tmp_path / "inpainted.png").exists()
 
 

@@ -1,4 +1,6 @@
-"""Large sets: the same images whoever makes which of them and whatever is killed meanwhile, each once, and a proof of it."""
+"""Large sets: the same images whoever makes which of them and whatever is killed meanwhile, each
+once, and a proof of it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ from flowturbo.storage import files
 from flowturbo.storage.files import CheckpointError, Lock, load_arrays
 from flowturbo.storage.image_shards import cut, join, prove, save_shard, verify
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+}
 KILL_RUNS = int(os.environ.get("FLOWTURBO_KILL_RUNS", "1"))
 """How often the test with real kills runs; it kills three times a run."""
 
@@ -74,7 +80,11 @@ def reference(digits: ft.FlowModel, tmp_path_factory: pytest.TempPathFactory) ->
 
 def contents(out: Path) -> dict[str, bytes]:
     """All that a person sees in a folder."""
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if not path.name.startswith(".")}
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(out.iterdir())
+        if not path.name.startswith(".")
+    }
 
 
 def inodes(out: Path) -> dict[str, int]:
@@ -88,8 +98,12 @@ def hidden(out: Path) -> list[str]:
 # What is made.
 
 
-def test_a_set_is_what_sample_makes_and_the_manifest_says_so(digits: ft.FlowModel, reference: Path) -> None:
-    expected = ft.sample(digits, "E1", LABELS, guidance=1.5, seed=3, batch_size=4, output="uint8").numpy()
+def test_a_set_is_what_sample_makes_and_the_manifest_says_so(
+    digits: ft.FlowModel, reference: Path
+) -> None:
+    expected = ft.sample(
+        digits, "E1", LABELS, guidance=1.5, seed=3, batch_size=4, output="uint8"
+    ).numpy()
     names = [f"images-0000{k}-of-00003.npz" for k in range(3)]
     assert list(contents(reference)) == [*names, "manifest.json"]
     assert hidden(reference) == [".lock"]
@@ -111,12 +125,27 @@ def test_a_set_is_what_sample_makes_and_the_manifest_says_so(digits: ft.FlowMode
             assert arrays["labels"].tolist() == LABELS[rows]
             assert arrays["indices"].tolist() == list(range(22))[rows]
     described = manifest["settings"]
-    assert described.items() >= {"num": 22, "seed": 3, "plan": "E1", "guidance": 1.5, "batch_size": 4, "shard_size": 8}.items()
-    assert described.items() >= {"dtype": "float32", "torch": torch.__version__, "flowturbo": ft.__version__}.items()
+    assert (
+        described.items()
+        >= {
+            "num": 22,
+            "seed": 3,
+            "plan": "E1",
+            "guidance": 1.5,
+            "batch_size": 4,
+            "shard_size": 8,
+        }.items()
+    )
+    assert (
+        described.items()
+        >= {"dtype": "float32", "torch": torch.__version__, "flowturbo": ft.__version__}.items()
+    )
     assert verify(reference) == manifest
 
 
-def test_files_may_be_cut_otherwise_and_images_stay(digits: ft.FlowModel, reference: Path, tmp_path: Path) -> None:
+def test_files_may_be_cut_otherwise_and_images_stay(
+    digits: ft.FlowModel, reference: Path, tmp_path: Path
+) -> None:
     one, many = (make(digits, tmp_path / str(size), shard_size=size) for size in (4, 24))
     assert len(one["shards"]) == 6
     assert len(many["shards"]) == 1
@@ -125,15 +154,24 @@ def test_files_may_be_cut_otherwise_and_images_stay(digits: ft.FlowModel, refere
     assert other["images_sha256"] != one["images_sha256"]
 
 
-def test_a_longer_set_begins_with_the_shorter(digits: ft.FlowModel, reference: Path, tmp_path: Path) -> None:
+def test_a_longer_set_begins_with_the_shorter(
+    digits: ft.FlowModel, reference: Path, tmp_path: Path
+) -> None:
     make(digits, tmp_path, labels=LABELS[:8])
-    with np.load(tmp_path / "images-00000-of-00001.npz") as short, np.load(reference / "images-00000-of-00003.npz") as long:
+    with (
+        np.load(tmp_path / "images-00000-of-00001.npz") as short,
+        np.load(reference / "images-00000-of-00003.npz") as long,
+    ):
         assert np.array_equal(short["arr_0"], long["arr_0"])
 
 
-def test_defaults_are_batches_of_64_and_shards_of_256_or_the_next_multiple(digits: ft.FlowModel, tmp_path: Path) -> None:
+def test_defaults_are_batches_of_64_and_shards_of_256_or_the_next_multiple(
+    digits: ft.FlowModel, tmp_path: Path
+) -> None:
     for given, made_of in ((None, (64, 256)), (100, (100, 300)), (300, (300, 300))):
-        described = make(digits, tmp_path / str(given), labels=[1], batch_size=given, shard_size=None)["settings"]
+        described = make(
+            digits, tmp_path / str(given), labels=[1], batch_size=given, shard_size=None
+        )["settings"]
         assert (described["batch_size"], described["shard_size"]) == made_of
 
 
@@ -141,11 +179,17 @@ def test_random_labels_are_functions_of_seed_and_index_and_uniform() -> None:
     labels = class_labels("random", 20000, 10, seed=5)
     assert np.array_equal(labels[:700], class_labels("random", 700, 10, seed=5))
     assert labels[12345] == rng.random_classes(10, 5, [12345])[0]
-    assert (labels != class_labels("random", 20000, 10, seed=6)).mean() == pytest.approx(0.9, abs=0.02)
+    assert (labels != class_labels("random", 20000, 10, seed=6)).mean() == pytest.approx(
+        0.9, abs=0.02
+    )
     counts = np.bincount(labels, minlength=10)
-    assert ((counts - 2000) ** 2 / 2000).sum() < 27.9  # chi-squared of 9 degrees of freedom: one seed in a thousand is above
+    assert (
+        (counts - 2000) ** 2 / 2000
+    ).sum() < 27.9  # chi-squared of 9 degrees of freedom: one seed in a thousand is above
     assert (labels[1:] == labels[:-1]).mean() == pytest.approx(0.1, abs=0.01)
-    assert Counter(class_labels("cycle", 50000, 1000, seed=5).tolist()) == dict.fromkeys(range(1000), 50)
+    assert Counter(class_labels("cycle", 50000, 1000, seed=5).tolist()) == dict.fromkeys(
+        range(1000), 50
+    )
     with pytest.raises(ValueError, match="label_rule must be one of cycle, random, got 'even'"):
         class_labels("even", 3, 10, seed=0)  # type: ignore[arg-type]
 
@@ -167,11 +211,14 @@ def test_a_set_that_is_there_is_not_made_again(
 
 
 @pytest.mark.parametrize("name", ["images-00000-of-00003.npz", "images-00002-of-00003.npz"])
-def test_damaged_shards_are_made_again_and_others_kept(digits: ft.FlowModel, reference: Path, tmp_path: Path, name: str) -> None:
+def test_damaged_shards_are_made_again_and_others_kept(
+    digits: ft.FlowModel, reference: Path, tmp_path: Path, name: str
+) -> None:
     out = shutil.copytree(reference, tmp_path / "set")
     before, content = inodes(out), (out / name).read_bytes()
     flips = [
-        content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] for at in (0, 30, 300, len(content) - 70, len(content) - 1)
+        content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+        for at in (0, 30, 300, len(content) - 70, len(content) - 1)
     ]
     for damaged in (*flips, content[:-1], b""):
         (out / name).write_bytes(damaged)
@@ -184,7 +231,9 @@ def test_damaged_shards_are_made_again_and_others_kept(digits: ft.FlowModel, ref
     assert {k for k in before if before[k] == after[k]} >= before.keys() - {name}
 
 
-def test_a_shard_under_another_ones_name_is_made_again(digits: ft.FlowModel, reference: Path, tmp_path: Path) -> None:
+def test_a_shard_under_another_ones_name_is_made_again(
+    digits: ft.FlowModel, reference: Path, tmp_path: Path
+) -> None:
     out = shutil.copytree(reference, tmp_path / "set")
     shutil.copy(out / "images-00000-of-00003.npz", out / "images-00001-of-00003.npz")
     make(digits, out)
@@ -197,7 +246,11 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_end_before_or_after_any_file_loses_nothing(
-    digits: ft.FlowModel, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    digits: ft.FlowModel,
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
 ) -> None:
     plain = os.replace
     for rename in itertools.count(1):
@@ -222,7 +275,9 @@ def test_an_end_before_or_after_any_file_loses_nothing(
         kept = inodes(out)
         assert len(kept) == min(3, rename - (when == "before"))
         assert (out / "manifest.json").exists() == (rename == 4 and when == "after")
-        (out / ".images-00001-of-00003.npz.x7.tmp").write_bytes(b"torn")  # what a kill in the middle of a write leaves
+        (out / ".images-00001-of-00003.npz.x7.tmp").write_bytes(
+            b"torn"
+        )  # what a kill in the middle of a write leaves
         (out / ".manifest.json.x8.tmp").write_bytes(b"{")
         make(digits, out)
         assert inodes(out).items() >= kept.items()
@@ -240,7 +295,9 @@ def test_there_is_no_manifest_while_shards_are_missing(
     with pytest.raises(TypeError):
         make(digits, out)
     assert not (out / "manifest.json").exists()
-    with pytest.raises(CheckpointError, match=r"holds no manifest\.json: a run writes it when all shards are there"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no manifest\.json: a run writes it when all shards are there"
+    ):
         verify(out)
 
 
@@ -249,7 +306,10 @@ def test_there_is_no_manifest_while_shards_are_missing(
     [
         (dict(seed=4), "seed was 3 and is now 4"),
         (dict(plan="A2"), "plan was 'E1' and is now 'A2', grid was"),
-        (dict(plan=ft.Plan.parse("E1", guidance_interval=(0, 0.5))), r"guidance_interval was \[0.0, 1.0\] and is now \[0.0, 0.5\]"),
+        (
+            dict(plan=ft.Plan.parse("E1", guidance_interval=(0, 0.5))),
+            r"guidance_interval was \[0.0, 1.0\] and is now \[0.0, 0.5\]",
+        ),
         (dict(guidance=2.0), "guidance was 1.5 and is now 2.0"),
         (dict(batch_size=8), "batch_size was 4 and is now 8"),
         (dict(shard_size=12), "shard_size was 8 and is now 12"),
@@ -263,13 +323,19 @@ def test_sets_of_other_settings_are_not_touched(
 ) -> None:
     out = shutil.copytree(reference, tmp_path / "set")
     with pytest.raises(
-        ValueError, match=rf"images-00000-of-00003\.npz was made with other settings \({words}.*choose another folder"
+        ValueError,
+        match=(
+            rf"images-00000-of-00003\.npz was made with other settings \({words}.*choose "
+            r"another folder"
+        ),
     ):
         make(digits, out, **change)
     assert contents(out) == contents(reference)
 
 
-def test_sets_of_other_models_or_machines_are_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sets_of_other_models_or_machines_are_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model()
     model.vae = Thumbnails()
     options = dict(labels=[1, 2], plan="H1R1")
@@ -289,10 +355,14 @@ def test_sets_of_other_models_or_machines_are_not_touched(tmp_path: Path, monkey
     assert contents(tmp_path) == before
 
 
-def test_sets_of_a_fitted_plan_with_other_weights_are_not_touched(digits: ft.FlowModel, tmp_path: Path) -> None:
+def test_sets_of_a_fitted_plan_with_other_weights_are_not_touched(
+    digits: ft.FlowModel, tmp_path: Path
+) -> None:
     """The letters and the grid may be the same."""
     make(digits, tmp_path, plan=ft.Plan("L", (0, 1), weights=[[1.0]]))
-    with pytest.raises(ValueError, match=r"other settings \(weights was \[\[1\.0\]\] and is now \[\[0\.9\]\]\)"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(weights was \[\[1\.0\]\] and is now \[\[0\.9\]\]\)"
+    ):
         make(digits, tmp_path, plan=ft.Plan("L", (0, 1), weights=[[0.9]]))
 
 
@@ -320,7 +390,10 @@ def test_a_refiner_that_the_plan_does_not_use_does_not_matter(tmp_path: Path) ->
 def test_files_of_another_kind_are_not_touched(digits: ft.FlowModel, tmp_path: Path) -> None:
     np.savez(tmp_path / "images-of-mine.npz", np.zeros(3))
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"holds images-of-mine\.npz, which is none of the 3 shards: choose another folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds images-of-mine\.npz, which is none of the 3 shards: choose another folder",
+    ):
         make(digits, tmp_path)
     assert contents(tmp_path) == before
 
@@ -328,7 +401,9 @@ def test_files_of_another_kind_are_not_touched(digits: ft.FlowModel, tmp_path: P
 # What verify and join say.
 
 
-def test_every_kind_of_wrong_set_is_noticed(digits: ft.FlowModel, reference: Path, tmp_path: Path) -> None:
+def test_every_kind_of_wrong_set_is_noticed(
+    digits: ft.FlowModel, reference: Path, tmp_path: Path
+) -> None:
     first, second, third = (f"images-0000{k}-of-00003.npz" for k in range(3))
     make(digits, tmp_path / "other", seed=4)
 
@@ -337,7 +412,10 @@ def test_every_kind_of_wrong_set_is_noticed(digits: ft.FlowModel, reference: Pat
 
     out = wrong("a gap")
     (out / second).unlink()
-    with pytest.raises(CheckpointError, match=rf"{third} must go on with image 8, got 16 to 21: images are missing or twice"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{third} must go on with image 8, got 16 to 21: images are missing or twice",
+    ):
         verify(out)
     out = wrong("the end missing")
     (out / third).unlink()
@@ -353,18 +431,25 @@ def test_every_kind_of_wrong_set_is_noticed(digits: ft.FlowModel, reference: Pat
         verify(out)
     out = wrong("mixed")
     shutil.copy(tmp_path / "other" / second, out / second)
-    with pytest.raises(CheckpointError, match=rf"{second} is of another set than the shards before it: seed was 3 and is now 4"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{second} is of another set than the shards before it: seed was 3 and is now 4",
+    ):
         verify(out)
     out = wrong("all of another set")
     for name in (first, second, third):
         shutil.copy(tmp_path / "other" / name, out / name)
-    with pytest.raises(CheckpointError, match=r"is not what its manifest\.json says: images_sha256 was"):
+    with pytest.raises(
+        CheckpointError, match=r"is not what its manifest\.json says: images_sha256 was"
+    ):
         verify(out)
     out = wrong("other pixels, well written")
     arrays, description = load_arrays(out / second)
     arrays["arr_0"][3, 2, 1] ^= 1
     files.save_arrays(out / second, arrays, description)
-    with pytest.raises(CheckpointError, match=r"is not what its manifest\.json says: images_sha256 was"):
+    with pytest.raises(
+        CheckpointError, match=r"is not what its manifest\.json says: images_sha256 was"
+    ):
         verify(out)
     out = wrong("a torn manifest")
     (out / "manifest.json").write_text((out / "manifest.json").read_text()[:-9])
@@ -385,7 +470,10 @@ def test_one_file_is_all_shards_in_order(reference: Path, tmp_path: Path) -> Non
         for name in arrays.files:
             assert np.array_equal(arrays[name], np.concatenate([part[name] for part in parts]))
             assert arrays[name].dtype == parts[0][name].dtype
-    for wrong, words in ((tmp_path / "all.zip", r"must end in \.npz"), (reference / "all.npz", "must lie outside the folder")):
+    for wrong, words in (
+        (tmp_path / "all.zip", r"must end in \.npz"),
+        (reference / "all.npz", "must lie outside the folder"),
+    ):
         with pytest.raises(ValueError, match=words):
             join(reference, wrong)
     out = shutil.copytree(reference, tmp_path / "set")
@@ -442,7 +530,9 @@ def test_arguments_that_make_no_sense_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_models_without_images_and_files_in_the_way_are_refused(digits: ft.FlowModel, tmp_path: Path) -> None:
+def test_models_without_images_and_files_in_the_way_are_refused(
+    digits: ft.FlowModel, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="needs a model that was loaded with a vae"):
         make(tiny_model(), tmp_path / "set")
     (tmp_path / "file").write_text("mine")
@@ -451,8 +541,12 @@ def test_models_without_images_and_files_in_the_way_are_refused(digits: ft.FlowM
     assert contents(tmp_path) == {"file": b"mine"}
 
 
-def test_two_runs_do_not_write_one_folder(digits: ft.FlowModel, reference: Path, tmp_path: Path) -> None:
-    """Whichever process of the other run lives, alone or not: then nothing is removed that it may be writing."""
+def test_two_runs_do_not_write_one_folder(
+    digits: ft.FlowModel, reference: Path, tmp_path: Path
+) -> None:
+    """Whichever process of the other run lives, alone or not: then nothing is removed that it may
+    be writing.
+    """
     pytest.importorskip("fcntl")
     out = tmp_path / "set"
     out.mkdir()
@@ -460,7 +554,9 @@ def test_two_runs_do_not_write_one_folder(digits: ft.FlowModel, reference: Path,
     for alone in (True, False):
         with contextlib.closing(Lock(out / ".lock")) as lock:
             assert lock.take(alone=alone)
-            with pytest.raises(ValueError, match=r"another run is writing to out .*: wait for its end"):
+            with pytest.raises(
+                ValueError, match=r"another run is writing to out .*: wait for its end"
+            ):
                 make(digits, out)
     assert hidden(out) == [".images-00001-of-00003.npz.x7.tmp", ".lock"]
     make(digits, out)
@@ -492,7 +588,10 @@ def test_every_process_of_a_run_keeps_others_out(tmp_path: Path) -> None:
 
 def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
-    code = "import sys, time; from flowturbo.storage.files import Lock; lock = Lock(sys.argv[1]); print(lock.take(alone=True), flush=True)"
+    code = (
+        "import sys, time; from flowturbo.storage.files import Lock; lock = Lock(sys.argv[1]); "
+        "print(lock.take(alone=True), flush=True)"
+    )
     command = [sys.executable, "-c", f"{code}; time.sleep(600)", str(tmp_path / "lock")]
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as holder:
         try:
@@ -516,20 +615,32 @@ def test_the_command_makes_sets_proves_them_and_joins_them(
 ) -> None:
     out = tmp_path / "cfg1.5"
     words = (
-        "--num-fid-samples 21 --global-seed 7 --cfg-scale 2 --per-proc-batch-size 4 --shard-size 8 --plan E1 --label-rule random"
+        "--num-fid-samples 21 --global-seed 7 --cfg-scale 2 --per-proc-batch-size 4 "
+        "--shard-size 8 --plan E1 --label-rule random"
     )
     command = ["sample", "--sample-dir", str(out), *words.split(), "--device", "cpu"]
     assert main(command) == 0
     labels = class_labels("random", 21, 10, seed=7)
-    expected = ft.sample(digits, "E1", labels, guidance=2.0, seed=7, batch_size=4, output="uint8").numpy()
+    expected = ft.sample(
+        digits, "E1", labels, guidance=2.0, seed=7, batch_size=4, output="uint8"
+    ).numpy()
     digest = hashlib.sha256(expected.tobytes()).hexdigest()
     assert (
-        f"cfg1.5: 21 images by E1 (1 predictor and 0 refiner calls), each once and whole in 3 shards, images_sha256 {digest}"
+        "cfg1.5: 21 images by E1 (1 predictor and 0 refiner calls), each once and whole in 3 "
+        f"shards, images_sha256 {digest}"
+    ) in capsys.readouterr().out
+    assert verify(out)["about"] == {
+        "model": "digits",
+        "refiner": None,
+        "vae": None,
+        "label_rule": "random",
+        "labels": "all",
+    }
+    assert main(["verify", str(out), "--npz", str(tmp_path / "all.npz")]) == 0
+    assert (
+        f"all.npz: images 0 to 20, each once and whole in 3 shards, images_sha256 {digest}"
         in capsys.readouterr().out
     )
-    assert verify(out)["about"] == {"model": "digits", "refiner": None, "vae": None, "label_rule": "random", "labels": "all"}
-    assert main(["verify", str(out), "--npz", str(tmp_path / "all.npz")]) == 0
-    assert f"all.npz: images 0 to 20, each once and whole in 3 shards, images_sha256 {digest}" in capsys.readouterr().out
     with np.load(tmp_path / "all.npz") as arrays:
         assert np.array_equal(arrays["arr_0"], expected)
         assert np.array_equal(arrays["labels"], labels)
@@ -543,10 +654,24 @@ def test_the_command_makes_sets_proves_them_and_joins_them(
 
 
 def test_label_rules_are_the_same_for_one_file_and_a_folder(tmp_path: Path) -> None:
-    words = ["--num", "9", "--plan", "E1", "--label-rule", "random", "--batch-size", "3", "--seed", "2"]
+    words = [
+        "--num",
+        "9",
+        "--plan",
+        "E1",
+        "--label-rule",
+        "random",
+        "--batch-size",
+        "3",
+        "--seed",
+        "2",
+    ]
     assert main(["sample", *words, "--out", str(tmp_path / "one.npz")]) == 0
     assert main(["sample", *words, "--out", str(tmp_path / "set")]) == 0
-    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "set" / "images-00000-of-00001.npz") as shard:
+    with (
+        np.load(tmp_path / "one.npz") as one,
+        np.load(tmp_path / "set" / "images-00000-of-00001.npz") as shard,
+    ):
         assert np.array_equal(one["arr_0"], shard["arr_0"])
         assert np.array_equal(one["labels"], shard["labels"])
 
@@ -554,7 +679,10 @@ def test_label_rules_are_the_same_for_one_file_and_a_folder(tmp_path: Path) -> N
 # Several processes.
 
 NUM = 90
-WORDS = f"sample --num-fid-samples {NUM} --plan H1P2 --batch-size 4 --shard-size 8 --seed 5 --device cpu".split()
+WORDS = (
+    f"sample --num-fid-samples {NUM} --plan H1P2 --batch-size 4 --shard-size 8 --seed 5 "
+    "--device cpu"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -567,14 +695,44 @@ def alone(digits: ft.FlowModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def finish(digits: ft.FlowModel, out: Path) -> None:
     """`WORDS` in this process."""
-    about = {"model": "digits", "refiner": None, "vae": None, "label_rule": "cycle", "labels": "all"}
-    generate(digits, "H1P2", [i % 10 for i in range(NUM)], out, guidance=1.5, seed=5, batch_size=4, shard_size=8, about=about)
+    about = {
+        "model": "digits",
+        "refiner": None,
+        "vae": None,
+        "label_rule": "cycle",
+        "labels": "all",
+    }
+    generate(
+        digits,
+        "H1P2",
+        [i % 10 for i in range(NUM)],
+        out,
+        guidance=1.5,
+        seed=5,
+        batch_size=4,
+        shard_size=8,
+        about=about,
+    )
 
 
 def torchrun(out: Path, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flowturbo", *WORDS]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "flowturbo",
+        *WORDS,
+    ]
     return subprocess.Popen(
-        [*command, "--out", str(out)], env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "--out", str(out)],
+        env=ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -582,13 +740,23 @@ def test_two_processes_make_the_set_of_one(alone: Path, tmp_path: Path) -> None:
     process = torchrun(tmp_path / "set")
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
-    assert said.count(f"set: {NUM} images by H1P2 (4 predictor and 0 refiner calls), each once and whole in 12 shards") == 1
+    assert (
+        said.count(
+            f"set: {NUM} images by H1P2 (4 predictor and 0 refiner calls), each once and whole in "
+            "12 shards"
+        )
+        == 1
+    )
     assert contents(tmp_path / "set") == contents(alone)
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_shards_are_dealt_out_evenly_each_once(
-    digits: ft.FlowModel, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+    digits: ft.FlowModel,
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
 ) -> None:
     """Also those that a run which was killed left to be made, to another number of processes."""
     out = tmp_path / "begun"
@@ -615,20 +783,32 @@ def test_shards_are_dealt_out_evenly_each_once(
             patch.setattr(module, "Team", Member)
             with pytest.raises(Killed):
                 make(digits, share, shard_size=4)
-        shares.append(set(contents(share)) - (before - {"images-00004-of-00006.npz", "manifest.json"}))
+        shares.append(
+            set(contents(share)) - (before - {"images-00004-of-00006.npz", "manifest.json"})
+        )
         assert contents(share).items() <= whole.items()
-    assert sorted(name for share in shares for name in share) == ["images-00001-of-00006.npz", "images-00004-of-00006.npz"]
+    assert sorted(name for share in shares for name in share) == [
+        "images-00001-of-00006.npz",
+        "images-00004-of-00006.npz",
+    ]
     assert max(map(len, shares)) == 1
 
 
 def two_by_hand(words: list[str]) -> list[tuple[int, str]]:
-    """Two processes without torchrun, which would end one with the other -> the exit status of each, and what it said."""
+    """Two processes without torchrun, which would end one with the other -> the exit status of
+    each, and what it said.
+    """
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
-        subprocess.Popen([sys.executable, *words], env=ENVIRONMENT | place | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, *words],
+            env=ENVIRONMENT | place | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in (0, 1)
     ]
     try:
@@ -646,7 +826,8 @@ status = main()
 for thread in os.listdir("/proc/self/task"):
     with open(f"/proc/self/task/{thread}/comm") as name:
         if name.read().startswith(("gloo", "pt_gloo", "pt_tcpstore")):
-            status = f"a thread of the group is left: {thread}"  # and abort the process if they meet the end of the interpreter
+            # It would abort the process if it met the end of the interpreter.
+            status = f"a thread of the group is left: {thread}"
 sys.exit(status)
 """
 
@@ -677,7 +858,9 @@ if os.environ["RANK"] == "{failing}":
     assert status == 2
     assert "another process of this run has ended: start the same command again to go on" in said
     status, said = ends[failing]
-    assert (status, "the disk is full" in said) == ((2, True) if "disk" in how else (-signal.SIGKILL, False))
+    assert (status, "the disk is full" in said) == (
+        (2, True) if "disk" in how else (-signal.SIGKILL, False)
+    )
     assert made(tmp_path / "set") == 2 + 6  # what the failing one had done, and all of the other's
     finish(digits, tmp_path / "set")
     assert contents(tmp_path / "set") == contents(alone)
@@ -709,7 +892,9 @@ def test_on_cuda_process_0_chooses_kernels_and_captures_before_the_others(rank: 
     assert seen == ["told", "run", "run"]
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="finds processes in /proc"
+)
 
 
 def processes(mark: str) -> dict[str, int]:
@@ -718,7 +903,10 @@ def processes(mark: str) -> dict[str, int]:
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (path / "environ").read_bytes().split(b"\0")
-            if f"FLOWTURBO_TEST_RUN={mark}".encode() in words and (path / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            if (
+                f"FLOWTURBO_TEST_RUN={mark}".encode() in words
+                and (path / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            ):
                 ranks = [word[5:].decode() for word in words if word.startswith(b"RANK=")]
                 found |= {rank: int(path.name) for rank in ranks}
     return found
@@ -729,8 +917,8 @@ def made(out: Path) -> int:
 
 
 def kill_when_under_way(out: Path, victim: str, chance: random.Random) -> tuple[bool, str]:
-    """Start two processes, and end one of them, or their launcher, by SIGKILL when some shards more are there -> whether it came to
-    that before the end, and the mark of what may live on."""
+    """Start two processes, and end one of them, or their launcher, by SIGKILL when some shards more
+    are there -> whether it came to that before the end, and the mark of what may live on."""
     mark = uuid.uuid4().hex
     goal = made(out) + chance.randint(1, 3)
     process = torchrun(out, FLOWTURBO_TEST_RUN=mark)
@@ -748,23 +936,35 @@ def kill_when_under_way(out: Path, victim: str, chance: random.Random) -> tuple[
         process.stdout.close()
     else:
         said = process.communicate(timeout=60)[0]
-        assert process.returncode == 0 or "SIGKILL" in said or "exitcode: -9" in said.replace(" ", "").replace(":", ": "), said
+        assert (
+            process.returncode == 0
+            or "SIGKILL" in said
+            or "exitcode: -9" in said.replace(" ", "").replace(":", ": ")
+        ), said
     return process.returncode != 0, mark
 
 
 @needs_proc
 @pytest.mark.parametrize("run", range(KILL_RUNS))
-def test_kills_at_any_time_lose_nothing(digits: ft.FlowModel, alone: Path, tmp_path: Path, run: int) -> None:
-    """SIGKILL of each of two processes and of their launcher, in any order, at random moments after the first shard is there."""
+def test_kills_at_any_time_lose_nothing(
+    digits: ft.FlowModel, alone: Path, tmp_path: Path, run: int
+) -> None:
+    """SIGKILL of each of two processes and of their launcher, in any order, at random moments after
+    the first shard is there.
+    """
     chance, whole, out = random.Random(run), contents(alone), tmp_path / "set"
     out.mkdir()
     kills = 0
     for victim in chance.sample(["0", "1", "launcher"], 3):
         killed, mark = kill_when_under_way(out, victim, chance)
         kills += killed
-        assert contents(out).items() <= whole.items(), victim  # what is there is whole, at any moment
+        assert contents(out).items() <= whole.items(), (
+            victim
+        )  # what is there is whole, at any moment
         refused = 0
-        while workers := processes(mark):  # of a dead launcher: they keep others out of their folder, and may be killed too
+        while workers := processes(
+            mark
+        ):  # of a dead launcher: they keep others out of their folder, and may be killed too
             if not refused:
                 with pytest.raises(ValueError, match="another run is writing"):
                     finish(digits, out)
@@ -774,7 +974,10 @@ def test_kills_at_any_time_lose_nothing(digits: ft.FlowModel, alone: Path, tmp_p
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
         assert contents(out).items() <= whole.items(), victim
-        print(f"run {run}: killed {victim} with {made(out)} of 12 shards there, {len(list(out.glob('.*.tmp')))} torn")
+        print(
+            f"run {run}: killed {victim} with {made(out)} of 12 shards there, "
+            f"{len(list(out.glob('.*.tmp')))} torn"
+        )
     assert kills
     process = torchrun(out)
     said = process.communicate(timeout=120)[0]

@@ -1,4 +1,6 @@
-"""The public FlowTurbo code's own results on seeded checkpoints, and an independent reading of the method."""
+"""The public FlowTurbo code's own results on seeded checkpoints, and an independent reading of the
+method.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,12 @@ def write(state, path: Path, wrapper: str | None) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix, wrapper", [(".pt", None), (".pth", "model"), (".pt", "ema"), (".safetensors", None)])
-@pytest.mark.parametrize("name, config, counts, guidance", recipe.CASES, ids=[case[0] for case in recipe.CASES])
+@pytest.mark.parametrize(
+    "suffix, wrapper", [(".pt", None), (".pth", "model"), (".pt", "ema"), (".safetensors", None)]
+)
+@pytest.mark.parametrize(
+    "name, config, counts, guidance", recipe.CASES, ids=[case[0] for case in recipe.CASES]
+)
 def test_the_public_codes_results(name, config, counts, guidance, suffix, wrapper, tmp_path):
     predictor, refiner = (
         write(state, tmp_path / f"{role}{suffix}", wrapper)
@@ -52,7 +58,9 @@ def test_an_independent_reading_of_the_method(config, plan, counts, channels, tm
     noise, labels = recipe.inputs(config)
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         model = ft.load(*files, heads=heads, device="cpu", dtype=dtype)
-        latents = ft.sample(model, plan, labels, guidance=1.5, guidance_channels=channels, noise=noise.to(dtype))
+        latents = ft.sample(
+            model, plan, labels, guidance=1.5, guidance_channels=channels, noise=noise.to(dtype)
+        )
         wide = [{k: v.double() for k, v in sd.items()} for sd in (predictor, refiner)]
         truth = run(counts, *wide, heads, noise.double(), labels, 1.5, channels)
         assert_close(latents, truth, bound)
@@ -60,7 +68,10 @@ def test_an_independent_reading_of_the_method(config, plan, counts, channels, tm
 
 def test_the_goldens_tell_guidance_on_three_channels_from_guidance_on_all(tmp_path):
     model = ft.load(
-        *[write(sd, tmp_path / f"{i}.pt", None) for i, sd in enumerate(recipe.checkpoints("head_dim_24"))],
+        *[
+            write(sd, tmp_path / f"{i}.pt", None)
+            for i, sd in enumerate(recipe.checkpoints("head_dim_24"))
+        ],
         heads=4,
         device="cpu",
     )

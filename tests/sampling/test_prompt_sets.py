@@ -1,4 +1,6 @@
-"""Large sets of a text-to-image model's images: as `sample` makes them, through kills, each of its own prompt."""
+"""Large sets of a text-to-image model's images: as `sample` makes them, through kills, each of its
+own prompt.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ SIZE = {"sd3": None, "2rf": None, "flux": 32}
 def models(pipeline_folders: dict[str, Path]) -> dict[str, PromptModel]:
     return {
         kind: ft.from_pipeline(
-            pipeline_folders[kind], convention="2-rf" if kind == "2rf" else "auto", image_size=SIZE[kind], device="cpu"
+            pipeline_folders[kind],
+            convention="2-rf" if kind == "2rf" else "auto",
+            image_size=SIZE[kind],
+            device="cpu",
         )
         for kind in SIZE
     }
@@ -48,11 +53,16 @@ def made(model: PromptModel, out: Path, prompts: list[str] = CAPTIONS, **changes
 
 def arrays(out: Path) -> dict[str, np.ndarray]:
     shards = [np.load(path) for path in sorted(out.glob("images-*.npz"))]
-    return {name: np.concatenate([shard[name] for shard in shards]) for name in ("arr_0", "labels", "indices")}
+    return {
+        name: np.concatenate([shard[name] for shard in shards])
+        for name in ("arr_0", "labels", "indices")
+    }
 
 
 @pytest.mark.parametrize("kind", SIZE)
-def test_images_are_those_of_sample_each_with_its_prompt(kind: str, models: dict[str, PromptModel], tmp_path: Path) -> None:
+def test_images_are_those_of_sample_each_with_its_prompt(
+    kind: str, models: dict[str, PromptModel], tmp_path: Path
+) -> None:
     model = models[kind]
     manifest = made(model, tmp_path)
     found = arrays(tmp_path)
@@ -62,12 +72,17 @@ def test_images_are_those_of_sample_each_with_its_prompt(kind: str, models: dict
         numbers = range(first, min(first + 2, 5))
         chosen = [CAPTIONS[i] for i in numbers]
         noise = rng.noise(model.latent_shape, 3, numbers)
-        images = ft.sample(model, "H1", chosen, noise=noise, guidance=2.0, batch_size=2, output="uint8")
+        images = ft.sample(
+            model, "H1", chosen, noise=noise, guidance=2.0, batch_size=2, output="uint8"
+        )
         assert np.array_equal(found["arr_0"][first : first + 2], images.numpy())
     assert not np.array_equal(found["arr_0"][0], found["arr_0"][4])  # one prompt, two images
     assert verify(tmp_path) == manifest
     encoders = manifest["settings"]["text_encoders"]
-    assert len([name for name in encoders if name.startswith("tokenizer")]) == {"2rf": 1, "sd3": 2, "flux": 2}[kind]
+    assert (
+        len([name for name in encoders if name.startswith("tokenizer")])
+        == {"2rf": 1, "sd3": 2, "flux": 2}[kind]
+    )
     assert str(tmp_path) not in json.dumps(manifest)
 
 
@@ -104,11 +119,17 @@ def test_a_kill_loses_nothing_and_other_prompts_are_refused(
     assert not np.array_equal(arrays(tmp_path / "without")["arr_0"], arrays(out)["arr_0"])
 
 
-def test_a_set_knows_its_networks_and_its_text_encoders(models: dict[str, PromptModel], tmp_path: Path) -> None:
+def test_a_set_knows_its_networks_and_its_text_encoders(
+    models: dict[str, PromptModel], tmp_path: Path
+) -> None:
     model = models["sd3"]
     made(model, tmp_path)
     (tmp_path / "images-00001-of-00003.npz").unlink()
-    for name, network in (("predictor", model.predictor), ("text_encoders", model.pipe.text_encoder_2), ("vae", model.pipe.vae)):
+    for name, network in (
+        ("predictor", model.predictor),
+        ("text_encoders", model.pipe.text_encoder_2),
+        ("vae", model.pipe.vae),
+    ):
         assert isinstance(network, nn.Module)
         weight = next(network.parameters())
         with torch.no_grad():
@@ -122,17 +143,29 @@ def test_a_set_knows_its_networks_and_its_text_encoders(models: dict[str, Prompt
     made(model, tmp_path)
 
 
-def test_what_does_not_fit_is_refused_before_a_folder_is_there(models: dict[str, PromptModel], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_before_a_folder_is_there(
+    models: dict[str, PromptModel], tmp_path: Path
+) -> None:
     out = tmp_path / "set"
     with pytest.raises(ValueError, match="prompts must be at least one text"):
         made(models["sd3"], out, [3, 4])
     with pytest.raises(ValueError, match="prompts must be at least one text"):
         made(models["sd3"], out, [])
-    with pytest.raises(ValueError, match="prompts given as text need a model that was made from a pipeline with its text encoders"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "prompts given as text need a model that was made from a pipeline with its text "
+            "encoders"
+        ),
+    ):
         made(dataclasses.replace(models["sd3"], pipe=None), out)
-    with pytest.raises(ValueError, match="negative is for text-to-image models that are guided by it"):
+    with pytest.raises(
+        ValueError, match="negative is for text-to-image models that are guided by it"
+    ):
         made(models["flux"], out, negative="blurry")
-    with pytest.raises(ValueError, match="negative is for text-to-image models that are guided by it"):
+    with pytest.raises(
+        ValueError, match="negative is for text-to-image models that are guided by it"
+    ):
         generate(tiny_model(), "H1", [1, 2], out, negative="blurry")
     with pytest.raises(TypeError, match="negative must be one text, got int"):
         made(models["sd3"], out, negative=3)
@@ -140,21 +173,38 @@ def test_what_does_not_fit_is_refused_before_a_folder_is_there(models: dict[str,
 
 
 def test_the_command_reads_a_prompt_a_line(
-    pipeline_folders: dict[str, Path], models: dict[str, PromptModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pipeline_folders: dict[str, Path],
+    models: dict[str, PromptModel],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     captions, out = tmp_path / "captions.txt", tmp_path / "coco"
     captions.write_text("\n".join(CAPTIONS[:3]) + "\n")
-    words = ["sample", "--model", str(pipeline_folders["sd3"]), "--plan", "H1", "--device", "cpu", "--guidance", "2"]
+    words = [
+        "sample",
+        "--model",
+        str(pipeline_folders["sd3"]),
+        "--plan",
+        "H1",
+        "--device",
+        "cpu",
+        "--guidance",
+        "2",
+    ]
     words += ["--prompts-file", str(captions), "--seed", "3"]
     folder = [*words, "--num", "5", "--batch-size", "2", "--shard-size", "2", "--out", str(out)]
     assert main(folder) == 0
     repeated = [CAPTIONS[i % 3] for i in range(5)]
     manifest = made(models["sd3"], tmp_path / "set", repeated)
     assert arrays(out)["labels"].tolist() == repeated
-    said = "coco: 5 images by H1 (2 predictor and 0 refiner calls), each once and whole in 3 shards, images_sha256 "
+    said = (
+        "coco: 5 images by H1 (2 predictor and 0 refiner calls), each once and whole in 3 "
+        "shards, images_sha256 "
+    )
     assert said + manifest["images_sha256"] in capsys.readouterr().out
     assert verify(out)["about"] == {
-        "model": "sd3", "refiner": None, "vae": None, "label_rule": "cycle", "labels": "captions.txt",
+        "model": "sd3", "refiner": None, "vae": None, "label_rule": "cycle",
+        "labels": "captions.txt",
     }  # fmt: skip
     assert main(["verify", str(out), "--npz", str(tmp_path / "all.npz")]) == 0
     with np.load(tmp_path / "all.npz", allow_pickle=False) as joined:
@@ -164,7 +214,10 @@ def test_the_command_reads_a_prompt_a_line(
     with np.load(tmp_path / "one.npz", allow_pickle=False) as one:
         assert one["labels"].tolist() == CAPTIONS[:3]
     capsys.readouterr()
-    for text, said in (("a\n\nb\n", f"line 2 of {captions} is empty"), ("", f"line 1 of {captions} is empty")):
+    for text, said in (
+        ("a\n\nb\n", f"line 2 of {captions} is empty"),
+        ("", f"line 1 of {captions} is empty"),
+    ):
         captions.write_text(text)
         assert main(folder) == 2
         assert said in capsys.readouterr().err
@@ -178,11 +231,42 @@ def test_the_command_reads_a_prompt_a_line(
 def test_two_processes_make_what_one_makes(
     pipeline_folders: dict[str, Path], models: dict[str, PromptModel], tmp_path: Path
 ) -> None:
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flowturbo", "sample"]
-    words += ["--model", str(pipeline_folders["sd3"]), "--plan", "H1", "--device", "cpu", "--guidance", "2", "--seed", "3"]
-    words += ["--prompts", *CAPTIONS, "--batch-size", "2", "--shard-size", "2", "--out", str(tmp_path / "two")]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "flowturbo",
+        "sample",
+    ]
+    words += [
+        "--model",
+        str(pipeline_folders["sd3"]),
+        "--plan",
+        "H1",
+        "--device",
+        "cpu",
+        "--guidance",
+        "2",
+        "--seed",
+        "3",
+    ]
+    words += [
+        "--prompts",
+        *CAPTIONS,
+        "--batch-size",
+        "2",
+        "--shard-size",
+        "2",
+        "--out",
+        str(tmp_path / "two"),
+    ]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, *words], env=environment, check=True, timeout=300, capture_output=True)
+    subprocess.run(
+        [sys.executable, *words], env=environment, check=True, timeout=300, capture_output=True
+    )
     one, two = made(models["sd3"], tmp_path / "one"), verify(tmp_path / "two")
     assert {**two, "about": {}} == one

@@ -1,4 +1,6 @@
-"""Twenty calls give what they gave when they were recorded: to the last bit on the same machine, else to rounding."""
+"""Twenty calls give what they gave when they were recorded: to the last bit on the same machine,
+else to rounding.
+"""
 
 import json
 
@@ -10,7 +12,9 @@ RECORD = json.loads(calls.RECORD.read_text())
 
 def test_every_call_is_recorded():
     assert RECORD["results"].keys() == calls.CALLS.keys()
-    assert len({result["digest"] for result in RECORD["results"].values()}) == len(calls.CALLS) >= 20
+    assert (
+        len({result["digest"] for result in RECORD["results"].values()}) == len(calls.CALLS) >= 20
+    )
 
 
 @pytest.mark.parametrize("name", calls.CALLS)

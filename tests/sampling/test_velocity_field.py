@@ -25,21 +25,37 @@ def integrate(field: fields.Field, plan: ft.Plan, x: Tensor) -> Tensor:
     return state.x
 
 
-def both(model: ft.FlowModel, plan: ft.Plan, guidance: float | Tensor | None, channels: int = 3) -> tuple[Tensor, Tensor]:
+def both(
+    model: ft.FlowModel, plan: ft.Plan, guidance: float | Tensor | None, channels: int = 3
+) -> tuple[Tensor, Tensor]:
     """The same images by the step-by-step path and by the hoisted one."""
-    noise, labels = ft.noise(model.latent_shape, 4, range(3)).to(model.dtype), torch.tensor([1, 8, 3])
+    noise, labels = (
+        ft.noise(model.latent_shape, 4, range(3)).to(model.dtype),
+        torch.tensor([1, 8, 3]),
+    )
     with torch.no_grad():
-        plain, hoisted = (integrate(f(model, plan, labels, guidance, channels), plan, noise) for f in (GuidedField, HoistedField))
+        plain, hoisted = (
+            integrate(f(model, plan, labels, guidance, channels), plan, noise)
+            for f in (GuidedField, HoistedField)
+        )
     return plain, hoisted
 
 
-@pytest.mark.parametrize("config", [CONFIG, replace(HEAD_DIM_72, learned_sigma=True)], ids=["48", "72"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, replace(HEAD_DIM_72, learned_sigma=True)], ids=["48", "72"]
+)
 @pytest.mark.parametrize("guidance", [None, 1.7, "one an image"])
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.6)])
 def test_the_hoisted_path_is_the_step_by_step_path(config, guidance, interval):
     model = tiny_model(config, dtype=torch.float64)
-    scale = torch.tensor([1.3, 2.0, 0.5]).double().view(3, 1, 1, 1) if guidance == "one an image" else guidance
-    plain, hoisted = both(model, ft.Plan.parse(EVERY_STEP, shift=1.5, guidance_interval=interval), scale)
+    scale = (
+        torch.tensor([1.3, 2.0, 0.5]).double().view(3, 1, 1, 1)
+        if guidance == "one an image"
+        else guidance
+    )
+    plain, hoisted = both(
+        model, ft.Plan.parse(EVERY_STEP, shift=1.5, guidance_interval=interval), scale
+    )
     assert_close(hoisted, plain, 1e-13)
 
 
@@ -51,8 +67,12 @@ def test_in_lower_precision_they_agree_to_rounding(dtype, bound):
 
 def test_a_reversed_predictor_is_hoisted_too():
     sit = random_sit(CONFIG, 5)
-    model = ft.load(sit, random_sit(CONFIG.refiner(), 6), convention="repa", device="cpu", dtype=torch.float64)
-    assert isinstance(field_of(model, ft.Plan.parse("H1"), {"labels": torch.tensor([1])}, None, 4), HoistedField)
+    model = ft.load(
+        sit, random_sit(CONFIG.refiner(), 6), convention="repa", device="cpu", dtype=torch.float64
+    )
+    assert isinstance(
+        field_of(model, ft.Plan.parse("H1"), {"labels": torch.tensor([1])}, None, 4), HoistedField
+    )
     plain, hoisted = both(model, ft.Plan.parse("H1P1R1"), 1.7)
     assert_close(hoisted, plain, 1e-13)
 
@@ -74,10 +94,16 @@ def test_each_modulation_is_made_once_and_the_null_class_once_for_all_images(mon
     rows = []
     for network in (model.predictor, model.refiner):
         original = network.modulations
-        monkeypatch.setattr(network, "modulations", lambda c, of=original: rows.append(c.shape[:-1].numel()) or of(c))
+        monkeypatch.setattr(
+            network,
+            "modulations",
+            lambda c, of=original: rows.append(c.shape[:-1].numel()) or of(c),
+        )
     plan = ft.Plan.parse("H4P2R2")
     ft.sample(model, plan, [1, 8, 3], guidance=2.0, seed=0)
-    predictor, refiner = ({c.t for c in plan.calls if c.refiner == which} for which in (False, True))
+    predictor, refiner = (
+        {c.t for c in plan.calls if c.refiner == which} for which in (False, True)
+    )
     assert sum(rows) == (len(predictor) + len(refiner)) * (3 + 1)
     assert len(rows) == 4  # the first time of each tells the size
 
@@ -99,5 +125,7 @@ def test_a_plan_knows_the_calls_it_makes():
             calls.append((network is model.refiner, t, self._scale(t) is not None))
             return super()._run(network, x, t, v)
 
-    integrate(Noting(model, plan, torch.tensor([1]), 2.0, 3), plan, ft.noise(model.latent_shape, 0, [0]))
+    integrate(
+        Noting(model, plan, torch.tensor([1]), 2.0, 3), plan, ft.noise(model.latent_shape, 0, [0])
+    )
     assert calls == [tuple(c) for c in plan.calls]

@@ -16,11 +16,16 @@ from flowturbo import Plan
 from flowturbo.solver.plan import MAX_STEPS, shifted_grid
 from flowturbo.solver.steps import STEPS
 
-runs = st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(1, 9)), min_size=1, max_size=8)
+runs = st.lists(
+    st.tuples(st.sampled_from(sorted(STEPS)), st.integers(1, 9)), min_size=1, max_size=8
+)
 
 
 def normal_form(parts: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    return [(letter, sum(n for _, n in group)) for letter, group in itertools.groupby(parts, key=lambda part: part[0])]
+    return [
+        (letter, sum(n for _, n in group))
+        for letter, group in itertools.groupby(parts, key=lambda part: part[0])
+    ]
 
 
 @given(runs)
@@ -141,13 +146,18 @@ def test_grids_that_do_not_rise_from_0_to_1_are_refused(grid, said):
         Plan.parse("E3", grid=grid)
 
 
-@pytest.mark.parametrize("shift, said", [(0, "positive, got 0"), (-1, "positive"), (math.nan, "finite"), (math.inf, "finite")])
+@pytest.mark.parametrize(
+    "shift, said",
+    [(0, "positive, got 0"), (-1, "positive"), (math.nan, "finite"), (math.inf, "finite")],
+)
 def test_bad_shifts_are_refused(shift, said):
     with pytest.raises(ValueError, match=f"shift must be {said}"):
         Plan.parse("H2", shift=shift)
 
 
-@pytest.mark.parametrize("value", [3, True, "01", [0, None, 1], [[0, 0.5, 1]], [0, "0.5", 1], [0, True]])
+@pytest.mark.parametrize(
+    "value", [3, True, "01", [0, None, 1], [[0, 0.5, 1]], [0, "0.5", 1], [0, True]]
+)
 def test_what_is_no_list_of_numbers_is_refused_by_name(value):
     with pytest.raises(TypeError, match="grid must be a list of numbers"):
         Plan.parse("H2", grid=value)
@@ -160,7 +170,9 @@ def test_what_is_no_list_of_numbers_is_refused_by_name(value):
 
 
 def test_numpy_numbers_are_numbers():
-    plan = Plan.parse("H2", grid=np.linspace(0, 1, 3, dtype=np.float32), guidance_interval=np.array([0.5, 1]))
+    plan = Plan.parse(
+        "H2", grid=np.linspace(0, 1, 3, dtype=np.float32), guidance_interval=np.array([0.5, 1])
+    )
     assert plan == Plan.parse("H2", guidance_interval=(0.5, 1))
     assert Plan.parse("H2", shift=np.float32(3)) == Plan.parse("H2", shift=3)
 

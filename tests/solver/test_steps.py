@@ -1,4 +1,6 @@
-"""Every kind of step converges with the order it claims, and calls the field as often as its plan's cost says."""
+"""Every kind of step converges with the order it claims, and calls the field as often as its plan's
+cost says.
+"""
 
 from __future__ import annotations
 
@@ -57,13 +59,18 @@ ODES = {
 
 
 def measured_order(letters, name: str, shift: float, counts, known: int = 0) -> float:
-    """The slope of log error over log step size. letters: number of steps -> the plan's letters; the first `known` grid times are
-    not stepped over: their exact velocities are the past that the first step finds."""
+    """The slope of log error over log step size. letters: number of steps -> the plan's letters;
+    the first `known` grid times are not stepped over: their exact velocities are the past that the
+    first step finds."""
     f, exact = ODES[name]
     errors = []
     for n in counts:
         plan = Plan(letters(n), Plan.parse(f"E{n}", shift=shift).grid)
-        state = State(exact(plan.grid[known]), None, tuple(Sample(t, f(exact(t), t)) for t in plan.grid[:known]))
+        state = State(
+            exact(plan.grid[known]),
+            None,
+            tuple(Sample(t, f(exact(t), t)) for t in plan.grid[:known]),
+        )
         for step, t0, t1 in list(plan.schedule())[known:]:
             state = step(Ode(f), state, t0, t1)
         errors.append(float((state.x - exact(1.0)).norm()))
@@ -77,13 +84,19 @@ def test_order_of_convergence(letter, name, shift):
     claimed = STEPS[letter].order
     start = {"R": "H", "S": "H", "M": "LLL"}.get(letter, "")
     known = claimed - 1 if letter in "ABCLM" else 0
-    order = measured_order(lambda n: start + letter * (n - len(start)), name, shift, (40, 80, 160, 320), known)
-    assert claimed - 0.35 < order < claimed + 0.85, f"{letter} on {name!r}: measured {order:.2f}, claimed {claimed}"
+    order = measured_order(
+        lambda n: start + letter * (n - len(start)), name, shift, (40, 80, 160, 320), known
+    )
+    assert claimed - 0.35 < order < claimed + 0.85, (
+        f"{letter} on {name!r}: measured {order:.2f}, claimed {claimed}"
+    )
 
 
 def test_the_pseudo_correctors_error_is_about_2_7_times_heuns():
     def error(letter: str) -> float:
-        x = solve(Ode(lambda x, t: x), Plan.parse(f"{letter}200"), torch.ones(1, dtype=torch.float64))
+        x = solve(
+            Ode(lambda x, t: x), Plan.parse(f"{letter}200"), torch.ones(1, dtype=torch.float64)
+        )
         return abs(float(x) - math.e)
 
     assert 2 < error("P") / error("H") < 3.5
@@ -98,13 +111,18 @@ def test_steps_of_all_kinds_mixed_still_converge(shift):
 def test_adams_bashforth_weights_by_hand():
     assert adams_bashforth_weights([0.0], 0.0, 0.25) == [0.25]
     assert adams_bashforth_weights([0.0, 1.0], 1.0, 2.0) == [-0.5, 1.5]
-    assert adams_bashforth_weights([0.0, 1.0, 2.0], 2.0, 3.0) == pytest.approx([5 / 12, -16 / 12, 23 / 12], abs=1e-15)
+    assert adams_bashforth_weights([0.0, 1.0, 2.0], 2.0, 3.0) == pytest.approx(
+        [5 / 12, -16 / 12, 23 / 12], abs=1e-15
+    )
     assert adams_bashforth_weights([0.0, 1.0, 2.0, 3.0], 3.0, 4.0) == pytest.approx(
         [-9 / 24, 37 / 24, -59 / 24, 55 / 24], abs=1e-15
     )
 
 
-@given(st.lists(st.floats(0.02, 0.2), min_size=2, max_size=5), st.lists(st.floats(-3, 3), min_size=4, max_size=4))
+@given(
+    st.lists(st.floats(0.02, 0.2), min_size=2, max_size=5),
+    st.lists(st.floats(-3, 3), min_size=4, max_size=4),
+)
 def test_adams_bashforth_is_exact_on_polynomials_on_any_grid(gaps, coefficients):
     *times, t1 = np.cumsum([0.0, *gaps]).tolist()
     t0, polynomial = times[-1], np.polynomial.Polynomial(coefficients[: len(times)])
@@ -165,7 +183,11 @@ def test_equation_7_reads_the_velocity_of_one_grid_time_before():
     class Recording(Field):
         predict, refine = staticmethod(v), staticmethod(r)
 
-    x, before, stale = torch.ones(1, 3).double(), torch.full((2, 3), 0.5).double(), torch.full((2, 3), torch.nan).double()
+    x, before, stale = (
+        torch.ones(1, 3).double(),
+        torch.full((2, 3), 0.5).double(),
+        torch.full((2, 3), torch.nan).double(),
+    )
     after = STEPS["S"](Recording(), State(x, stale, (Sample(0.2, before),)), 0.4, 0.6)
     refined = before + r(x, 0.4, before)
     torch.testing.assert_close(after.x, x + (0.6 - 0.4) * refined[:1])

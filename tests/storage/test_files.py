@@ -28,7 +28,14 @@ import safetensors.torch
 import torch
 from paths import ROOT
 
-from flowturbo.storage.files import CheckpointError, atomic_write, load_tensors, load_torch_file, save_tensors, write_text
+from flowturbo.storage.files import (
+    CheckpointError,
+    atomic_write,
+    load_tensors,
+    load_torch_file,
+    save_tensors,
+    write_text,
+)
 
 # Writing: whole or absent.
 
@@ -133,7 +140,9 @@ def numbers(seed: int) -> dict[str, torch.Tensor]:
     tensors["turned"] = torch.randn(3, 4, generator=generator).T
     tensors["strided"] = torch.randn(8, generator=generator)[::2]
     tensors["expanded"] = torch.randn(1, 4, generator=generator).expand(3, 4)
-    tensors["not finite"] = torch.tensor([math_nan := float("nan"), float("inf"), -float("inf"), -0.0, math_nan])
+    tensors["not finite"] = torch.tensor(
+        [math_nan := float("nan"), float("inf"), -float("inf"), -0.0, math_nan]
+    )
     tensors["learnt"] = torch.nn.Parameter(torch.randn(2, generator=generator))
     return tensors
 
@@ -148,7 +157,11 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 DESCRIPTIONS = [
     {},
     {"kind": "x", "nested": {"a": [1, 2.5, None, True], "ü": '→ \n " \\'}},
-    {"sha256": "0" * 64, "text": f'"sha256":"{"0" * 64}"', "flowturbo": '{"sha256":"' + "f" * 64 + '"}'},
+    {
+        "sha256": "0" * 64,
+        "text": f'"sha256":"{"0" * 64}"',
+        "flowturbo": '{"sha256":"' + "f" * 64 + '"}',
+    },
 ]
 
 
@@ -175,7 +188,11 @@ def test_the_digest_is_over_every_byte_but_its_own(tmp_path, description):
 
 def test_files_of_others_load_without_a_digest(tmp_path):
     tensors = {k: v.detach().contiguous() for k, v in numbers(3).items()}
-    for name, metadata in (("plain", None), ("pt", {"format": "pt"}), ("other", {"format": "pt", "modelspec.title": "x"})):
+    for name, metadata in (
+        ("plain", None),
+        ("pt", {"format": "pt"}),
+        ("other", {"format": "pt", "modelspec.title": "x"}),
+    ):
         path = tmp_path / f"{name}.safetensors"
         safetensors.torch.save_file(tensors, path, metadata)
         loaded, described = load_tensors(path)
@@ -272,13 +289,17 @@ PAYLOADS = {
     "runpy": lambda c, f: (Path(f).write_text(create(c)), Calls(runpy.run_path, f))[1],
     "Path.touch": lambda c, _: Calls(Path.touch, Path(c)),
     "methodcaller": lambda c, _: Calls(operator.methodcaller("touch"), Path(c)),
-    "marshal": lambda c, _: Calls(exec, Calls(marshal.loads, marshal.dumps(compile(create(c), "x", "exec")))),
+    "marshal": lambda c, _: Calls(
+        exec, Calls(marshal.loads, marshal.dumps(compile(create(c), "x", "exec")))
+    ),
     "map": lambda c, _: Calls(list, Calls(map, eval, [create(c)])),
     "reduce": lambda c, _: Calls(functools.reduce, eval, [create(c), {}]),
     "numpy.savetxt": lambda c, _: Calls(np.savetxt, c, [1.0]),
     "torch.save": lambda c, _: Calls(torch.save, 1, c),
     "FileType of argparse": lambda c, _: Calls(argparse.FileType("w"), c),
-    "a tensor's rebuilding": lambda c, _: Calls(torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (f"touch {c}",), {}),
+    "a tensor's rebuilding": lambda c, _: Calls(
+        torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (f"touch {c}",), {}
+    ),
     "a Namespace of it": lambda c, _: Calls(Namespace, Calls(os.mkdir, c)),
     "pickle in a pickle": lambda c, _: Calls(pickle.loads, pickle.dumps(Calls(os.mkdir, c))),
 }
@@ -289,8 +310,14 @@ PLACES = {
     "model": lambda p: {"model": {"w": torch.zeros(2), "bad": p}},
     "ema": lambda p: {"model": {"w": torch.zeros(2)}, "ema": p},
     "args": lambda p: {"model": {"w": torch.zeros(2)}, "args": p},
-    "in the Namespace": lambda p: {"model": {"w": torch.zeros(2)}, "args": Namespace(lr=1e-4, bad=[p])},
-    "opt": lambda p: {"model": {"w": torch.zeros(2)}, "opt": {"state": {0: {"step": p}}, "param_groups": []}},
+    "in the Namespace": lambda p: {
+        "model": {"w": torch.zeros(2)},
+        "args": Namespace(lr=1e-4, bad=[p]),
+    },
+    "opt": lambda p: {
+        "model": {"w": torch.zeros(2)},
+        "opt": {"state": {0: {"step": p}}, "param_groups": []},
+    },
 }
 
 
@@ -304,7 +331,9 @@ def write(content: object, path: Path, form: str) -> None:
 @pytest.mark.parametrize("form", ["zip", "before 1.6", "pickle"])
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_no_file_runs_code(tmp_path, payload, form):
-    """At every place of a checkpoint; and the payload is a real one, since plain unpickling runs it."""
+    """At every place of a checkpoint; and the payload is a real one, since plain unpickling runs
+    it.
+    """
     canary, script, path = tmp_path / "canary", tmp_path / "script.py", tmp_path / "a.pt"
     script.write_text("")
     bad = PAYLOADS[payload](str(canary), str(script))
@@ -313,17 +342,24 @@ def test_no_file_runs_code(tmp_path, payload, form):
         with pytest.raises(CheckpointError, match=r"a\.pt"):
             load_torch_file(path)
         assert not canary.exists()
-    with warnings.catch_warnings(), contextlib.suppress(TypeError, AttributeError):  # after the harm
+    with (
+        warnings.catch_warnings(),
+        contextlib.suppress(TypeError, AttributeError),
+    ):  # after the harm
         warnings.simplefilter("ignore")
         pickle.loads(pickle.dumps(bad, protocol=2))
     assert os.path.lexists(canary)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("path_of", ["_os.system", "_sys.modules", "ArgumentParser", "Namespace.__init__", "_os"])
+@pytest.mark.parametrize(
+    "path_of", ["_os.system", "_sys.modules", "ArgumentParser", "Namespace.__init__", "_os"]
+)
 def test_an_allowed_module_opens_no_other_door(tmp_path, path_of):
     canary, path = tmp_path / "canary", tmp_path / "a.pt"
-    content = b"\x80\x04cargparse\n" + path_of.encode() + b"\n(Vtouch " + str(canary).encode() + b"\ntR."
+    content = (
+        b"\x80\x04cargparse\n" + path_of.encode() + b"\n(Vtouch " + str(canary).encode() + b"\ntR."
+    )
     path.write_bytes(content)
     with pytest.raises(CheckpointError):
         load_torch_file(path)
@@ -349,7 +385,10 @@ def test_the_oldest_format_runs_no_code(tmp_path):
 
 def test_a_namespace_is_all_that_is_allowed(tmp_path):
     path = tmp_path / "a.pt"
-    content = {"model": {"w": torch.ones(2)}, "args": Namespace(lr=1e-4, inner=Namespace(x=[1, "a", None], t=torch.zeros(1)))}
+    content = {
+        "model": {"w": torch.ones(2)},
+        "args": Namespace(lr=1e-4, inner=Namespace(x=[1, "a", None], t=torch.zeros(1))),
+    }
     for form in ("zip", "before 1.6"):
         write(content, path, form)
         loaded = load_torch_file(path)

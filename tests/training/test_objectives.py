@@ -22,12 +22,18 @@ SHAPE = (4, 4, 4)
 
 def batch(seed: int, n: int = 6) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, *SHAPE, generator=generator, dtype=torch.float64), torch.randint(CLASSES, (n,), generator=generator)
+    return torch.randn(n, *SHAPE, generator=generator, dtype=torch.float64), torch.randint(
+        CLASSES, (n,), generator=generator
+    )
 
 
 def curved(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """A teacher: no two inputs have one velocity."""
-    return torch.sin(x * (1 + 0.2 * y.view(-1, 1, 1, 1))) + t.view(-1, 1, 1, 1) * x.flip(1) + 0.1 * y.view(-1, 1, 1, 1)
+    return (
+        torch.sin(x * (1 + 0.2 * y.view(-1, 1, 1, 1)))
+        + t.view(-1, 1, 1, 1) * x.flip(1)
+        + 0.1 * y.view(-1, 1, 1, 1)
+    )
 
 
 class Recorded:
@@ -55,7 +61,9 @@ def noise_of(x: Tensor, t: Tensor, data: Tensor) -> Tensor:
 
 
 def is_uniform(values: Tensor, low: float, high: float) -> bool:
-    """Within [low, high], and nearer to the uniform distribution than Kolmogorov's 2 / sqrt(n), as 99.9 % of true draws are."""
+    """Within [low, high], and nearer to the uniform distribution than Kolmogorov's 2 / sqrt(n), as
+    99.9 % of true draws are.
+    """
     n = len(values)
     places = (values.double().sort().values - low) / (high - low)
     steps = torch.arange(n, dtype=torch.float64) / n
@@ -88,7 +96,9 @@ def test_the_true_velocity_has_no_loss():
         return (data - x) / (1 - t.view(-1, 1, 1, 1))
 
     assert float(FlowMatching(CLASSES)(truth, data, y, Draws(0, 0, range(6)))) < 1e-20
-    assert float(FlowMatching(CLASSES)(lambda *given: truth(*given) + 0.5, data, y, Draws(0, 0, range(6)))) == pytest.approx(0.25)
+    assert float(
+        FlowMatching(CLASSES)(lambda *given: truth(*given) + 0.5, data, y, Draws(0, 0, range(6)))
+    ) == pytest.approx(0.25)
 
 
 def test_noise_is_normal_and_time_uniform():
@@ -128,7 +138,13 @@ def refinement(seed: int, n: int = 6, student: Callable[..., Tensor] = student_o
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     "options",
-    [{}, {"inside": True}, {"delta_per_row": True}, {"drop_before": True}, dict(inside=True, delta_per_row=True, drop_before=True)],
+    [
+        {},
+        {"inside": True},
+        {"delta_per_row": True},
+        {"drop_before": True},
+        dict(inside=True, delta_per_row=True, drop_before=True),
+    ],
     ids=str,
 )
 def test_refinement_is_its_formula(options, seed):
@@ -140,9 +156,12 @@ def test_refinement_is_its_formula(options, seed):
     assert_close(x, t.view(-1, 1, 1, 1) * data + (1 - t.view(-1, 1, 1, 1)) * x0, 1e-12)
     assert float(x0.std()) == pytest.approx(1, abs=0.25)
     dropped = target_label
-    assert set((dropped != y).nonzero().flatten().tolist()) == set((dropped == CLASSES).nonzero().flatten().tolist())
+    assert set((dropped != y).nonzero().flatten().tolist()) == set(
+        (dropped == CLASSES).nonzero().flatten().tolist()
+    )
     assert torch.equal(first_label, dropped if options.get("drop_before") else y)
-    # An Euler step of length delta along it; teacher and student look at the same point, time and label, the student at v too.
+    # An Euler step of length delta along it; teacher and student look at the same point, time and
+    # label, the student at v too.
     moved = torch.stack([x[n] + delta[n] * teacher.results[0][n] for n in range(6)])
     assert_close(x_later, moved, 1e-12)
     assert torch.equal(x_student, x_later)
@@ -150,7 +169,9 @@ def test_refinement_is_its_formula(options, seed):
     assert torch.equal(student_label, dropped)
     assert torch.equal(v, teacher.results[0])
     # The loss.
-    total = sum(float(((student.results[0][n] + v[n] - teacher.results[1][n]) ** 2).sum()) for n in range(6))
+    total = sum(
+        float(((student.results[0][n] + v[n] - teacher.results[1][n]) ** 2).sum()) for n in range(6)
+    )
     assert float(loss) == pytest.approx(total / data.numel(), rel=1e-12)
     # The step's length.
     assert bool((delta > 0).all())
@@ -167,14 +188,18 @@ def times(option: dict[str, bool], batches: int, n: int, **more: float) -> tuple
         teacher = Recorded(lambda x, t, y: x)
         data = torch.zeros(n, 1, 1, 1, dtype=torch.float64)
         objective = Refinement(teacher, CLASSES, 1, **option, **more)
-        objective(lambda x, t, y, v: v, data, torch.zeros(n, dtype=torch.int64), Draws(1, step, range(n)))
+        objective(
+            lambda x, t, y, v: v, data, torch.zeros(n, dtype=torch.int64), Draws(1, step, range(n))
+        )
         rows.append((teacher.calls[0][1], teacher.calls[1][1]))
     t, later = (torch.stack(part) for part in zip(*rows, strict=True))
     return t, later - t
 
 
 def test_times_of_the_public_code():
-    """t ~ U(0, 1) whatever delta is, one delta ~ U(0, 0.12) a batch, and about 6 % of the rows pass 1."""
+    """t ~ U(0, 1) whatever delta is, one delta ~ U(0, 0.12) a batch, and about 6 % of the rows pass
+    1.
+    """
     t, delta = times({}, 200, 20)
     assert is_uniform(t.flatten(), 0, 1)
     assert float((delta - delta[:, :1]).abs().max()) < 1e-6
@@ -207,8 +232,9 @@ def test_delta_has_the_largest_length_asked(delta_max):
 @pytest.mark.parametrize("guidance", [(1.0, 4.0), (2.5, 2.5)])
 @pytest.mark.parametrize("channels", [3, 4])
 def test_the_guided_velocity_is_what_the_sampler_would_cache(channels, guidance):
-    """Row by row: the field that samples, given this row's x, t, label and scale, caches what the refiner is fed in training:
-    the conditional half for a kept label, the unconditional half for a dropped one."""
+    """Row by row: the field that samples, given this row's x, t, label and scale, caches what the
+    refiner is fed in training: the conditional half for a kept label, the unconditional half for a
+    dropped one."""
     data, y = batch(8)
     teacher, student = Recorded(curved), Recorded(student_of)
     objective = Refinement(teacher, CLASSES, channels, label_drop=0.5, guidance=guidance)
@@ -237,7 +263,9 @@ def test_the_guided_velocity_is_what_the_sampler_would_cache(channels, guidance)
         field = GuidedField(model, Plan.parse("H1"), y[n : n + 1], scales[-1], channels)
         halves = field.predict(x[n : n + 1], float(t[n]))
         assert_close(v[n], halves[int(dropped[n] == CLASSES)], 1e-12)
-        assert_close(x_later[n], x[n] + (later[n] - t[n]) * halves[0], 1e-12)  # x moves by the conditional half
+        assert_close(
+            x_later[n], x[n] + (later[n] - t[n]) * halves[0], 1e-12
+        )  # x moves by the conditional half
     low, high = guidance
     assert low - 1e-9 <= min(scales) <= max(scales) <= high + 1e-9
     assert low == high or len({round(s, 9) for s in scales}) == 6
@@ -251,18 +279,26 @@ def test_without_guidance_the_teacher_is_asked_once_a_point():
     assert [len(call[0]) for call in teacher.calls] == [12, 6]
 
 
-@pytest.mark.parametrize("options", [{}, {"inside": True, "delta_per_row": True}, {"guidance": (1.5, 3.0)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"inside": True, "delta_per_row": True}, {"guidance": (1.5, 3.0)}], ids=str
+)
 def test_the_perfect_refiner_has_no_loss(options):
     *_, loss = refinement(2, student=lambda x, t, y, v: curved(x, t, y) - v, **options)
     assert float(loss) < 1e-30
-    teacher, student, _, _, loss = refinement(2, student=lambda x, t, y, v: torch.zeros_like(v), **options)
-    assert float(loss) == pytest.approx(float((student.calls[0][3] - teacher.results[1]).square().mean()))
+    teacher, student, _, _, loss = refinement(
+        2, student=lambda x, t, y, v: torch.zeros_like(v), **options
+    )
+    assert float(loss) == pytest.approx(
+        float((student.calls[0][3] - teacher.results[1]).square().mean())
+    )
     assert float(loss) > 1e-6
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance": (1.5, 3.0)}, {"drop_before": True}], ids=str)
 def test_gradients_reach_the_student_only(options):
-    config = SiTConfig(hidden=16, depth=1, heads=2, patch=2, side=4, num_classes=CLASSES, learned_sigma=False)
+    config = SiTConfig(
+        hidden=16, depth=1, heads=2, patch=2, side=4, num_classes=CLASSES, learned_sigma=False
+    )
     teacher, student = SiT(config), SiT(config.refiner())
     data, y = (t.float() if t.is_floating_point() else t for t in batch(3))
     data.requires_grad_(True)
@@ -282,7 +318,9 @@ def test_gradients_reach_the_student_only(options):
     [
         FlowMatching(CLASSES, 0.3),
         Refinement(curved, CLASSES, 3, label_drop=0.3),
-        Refinement(curved, CLASSES, 3, label_drop=0.3, delta_per_row=True, inside=True, guidance=(1.0, 3.0)),
+        Refinement(
+            curved, CLASSES, 3, label_drop=0.3, delta_per_row=True, inside=True, guidance=(1.0, 3.0)
+        ),
     ],
     ids=["flow matching", "refinement", "refinement with options"],
 )

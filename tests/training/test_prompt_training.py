@@ -1,4 +1,6 @@
-"""Refiners of text-to-image models: captions and latents encoded once, an objective told prompts, a folder that diffusers reads."""
+"""Refiners of text-to-image models: captions and latents encoded once, an objective told prompts, a
+folder that diffusers reads.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,19 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("captioned")
     rng = np.random.default_rng(0)
     for i, caption in enumerate(CAPTIONS):
-        Image.fromarray(rng.integers(0, 256, (SIZE + 7, SIZE + 20, 3), dtype=np.uint8)).save(root / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (SIZE + 7, SIZE + 20, 3), dtype=np.uint8)).save(
+            root / f"{i}.png"
+        )
         (root / f"{i}.txt").write_text(caption + "\n")
     return root
 
 
-def encoding(kind: str, pipeline_folders: dict[str, Path], source: Path, out: Path, **changes: Any) -> Encode:
-    values: dict[str, Any] = dict(image_size=SIZE, batch_size=2, shard_size=3, dtype="float32", device="cpu")
+def encoding(
+    kind: str, pipeline_folders: dict[str, Path], source: Path, out: Path, **changes: Any
+) -> Encode:
+    values: dict[str, Any] = dict(
+        image_size=SIZE, batch_size=2, shard_size=3, dtype="float32", device="cpu"
+    )
     return Encode(source=source, out=out, model=str(pipeline_folders[kind]), **values | changes)
 
 
@@ -58,7 +66,10 @@ def test_captions_stand_beside_their_images_or_in_a_table(captioned, tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.png", "sub/a.png"):
         Image.new("RGB", (9, 9), "red").save(tmp_path / name)
-    rows = [{"file_name": "sub/a.png", "text": "one"}, {"file_name": "b.png", "text": "two", "more": 1}]
+    rows = [
+        {"file_name": "sub/a.png", "text": "one"},
+        {"file_name": "b.png", "text": "two", "more": 1},
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     table = scan_captions(tmp_path)
     assert (table.names, table.captions) == (["sub/a.png", "b.png"], ["one", "two"])
@@ -70,7 +81,10 @@ def test_captions_stand_beside_their_images_or_in_a_table(captioned, tmp_path):
     [
         ({}, "has none"),
         ({"a.png": ""}, "a.png has no caption: a.txt beside it"),
-        ({"metadata.jsonl": '{"file_name": "a.png"}'}, "line 1, must be JSON with file_name and text"),
+        (
+            {"metadata.jsonl": '{"file_name": "a.png"}'},
+            "line 1, must be JSON with file_name and text",
+        ),
         ({"metadata.jsonl": "[1]"}, "line 1, must be JSON"),
         ({"metadata.jsonl": '{"file_name": "a.png", "text": "x"}'}, "line 1: a.png does not exist"),
     ],
@@ -88,14 +102,21 @@ def test_images_without_captions_are_refused(tmp_path, files, message):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shards_hold_what_the_pipeline_makes_of_images_and_captions(kind, pipeline_folders, captioned, tmp_path):
+def test_shards_hold_what_the_pipeline_makes_of_images_and_captions(
+    kind, pipeline_folders, captioned, tmp_path
+):
     out = encode(encoding(kind, pipeline_folders, captioned, tmp_path / "out"))
     data = load_prompts(out)
-    assert (len(data), sorted(path.name for path in out.iterdir())[1]) == (5, "latents-00001-of-00002.safetensors")
+    assert (len(data), sorted(path.name for path in out.iterdir())[1]) == (
+        5,
+        "latents-00001-of-00002.safetensors",
+    )
     pipe = load_pipeline(pipeline_folders[kind])
     expected = encode_prompts(pipe, CAPTIONS, [""] * 5, "cpu")
     latents, told = data.batch(np.array([4, 0, 3]), Draws(0, 0, range(3)))
-    assert {"embeds"} <= told.keys() == {name for name in expected if not name.startswith("negative_")}
+    assert (
+        {"embeds"} <= told.keys() == {name for name in expected if not name.startswith("negative_")}
+    )
     for name, value in told.items():
         assert_close(value, expected[name][[4, 0, 3]], 1e-6)
         assert_close(data.null[name], expected[f"negative_{name}"][:1], 1e-6)
@@ -103,7 +124,11 @@ def test_shards_hold_what_the_pipeline_makes_of_images_and_captions(kind, pipeli
     view = images.permute(0, 3, 1, 2) / 127.5 - 1
     posterior = pipe.vae.encode(view).latent_dist
     tensors, _ = load_tensors(out / "latents-00001-of-00002.safetensors")
-    assert_close(tensors["latents"][1:], (posterior.mean - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor, 1e-5)
+    assert_close(
+        tensors["latents"][1:],
+        (posterior.mean - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor,
+        1e-5,
+    )
     assert_close(tensors["std"][1:], posterior.std * pipe.vae.config.scaling_factor, 1e-5)
     assert latents.shape == (3, *data.shape)
 
@@ -132,15 +157,24 @@ def test_an_encoding_goes_on_and_is_not_mixed_with_another(pipeline_folders, cap
 
 def test_each_use_draws_anew_and_mirrors(pipeline_folders, captioned, tmp_path):
     data = load_prompts(encode(encoding("2rf", pipeline_folders, captioned, tmp_path / "out")))
-    row, tensors = np.array([0, 0]), load_tensors(tmp_path / "out/latents-00000-of-00002.safetensors")[0]
+    row, tensors = (
+        np.array([0, 0]),
+        load_tensors(tmp_path / "out/latents-00000-of-00002.safetensors")[0],
+    )
     draws = Draws(0, 0, range(2))
     flip = (draws.uniform() < 0.5).tolist()
     spread = draws.normal(data.shape)
     latents, _ = data.batch(row, Draws(0, 0, range(2)))
     for i, mirrored in enumerate(flip):
         suffix = "_flipped" if mirrored else ""
-        assert_close(latents[i], tensors["latents" + suffix][0] + tensors["std" + suffix][0] * spread[i], 1e-6)
-    assert any(data.batch(row, Draws(s, 0, range(2)))[0][0].equal(latents[0]) is False for s in range(1, 3))
+        assert_close(
+            latents[i],
+            tensors["latents" + suffix][0] + tensors["std" + suffix][0] * spread[i],
+            1e-6,
+        )
+    assert any(
+        data.batch(row, Draws(s, 0, range(2)))[0][0].equal(latents[0]) is False for s in range(1, 3)
+    )
 
 
 def test_data_that_is_not_whole_is_refused(pipeline_folders, captioned, tmp_path):
@@ -177,10 +211,16 @@ def test_prompts_are_no_data_of_a_class_conditional_teacher(pipeline_folders, ca
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guidance", [(1.0, 1.0), (2.0, 4.0)])
-def test_the_objective_told_prompts_is_the_formula(kind, guidance, pipeline_folders, captioned, tmp_path):
-    """Row by row and by hand: dropped rows are told the empty prompt, guided ones a velocity of both halves."""
+def test_the_objective_told_prompts_is_the_formula(
+    kind, guidance, pipeline_folders, captioned, tmp_path
+):
+    """Row by row and by hand: dropped rows are told the empty prompt, guided ones a velocity of
+    both halves.
+    """
     data = load_prompts(encode(encoding(kind, pipeline_folders, captioned, tmp_path / "out")))
-    module = network_of(load_pipeline(pipeline_folders[kind], ("network",)), KINDS[kind]).requires_grad_(False)
+    module = network_of(
+        load_pipeline(pipeline_folders[kind], ("network",)), KINDS[kind]
+    ).requires_grad_(False)
     student_module = ft.refiner_for(module)
     for parameter in student_module.parameters():
         parameter.data.normal_(0, 0.05)
@@ -189,7 +229,13 @@ def test_the_objective_told_prompts_is_the_formula(kind, guidance, pipeline_fold
     latents, told = data.batch(np.arange(rows), Draws(1, 0, range(rows)))
     embedded = kind == "flux"
     objective = Refinement(
-        teacher, data.null, data.shape[0], label_drop=drop, delta_max=delta_max, guidance=guidance, embedded=embedded
+        teacher,
+        data.null,
+        data.shape[0],
+        label_drop=drop,
+        delta_max=delta_max,
+        guidance=guidance,
+        embedded=embedded,
     )
     loss = objective(student, latents, told, Draws(2, 0, range(rows)))
 
@@ -213,16 +259,33 @@ def test_the_objective_told_prompts_is_the_formula(kind, guidance, pipeline_fold
             v = cached = u + scale[i] * (v - u)
         x = x + delta * v
         seen = null if dropped[i] else mine
-        total = total + (student(x, time + delta, seen, cached) + cached - teacher(x, time + delta, seen)).square().mean() / rows
+        total = (
+            total
+            + (student(x, time + delta, seen, cached) + cached - teacher(x, time + delta, seen))
+            .square()
+            .mean()
+            / rows
+        )
     assert_close(loss, total, 1e-4)
 
 
 # Distilling.
 
 
-def distillation(kind: str, pipeline_folders: dict[str, Path], data: Path, out: Path, **changes: Any) -> Distill:
+def distillation(
+    kind: str, pipeline_folders: dict[str, Path], data: Path, out: Path, **changes: Any
+) -> Distill:
     values: dict[str, Any] = dict(
-        convention=KINDS[kind], steps=6, batch_size=2, lr=1e-3, warmup=2, clip=1.0, ema=0.5, save_every=3, log_every=1, device="cpu"
+        convention=KINDS[kind],
+        steps=6,
+        batch_size=2,
+        lr=1e-3,
+        warmup=2,
+        clip=1.0,
+        ema=0.5,
+        save_every=3,
+        log_every=1,
+        device="cpu",
     )
     return Distill(out=out, teacher=str(pipeline_folders[kind]), data=str(data), **values | changes)
 
@@ -232,10 +295,18 @@ def test_a_refiner_is_trained_and_runs_in_plans(kind, pipeline_folders, captione
     data = encode(encoding(kind, pipeline_folders, captioned, tmp_path / "data"))
     path = distill(distillation(kind, pipeline_folders, data, tmp_path / "run"))
     assert path == tmp_path / "run/diffusion_pytorch_model.safetensors"
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()
+    ]
     assert len(losses) == 6
     assert np.isfinite(losses).all()
-    model = ft.from_pipeline(pipeline_folders[kind], tmp_path / "run", convention=KINDS[kind], image_size=SIZE, device="cpu")
+    model = ft.from_pipeline(
+        pipeline_folders[kind],
+        tmp_path / "run",
+        convention=KINDS[kind],
+        image_size=SIZE,
+        device="cpu",
+    )
     assert isinstance(model.refiner, PromptNetwork)
     refined, plain = (ft.sample(model, plan, ["a cat"], seed=1) for plan in ("H1R1", "H1P1"))
     assert refined.isfinite().all()
@@ -247,9 +318,18 @@ def test_a_refiner_is_trained_and_runs_in_plans(kind, pipeline_folders, captione
 
 
 @pytest.mark.parametrize(("kind", "guidance"), [("sd3", 2.5), ("flux", 3.0)])
-def test_a_pipeline_with_the_trained_folder_makes_what_the_model_makes(kind, guidance, pipeline_folders, captioned, tmp_path):
+def test_a_pipeline_with_the_trained_folder_makes_what_the_model_makes(
+    kind, guidance, pipeline_folders, captioned, tmp_path
+):
     run = tmp_path / "run"
-    distill(distillation(kind, pipeline_folders, encode(encoding(kind, pipeline_folders, captioned, tmp_path / "data")), run))
+    distill(
+        distillation(
+            kind,
+            pipeline_folders,
+            encode(encoding(kind, pipeline_folders, captioned, tmp_path / "data")),
+            run,
+        )
+    )
     plan = ft.Plan.parse("H1P1R1", shift=1.7)
     model = ft.from_pipeline(pipeline_folders[kind], run, image_size=SIZE, device="cpu")
     noise = ft.noise(model.latent_shape, 5, range(1))
@@ -260,7 +340,13 @@ def test_a_pipeline_with_the_trained_folder_makes_what_the_model_makes(kind, gui
     length = {} if kind == "sd3" else {"max_sequence_length": 512}
     with ft.accelerated(pipe, plan, run):
         made = pipe(
-            "a fox", guidance_scale=guidance, latents=latents, height=SIZE, width=SIZE, output_type="latent", **length
+            "a fox",
+            guidance_scale=guidance,
+            latents=latents,
+            height=SIZE,
+            width=SIZE,
+            output_type="latent",
+            **length,
         ).images
     assert_close(unpacked(made, *noise.shape[2:]) if kind == "flux" else made, expected, 1e-5)
 
@@ -283,9 +369,21 @@ def test_a_teacher_and_data_that_do_not_fit_are_refused(pipeline_folders, captio
     with pytest.raises(ValueError, match="convention='2-rf' must be given"):
         distill(distillation("2rf", pipeline_folders, data, tmp_path / "run", convention="auto"))
     with pytest.raises(ValueError, match="convention='2-rf' is for"):
-        distill(Distill(out=tmp_path / "run", teacher="digits", data="digits", convention="2-rf", device="cpu"))
+        distill(
+            Distill(
+                out=tmp_path / "run",
+                teacher="digits",
+                data="digits",
+                convention="2-rf",
+                device="cpu",
+            )
+        )
     with pytest.raises(ValueError, match="wrote, got"):
         distill(distillation("2rf", pipeline_folders, tmp_path / "none", tmp_path / "run"))
     with pytest.raises(CheckpointError, match=r"no model_index\.json"):
-        distill(replace(distillation("2rf", pipeline_folders, data, tmp_path / "run"), teacher=str(tmp_path)))
+        distill(
+            replace(
+                distillation("2rf", pipeline_folders, data, tmp_path / "run"), teacher=str(tmp_path)
+            )
+        )
     assert not (tmp_path / "run").exists()

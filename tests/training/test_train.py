@@ -1,4 +1,6 @@
-"""Training: what is learnt is a function of the settings alone, through kills, resumptions and however many processes."""
+"""Training: what is learnt is a function of the settings alone, through kills, resumptions and
+however many processes.
+"""
 
 import contextlib
 import itertools
@@ -33,7 +35,11 @@ from flowturbo.storage.files import CheckpointError, load_tensors
 from flowturbo.training.objectives import FlowMatching
 from flowturbo.training.train import Distill, Settings, Train, distill, train
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+}
 CLASSES = 3
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,12 +52,26 @@ def data(tmp_path_factory) -> str:
     labels = np.arange(40) % CLASSES
     patterns = rng.standard_normal((CLASSES, 2, 4, 4))
     path = tmp_path_factory.mktemp("data") / "latents.npz"
-    np.savez(path, latents=(patterns[labels] + 0.1 * rng.standard_normal((40, 2, 4, 4))).astype(np.float32), labels=labels)
+    np.savez(
+        path,
+        latents=(patterns[labels] + 0.1 * rng.standard_normal((40, 2, 4, 4))).astype(np.float32),
+        labels=labels,
+    )
     return str(path)
 
 
 TINY: dict[str, Any] = dict(
-    model="custom", hidden=16, depth=1, heads=2, batch_size=8, steps=12, lr=1e-3, ema=0.9, save_every=5, log_every=1, device="cpu"
+    model="custom",
+    hidden=16,
+    depth=1,
+    heads=2,
+    batch_size=8,
+    steps=12,
+    lr=1e-3,
+    ema=0.9,
+    save_every=5,
+    log_every=1,
+    device="cpu",
 )
 
 
@@ -70,7 +90,9 @@ def contents(out: Path) -> dict[str, Tensor]:
         tensors, described = load_tensors(out / f"{name}.safetensors")
         assert described is not None
         steps = described["step"] if name == "state" else described["provenance"]["steps"]
-        found |= {f"{name} {k}": v for k, v in tensors.items()} | {f"{name}, steps": torch.tensor(steps)}
+        found |= {f"{name} {k}": v for k, v in tensors.items()} | {
+            f"{name}, steps": torch.tensor(steps)
+        }
     return found
 
 
@@ -92,7 +114,9 @@ def test_the_loss_falls_on_the_digits(tmp_path):
     path = train(tiny(out, "digits", hidden=32, steps=100, batch_size=24, lr=5e-3, save_every=100))
     losses = [line["loss"] for line in log_of(out)]
     assert len(losses) == 100
-    assert losses[0] == pytest.approx(1.72, rel=0.1)  # a fresh model says zero: the power of the data, 0.72, and of the noise
+    assert losses[0] == pytest.approx(
+        1.72, rel=0.1
+    )  # a fresh model says zero: the power of the data, 0.72, and of the noise
     assert np.mean(losses[-20:]) < 0.65 * np.mean(losses[:5])  # 0.50 to 0.52 were measured
     assert path == out / "model.safetensors"
     model = ft.load(path, device="cpu")
@@ -102,10 +126,24 @@ def test_the_loss_falls_on_the_digits(tmp_path):
 
 def test_training_is_the_plain_loop(tmp_path, data):
     """Written out with torch's own AdamW, to the last bit; the average by its formula."""
-    settings = tiny(tmp_path / "run", data, steps=7, lr=3e-3, weight_decay=0.1, warmup=4, ema=0.8, seed=5, label_drop=0.4)
+    settings = tiny(
+        tmp_path / "run",
+        data,
+        steps=7,
+        lr=3e-3,
+        weight_decay=0.1,
+        warmup=4,
+        ema=0.8,
+        seed=5,
+        label_drop=0.4,
+    )
     train(settings)
     train(replace(settings, out=tmp_path / "start", steps=1, lr=0.0))
-    start = {k.removeprefix("state network."): v for k, v in contents(tmp_path / "start").items() if k.startswith("state network.")}
+    start = {
+        k.removeprefix("state network."): v
+        for k, v in contents(tmp_path / "start").items()
+        if k.startswith("state network.")
+    }
     latents = load_data(data)
     network = SiT(settings.config(latents))
     network.load_state_dict(start)
@@ -127,10 +165,16 @@ def test_training_is_the_plain_loop(tmp_path, data):
         assert torch.equal(left[f"state network.{name}"], weight), name
         assert torch.equal(left[f"state ema.module.{name}"], left[f"model {name}"]), name
         assert torch.allclose(left[f"model {name}"], average[name], rtol=1e-5, atol=1e-7), name
-    assert not torch.equal(left["model final_layer.linear.weight"], left["state network.final_layer.linear.weight"])
+    assert not torch.equal(
+        left["model final_layer.linear.weight"], left["state network.final_layer.linear.weight"]
+    )
 
 
-@pytest.mark.parametrize("change", [{}, {"seed": 1}, {"lr": 2e-3}, {"label_drop": 0.5}, {"clip": 0.01}, {"ema": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"seed": 1}, {"lr": 2e-3}, {"label_drop": 0.5}, {"clip": 0.01}, {"ema": 0.5}],
+    ids=str,
+)
 def test_the_same_settings_learn_the_same(tmp_path, data, change):
     for name in ("a", "b"):
         train(tiny(tmp_path / name, data, **change))
@@ -147,7 +191,9 @@ def test_how_often_is_saved_and_logged_changes_nothing(tmp_path, data):
     often, seldom = learnt(tmp_path / "a"), learnt(tmp_path / "b")
     assert [line[0] for line in seldom] == [4, 8, 12]
     for k, line in enumerate(seldom):
-        assert line[1] == pytest.approx(np.mean([loss for _, loss, _, _ in often[4 * k : 4 * k + 4]]))
+        assert line[1] == pytest.approx(
+            np.mean([loss for _, loss, _, _ in often[4 * k : 4 * k + 4]])
+        )
         assert line[2:] == often[4 * k + 3][2:]
 
 
@@ -162,7 +208,9 @@ class Watched(torch.optim.AdamW):
         return super().step(*args, **kwargs)
 
 
-def watched(monkeypatch, settings: Train) -> tuple[list[float], list[float], list[dict[str, float]]]:
+def watched(
+    monkeypatch, settings: Train
+) -> tuple[list[float], list[float], list[dict[str, float]]]:
     monkeypatch.setattr(Watched, "seen", [], raising=False)
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
     train(settings)
@@ -187,8 +235,12 @@ def test_learning_rates(monkeypatch, tmp_path, data, warmup):
     _, rates, log = watched(monkeypatch, tiny(tmp_path / "constant", data, warmup=warmup))
     assert rates == pytest.approx([1e-3 * r for r in ramp])
     assert [line["lr"] for line in log] == rates
-    _, rates, _ = watched(monkeypatch, tiny(tmp_path / "cosine", data, warmup=warmup, schedule="cosine"))
-    assert rates == pytest.approx([1e-3 * r * (1 + math.cos(math.pi * k / 12)) / 2 for k, r in enumerate(ramp)])
+    _, rates, _ = watched(
+        monkeypatch, tiny(tmp_path / "cosine", data, warmup=warmup, schedule="cosine")
+    )
+    assert rates == pytest.approx(
+        [1e-3 * r * (1 + math.cos(math.pi * k / 12)) / 2 for k, r in enumerate(ramp)]
+    )
     assert rates[-1] < 1e-3 * 0.02
 
 
@@ -213,14 +265,30 @@ def test_the_average_follows_its_formula(tmp_path, data):
         for name in names:
             weight = left[f"state network.{name}"].double()
             expected[name] = weight if steps == 1 else 0.9 * expected[name] + 0.1 * weight
-            assert torch.allclose(left[f"model {name}"].double(), expected[name], rtol=1e-5, atol=1e-7), (steps, name)
+            assert torch.allclose(
+                left[f"model {name}"].double(), expected[name], rtol=1e-5, atol=1e-7
+            ), (steps, name)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        *({"lr": 2e-3}, {"batch_size": 4}, {"hidden": 24}, {"seed": 3}, {"ema": 0.99}, {"clip": 1.0}, {"label_drop": 0.2}),
-        *({"schedule": "cosine"}, {"weight_decay": 0.1}, {"warmup": 3}, {"depth": 2}, {"precision": "fp32"}),
+        *(
+            {"lr": 2e-3},
+            {"batch_size": 4},
+            {"hidden": 24},
+            {"seed": 3},
+            {"ema": 0.99},
+            {"clip": 1.0},
+            {"label_drop": 0.2},
+        ),
+        *(
+            {"schedule": "cosine"},
+            {"weight_decay": 0.1},
+            {"warmup": 3},
+            {"depth": 2},
+            {"precision": "fp32"},
+        ),
     ],
     ids=str,
 )
@@ -228,7 +296,9 @@ def test_other_settings_do_not_go_on(tmp_path, data, change):
     train(tiny(tmp_path, data, steps=2))
     before = contents(tmp_path)
     [(name, value)] = change.items()
-    with pytest.raises(ValueError, match=f"{name} was .* and is now {value!r}.*choose another folder as out"):
+    with pytest.raises(
+        ValueError, match=f"{name} was .* and is now {value!r}.*choose another folder as out"
+    ):
         train(tiny(tmp_path, data, steps=2, **change))
     assert same_bits(before, contents(tmp_path))
 
@@ -236,7 +306,16 @@ def test_other_settings_do_not_go_on(tmp_path, data, change):
 def test_settings_that_may_change(tmp_path, data):
     train(tiny(tmp_path / "a", data, steps=2))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    train(tiny(tmp_path / "b", data, steps=12, save_every=3, log_every=2, device=None if not torch.cuda.is_available() else "cpu"))
+    train(
+        tiny(
+            tmp_path / "b",
+            data,
+            steps=12,
+            save_every=3,
+            log_every=2,
+            device=None if not torch.cuda.is_available() else "cpu",
+        )
+    )
     train(tiny(tmp_path / "c", data))
     assert same_bits(contents(tmp_path / "b"), contents(tmp_path / "c"))
 
@@ -271,7 +350,9 @@ class Killed(BaseException):
 
 
 def killed_at(rename: int, when: str, settings: Train) -> bool:
-    """Train until just before or just after a file takes its name for the `rename`th time -> whether it came to that."""
+    """Train until just before or just after a file takes its name for the `rename`th time ->
+    whether it came to that.
+    """
     original, count = os.replace, 0
 
     def replace(source: Any, target: Any) -> None:
@@ -294,7 +375,9 @@ def killed_at(rename: int, when: str, settings: Train) -> bool:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_kill_between_any_two_files_loses_nothing(tmp_path, data, when):
-    """Log, state and model are three files: wherever among them the end comes, the next start makes all three right."""
+    """Log, state and model are three files: wherever among them the end comes, the next start makes
+    all three right.
+    """
     train(tiny(tmp_path / "undisturbed", data))
     for rename in itertools.count(1):
         settings = tiny(tmp_path / str(rename), data)
@@ -303,7 +386,9 @@ def test_a_kill_between_any_two_files_loses_nothing(tmp_path, data, when):
         train(settings)
         assert same_bits(contents(tmp_path / "undisturbed"), contents(settings.out)), rename
         assert learnt(tmp_path / "undisturbed") == learnt(settings.out), rename
-    assert rename == 1 + 1 + 3 * 2  # none is left after the log's start and three times state and model
+    assert (
+        rename == 1 + 1 + 3 * 2
+    )  # none is left after the log's start and three times state and model
 
 
 def test_kills_at_any_time_lose_nothing(tmp_path, data):
@@ -326,20 +411,26 @@ train(Train(out=Path(sys.argv[1]), **{settings!r}))
 
     kills = 0
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, str(script), str(out)], env=ENVIRONMENT, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(out)], env=ENVIRONMENT, stderr=subprocess.PIPE
+        )
         goal = lines() + rng.randint(1, 40)
         while process.poll() is None and lines() < goal:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.03)
         process.kill()
         stderr = process.communicate()[1]
-        assert process.returncode in (0, -signal.SIGKILL), stderr.decode()  # 0: this machine slept while the run came to its end
+        assert process.returncode in (0, -signal.SIGKILL), (
+            stderr.decode()
+        )  # 0: this machine slept while the run came to its end
         kills += process.returncode != 0
         for name in ("model", "state"):  # whole or absent, at any moment
             path = out / f"{name}.safetensors"
             assert not path.exists() or load_tensors(path)
     assert kills
-    done = subprocess.run([sys.executable, str(script), str(out)], env=ENVIRONMENT, capture_output=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(script), str(out)], env=ENVIRONMENT, capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert same_bits(contents(tmp_path / "undisturbed"), contents(out))
     assert learnt(out) == learnt(tmp_path / "undisturbed")
@@ -350,7 +441,10 @@ def test_a_cut_last_line_of_the_log_is_made_again(tmp_path, data):
     train(tiny(tmp_path / "a", data))
     train(tiny(tmp_path / "b", data, steps=5))
     with open(tmp_path / "b" / "log.jsonl", "a") as log:
-        log.write('{"step": 6, "loss": 1.0, "grad_norm": 1.0, "lr": 0.001, "seconds_per_step": 1.0}\n{"step": 7, "lo')
+        log.write(
+            '{"step": 6, "loss": 1.0, "grad_norm": 1.0, "lr": 0.001, "seconds_per_step": '
+            '1.0}\n{"step": 7, "lo'
+        )
     train(tiny(tmp_path / "b", data))
     assert learnt(tmp_path / "a") == learnt(tmp_path / "b")
 
@@ -366,7 +460,16 @@ def tiny_refiner(out: Path, data: str, teacher: Path, **changes: Any) -> Distill
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, data) -> Path:
     return train(
-        tiny(tmp_path_factory.mktemp("teacher"), data, steps=150, hidden=32, depth=3, batch_size=16, lr=5e-3, save_every=150)
+        tiny(
+            tmp_path_factory.mktemp("teacher"),
+            data,
+            steps=150,
+            hidden=32,
+            depth=3,
+            batch_size=16,
+            lr=5e-3,
+            save_every=150,
+        )
     )
 
 
@@ -377,7 +480,12 @@ def test_a_refiner_from_end_to_end(tmp_path, data, teacher):
     model = ft.load(teacher, path, device="cpu")
     config, refiner = model.predictor.config, model.refiner.config
     assert (refiner.depth, refiner.reads_velocity) == (1, True)
-    assert (refiner.hidden, refiner.heads, refiner.patch, refiner.side) == (config.hidden, config.heads, config.patch, config.side)
+    assert (refiner.hidden, refiner.heads, refiner.patch, refiner.side) == (
+        config.hidden,
+        config.heads,
+        config.patch,
+        config.side,
+    )
     for plan in ("H1P1R1", "H1P5R3", "E1S2"):
         assert ft.sample(model, plan, labels=[0, 2], guidance=2.0, seed=1).isfinite().all()
     fresh = ft.sample(model, "H1P1R1", labels=[0], seed=1)
@@ -417,7 +525,9 @@ def test_a_refiner_goes_on_too(tmp_path, data, teacher, options):
 def test_a_teacher_that_does_not_fit_the_data(tmp_path, data, teacher):
     other = tmp_path / "other.npz"
     np.savez(other, latents=np.zeros((4, 2, 8, 8), np.float32), labels=np.zeros(4, int))
-    with pytest.raises(ValueError, match=r"data has latents \(2, 8, 8\).* the teacher wants \(2, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"data has latents \(2, 8, 8\).* the teacher wants \(2, 4, 4\)"
+    ):
         distill(tiny_refiner(tmp_path / "a", str(other), teacher))
     np.savez(other, latents=np.zeros((4, 2, 4, 4), np.float32), labels=np.array([0, 1, 2, 3]))
     with pytest.raises(ValueError, match=r"4 classes, the teacher wants .* of 3"):
@@ -433,9 +543,9 @@ def test_a_teacher_that_does_not_fit_the_data(tmp_path, data, teacher):
 
 
 def test_two_processes_learn_what_one_does(tmp_path, data, teacher):
-    """Under torchrun, with gloo. Not to the last bit, since sums over the batch round in another order, and AdamW makes a step of
-    size lr of any gradient, however small: measured after 12 steps, 5e-6 for the keys' bias, whose true gradient is zero, and 4e-7
-    for all else."""
+    """Under torchrun, with gloo. Not to the last bit, since sums over the batch round in another
+    order, and AdamW makes a step of size lr of any gradient, however small: measured after 12
+    steps, 5e-6 for the keys' bias, whose true gradient is zero, and 4e-7 for all else."""
     script = tmp_path / "run.py"
     common = {k: v for k, v in TINY.items() if k not in ("model", "hidden", "patch")}
     with contextlib.ExitStack() as stack:
@@ -467,7 +577,15 @@ except ValueError as error:
     (here / ("refused by " + os.environ["RANK"])).write_text(str(error))
 """)
     train(tiny(tmp_path / "resumed by two", data, steps=5))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     train(tiny(tmp_path / "one", data))
@@ -477,7 +595,10 @@ except ValueError as error:
         for a, b in zip(learnt(tmp_path / one), learnt(tmp_path / two), strict=True):
             assert a == pytest.approx(b, rel=1e-4)
     for rank in (0, 1):
-        assert "batch_size must be a multiple of the 2 processes, got 5" in (tmp_path / f"refused by {rank}").read_text()
+        assert (
+            "batch_size must be a multiple of the 2 processes, got 5"
+            in (tmp_path / f"refused by {rank}").read_text()
+        )
     assert not (tmp_path / "odd" / "model.safetensors").exists()
 
 
@@ -492,8 +613,23 @@ def agree(a: dict[str, Tensor], b: dict[str, Tensor], bound: float = 1e-4) -> bo
 @pytest.mark.parametrize(
     "change",
     [
-        *({"steps": 0}, {"steps": -1}, {"batch_size": 0}, {"save_every": 0}, {"log_every": -5}, {"lr": -1e-3}, {"lr": math.nan}),
-        *({"weight_decay": -0.1}, {"warmup": -1}, {"clip": -1.0}, {"clip": math.nan}, {"ema": 1.1}, {"ema": -0.1}),
+        *(
+            {"steps": 0},
+            {"steps": -1},
+            {"batch_size": 0},
+            {"save_every": 0},
+            {"log_every": -5},
+            {"lr": -1e-3},
+            {"lr": math.nan},
+        ),
+        *(
+            {"weight_decay": -0.1},
+            {"warmup": -1},
+            {"clip": -1.0},
+            {"clip": math.nan},
+            {"ema": 1.1},
+            {"ema": -0.1},
+        ),
         *({"label_drop": 1.5}, {"label_drop": -0.1}, {"label_drop": math.nan}, {"seed": -1}),
         *({"schedule": "linear"}, {"precision": "fp8"}),
     ],
@@ -508,7 +644,13 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, change):
 @pytest.mark.parametrize(
     "change",
     [
-        *({"delta_max": 0.0}, {"delta_max": 1.0}, {"delta_max": math.nan}, {"guidance": (0.5, 2.0)}, {"guidance": (3.0, 2.0)}),
+        *(
+            {"delta_max": 0.0},
+            {"delta_max": 1.0},
+            {"delta_max": math.nan},
+            {"guidance": (0.5, 2.0)},
+            {"guidance": (3.0, 2.0)},
+        ),
         *({"guidance": (1.0, math.inf)}, {"batch_size": 0}, {"depth": 0}),
     ],
     ids=str,
@@ -539,7 +681,9 @@ def test_models_and_data_that_are_not_there_are_refused(tmp_path, data, change, 
 
 
 def test_bf16_is_for_cuda(tmp_path, data):
-    with pytest.raises(ValueError, match="precision 'bf16' is autocast on CUDA, but the device is cpu"):
+    with pytest.raises(
+        ValueError, match="precision 'bf16' is autocast on CUDA, but the device is cpu"
+    ):
         train(tiny(tmp_path, data, precision="bf16"))
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,6 @@
-"""Plans with weights of their own: the steps, their files, the fit, and the search that keeps to its budget and its noise."""
+"""Plans with weights of their own: the steps, their files, the fit, and the search that keeps to
+its budget and its noise.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 
 class Mixture(Field):
-    """The exact velocity from normal noise (t = 0) to a mixture of normal distributions of this width; an exact refiner."""
+    """The exact velocity from normal noise (t = 0) to a mixture of normal distributions of this
+    width; an exact refiner.
+    """
 
     def __init__(self, centres: Tensor, width: float) -> None:
         self.centres, self.width = centres, width
@@ -53,7 +57,12 @@ class Mixture(Field):
         return self.predict(x, t) - v
 
 
-FIELD = Mixture(torch.tensor([[2.0, 0.5, -1.0], [-1.5, 1.0, 1.0], [0.3, -2.0, 0.4], [-0.5, -0.5, 2.0]]).double(), 0.6)
+FIELD = Mixture(
+    torch.tensor(
+        [[2.0, 0.5, -1.0], [-1.5, 1.0, 1.0], [0.3, -2.0, 0.4], [-0.5, -0.5, 2.0]]
+    ).double(),
+    0.6,
+)
 
 
 def run(plan: Plan, field: Field, x: Tensor) -> Tensor:
@@ -77,7 +86,11 @@ def random_plan(letters: str, seed: int) -> Plan:
     """A plan whose fitted steps use every velocity there is, by random weights."""
     generator = np.random.default_rng(seed)
     grid = (0.0, *np.sort(generator.uniform(0.05, 0.95, len(letters) - 1)).tolist(), 1.0)
-    return Plan(letters, grid, weights=tuple(tuple(generator.normal(0, 0.3, i + 1).tolist()) for i in range(len(letters))))
+    return Plan(
+        letters,
+        grid,
+        weights=tuple(tuple(generator.normal(0, 0.3, i + 1).tolist()) for i in range(len(letters))),
+    )
 
 
 # Steps
@@ -85,19 +98,27 @@ def random_plan(letters: str, seed: int) -> Plan:
 
 def test_without_weights_a_fitted_step_is_adams_bashforth_of_order_4():
     model = tiny_model()
-    assert ft.sample(model, "L6", [1, 2], seed=0, guidance=1.5).equal(ft.sample(model, "C6", [1, 2], seed=0, guidance=1.5))
+    assert ft.sample(model, "L6", [1, 2], seed=0, guidance=1.5).equal(
+        ft.sample(model, "C6", [1, 2], seed=0, guidance=1.5)
+    )
     x = TEST.noise[:4]
-    assert_close(run(Plan.parse("L1M5"), FIELD, x), run(Plan.parse("C6"), FIELD, x), 1e-14)  # with an exact refiner
+    assert_close(
+        run(Plan.parse("L1M5"), FIELD, x), run(Plan.parse("C6"), FIELD, x), 1e-14
+    )  # with an exact refiner
 
 
 @pytest.mark.parametrize("letter, order", [("E", 1), ("A", 2), ("B", 3), ("C", 4)])
 def test_weights_of_adams_bashforth_make_its_steps(letter, order):
     grid = shifted_grid(6, 1.7)
     plan = fit.weighted(Plan("L" * 6, grid), order)
-    assert_close(run(plan, FIELD, TEST.noise), run(Plan(letter * 6, grid), FIELD, TEST.noise), 1e-14)
+    assert_close(
+        run(plan, FIELD, TEST.noise), run(Plan(letter * 6, grid), FIELD, TEST.noise), 1e-14
+    )
 
 
-@pytest.mark.parametrize("letter, length", [(letter, n) for letter in "LM" for n in (1, 2, 4, 5, 6, 9, MAX_PAST + 1)])
+@pytest.mark.parametrize(
+    "letter, length", [(letter, n) for letter in "LM" for n in (1, 2, 4, 5, 6, 9, MAX_PAST + 1)]
+)
 def test_a_fitted_step_is_the_weighted_sum_of_an_independent_formula(letter, length):
     generator = np.random.default_rng(length)
     x, past = generator.normal(size=(2, 3)), generator.normal(size=(MAX_PAST, 4, 3))
@@ -117,7 +138,9 @@ def test_a_fitted_step_is_the_weighted_sum_of_an_independent_formula(letter, len
     for weight, v in zip(weights, [both, *past[::-1]], strict=False):
         expected = expected + weight * v[:2]  # x moves by the conditional half
     samples = tuple(Sample(0.01 * i, torch.from_numpy(v)) for i, v in enumerate(past))
-    after = STEPS[letter].weighted(tuple(weights))(Guided(), State(torch.from_numpy(x), None, samples), 0.3, 0.7)
+    after = STEPS[letter].weighted(tuple(weights))(
+        Guided(), State(torch.from_numpy(x), None, samples), 0.3, 0.7
+    )
     assert_close(after.x, torch.from_numpy(expected), 1e-14)
     assert_close(after.past[-1].v, torch.from_numpy(both), 1e-14)
     assert (after.v, after.past[-1].t, len(after.past)) == (None, 0.3, MAX_PAST)
@@ -152,7 +175,11 @@ def test_sampling_uses_the_weights_with_both_halves_and_the_refiner():
 @pytest.mark.parametrize(
     "letters, weights, said",
     [
-        ("LL", ((0.5,),), "weights must be given for each of the 2 steps of L and M, or for none, got 1"),
+        (
+            "LL",
+            ((0.5,),),
+            "weights must be given for each of the 2 steps of L and M, or for none, got 1",
+        ),
         ("LE", ((0.5,), (0.5,)), "weights must be given for each of the 1 steps"),
         ("LL", ((0.5,), ()), r"weights\[1\] must be 1 to 16 finite numbers"),
         ("LL", ((0.5,), (0.5, float("nan"))), r"weights\[1\] must be 1 to 16 finite numbers"),
@@ -175,15 +202,22 @@ def test_weights_that_are_no_numbers_are_refused_by_name(weights):
 def test_weights_are_part_of_the_plan_and_of_what_captures_are_kept_under():
     plan = random_plan("LLM", 0)
     same = Plan(plan.letters, plan.grid, weights=[list(row) for row in plan.weights])
-    other = replace(plan, weights=(*plan.weights[:-1], (*plan.weights[-1][:-1], plan.weights[-1][-1] + 1e-12)))
+    other = replace(
+        plan, weights=(*plan.weights[:-1], (*plan.weights[-1][:-1], plan.weights[-1][-1] + 1e-12))
+    )
     assert plan == same
     assert hash(plan) == hash(same)
     assert plan != other
     assert str(plan) == str(other) == "L2M1"
-    jobs = {Job.of(tiny_model(), p, 1.5, None, "latents", torch.float32) for p in (plan, same, other)}
+    jobs = {
+        Job.of(tiny_model(), p, 1.5, None, "latents", torch.float32) for p in (plan, same, other)
+    }
     assert len(jobs) == 2
     model, recorder = captured_model()
-    first, second = ([ft.sample(model, p, LABELS, seed=0, guidance=1.5) for _ in range(3)] for p in (plan, random_plan("LLM", 1)))
+    first, second = (
+        [ft.sample(model, p, LABELS, seed=0, guidance=1.5) for _ in range(3)]
+        for p in (plan, random_plan("LLM", 1))
+    )
     assert recorder.recorded == 2
     assert first[0].equal(first[2])
     assert second[0].equal(second[2])
@@ -193,7 +227,9 @@ def test_weights_are_part_of_the_plan_and_of_what_captures_are_kept_under():
 def test_a_plan_that_starts_later_moves_as_much_less():
     plan = random_plan("LLM", 0)
     later = plan.starting_at(0.25)
-    assert_close(torch.tensor(sum(later.weights, ())), 0.75 * torch.tensor(sum(plan.weights, ())), 1e-7)
+    assert_close(
+        torch.tensor(sum(later.weights, ())), 0.75 * torch.tensor(sum(plan.weights, ())), 1e-7
+    )
     x = TEST.noise[:3]
     constant = Mixture(torch.tensor([[1.0, 2.0, 3.0]]).double(), 1.0)
     constant.predict = lambda x, t: torch.ones_like(x)
@@ -207,16 +243,30 @@ def test_a_plan_that_starts_later_moves_as_much_less():
 def test_a_plan_comes_back_from_its_file_to_the_last_bit(tmp_path_factory, letters, data):
     letters = "L" + letters
     rows = tuple(
-        tuple(data.draw(st.lists(some_weights, min_size=1, max_size=i + 1))) for i, letter in enumerate(letters) if letter in "LM"
+        tuple(data.draw(st.lists(some_weights, min_size=1, max_size=i + 1)))
+        for i, letter in enumerate(letters)
+        if letter in "LM"
     )
-    plan = Plan(letters, shifted_grid(len(letters), data.draw(st.floats(0.3, 3))), (0.125, 0.75), weights=rows)
+    plan = Plan(
+        letters,
+        shifted_grid(len(letters), data.draw(st.floats(0.3, 3))),
+        (0.125, 0.75),
+        weights=rows,
+    )
     path = tmp_path_factory.mktemp("plans") / "plan.json"
     plan.save(path, {"of": "a test"})
     assert Plan.load(path) == plan
 
 
 def altered(**entries: object) -> str:
-    good = {"format": "flowturbo plan 1", "plan": "L1", "grid": [0, 1], "guidance_interval": [0, 1], "weights": [[1]], "about": {}}
+    good = {
+        "format": "flowturbo plan 1",
+        "plan": "L1",
+        "grid": [0, 1],
+        "guidance_interval": [0, 1],
+        "weights": [[1]],
+        "about": {},
+    }
     return json.dumps({k: v for k, v in {**good, **entries}.items() if v is not ...})
 
 
@@ -239,9 +289,15 @@ HOSTILE = {
     "a number for letters": (altered(plan=3), "plan must be a str, got int"),
     "unknown letters": (altered(plan="Q1"), "plan must look like 'H1P5R3'"),
     "a file's name for letters": (altered(plan="other.json"), "plan must look like 'H1P5R3'"),
-    "a grid that falls": (altered(plan="L2", grid=[0, 1, 0.5], weights=[]), "grid must rise strictly"),
+    "a grid that falls": (
+        altered(plan="L2", grid=[0, 1, 0.5], weights=[]),
+        "grid must rise strictly",
+    ),
     "a grid too short": (altered(grid=[0]), "grid must hold 2 times"),
-    "weights of no step": (altered(weights=[[1], [1]]), "weights must be given for each of the 1 steps"),
+    "weights of no step": (
+        altered(weights=[[1], [1]]),
+        "weights must be given for each of the 1 steps",
+    ),
     "too many weights": (altered(weights=[[1, 1]]), "L has weights of 1 earlier velocities"),
     "deep nesting": ("[" * 100_000, "no plan file"),
     "too many bytes": (altered() + " " * (1 << 20), "more than 1048576 bytes"),
@@ -284,8 +340,14 @@ def test_sample_takes_a_plans_file_and_no_other_grid_beside_it(tmp_path, capsys)
     expected = ft.sample(model, plan, [0, 1, 2], guidance=1.5, seed=0, output="uint8")
     with np.load(out) as arrays:
         assert np.array_equal(arrays["arr_0"], expected.numpy())
-    assert ft.sample(model, str(path), [0, 1, 2], guidance=1.5, seed=0, output="uint8").equal(expected)
-    for flags in (["--shift", "2"], ["--grid", "0", "0.3", "0.6", "1"], ["--guidance-interval", "0.1", "1"]):
+    assert ft.sample(model, str(path), [0, 1, 2], guidance=1.5, seed=0, output="uint8").equal(
+        expected
+    )
+    for flags in (
+        ["--shift", "2"],
+        ["--grid", "0", "0.3", "0.6", "1"],
+        ["--guidance-interval", "0.1", "1"],
+    ):
         assert main(["sample", "--plan", str(path), "--out", str(out), *flags]) == 2
         assert "a plan's file holds its grid and guidance interval" in capsys.readouterr().err
 
@@ -321,7 +383,9 @@ def test_times_alone_are_fitted_for_steps_without_weights():
     assert fit.error(plan, [TEST]) < 0.95 * fit.error(Plan.parse("H1P2"), [TEST])
 
 
-@pytest.mark.parametrize("plan", [Plan.parse("H1P1"), fit.weighted(Plan.parse("L3"), 3), random_plan("LML", 1)])
+@pytest.mark.parametrize(
+    "plan", [Plan.parse("H1P1"), fit.weighted(Plan.parse("L3"), 3), random_plan("LML", 1)]
+)
 def test_a_fit_never_gets_worse_and_keeps_letters_cost_and_order_of_times(plan):
     found = fit.fit(plan, [CALIBRATION], iterations=3)
     assert fit.error(found, [CALIBRATION]) <= fit.error(plan, [CALIBRATION])
@@ -341,7 +405,9 @@ def test_derivatives_are_those_of_autograd():
         return x
 
     rows = [torch.tensor(row).double() for row in plan.weights]
-    expected = torch.autograd.functional.jacobian(end, (torch.tensor(plan.grid[1:-1]).double(), *rows))
+    expected = torch.autograd.functional.jacobian(
+        end, (torch.tensor(plan.grid[1:-1]).double(), *rows)
+    )
     batch = Batch(CALIBRATION.field, CALIBRATION.noise[:7], CALIBRATION.fine[:7])
     states = fit._states(plan, batch)
     found = torch.stack(fit._derivatives(plan, batch, states, lambda calls: None), dim=-1)
@@ -355,11 +421,15 @@ def test_a_call_that_was_inserted_changes_nothing_until_it_is_fitted():
         assert len(longer) == 4
         assert longer.letters[at] == letter
         assert_close(run(longer, FIELD, TEST.noise), run(plan, FIELD, TEST.noise), 1e-14)
-        assert fit.error(fit.fit(longer, [CALIBRATION], iterations=2), [CALIBRATION]) < fit.error(plan, [CALIBRATION])
+        assert fit.error(fit.fit(longer, [CALIBRATION], iterations=2), [CALIBRATION]) < fit.error(
+            plan, [CALIBRATION]
+        )
 
 
 def test_a_plan_that_diverges_has_an_infinite_error():
-    assert fit.error(Plan("LL", (0, 0.5, 1), weights=((1e200,), (1e200, 0))), [TEST]) == float("inf")
+    assert fit.error(Plan("LL", (0, 0.5, 1), weights=((1e200,), (1e200, 0))), [TEST]) == float(
+        "inf"
+    )
 
 
 # The search
@@ -373,7 +443,9 @@ def test_every_plan_that_is_tried_keeps_to_the_budget(budget):
     share = model.macs[1] / model.macs[0]
     for plan in tried:
         cost = plan.cost
-        halves = cost.guided_predictor + cost.predictor + share * (cost.guided_refiner + cost.refiner)
+        halves = (
+            cost.guided_predictor + cost.predictor + share * (cost.guided_refiner + cost.refiner)
+        )
         assert halves / 2 <= budget + 1e-6, plan
     assert bool(tried) == (budget >= 1)
     letters = [plan.letters for plan in search.affordable(price, True, [(0.0, 1.0)])]
@@ -401,7 +473,8 @@ def test_plans_that_are_timed_take_turns_and_are_captured_once_each(monkeypatch)
     model, recorder = captured_model()
     model.captures.limit = 2
     plans = [Plan.parse(text) for text in ("E1", "E2", "H1", "H1P1")]
-    # Two runs each before the timed ones, which take 9, 8, 7, 6 s, then 10, 5, 8, 7 s, then 11, 12, 13, 14 s.
+    # Two runs each before the timed ones, which take 9, 8, 7, 6 s, then 10, 5, 8, 7 s, then 11, 12,
+    # 13, 14 s.
     passed, calls = iter([1] * 8 + [9, 8, 7, 6, 10, 5, 8, 7, 11, 12, 13, 14]), []
 
     def seconds(run, device, real=price.seconds):
@@ -418,7 +491,12 @@ def test_plans_that_are_timed_take_turns_and_are_captured_once_each(monkeypatch)
 
 def test_a_verdict_asks_for_two_standard_errors():
     def row(price: float, rms: float, spread: float) -> dict:
-        return {"price": price, "ms_per_image": 10 - price, "rms": rms, "rms_blocks": [rms - spread, rms + spread] * 5}
+        return {
+            "price": price,
+            "ms_per_image": 10 - price,
+            "rms": rms,
+            "rms_blocks": [rms - spread, rms + spread] * 5,
+        }
 
     rivals = [row(1.0, 0.5, 0.0), row(2.0, 0.3, 0.0), row(3.0, 0.1, 0.0)]
     assert against(row(2.0, 0.2, 0.0), rivals, "rms") == ("better", rivals[1])
@@ -439,7 +517,14 @@ def weights(tmp_path_factory):
 
 
 def settings(weights: Path, out: Path, **options: object) -> tune.Tune:
-    given = dict(budget_calls=2.2, images=20, calibration_images=12, batch_size=6, reference_plan="C8", refiner_steps=1)
+    given = dict(
+        budget_calls=2.2,
+        images=20,
+        calibration_images=12,
+        batch_size=6,
+        reference_plan="C8",
+        refiner_steps=1,
+    )
     return tune.Tune(
         out=out,
         model=str(weights / "predictor.safetensors"),
@@ -470,7 +555,10 @@ def test_tune_writes_table_figures_plot_and_the_best_plan(tuned, weights):
     assert all(f"| {row['plan']} | {row['group']} |" in table for row in results["rows"])
     for row in results["rows"]:
         others = [(other["price"], other["rms"]) for other in results["rows"]]
-        beaten = any(p <= row["price"] and d <= row["rms"] and (p, d) != (row["price"], row["rms"]) for p, d in others)
+        beaten = any(
+            p <= row["price"] and d <= row["rms"] and (p, d) != (row["price"], row["rms"])
+            for p, d in others
+        )
         assert row["on_front"] == (not beaten), row["plan"]
         assert (f"**{row['rms']:.4f} ± {row['rms_error']:.4f}**" in table) == row["on_front"]
     best = Plan.load(tuned / "best.json")
@@ -479,8 +567,15 @@ def test_tune_writes_table_figures_plot_and_the_best_plan(tuned, weights):
     assert all(row["price"] <= 2.2 + 1e-9 for row in results["rows"])
     for row in results["rows"]:
         if row["how"] == "fitted":
-            assert Plan.load(tuned / "plans" / f"{row['record']['letters']}.json") == tune.plan_from(row["record"])
-    model = ft.load(weights / "predictor.safetensors", weights / "refiner.safetensors", heads=CONFIG.heads, device="cpu")
+            assert Plan.load(
+                tuned / "plans" / f"{row['record']['letters']}.json"
+            ) == tune.plan_from(row["record"])
+    model = ft.load(
+        weights / "predictor.safetensors",
+        weights / "refiner.safetensors",
+        heads=CONFIG.heads,
+        device="cpu",
+    )
     labels = [i % 10 for i in range(20)]
     fine, ours = (ft.sample(model, p, labels, seed=0, guidance=1.5) for p in ("C8", best))
     assert float((ours - fine).square().mean().sqrt()) == pytest.approx(least["rms"], rel=1e-4)
@@ -489,14 +584,22 @@ def test_tune_writes_table_figures_plot_and_the_best_plan(tuned, weights):
 def test_tuning_is_the_same_again_to_the_last_bit(tuned, weights, tmp_path):
     tune.tune(settings(weights, tmp_path))
     assert (tmp_path / "best.json").read_bytes() == (tuned / "best.json").read_bytes()
-    first, second = ({k: v for k, v in read(out)["kept"].items() if k[0] in "Ls"} for out in (tuned, tmp_path))
+    first, second = (
+        {k: v for k, v in read(out)["kept"].items() if k[0] in "Ls"} for out in (tuned, tmp_path)
+    )
     assert first == second
 
 
-def test_plans_are_found_without_the_noise_and_classes_they_are_measured_on(tuned, weights, tmp_path, monkeypatch):
+def test_plans_are_found_without_the_noise_and_classes_they_are_measured_on(
+    tuned, weights, tmp_path, monkeypatch
+):
     drawn = []
     monkeypatch.setattr(
-        rng, "noise", lambda shape, seed, numbers, real=rng.noise: drawn.append(list(numbers)) or real(shape, seed, numbers)
+        rng,
+        "noise",
+        lambda shape, seed, numbers, real=rng.noise: (
+            drawn.append(list(numbers)) or real(shape, seed, numbers)
+        ),
     )
     other = settings(weights, tmp_path)
     model = ft.load(other.model, other.refiner, heads=CONFIG.heads, device="cpu")
@@ -509,7 +612,9 @@ def test_plans_are_found_without_the_noise_and_classes_they_are_measured_on(tune
     keep = tune.Keep(tmp_path / "a.json", {"kept": {}})
     found = tune.find(replace(other, images=500), model, price, keep, lambda calls: None)
     assert [tune.record(plan) for plan, _ in found] == [
-        tune.record(tune.plan_from(row["record"])) for row in read(tuned)["rows"] if row["how"] in ("fitted", "searched")
+        tune.record(tune.plan_from(row["record"]))
+        for row in read(tuned)["rows"]
+        if row["how"] in ("fitted", "searched")
     ]
     assert all(min(numbers) >= tune.CALIBRATION for numbers in drawn)
 
@@ -541,11 +646,21 @@ def test_results_of_other_settings_are_not_mixed(tuned, weights, tmp_path):
 def test_a_budget_in_milliseconds_is_kept_by_the_measured_costs(weights, tmp_path, monkeypatch):
     costs = {**dict.fromkeys("EABCLP", 2.0), "H": 4.0, "R": 1.0, "S": 0.5, "M": 0.5, "fixed": 0.25}
     monkeypatch.setattr(tune, "step_costs", lambda *rest: costs)
-    with pytest.raises(ValueError, match=r"the budget must allow one predictor call, which costs 2\.25, got 2\.2"):
+    with pytest.raises(
+        ValueError, match=r"the budget must allow one predictor call, which costs 2\.25, got 2\.2"
+    ):
         tune.tune(settings(weights, tmp_path / "less", budget_calls=None, budget_ms=2.2))
-    tune.tune(settings(weights, tmp_path / "more", budget_calls=None, budget_ms=2.8, rivals=("E3",)))
+    tune.tune(
+        settings(weights, tmp_path / "more", budget_calls=None, budget_ms=2.8, rivals=("E3",))
+    )
     rows = read(tmp_path / "more")["rows"]
-    assert {row["plan"]: row["price"] for row in rows} == {"L1": 2.25, "L1M1": 2.75, "E1": 2.25, "E1S1": 2.75, "E3": 6.25}
+    assert {row["plan"]: row["price"] for row in rows} == {
+        "L1": 2.25,
+        "L1M1": 2.75,
+        "E1": 2.25,
+        "E1S1": 2.75,
+        "E3": 6.25,
+    }
 
 
 @pytest.mark.parametrize(
@@ -577,7 +692,9 @@ def test_solvers_of_diffusers_become_plans_that_do_the_same():
     for name, make in solvers.SOLVERS.items():
         for steps, shift in ((2, 1.0), (5, 2.0)):
             plan = solvers.plan_of(make(shift), steps)
-            expected = solvers.run(make(shift), steps, noise, lambda x, k, plan=plan: velocity(x, plan.grid[k]))
+            expected = solvers.run(
+                make(shift), steps, noise, lambda x, k, plan=plan: velocity(x, plan.grid[k])
+            )
             assert_close(ft.sample(velocity, plan, noise=noise), expected, 1e-3)
             assert len(plan) == plan.cost.predictor == steps, name
 
