@@ -47,7 +47,7 @@ of a hundredth of the work.
 """
 
 
-class NotHere(Exception):
+class Unavailable(Exception):
     """This rival can't run here, and why."""
 
 
@@ -175,10 +175,10 @@ def ours_eager(s: Subject) -> Sampler:
 
 def _need_fp8(s: Subject) -> None:
     if s.device.type != "cuda":
-        raise NotHere("scaled products in fp8 need a GPU of sm_89 or later")
+        raise Unavailable("scaled products in fp8 need a GPU of sm_89 or later")
     major, minor = torch.cuda.get_device_capability(s.device)
     if (major, minor) < (8, 9):
-        raise NotHere(
+        raise Unavailable(
             "scaled products in fp8 need a GPU of sm_89 or later, and this one is "
             f"sm_{major}{minor}"
         )
@@ -325,7 +325,7 @@ def plan_graph(s: Subject, hoisted: bool = False, fp8: bool = False) -> Sampler:
     whole plan around it.
     """
     if s.device.type != "cuda":
-        raise NotHere("CUDA graphs need a GPU")
+        raise Unavailable("CUDA graphs need a GPU")
     torch._dynamo.reset()
     tuned, settings = inductor.best(graphs=False)
 
@@ -358,7 +358,7 @@ def diffusers(s: Subject) -> Sampler:
     try:
         from diffusers import DiTTransformer2DModel
     except ImportError as error:
-        raise NotHere(f"diffusers is not installed ({error})") from None
+        raise Unavailable(f"diffusers is not installed ({error})") from None
     tuned = functools.partial(torch.compile, dynamic=False)
 
     def transformer(config: SiTConfig) -> Any:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 import flowturbo as ft
 from flowturbo.models.flow_model import FlowModel
-from flowturbo.sampling.run import Job, Watch
+from flowturbo.sampling.run import Job, StepMonitor
 
 if TYPE_CHECKING:
     from rivals import Subject
@@ -67,7 +67,7 @@ def sample(s: Subject, model: FlowModel, plan: str, kind: type[Job] = Job) -> Te
             model,
             {"noise": s.noise, "labels": s.labels},
             s.guidance,
-            Watch(job.plan, 0, s.batch, bar, None),
+            StepMonitor(job.plan, 0, s.batch, bar, None),
         )
 
 
@@ -101,7 +101,7 @@ def captured(s: Subject, model: FlowModel, settings: str = "", kind: type[Job] =
 def _capture(s: Subject, model: FlowModel, plan: str, kind: type[Job]) -> None:
     job = _job(s, model, plan, kind)
     if job.can_be_captured(model):
-        model.captures.ahead(
+        model.captures.precapture(
             *job.capture(model, {"noise": s.noise, "labels": s.labels}, s.guidance)
         )
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from harness import collect
 from machine import STAND_IN, device_name
-from rivals import DECODER, DEPTH, RIVALS, NotHere, Subject, limit_of, products_of, subject
+from rivals import DECODER, DEPTH, RIVALS, Subject, Unavailable, limit_of, products_of, subject
 from roofline import ceilings
 from sampling import Sampler, tuned_convolutions
 
@@ -32,7 +32,7 @@ from flowturbo.runtime.device import seconds
 ROUNDS = 5
 
 Prepared = tuple[Subject, Sampler, float]
-_prepared: dict[tuple[str, int, int, bool], Prepared | NotHere] = {}
+_prepared: dict[tuple[str, int, int, bool], Prepared | Unavailable] = {}
 
 
 def prepared(rival: str, size: int, batch: int, decode: bool) -> Prepared:
@@ -47,10 +47,10 @@ def prepared(rival: str, size: int, batch: int, decode: bool) -> Prepared:
         began = time.perf_counter()
         try:
             _prepared[key] = s, RIVALS[rival](s), time.perf_counter() - began
-        except NotHere as reason:
+        except Unavailable as reason:
             _prepared[key] = reason.with_traceback(None)
     found = _prepared[key]
-    if isinstance(found, NotHere):
+    if isinstance(found, Unavailable):
         raise found
     return found
 
@@ -84,7 +84,7 @@ def test_plan(
     with_vae = decode == "yes"
     try:
         s, sampler, setup = prepared(rival, size, batch, with_vae)
-    except NotHere as reason:
+    except Unavailable as reason:
         pytest.skip(str(reason))
     cuda = s.device.type == "cuda"
     limits = ceilings(

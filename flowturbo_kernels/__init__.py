@@ -9,7 +9,16 @@ Usable alone:
 Every operation is an `Op` in `OPS`; its `.reference` is plain torch and differentiable.
 """
 
-from ._op import BACKENDS, OPS, BackendError, Op, trusted, unavailable, use_backend, wanted
+from ._op import (
+    BACKENDS,
+    OPS,
+    BackendError,
+    Op,
+    requested_backend,
+    skip_checks,
+    unavailable,
+    use_backend,
+)
 from .adaln import adaln_modulate, gated_residual_adaln
 from .attention import attention
 from .final_update import final_update
@@ -38,9 +47,9 @@ __all__ = [
     "patch_embed",
     "quantize_rows",
     "refiner_forward",
-    "trusted",
+    "requested_backend",
+    "skip_checks",
     "unavailable",
     "use_backend",
     "velocity_update",
-    "wanted",
 ]

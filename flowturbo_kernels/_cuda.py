@@ -18,7 +18,7 @@ from . import _nvrtc
 NAMES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
 """dtypes as csrc calls them."""
 
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 """Of a block."""
 
 

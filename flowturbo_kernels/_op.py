@@ -35,14 +35,14 @@ class BackendError(RuntimeError):
 
 
 class Backend(NamedTuple):
-    """One way of running an operation. cannot: the reason why it can't take some arguments, or
+    """One way of running an operation. unsupported: the reason why it can't take some arguments, or
     None.
 
     ways: where it takes the fastest of several, what it chooses among.
     """
 
     run: Callable[..., Any]
-    cannot: Callable[..., str | None]
+    unsupported: Callable[..., str | None]
     ways: Callable[..., Ways] | None = None
 
 
@@ -92,14 +92,17 @@ class Op(Generic[P, R]):
         self.library.register_fake(dense(reference))
 
     def backend(
-        self, name: str, cannot: Callable[..., str | None], ways: Callable[..., Ways] | None = None
+        self,
+        name: str,
+        unsupported: Callable[..., str | None],
+        ways: Callable[..., Ways] | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator of a function that takes checked, defaulted, positional arguments, and is tried
         after those before it.
         """
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.backends[name] = Backend(run, cannot, ways)
+            self.backends[name] = Backend(run, unsupported, ways)
             return run
 
         return register
@@ -122,7 +125,7 @@ class Op(Generic[P, R]):
     def _call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if not _trusted.get():
             self.check(*args, **kwargs)
-        name = wanted()
+        name = requested_backend()
         if (
             not self.backends
             or name == "reference"
@@ -157,7 +160,7 @@ class Op(Generic[P, R]):
         )
 
     def _choose(self, args: tuple[Any, ...]) -> tuple[str, dict[str, str]]:
-        name, device = wanted(), next(tensors(args)).device
+        name, device = requested_backend(), next(tensors(args)).device
         refused: dict[str, str] = {}
         if name == "reference" or (name == "auto" and device.type != "cuda"):
             return "reference", {} if name == "reference" else dict.fromkeys(
@@ -166,7 +169,9 @@ class Op(Generic[P, R]):
         for candidate, backend in self.backends.items():
             if name not in ("auto", candidate):
                 continue
-            reason = unavailable(candidate, device) or _wide_or_empty(args) or backend.cannot(*args)
+            reason = (
+                unavailable(candidate, device) or _wide_or_empty(args) or backend.unsupported(*args)
+            )
             if reason is None:
                 return candidate, refused
             refused[candidate] = reason
@@ -217,7 +222,7 @@ BACKENDS = ("auto", "reference", "triton", "cuda")
 _wanted: ContextVar[str | None] = ContextVar("flowturbo_backend", default=None)
 
 
-def wanted() -> str:
+def requested_backend() -> str:
     """The backend asked for: by `use_backend`, else by the environment's FLOWTURBO_BACKEND, else
     "auto".
     """
@@ -248,7 +253,7 @@ _trusted = ContextVar("flowturbo_trusted", default=False)
 
 
 @contextmanager
-def trusted() -> Iterator[None]:
+def skip_checks() -> Iterator[None]:
     """Operations inside do not check their arguments: for callers who have made all of them
     themselves, of shapes that fit.
 

@@ -111,25 +111,25 @@ def _one(ptr):
     tl.store(ptr, 1.0)
 
 
-MOST_IMAGES = 65535
+MAX_IMAGES = 65535
 """What the second and third axis of a grid may hold."""
-MOST = 2**31 - 1
+INT32_MAX = 2**31 - 1
 """What its first may hold, and what integers of 32 bits count."""
 
 
 def too_many_images(n: int) -> str | None:
     """Why a kernel with images on such an axis can't take n of them, or None."""
-    return None if n <= MOST_IMAGES else f"at most {MOST_IMAGES} images at a time, got {n}"
+    return None if n <= MAX_IMAGES else f"at most {MAX_IMAGES} images at a time, got {n}"
 
 
 def too_many_rows(n: int) -> str | None:
     """Why a kernel of a program a row can't take n of them, or None."""
-    return None if n <= MOST else f"at most {MOST} rows at a time, got {n}"
+    return None if n <= INT32_MAX else f"at most {INT32_MAX} rows at a time, got {n}"
 
 
 def too_large(numbers: int) -> str | None:
     """Why a kernel that counts an image's numbers in 32 bits can't take so many, or None."""
-    most = MOST - 65535  # the last block may reach beyond them
+    most = INT32_MAX - 65535  # the last block may reach beyond them
     return None if numbers <= most else f"at most {most} numbers an image, got {numbers}"
 
 

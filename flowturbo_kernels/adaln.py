@@ -81,7 +81,7 @@ def _seam_kernel(
     _store(out + row * D, main, tail, D, MAIN, TAIL)
 
 
-def _cannot(x: Tensor, *_: Any) -> str | None:
+def _unsupported(x: Tensor, *_: Any) -> str | None:
     B, T, D = x.shape
     return (
         too_many_rows(B * T)
@@ -133,7 +133,7 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) ->
     return _modulated(x.to(wide(x)), shift, scale, eps).to(x.dtype)
 
 
-@adaln_modulate.backend("triton", cannot=_cannot)
+@adaln_modulate.backend("triton", unsupported=_unsupported)
 def _adaln_triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     B, T, D = x.shape
     x, shift, scale = rows(x), rows(shift), rows(scale)
@@ -183,7 +183,7 @@ def gated_residual_adaln(
     return total.to(x.dtype), _modulated(total, shift, scale, eps).to(x.dtype)
 
 
-@gated_residual_adaln.backend("triton", cannot=_cannot)
+@gated_residual_adaln.backend("triton", unsupported=_unsupported)
 def _seam_triton(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -253,11 +253,11 @@ def cuda_call(
     return f"flowturbo::adaln<{_cuda.NAMES[x.dtype]},{V},{items}>", threads, args
 
 
-def _cannot_cuda(*args: Any) -> str | None:
-    return _cannot(*args) or _cuda.same_dtype(*args)
+def _unsupported_cuda(*args: Any) -> str | None:
+    return _unsupported(*args) or _cuda.same_dtype(*args)
 
 
-@adaln_modulate.backend("cuda", cannot=_cannot_cuda)
+@adaln_modulate.backend("cuda", unsupported=_unsupported_cuda)
 def _adaln_cuda(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     x, shift, scale = rows(x), rows(shift), rows(scale)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -266,7 +266,7 @@ def _adaln_cuda(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return out
 
 
-@gated_residual_adaln.backend("cuda", cannot=_cannot_cuda)
+@gated_residual_adaln.backend("cuda", unsupported=_unsupported_cuda)
 def _seam_cuda(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

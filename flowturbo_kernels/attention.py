@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import Make, expect_floating, expect_shape, op, wanted
+from ._op import Make, expect_floating, expect_shape, op, requested_backend
 from ._triton import dot_precision, kernel, next_power_of_2, tl, too_large
 from ._tune import Ways, form
 
@@ -125,7 +125,7 @@ def attention(qkv: Tensor) -> Tensor:
     return out.transpose(1, 2).reshape(B, T, heads * head_dim)
 
 
-def _cannot(qkv: Tensor) -> str | None:
+def _unsupported(qkv: Tensor) -> str | None:
     T, head_dim = qkv.shape[1], qkv.shape[-1]
     if head_dim % 8 or head_dim > 128:
         return f"head_dim must be a multiple of 8 up to 128, got {head_dim}"
@@ -140,12 +140,12 @@ def _ways(qkv: Tensor) -> Ways:
     candidates: dict[str, Callable[..., Tensor]] = {
         f"triton {tile}": partial(run_tile, qkv, tile) for tile in tiles
     }
-    if wanted() == "auto":
+    if requested_backend() == "auto":
         candidates["torch"] = partial(attention.reference, qkv)
     return Ways(("attention", form(qkv)), candidates, qkv.device)
 
 
-@attention.backend("triton", cannot=_cannot, ways=_ways)
+@attention.backend("triton", unsupported=_unsupported, ways=_ways)
 def _attention_triton(qkv: Tensor) -> Tensor:
     y: Tensor = _ways(qkv).run()
     return y

@@ -15,7 +15,14 @@ from torch import Tensor
 from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op, wide
 from ._triton import dot_precision, kernel, next_power_of_2, rows, tl, too_large, too_many_images
 from .adaln import EPS, adaln_modulate
-from .velocity_update import MOST, _four, _moved, _per_image, check_guided, guided_update
+from .velocity_update import (
+    MAX_VELOCITIES,
+    check_guided,
+    guided_update,
+    moved_along,
+    padded_to_four,
+    per_image,
+)
 
 # Triton: one program a block of tokens of one image, both guidance halves, so that guidance crosses
 # no program. Tokens are read three times (mean, variance, projection), twice of them from the
@@ -121,7 +128,7 @@ def _final_kernel(
     if BASE:
         c += tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(velocity + at, c, mask=inside)
-    total = _moved(x, v0, v1, v2, v3, w0, w1, w2, w3, at, inside, COUNT)
+    total = moved_along(x, v0, v1, v2, v3, w0, w1, w2, w3, at, inside, COUNT)
     tl.store(out + at, total + weight_v * c, mask=inside)
 
 
@@ -216,7 +223,7 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
     "float[] weights, float eps) -> (Tensor, Tensor)",
     lower=lambda tokens, shift, scale, weight, bias, x, guidance, *rest: (
         *(tokens, shift, scale, weight, bias, x),
-        None if guidance is None else _per_image(tokens, guidance).view(-1, 1, 1, 1),
+        None if guidance is None else per_image(tokens, guidance).view(-1, 1, 1, 1),
         *rest,
     ),
 )
@@ -259,7 +266,7 @@ def final_update(
     return moved.to(x.dtype), v.to(x.dtype)
 
 
-def _cannot(
+def _unsupported(
     tokens: Tensor,
     shift: Tensor,
     scale: Tensor,
@@ -270,8 +277,8 @@ def _cannot(
 ) -> str | None:
     if not tokens.dtype == weight.dtype == bias.dtype:
         return "tensors are of several dtypes, under autocast"
-    if len(rest[-3]) > MOST:
-        return f"at most {MOST} velocities, got {len(rest[-3])}"
+    if len(rest[-3]) > MAX_VELOCITIES:
+        return f"at most {MAX_VELOCITIES} velocities, got {len(rest[-3])}"
     if reason := too_many_images(len(x)) or too_large(
         max(tokens.shape[1] * tokens.stride(1), x[:1].numel())
     ):
@@ -284,7 +291,7 @@ def _cannot(
     )
 
 
-@final_update.backend("triton", cannot=_cannot)
+@final_update.backend("triton", unsupported=_unsupported)
 def _final_triton(
     tokens: Tensor,
     shift: Tensor,
@@ -303,7 +310,7 @@ def _final_triton(
     p, outputs = _patch(tokens, weight, x)
     (R, T, D), (N, C, _, W) = tokens.shape, x.shape
     tokens, shift, scale, x = rows(tokens), rows(shift), rows(scale), x.contiguous()
-    tensors, numbers = _four([v[:N] for v in velocities], weights, x)
+    tensors, numbers = padded_to_four([v[:N] for v in velocities], weights, x)
     out, velocity = (
         torch.empty_like(x),
         torch.empty(R, *x.shape[1:], dtype=x.dtype, device=x.device),
@@ -315,7 +322,7 @@ def _final_triton(
     _final_kernel.launch(
         (-(-T // block_t), N),
         tokens, shift, scale, weight.contiguous(), bias.contiguous(), x,
-        x if guidance is None else _per_image(tokens, guidance),
+        x if guidance is None else per_image(tokens, guidance),
         x if base is None else base.contiguous(), *tensors, out, velocity,
         float(weight_v), *numbers, N, T, W // p, channels, eps, *tokens.stride()[:2],
         shift.stride(0), scale.stride(0),

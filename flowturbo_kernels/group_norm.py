@@ -151,7 +151,7 @@ def group_norm_silu(
     return F.silu(y).to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _cannot(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> str | None:
+def _unsupported(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> str | None:
     C = x.shape[1]
     if next_power_of_2(groups) * next_power_of_2(C // groups) > _HELD:
         return (
@@ -161,7 +161,7 @@ def _cannot(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) ->
     return too_many_images(len(x))
 
 
-@group_norm_silu.backend("triton", cannot=_cannot)
+@group_norm_silu.backend("triton", unsupported=_unsupported)
 def _group_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     N, C, H, W = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
@@ -200,7 +200,7 @@ def cuda_calls(
     """
     N, C, H, W = x.shape
     V = 1 if _cuda.misaligned(x, weight, bias, out) else _cuda.vector(x.dtype, C)
-    assert C // V <= _cuda.MOST_THREADS, f"{C} channels one by one"
+    assert C // V <= _cuda.MAX_THREADS, f"{C} channels one by one"
     pointers = map(_cuda.pointer, (x, weight, bias, partial[0], partial[1], out))
     args = _GroupNorm(*pointers, N, H * W, C, groups, partial.shape[2], _PIXELS, eps)
     lanes = max(1, min(_PIXELS, 256 // (C // V)))
@@ -219,15 +219,17 @@ def cuda_calls(
     ]
 
 
-def _cannot_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> str | None:
+def _unsupported_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> str | None:
     C = x.shape[1]
-    most = _cuda.MOST_THREADS * _cuda.vector(x.dtype, C)
-    if most < C or groups > _cuda.MOST_THREADS:
+    most = _cuda.MAX_THREADS * _cuda.vector(x.dtype, C)
+    if most < C or groups > _cuda.MAX_THREADS:
         return f"at most {most} channels and 1024 groups, got {C} and {groups}"
     return too_many_images(len(x)) or _cuda.same_dtype(x, weight, bias)
 
 
-@group_norm_silu.backend("cuda", cannot=_cannot_cuda)
+@group_norm_silu.backend("cuda", unsupported=_unsupported_cuda)
 def _group_norm_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     N, C, H, W = x.shape
     x, weight, bias = (
@@ -235,7 +237,7 @@ def _group_norm_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: 
         weight.contiguous(),
         bias.contiguous(),
     )
-    if C > _cuda.MOST_THREADS:  # which only vectors can take, and those must be aligned
+    if C > _cuda.MAX_THREADS:  # which only vectors can take, and those must be aligned
         x, weight, bias = map(_cuda.aligned, (x, weight, bias))
     partial = torch.empty(2, N, -(-H * W // _PIXELS), groups, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ._matmul import EXACT_TILES, MASKED_TILES, SPLITS, TILES, WIDE_TILES, Tile, product
-from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op, wanted, wide
-from ._place import gelu_tanh, matmul
+from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op, requested_backend, wide
 from ._triton import rows
 from ._tune import Ways, form
+from .batch_invariant import gelu_tanh, matmul
 
 Activation = Literal["gelu_tanh"]
 
@@ -90,7 +90,7 @@ def _ways(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None
     flat = rows(x.reshape(-1, x.shape[-1]))
     gelu = activation == "gelu_tanh"
     candidates = _tiles(flat, weight, gelu=gelu)
-    if wanted() == "auto":
+    if requested_backend() == "auto":
         candidates = {"torch": partial(linear.reference, flat, activation=activation), **candidates}
         if gelu and x.dtype != torch.float32:  # for which cuBLASLt's accuracy is not documented
             candidates = {"cublaslt gelu": partial(_product_with_gelu, flat), **candidates}
@@ -106,7 +106,7 @@ def _product_with_gelu(flat: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch._addmm_activation(bias, flat, weight.t(), use_gelu=True)
 
 
-@linear.backend("triton", cannot=_mixed, ways=_ways)
+@linear.backend("triton", unsupported=_mixed, ways=_ways)
 def _linear_triton(
     x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None
 ) -> Tensor:
@@ -154,7 +154,7 @@ def _gated_ways(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate:
     candidates = _tiles(
         flat, weight, residual=residual.contiguous(), gate=rows(gate), tokens=x.shape[1]
     )
-    if wanted() == "auto":
+    if requested_backend() == "auto":
         candidates = {
             "torch": partial(linear_gated_residual.reference, x, residual=residual, gate=gate),
             **candidates,
@@ -163,7 +163,7 @@ def _gated_ways(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate:
     return Ways(question, candidates, x.device, (weight, bias))
 
 
-@linear_gated_residual.backend("triton", cannot=_mixed, ways=_gated_ways)
+@linear_gated_residual.backend("triton", unsupported=_mixed, ways=_gated_ways)
 def _gated_triton(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor
 ) -> Tensor:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ._matmul import FP8_TILES, MASKED_TILES, Tile, product
-from ._op import Make, expect_floating, expect_shape, op, wanted, wide
-from ._place import gelu_tanh
+from ._op import Make, expect_floating, expect_shape, op, requested_backend, wide
 from ._triton import kernel, next_power_of_2, rows, tl, too_many_rows
 from ._tune import Ways, form
+from .batch_invariant import gelu_tanh
 from .linear import Activation
 
 LARGEST = 448.0
@@ -63,7 +63,7 @@ def _no_fp8(x: Tensor) -> str | None:
     return too_many_rows(x.numel() // x.shape[-1])
 
 
-@quantize_rows.backend("triton", cannot=_no_fp8)
+@quantize_rows.backend("triton", unsupported=_no_fp8)
 def _quantize_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     x = rows(x)
     out, scale = _quantized(x)
@@ -137,7 +137,7 @@ def linear_fp8(
     return y.to(x.dtype).view(*x.shape[:-1], len(weight))
 
 
-def _cannot(
+def _unsupported(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None
 ) -> str | None:
     return _no_fp8(x) or (None if x.dtype == bias.dtype else "x and bias are of several dtypes")
@@ -159,7 +159,7 @@ def _ways(
         f"triton {tuple(tile)}": partial(_tile, q, scale, tile=tile, gelu=gelu)
         for tile in (FP8_TILES if q.shape[1] % 64 == 0 else MASKED_TILES)
     }
-    if wanted() == "auto" and bias.dtype == torch.bfloat16:
+    if requested_backend() == "auto" and bias.dtype == torch.bfloat16:
         candidates["torch"] = partial(_scaled_mm, q, scale, gelu=gelu)
     cold = weight, weight_scale, bias
     return Ways(("linear_fp8", activation, form(q), *map(form, cold)), candidates, q.device, cold)
@@ -169,7 +169,7 @@ def _ways_of(x: Tensor, *rest: Any) -> Ways:
     return _ways(*_quantized(x.reshape(-1, x.shape[-1])), *rest)
 
 
-@linear_fp8.backend("triton", cannot=_cannot, ways=_ways_of)
+@linear_fp8.backend("triton", unsupported=_unsupported, ways=_ways_of)
 def _fp8_triton(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None
 ) -> Tensor:

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op
-from ._place import matmul
 from ._triton import (
-    MOST_IMAGES,
+    MAX_IMAGES,
     dot_precision,
     kernel,
     next_power_of_2,
@@ -20,6 +19,7 @@ from ._triton import (
     too_large,
     too_many_images,
 )
+from .batch_invariant import matmul
 
 _FEATURES = 32
 """Of one program, at the least: as many in float32, of which more spill outside the tensor cores,
@@ -177,7 +177,7 @@ def _convolves(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _cannot(
+def _unsupported(
     x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None
 ) -> str | None:
     same = weight.dtype == bias.dtype and (positions is None or positions.dtype == weight.dtype)
@@ -185,7 +185,7 @@ def _cannot(
     D, p, most = (
         weight.shape[0],
         weight.shape[2],
-        MOST_IMAGES * _FEATURES,
+        MAX_IMAGES * _FEATURES,
     )  # blocks of features are on a grid's second axis
     if most < D:
         return f"at most {most} features, got {D}"
@@ -207,7 +207,7 @@ def _span(x: Tensor | None) -> int:
     )
 
 
-@patch_embed.backend("triton", cannot=_cannot)
+@patch_embed.backend("triton", unsupported=_unsupported)
 def _patch_triton(
     x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None
 ) -> Tensor:

@@ -15,7 +15,7 @@ from . import _cuda
 from ._op import Make, expect_floating, expect_shape, op, wide
 from ._triton import kernel, next_power_of_2, tl, too_large, too_many_images
 
-MOST = 4
+MAX_VELOCITIES = 4
 """Velocities that a kernel takes: those of Adams-Bashforth of order 4."""
 _BLOCK = 1024
 
@@ -24,7 +24,7 @@ _BLOCK = 1024
 
 
 @kernel
-def _moved(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT: tl.constexpr):
+def moved_along(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT: tl.constexpr):
     """x plus COUNT weighted velocities."""
     total = tl.load(x + at, mask=mask).to(tl.float32)
     if COUNT > 0:
@@ -55,7 +55,7 @@ def _update_kernel(
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
-    tl.store(out + at, _moved(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT), mask=mask)
+    tl.store(out + at, moved_along(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT), mask=mask)
 
 
 @kernel
@@ -77,7 +77,7 @@ def _guided_update_kernel(
     mask = i < S
     at = n.to(tl.int64) * S + i
     other_half = (n + N).to(tl.int64) * S + i
-    total = _moved(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT)
+    total = moved_along(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT)
     if GUIDED:
         c, u = _guided(raw, scale, n, N, i, mask, S, HW, channels)
         if BASE:
@@ -92,16 +92,20 @@ def _guided_update_kernel(
 
 
 def _too_many(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> str | None:
-    return f"at most {MOST} velocities, got {len(velocities)}" if len(velocities) > MOST else None
+    return (
+        f"at most {MAX_VELOCITIES} velocities, got {len(velocities)}"
+        if len(velocities) > MAX_VELOCITIES
+        else None
+    )
 
 
-def _four(
+def padded_to_four(
     velocities: Sequence[Tensor], weights: Sequence[float], filler: Tensor
 ) -> tuple[Any, ...]:
     """Kernel arguments: four dense tensors, and four weights; those beyond the count are not
     read.
     """
-    missing = MOST - len(velocities)
+    missing = MAX_VELOCITIES - len(velocities)
     return tuple(v.contiguous() for v in velocities) + (filler,) * missing, (
         *map(float, weights),
         *(0.0,) * missing,
@@ -151,10 +155,10 @@ def velocity_update(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[f
     return total.to(x.dtype)
 
 
-@velocity_update.backend("triton", cannot=_too_many)
+@velocity_update.backend("triton", unsupported=_too_many)
 def _update_triton(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     x = x.contiguous()
-    tensors, numbers = _four([v[: len(x)] for v in velocities], weights, x)
+    tensors, numbers = padded_to_four([v[: len(x)] for v in velocities], weights, x)
     out = torch.empty_like(x)
     size = x.numel()
     _update_kernel.launch(
@@ -190,7 +194,7 @@ def _example_guide(make: Make) -> Iterable[tuple[Any, ...]]:
     yield make(6, 4, 5, 7), make(3, 1, 1, 1), 3
 
 
-def _per_image(v: Tensor, scale: float | Tensor) -> Tensor:
+def per_image(v: Tensor, scale: float | Tensor) -> Tensor:
     """The scale as a dense tensor (N,), float32 or wider."""
     if isinstance(scale, Tensor):
         return scale.reshape(-1).contiguous()
@@ -198,7 +202,7 @@ def _per_image(v: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def _as_tensor(v: Tensor, scale: float | Tensor) -> Tensor:
-    return _per_image(v, scale).view(-1, 1, 1, 1)
+    return per_image(v, scale).view(-1, 1, 1, 1)
 
 
 @op(
@@ -220,7 +224,7 @@ def guide(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
 
 
 @guide.backend(
-    "triton", cannot=lambda v, *_: too_many_images(len(v) // 2) or too_large(v[:1].numel())
+    "triton", unsupported=lambda v, *_: too_many_images(len(v) // 2) or too_large(v[:1].numel())
 )
 def _guide_triton(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
     v = v.contiguous()
@@ -228,7 +232,7 @@ def _guide_triton(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
     out = torch.empty_like(v)
     block = min(_BLOCK, next_power_of_2(S))
     _guide_kernel.launch(
-        (-(-S // block), N), v, _per_image(v, scale), out, N, S, HW, channels, block
+        (-(-S // block), N), v, per_image(v, scale), out, N, S, HW, channels, block
     )
     return out
 
@@ -337,7 +341,7 @@ def _too_many_guided(x: Tensor, raw: Tensor, *rest: Any) -> str | None:
     return _too_many(x, rest[-2], rest[-1]) or too_many_images(len(x)) or too_large(x[:1].numel())
 
 
-@guided_update.backend("triton", cannot=_too_many_guided)
+@guided_update.backend("triton", unsupported=_too_many_guided)
 def _guided_update_triton(
     x: Tensor,
     raw: Tensor,
@@ -350,13 +354,14 @@ def _guided_update_triton(
 ) -> tuple[Tensor, Tensor]:
     x, raw = x.contiguous(), raw.contiguous()
     N, S, HW = len(x), x[0].numel(), x[0, 0].numel()
-    tensors, numbers = _four([v[:N] for v in velocities], weights, x)
+    tensors, numbers = padded_to_four([v[:N] for v in velocities], weights, x)
     out, velocity = torch.empty_like(x), torch.empty(raw.shape, dtype=x.dtype, device=x.device)
-    scales = x if scale is None else _per_image(raw, scale)
+    scales = x if scale is None else per_image(raw, scale)
     block = min(_BLOCK, next_power_of_2(S))
     _guided_update_kernel.launch(
         (-(-S // block), N),
-        x, raw, scales, x if base is None else base.contiguous(), *tensors, out, velocity, float(weight), *numbers,
+        x, raw, scales, x if base is None else base.contiguous(), *tensors, out, velocity,
+        float(weight), *numbers,
         N, S, HW, channels, scale is not None, base is not None, len(velocities), block,
     )  # fmt: skip
     return out, velocity
@@ -368,10 +373,10 @@ def _guided_update_triton(
 class _VelocityUpdate(ctypes.Structure):
     _fields_: ClassVar[Any] = (
         [(name, ctypes.c_void_p) for name in ("x", "raw", "scale", "base")]
-        + [("velocities", ctypes.c_void_p * MOST)]
+        + [("velocities", ctypes.c_void_p * MAX_VELOCITIES)]
         + [(name, ctypes.c_void_p) for name in ("out", "velocity")]
         + [(name, ctypes.c_longlong) for name in ("N", "S", "HW")]
-        + [("weight", ctypes.c_float), ("weights", ctypes.c_float * MOST)]
+        + [("weight", ctypes.c_float), ("weights", ctypes.c_float * MAX_VELOCITIES)]
         + [(name, ctypes.c_int) for name in ("count", "channels")]
     )
 
@@ -400,9 +405,9 @@ def cuda_call(
     threads = min(256, -(-S // V // 32) * 32)
     args = _VelocityUpdate(
         *map(_cuda.pointer, (x, raw, scale, base)),
-        (ctypes.c_void_p * MOST)(*map(_cuda.pointer, velocities)),
+        (ctypes.c_void_p * MAX_VELOCITIES)(*map(_cuda.pointer, velocities)),
         *map(_cuda.pointer, (out, velocity)),
-        N, S, HW, weight, (ctypes.c_float * MOST)(*weights), len(velocities), channels,
+        N, S, HW, weight, (ctypes.c_float * MAX_VELOCITIES)(*weights), len(velocities), channels,
     )  # fmt: skip
     kinds = _cuda.NAMES[x.dtype], _cuda.NAMES[x.dtype if raw is None else raw.dtype]
     return (
@@ -413,7 +418,9 @@ def cuda_call(
     )
 
 
-def _cannot_cuda(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> str | None:
+def _unsupported_cuda(
+    x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]
+) -> str | None:
     return (
         _too_many(x, velocities, weights)
         or too_many_images(len(x))
@@ -421,7 +428,7 @@ def _cannot_cuda(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[floa
     )
 
 
-@velocity_update.backend("cuda", cannot=_cannot_cuda)
+@velocity_update.backend("cuda", unsupported=_unsupported_cuda)
 def _update_cuda(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -432,7 +439,7 @@ def _update_cuda(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[floa
     return out
 
 
-def _cannot_guided_cuda(x: Tensor, raw: Tensor, *rest: Any) -> str | None:
+def _unsupported_guided_cuda(x: Tensor, raw: Tensor, *rest: Any) -> str | None:
     base, velocities, weights = rest[-3:]
     mixed = (
         None
@@ -447,7 +454,7 @@ def _cannot_guided_cuda(x: Tensor, raw: Tensor, *rest: Any) -> str | None:
     )
 
 
-@guided_update.backend("cuda", cannot=_cannot_guided_cuda)
+@guided_update.backend("cuda", unsupported=_unsupported_guided_cuda)
 def _guided_update_cuda(
     x: Tensor,
     raw: Tensor,
@@ -460,7 +467,7 @@ def _guided_update_cuda(
 ) -> tuple[Tensor, Tensor]:
     x, raw = x.contiguous(), raw.contiguous()
     out, velocity = torch.empty_like(x), torch.empty(raw.shape, dtype=x.dtype, device=x.device)
-    scales = None if scale is None else _per_image(raw, scale).float()
+    scales = None if scale is None else per_image(raw, scale).float()
     others = [v[: len(x)].contiguous() for v in velocities]
     base = None if base is None else base.contiguous()
     name, grid, threads, args = cuda_call(

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 from ..checks import finite, positive, whole
 from ..demo.server import listening, quiet_gradio, serve
-from ..demo.session import Studio
+from ..demo.session import DemoSession
 from ..evaluation.plots import need_matplotlib
 from ..models.flow_model import FlowModel
 from ..models.pipelines import is_pipeline
 from ..solver.plan import Plan
-from .options import Weights, load_checkpoint
+from .options import WeightFlags, load_checkpoint
 
 PLANS = ("H1P5R3", "H8", "H1P5", "H8P9R5", "E8", "A8")
 
 
 @dataclass(frozen=True)
-class Demo(Weights):
+class Demo(WeightFlags):
     """Show a model of classes in a web page: two plans side by side, with milliseconds an image,
     and inpainting where one draws.
 
@@ -74,16 +74,16 @@ def run_demo(settings: Demo) -> None:
                 "vae must be given: the model's file names none, and the demo shows images"
             )
         model.guided(settings.guidance)  # nonsense is told before the page is
-        studio = Studio(
+        session = DemoSession(
             model,
             plans_for(settings, model),
-            most_images=settings.max_images,
-            most_steps=settings.max_steps,
+            max_images=settings.max_images,
+            max_steps=settings.max_steps,
             name=os.path.basename(settings.model),
         )
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        serve(studio, listener, address, guidance=settings.guidance, browser=settings.browser)
+        serve(session, listener, address, guidance=settings.guidance, browser=settings.browser)
 
 
 def plans_for(settings: Demo, model: FlowModel) -> dict[str, Plan | None]:

@@ -13,12 +13,12 @@ import tyro
 
 from ..sampling.edit import edit, image_size, inpaint
 from ..storage.images import box_mask, read_image, read_mask, read_npz, read_transparency
-from .options import Model, _loaded
-from .output import _check_out, _said, _write
+from .options import ModelFlags, load_model
+from .output import check_out, summary_line, write_images
 
 
 @dataclass(frozen=True)
-class Edit(Model):
+class Edit(ModelFlags):
     """Change images towards classes: each is mixed with noise and sampled from there."""
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
@@ -56,10 +56,10 @@ class Inpaint(Edit):
 
 
 def run_edit(settings: Edit) -> str:
-    _check_out(settings.out)
+    check_out(settings.out)
     if not settings.images or not (settings.labels or settings.prompts):
         raise ValueError("images and labels (or prompts) must name at least one each")
-    model, plan, options = _loaded(settings)
+    model, plan, options = load_model(settings)
     given: Sequence[Any] = settings.prompts or settings.labels
     before = _images(settings.images, image_size(model))
     chosen: dict[str, Any] = {"strength": settings.strength, **options}
@@ -68,8 +68,8 @@ def run_edit(settings: Edit) -> str:
     else:
         made = edit(model, plan, before, given, **chosen)
     labels = given if len(given) == len(made) else list(given) * len(made)
-    _write(settings.out, made, labels, torch.from_numpy(before).expand(len(made), -1, -1, -1))
-    return _said(settings.out, len(made), plan)
+    write_images(settings.out, made, labels, torch.from_numpy(before).expand(len(made), -1, -1, -1))
+    return summary_line(settings.out, len(made), plan)
 
 
 def _images(paths: Sequence[Path], size: tuple[int, int]) -> np.ndarray:

@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from flowturbo_kernels import OPS, BackendError, wanted
+from flowturbo_kernels import OPS, BackendError, requested_backend
 
 
 def report() -> str:
@@ -40,7 +40,7 @@ def _backend(name: str) -> str:
     why = "; ".join(f"{backend}: {reason}" for backend, reason in refused.items())
     return (
         f"{name:<21} {chosen:<10} "
-        f"{why or ('the first that can' if wanted() == 'auto' else 'asked for by name')}"
+        f"{why or ('the first that can' if requested_backend() == 'auto' else 'asked for by name')}"
     )
 
 

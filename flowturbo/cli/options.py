@@ -16,7 +16,7 @@ from ..solver.plan import Plan, as_plan
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightFlags:
     """Which model is loaded, and how."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])] = "digits"
@@ -45,7 +45,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Model(Weights):
+class ModelFlags(WeightFlags):
     """Which model runs, and how."""
 
     plan: str | None = None
@@ -74,7 +74,7 @@ class Model(Weights):
     """Height and width, of models that read text; left out: the model's own."""
 
 
-def _loaded(settings: Model) -> tuple[FlowModel, Plan, dict[str, Any]]:
+def load_model(settings: ModelFlags) -> tuple[FlowModel, Plan, dict[str, Any]]:
     """The model, the plan, and what all ways of sampling take."""
 
     if settings.plan is not None:  # nonsense is told before anything is loaded
@@ -94,7 +94,7 @@ def _loaded(settings: Model) -> tuple[FlowModel, Plan, dict[str, Any]]:
     return model, _plan(settings, text, model.shift), options
 
 
-def _plan(settings: Model, text: str, own_shift: float) -> Plan:
+def _plan(settings: ModelFlags, text: str, own_shift: float) -> Plan:
     if text.endswith(".json"):
         if (
             settings.grid is not None
@@ -118,7 +118,7 @@ def _plan(settings: Model, text: str, own_shift: float) -> Plan:
     )
 
 
-def load_checkpoint(settings: Weights) -> FlowModel:
+def load_checkpoint(settings: WeightFlags) -> FlowModel:
     """A model of classes, of the settings' files."""
     _only("a text-to-image pipeline", settings, "prompts", "negative", "image_size")
     if settings.convention == "2-rf":
@@ -135,7 +135,7 @@ def load_checkpoint(settings: Weights) -> FlowModel:
     )
 
 
-def _pipeline(settings: Model) -> FlowModel:
+def _pipeline(settings: ModelFlags) -> FlowModel:
     _only("a model of classes", settings, "labels", "heads", "quantize")
     if settings.convention not in ("auto", "2-rf"):
         raise ValueError(
@@ -154,7 +154,7 @@ def _pipeline(settings: Model) -> FlowModel:
     )
 
 
-def _only(what: str, settings: Weights, *names: str) -> None:
+def _only(what: str, settings: WeightFlags, *names: str) -> None:
     for name in names:
         if getattr(settings, name, None) not in (None, ()):
             raise ValueError(f"{name} is for {what}, which {settings.model!r} is not")

@@ -61,12 +61,12 @@ def _cut(label: str, fits: Callable[[str], bool]) -> str:
     )
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"out must end in .png or .npz, got {str(out)!r}")
 
 
-def _write(
+def write_images(
     out: Path, images: Tensor, labels: Sequence[int] | Sequence[str], before: Tensor | None = None
 ) -> None:
     """A grid, under the images that were there before if any; or the images as numbers."""
@@ -88,7 +88,7 @@ def _write(
             picture.save(file, format="PNG")
 
 
-def _said(out: Path, count: int, plan: Plan) -> str:
+def summary_line(out: Path, count: int, plan: Plan) -> str:
     cost = plan.cost
     return (
         f"{out}: {count} images by {plan} ({cost.predictor} predictor and {cost.refiner} "

@@ -14,12 +14,12 @@ from ..runtime.distributed import workers
 from ..sampling.generate import LabelRule, class_labels, generate
 from ..sampling.sampler import sample
 from ..storage.image_shards import join, verify
-from .options import Model, _loaded
-from .output import _check_out, _said, _write
+from .options import ModelFlags, load_model
+from .output import check_out, summary_line, write_images
 
 
 @dataclass(frozen=True)
-class Sample(Model):
+class Sample(ModelFlags):
     """Sample images by a plan. With no arguments: ten digits by the bundled model, as
     samples.png.
     """
@@ -56,11 +56,11 @@ def run_sample(settings: Sample) -> str:
         settings.out.is_dir() or settings.out.suffix[1:].isdigit() or not settings.out.suffix
     ):  # a folder may be called cfg1.5
         return _sample_set(settings)
-    _check_out(settings.out)
-    model, plan, options = _loaded(settings)
+    check_out(settings.out)
+    model, plan, options = load_model(settings)
     labels = _labels(settings, model)
-    _write(settings.out, sample(model, plan, labels, **options), labels)
-    return _said(settings.out, len(labels), plan)
+    write_images(settings.out, sample(model, plan, labels, **options), labels)
+    return summary_line(settings.out, len(labels), plan)
 
 
 def _labels(settings: Sample, model: FlowModel) -> list[Any]:
@@ -87,7 +87,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 def _sample_set(settings: Sample) -> str:
     with workers(settings.device) as device:
-        model, plan, options = _loaded(replace(settings, device=str(device)))
+        model, plan, options = load_model(replace(settings, device=str(device)))
         labels = _labels(settings, model)
         names = {"model": settings.model, "refiner": settings.refiner, "vae": settings.vae}
         about = {
@@ -109,7 +109,7 @@ def _sample_set(settings: Sample) -> str:
             about=about,
             **options,
         )
-    return f"{_said(settings.out, len(labels), plan)}, {_proved(manifest)}"
+    return f"{summary_line(settings.out, len(labels), plan)}, {_proved(manifest)}"
 
 
 def _proved(manifest: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checks import positive
 from ..models.text_to_image import Labels
 from ..models.vae import VAE
-from ..runtime.rng import Draws, stream
+from ..runtime.rng import StepRandom, stream
 from ..storage.files import CheckpointError, load_tensors
 from ..storage.images import scan
 
@@ -30,7 +30,7 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: np.ndarray, draws: Draws) -> tuple[Tensor, Labels]:
+    def batch(self, indices: np.ndarray, draws: StepRandom) -> tuple[Tensor, Labels]:
         """indices (N,) -> latents (N, C, H, W) float32 and labels (N,) int64. Anything random comes
         from draws.
         """
@@ -93,7 +93,7 @@ class Latents:
     def __len__(self) -> int:
         return len(self.mean)
 
-    def batch(self, indices: np.ndarray, draws: Draws) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray, draws: StepRandom) -> tuple[Tensor, Tensor]:
         chosen = torch.from_numpy(indices)
         mean = self.mean[chosen]
         std = None if self.std is None else self.std[chosen]
@@ -125,7 +125,7 @@ class ImageFolder:
         return len(self.files)
 
     @torch.no_grad()
-    def batch(self, indices: np.ndarray, draws: Draws) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray, draws: StepRandom) -> tuple[Tensor, Tensor]:
         """As Data.batch; the latents are on the VAE's device."""
         images = torch.from_numpy(self.files.read(indices, self.image_size))
         images = torch.where(flips(draws), images.flip(2), images)
@@ -133,12 +133,12 @@ class ImageFolder:
         return drawn(mean, std, draws), torch.from_numpy(self.files.labels[indices])
 
 
-def flips(draws: Draws) -> Tensor:
+def flips(draws: StepRandom) -> Tensor:
     """Which rows are mirrored, (rows, 1, 1, 1)."""
     return (draws.uniform() < 0.5).view(-1, 1, 1, 1)
 
 
-def drawn(mean: Tensor, std: Tensor | None, draws: Draws) -> Tensor:
+def drawn(mean: Tensor, std: Tensor | None, draws: StepRandom) -> Tensor:
     """One draw of the encoder's posterior, float32."""
     if std is None:
         return mean.float()

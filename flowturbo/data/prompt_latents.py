@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.text_to_image import Labels
-from ..runtime.rng import Draws
+from ..runtime.rng import StepRandom
 from ..storage.files import CheckpointError, load_tensors
 from .latents import check_set, drawn, flips, shards_of
 
@@ -56,7 +56,7 @@ class PromptLatents:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def batch(self, indices: np.ndarray, draws: Draws) -> tuple[Tensor, Labels]:
+    def batch(self, indices: np.ndarray, draws: StepRandom) -> tuple[Tensor, Labels]:
         """indices (N,) -> latents (N, C, H, W) and conditions (N, ...), float32."""
         rows = [self._row(int(index)) for index in indices]
         found = {name: torch.cat([row[name] for row in rows]).float() for name in self._names}

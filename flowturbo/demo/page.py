@@ -14,7 +14,7 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from . import html as show
-from .session import Asked, Comparison, Studio
+from .session import Comparison, DemoSession, Request
 
 EDITOR = 384
 """Pixels at least, to draw on."""
@@ -37,13 +37,13 @@ REFUSALS = (ValueError, TypeError, RuntimeError, FloatingPointError)
 """Errors whose text is for whoever asked; others may hold what is none of a visitor's business."""
 
 
-def application(studio: Studio, guidance: float) -> FastAPI:
+def application(session: DemoSession, guidance: float) -> FastAPI:
     """The page as an ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(NothingFromElsewhere)
     gr.mount_gradio_app(
         app,
-        page(studio, guidance),
+        page(session, guidance),
         path="/",
         footer_links=[],
         show_error=False,
@@ -79,19 +79,19 @@ class NothingFromElsewhere:
             await self.app(scope, receive, with_policy)
 
 
-def page(studio: Studio, guidance: float) -> gr.Blocks:
+def page(session: DemoSession, guidance: float) -> gr.Blocks:
     """Controls on the left, for all tabs: what changes there is shown at once, but for inpainting,
     which waits for its button.
     """
-    factor = math.ceil(EDITOR / studio.height)
+    factor = math.ceil(EDITOR / session.height)
     with gr.Blocks(
         title="flowturbo", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)
     ) as blocks:
-        gr.HTML(show.title(studio.about()))
+        gr.HTML(show.title(session.about()))
         tab, source, number = gr.State("sample"), gr.State(None), gr.State(0)
         with gr.Row():
             with gr.Column(scale=1, min_width=250):
-                controls, after = _controls(studio, guidance)
+                controls, after = _controls(session, guidance)
             with gr.Column(scale=4, min_width=640):
                 error = gr.HTML(visible=False, elem_id="error")
                 with gr.Tab("Sample") as sample_tab:
@@ -100,7 +100,7 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
                     sampled.append(gr.HTML(elem_id="sampled-summary"))
                 with gr.Tab("Inpaint", elem_id="inpaint") as inpaint_tab, gr.Row():
                     with gr.Column(scale=2, min_width=330):
-                        editor = _editor(studio, factor)
+                        editor = _editor(session, factor)
                         with gr.Row():
                             another = gr.Button("New image", min_width=100, elem_id="another")
                             change = gr.Button(
@@ -127,7 +127,7 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
 
         def sample(at: str, *asked: Any) -> Iterator[Any]:
             if at == "sample":
-                yield from _shown(lambda: studio.sample(Asked(*asked)))
+                yield from _shown(lambda: session.sample(Request(*asked)))
             else:
                 yield gr.skip()
 
@@ -141,8 +141,8 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
             def run() -> Iterator[Comparison]:
                 if image is None:
                     raise ValueError("image must be made or uploaded first")
-                mask = studio.painted(_opacity(painted)) if part == "mask" else None
-                return studio.change(Asked(*asked), image, mask, strength)
+                mask = session.painted(_opacity(painted)) if part == "mask" else None
+                return session.change(Request(*asked), image, mask, strength)
 
             yield from _shown(run)
 
@@ -155,7 +155,7 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
             )
 
         def draw(number: int, *asked: Any) -> tuple[Any, ...]:
-            return number + 1, *_or_error(lambda: pose(studio.picture(Asked(*asked), number)), 3)
+            return number + 1, *_or_error(lambda: pose(session.picture(Request(*asked), number)), 3)
 
         def first(image: np.ndarray | None, number: int, *asked: Any) -> tuple[Any, ...]:
             return draw(number, *asked) if image is None else (gr.skip(),) * 4
@@ -167,12 +167,14 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
                 image is not None and np.array_equal(background[..., :3], _enlarged(image, factor))
             ):
                 return (gr.skip(),) * 3
-            return _or_error(lambda: pose(studio.fitted(Image.fromarray(background))), 3)
+            return _or_error(lambda: pose(session.fitted(Image.fromarray(background))), 3)
 
         def inspect(at: str, guidance: float) -> tuple[Any, ...]:
             if at != "velocity":
                 return gr.skip(), gr.skip()
-            return _or_error(lambda: (show.curve(studio.curve(guidance), guidance), _no_error()), 2)
+            return _or_error(
+                lambda: (show.curve(session.curve(guidance), guidance), _no_error()), 2
+            )
 
         # One request at a time: two would share the machine, and their milliseconds would be of
         # both.
@@ -186,7 +188,7 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
         live = (sample, [tab, *controls], [*sampled, error])
         posed = [source, editor, error]
         seed, guidance_scale = (
-            controls[Asked._fields.index(name)] for name in ("seed", "guidance")
+            controls[Request._fields.index(name)] for name in ("seed", "guidance")
         )
         # Not `change`, which also tells of what the page begins with.
         gr.on(
@@ -221,10 +223,10 @@ def page(studio: Studio, guidance: float) -> gr.Blocks:
     return blocks.queue(max_size=WAITING, api_open=False)
 
 
-def _controls(studio: Studio, guidance: float) -> tuple[list[Any], gr.Button]:
+def _controls(session: DemoSession, guidance: float) -> tuple[list[Any], gr.Button]:
     """One a field of Asked, in its order; and the button for the next seed."""
-    names = list(studio.plans)
-    numbers = [(str(i), i) for i in range(studio.model.num_classes)]
+    names = list(session.plans)
+    numbers = [(str(i), i) for i in range(session.model.num_classes)]
     plans = [
         gr.Dropdown(
             names,
@@ -242,7 +244,7 @@ def _controls(studio: Studio, guidance: float) -> tuple[list[Any], gr.Button]:
         elem_id="class",
     )
     count = gr.Slider(
-        1, studio.most_images, min(10, studio.most_images), step=1, label="Images", elem_id="images"
+        1, session.max_images, min(10, session.max_images), step=1, label="Images", elem_id="images"
     )
     seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
     after = gr.Button("Next seed", size="sm", elem_id="next")
@@ -252,7 +254,7 @@ def _controls(studio: Studio, guidance: float) -> tuple[list[Any], gr.Button]:
         guidance,
         step=0.1,
         label="Guidance",
-        interactive=studio.model.null_class is not None,
+        interactive=session.model.null_class is not None,
         elem_id="guidance",
     )
     with gr.Accordion("When guidance is on", open=False):
@@ -269,7 +271,7 @@ def _sides(name: str) -> list[gr.HTML]:
     ]
 
 
-def _editor(studio: Studio, factor: int) -> gr.ImageEditor:
+def _editor(session: DemoSession, factor: int) -> gr.ImageEditor:
     editor = gr.ImageEditor(
         show_label=False,
         type="numpy",
@@ -280,7 +282,7 @@ def _editor(studio: Studio, factor: int) -> gr.ImageEditor:
         layers=False,
         brush=gr.Brush(default_size=40, colors=[PAINT], default_color=PAINT, color_mode="fixed"),
         buttons=[],
-        canvas_size=(studio.width * factor, studio.height * factor),
+        canvas_size=(session.width * factor, session.height * factor),
         elem_id="editor",
     )
     keep = editor.async_move_resource_to_block_cache

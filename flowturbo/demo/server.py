@@ -10,7 +10,7 @@ import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .session import Studio
+from .session import DemoSession
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def quiet_gradio() -> Iterator[None]:
 
 
 def serve(
-    studio: Studio, listener: socket.socket, address: str, *, guidance: float, browser: bool
+    session: DemoSession, listener: socket.socket, address: str, *, guidance: float, browser: bool
 ) -> None:
     """Answer requests until Ctrl-C. guidance: at the start. browser: whether to open the page in
     one.
@@ -61,7 +61,7 @@ def serve(
 
     # Browsers keep a connection open for as long as the page is: it would hold up the end.
     config = uvicorn.Config(
-        application(studio, guidance), log_level="warning", timeout_graceful_shutdown=1
+        application(session, guidance), log_level="warning", timeout_graceful_shutdown=1
     )
     try:
         print(f"flowturbo demo: {address} (Ctrl-C ends it)", flush=True)
@@ -71,4 +71,4 @@ def serve(
     except KeyboardInterrupt:
         pass  # the way it ends
     finally:
-        studio.close()
+        session.close()

@@ -46,7 +46,7 @@ MOST_PIXELS, LONGEST_SHAPE = 4096 * 4096, 8
 """Of an image that a visitor brings: fitting longer ones takes memory out of proportion."""
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     """What a visitor chose. plan_a, plan_b: names of plans offered, or letters. classes: a class
     number for all images, or "cycle" or "random" as in class_labels. low, high: the times between
     which guidance is on."""
@@ -95,11 +95,11 @@ class Comparison(NamedTuple):
         return rms_distance(self.a.images, self.b.images) if done else None  # type: ignore[arg-type]
 
 
-class Left(Exception):
+class ClientGone(Exception):
     """Nobody looks any more."""
 
 
-class Studio:
+class DemoSession:
     """A model that decodes, and what a visitor may ask of it.
 
     plans: the names of those offered, and the plan where the name is that of a file. Visitors name
@@ -112,12 +112,12 @@ class Studio:
         model: FlowModel,
         plans: Mapping[str, Plan | None],
         *,
-        most_images: int = 16,
-        most_steps: int = 64,
+        max_images: int = 16,
+        max_steps: int = 64,
         name: str = "A model",
     ) -> None:
         self.model, self.plans, self.name = model, plans, name
-        self.most_images, self.most_steps = most_images, most_steps
+        self.max_images, self.max_steps = max_images, max_steps
         self.height, self.width = image_size(model)
         self._curve = lru_cache(maxsize=64)(self._draw_curve)
         # One thread: torch keeps a team of threads for each that calls it, and several teams get in
@@ -154,26 +154,26 @@ class Studio:
             raise ValueError(
                 "a plan's file holds its guidance interval: leave guidance on from 0 to 1"
             )
-        if len(plan) > self.most_steps:
+        if len(plan) > self.max_steps:
             raise ValueError(
-                f"plan must have at most {self.most_steps} steps in this demo, got {len(plan)}"
+                f"plan must have at most {self.max_steps} steps in this demo, got {len(plan)}"
             )
         if plan.cost.refiner and self.model.refiner is None:
             raise ValueError(f"plan {plan} has refiner steps, but the model has no refiner")
         return plan
 
-    def labels(self, asked: Asked) -> list[int]:
+    def labels(self, asked: Request) -> list[int]:
         """One an image."""
         count, seed = whole("images", asked.images), natural("seed", asked.seed)
-        if not 1 <= count <= self.most_images:
+        if not 1 <= count <= self.max_images:
             raise ValueError(
-                f"images must be from 1 to {self.most_images} in this demo, got {count}"
+                f"images must be from 1 to {self.max_images} in this demo, got {count}"
             )
         if isinstance(asked.classes, str):
             return class_labels(asked.classes, count, self.model.num_classes, seed).tolist()
         return [whole("class", asked.classes)] * count
 
-    def sample(self, asked: Asked) -> Iterator[Comparison]:
+    def sample(self, asked: Request) -> Iterator[Comparison]:
         """Images of both plans as they come about, and their speed in the end: those of
         `flowturbo.sample`, to the bit.
         """
@@ -183,7 +183,7 @@ class Studio:
         )
 
     def change(
-        self, asked: Asked, image: np.ndarray, mask: np.ndarray | None, strength: float
+        self, asked: Request, image: np.ndarray, mask: np.ndarray | None, strength: float
     ) -> Iterator[Comparison]:
         """The same of `flowturbo.inpaint`, or of `edit` where there is no mask.
 
@@ -200,7 +200,7 @@ class Studio:
         )
         yield from self._compare(asked, labels, run)
 
-    def picture(self, asked: Asked, number: int) -> np.ndarray:
+    def picture(self, asked: Request, number: int) -> np.ndarray:
         """(height, width, 3) uint8: an image by plan A to inpaint; of the class asked, or of one
         after the other.
 
@@ -254,7 +254,7 @@ class Studio:
         share = Image.fromarray(paint).resize((self.width, self.height), Image.Resampling.BOX)
         return np.asarray(share) >= 63
 
-    def _plans(self, asked: Asked) -> list[Plan]:
+    def _plans(self, asked: Request) -> list[Plan]:
         interval = (finite("guidance_interval", asked.low), finite("guidance_interval", asked.high))
         plans = []
         for name, text in (("A", asked.plan_a), ("B", asked.plan_b)):
@@ -265,7 +265,7 @@ class Studio:
         return plans
 
     def _compare(
-        self, asked: Asked, labels: list[int], run: Callable[..., Tensor]
+        self, asked: Request, labels: list[int], run: Callable[..., Tensor]
     ) -> Iterator[Comparison]:
         """run: (plan=, callback=) -> images."""
         plans = self._plans(asked)
@@ -308,7 +308,7 @@ class Studio:
         while len(times[0]) < RUNS and (not times[0] or time.perf_counter() < end):
             for run, found in zip(runs, times, strict=True):
                 if self._closed.is_set():
-                    raise Left
+                    raise ClientGone
                 found.append(seconds(run, self.model.device))
         return [Speed(statistics.median(found), len(found)) for found in times]
 
@@ -323,11 +323,11 @@ class Studio:
 
         def show(state: Comparison) -> None:
             if left.is_set() or self._closed.is_set():
-                raise Left
+                raise ClientGone
             shown.put(state)
 
         def run() -> None:
-            with suppress(Left):
+            with suppress(ClientGone):
                 work(show)
 
         task = self._worker.submit(run)
@@ -347,5 +347,5 @@ class Studio:
             left.set()
 
 
-def _options(asked: Asked) -> dict[str, Any]:
+def _options(asked: Request) -> dict[str, Any]:
     return dict(guidance=asked.guidance, seed=asked.seed, output="uint8")

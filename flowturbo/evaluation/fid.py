@@ -22,7 +22,7 @@ from ..storage.files import write_text
 from ..storage.provenance import environment
 from ..storage.resume import changes
 from .fid_report import TITLES, fidelity_table
-from .image_sets import ImageSet, Made, Reference, open_images
+from .image_sets import GeneratedImages, ImageSet, Reference, open_images
 from .inception import FeatureNetwork, Features, Inception, stored_features
 from .metrics import Gaussian, inception_score, precision_recall
 
@@ -211,7 +211,7 @@ def _samples(settings: Fidelity, model: FlowModel | None) -> dict[str, ImageSet]
             settings.seed,
             settings.batch_size,
         )
-        return {plan.name: Made(model, plan, *how) for plan in plans}
+        return {plan.name: GeneratedImages(model, plan, *how) for plan in plans}
     assert settings.samples is not None
     images = open_images(settings.samples, "samples")
     if settings.images is not None and settings.images > len(images):

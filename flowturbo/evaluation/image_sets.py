@@ -282,7 +282,7 @@ class Files:
         return np.stack(images)
 
 
-class Made:
+class GeneratedImages:
     """Images that a model makes by a plan as they are asked for: image i of class i % (number of
     classes), from noise (seed, i).
 

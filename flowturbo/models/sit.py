@@ -20,7 +20,7 @@ from flowturbo_kernels import (
     linear,
     patch_embed,
 )
-from flowturbo_kernels._place import elementwise, matmul, silu
+from flowturbo_kernels.batch_invariant import elementwise, matmul, silu
 from flowturbo_kernels.linear import Activation
 from flowturbo_kernels.refiner_forward import BlockWeights, Linear, RefinerWeights
 

@@ -50,9 +50,9 @@ class Capture:
     """A captured run and what it cost. memory: bytes that the device's allocator took for it,
     beyond those of earlier captures.
 
-    seconds: to capture; eager, replay: of one run executed as it is, and of one replay. ahead:
-    whether it was asked for by name. Once it is given up, its figures stay and its memory goes,
-    whoever still holds it.
+    seconds: to capture; eager, replay: of one run executed as it is, and of one replay.
+    precaptured: whether it was asked for by name. Once it is given up, its figures stay and its
+    memory goes, whoever still holds it.
     """
 
     key: Key
@@ -64,7 +64,7 @@ class Capture:
     seconds: float
     eager_seconds: float
     replay_seconds: float
-    ahead: bool = False
+    precaptured: bool = False
     hits: int = 0
 
     def give_up(self) -> None:
@@ -160,7 +160,8 @@ class Captures:
                 f"{c.key.what}, batch {c.key.size}: {c.replay_seconds * 1e3:.2f} ms a replay, "
                 f"{c.eager_seconds * 1e3:.2f} ms without a graph ({gain:.2f} times), "
                 f"{c.memory / 2**20:.0f} MiB, "
-                f"captured in {c.seconds:.2f} s{' ahead of time' if c.ahead else ''}, replayed "
+                f"captured in {c.seconds:.2f} s{' ahead of time' if c.precaptured else ''}, "
+                "replayed "
                 f"{c.hits} times"
             )
         lines += [
@@ -184,7 +185,7 @@ class Captures:
                 (
                     k.size
                     for k, c in self._kept.items()
-                    if c.ahead and k.what == what and k.size >= count
+                    if c.precaptured and k.what == what and k.size >= count
                 ),
                 default=None,
             )
@@ -214,7 +215,7 @@ class Captures:
                 self._drop(c for c in self._kept.values() if not c.watched.fits(modules))
         return body(**inputs)
 
-    def ahead(
+    def precapture(
         self, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module]
     ) -> Capture:
         """Capture now, and keep it before those that came by themselves. CaptureError where it
@@ -223,14 +224,14 @@ class Captures:
         with self._lock:
             kept = self._kept.get(key)
             if kept is None or not kept.watched.fits(modules):
-                if sum(c.ahead for c in self._kept.values() if c.key != key) >= self.limit:
+                if sum(c.precaptured for c in self._kept.values() if c.key != key) >= self.limit:
                     raise CaptureError(
                         f"there are {self.limit} captures made ahead already: raise "
                         "model.captures.limit for more"
                     )
                 self._drop([kept] if kept is not None else [])
                 kept = self._capture(key, body, inputs, modules, first=True)
-            kept.ahead = True
+            kept.precaptured = True
             return kept
 
     def _meet(self, key: Key, why: str | None) -> None:
@@ -267,7 +268,7 @@ class Captures:
             self.recorder = CudaRecorder(device)
         while len(self._kept) >= self.limit:
             self._drop(
-                [min(self._kept.values(), key=lambda c: c.ahead)]
+                [min(self._kept.values(), key=lambda c: c.precaptured)]
             )  # the first of the smallest: the least recent
         outer = sys.exc_info()[1]  # what the caller may be handling
         for last_try in (False, True):

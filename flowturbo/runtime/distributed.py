@@ -79,7 +79,7 @@ class Team:
             dist.destroy_process_group(self._group)
             self._group = None
 
-    def told(self, find: Callable[[], T]) -> T:
+    def from_rank0(self, find: Callable[[], T]) -> T:
         """What `find` returns in process 0, in all; what it raises there, all raise. None goes on
         before it is found.
         """
@@ -101,7 +101,7 @@ class Team:
                 del refused  # or its traceback would hold this frame, and this frame it
         return cast(T, found)
 
-    def gather(self) -> None:
+    def barrier(self) -> None:
         """Wait until all have come here. RuntimeError if one ended before."""
         if self._group is not None:
             with self._noticing():

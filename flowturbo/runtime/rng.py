@@ -49,7 +49,7 @@ def random_classes(num_classes: int, seed: int, images: Iterable[int]) -> np.nda
     )
 
 
-class Draws:
+class StepRandom:
     """The random numbers of some rows of one training step. Row j of step k draws from (seed, k, j)
     alone, so that how a batch is split over processes changes nothing, and a resumed run needs no
     stored generator state."""

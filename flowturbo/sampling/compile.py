@@ -69,7 +69,7 @@ def compile(
             count=size,
         )
         if job.can_be_captured(model):
-            made.append(model.captures.ahead(*job.capture(model, inputs, scale)))
+            made.append(model.captures.precapture(*job.capture(model, inputs, scale)))
         elif model.device.type == "cuda":
             raise CaptureError(
                 f"{job} can't be captured: of this model, under autocast, "

@@ -31,9 +31,9 @@ from ..storage.image_shards import (
     cut,
     images_there,
     missing_shards,
-    prove,
-    remove_torn,
+    remove_partial_files,
     save_shard,
+    write_manifest,
 )
 from ..storage.resume import difference
 from ..version import __version__
@@ -130,9 +130,9 @@ def generate(
                         bar.update(images_there(out, shards) + sum(map(len, parts)) - bar.n)
                 own = np.array(given[shard.images.start : shard.images.stop].tolist())
                 save_shard(out, shard, np.concatenate(parts), own, settings)
-            team.gather()
+            team.barrier()
             bar.update(len(given) - bar.n)
-        return team.told(lambda: prove(out, about))
+        return team.from_rank0(lambda: write_manifest(out, about))
 
 
 def _checked(labels: Sequence[int] | Sequence[str] | np.ndarray, model: FlowModel) -> np.ndarray:
@@ -265,12 +265,12 @@ def _writing(
             missing = missing_shards(out, shards, settings)
             if missing:
                 (out / MANIFEST).unlink(missing_ok=True)
-            remove_torn(out)
+            remove_partial_files(out)
             if not lock.take(alone=False):  # the others join
                 raise ValueError(busy)
             return settings, missing
 
-        agreed, missing = team.told(begin)
+        agreed, missing = team.from_rank0(begin)
         if changed := difference(agreed, settings):
             raise ValueError(f"process {team.rank} is not as process 0: {changed}")
         if team.rank and not stack.enter_context(contextlib.closing(Lock(out / ".lock"))).take(
@@ -289,6 +289,6 @@ def _warm_up(team: Team, run: Callable[[], object]) -> None:
         run()
         run()
 
-    team.told(twice)
+    team.from_rank0(twice)
     if team.rank:
         twice()

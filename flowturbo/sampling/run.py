@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flowturbo_kernels import use_backend, wanted
+from flowturbo_kernels import requested_backend, use_backend
 
 from ..checks import finite, positive
 from ..models.flow_model import AdaptiveNetwork, FlowModel
@@ -46,7 +46,7 @@ Callback = Callable[[StepInfo], object]
 
 
 @dataclass
-class Watch:
+class StepMonitor:
     """What sees a batch go from step to step."""
 
     plan: Plan
@@ -74,7 +74,7 @@ def integrate(
     plan: Plan,
     field: Field,
     x: Tensor,
-    watch: Watch | None = None,
+    monitor: StepMonitor | None = None,
     after: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
     """The loop: one batch from noise to latents, or to where the watch ended it. after: (x, t) ->
@@ -85,7 +85,7 @@ def integrate(
         state = step(field, state, t0, t1)
         if after is not None:
             state = state._replace(x=after(state.x, t1))
-        if watch is not None and not watch.step(i + 1, state, t1):
+        if monitor is not None and not monitor.step(i + 1, state, t1):
             break
     return state.x
 
@@ -141,7 +141,7 @@ class Job:
                 f"guidance_channels must be from 1 to {channels}, got {guidance_channels}"
             )
         with use_backend(model.backend):
-            backend = wanted()
+            backend = requested_backend()
         precision, deterministic = (
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
@@ -188,7 +188,7 @@ class Job:
         return known and model.captures.possible(model.device)
 
     def run(
-        self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, watch: Watch
+        self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, monitor: StepMonitor
     ) -> Tensor:
         """One batch -> latents (N, C, H, W), or images of the job's output.
 
@@ -197,26 +197,26 @@ class Job:
         noise and them; mask (N, 1, H, W) bool, where they may change.
         """
         try:
-            return self._run(model, inputs, guidance, watch)
+            return self._run(model, inputs, guidance, monitor)
         except torch.OutOfMemoryError:
-            if watch.callback is not None or not model.captures.report():
+            if monitor.callback is not None or not model.captures.report():
                 raise
         model.captures.clear()  # what they hold may be what is missing
-        return self._run(model, inputs, guidance, watch)
+        return self._run(model, inputs, guidance, monitor)
 
     def _run(
-        self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, watch: Watch
+        self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, monitor: StepMonitor
     ) -> Tensor:
-        if watch.callback is None and self.can_be_captured(model):
+        if monitor.callback is None and self.can_be_captured(model):
             out = model.captures.run(*self.capture(model, inputs, guidance))
-            watch.bar.update(len(self.plan))
+            monitor.bar.update(len(self.plan))
             return out
         scale = (
             self._scales(model, len(inputs["noise"]), guidance)
             if model.device.type == "cuda"
             else guidance
         )
-        return self.execute(model, **inputs, guidance=scale, watch=watch)
+        return self.execute(model, **inputs, guidance=scale, monitor=monitor)
 
     def capture(
         self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float
@@ -243,7 +243,7 @@ class Job:
         model: FlowModel,
         noise: Tensor,
         guidance: float | Tensor = 1.0,
-        watch: Watch | None = None,
+        monitor: StepMonitor | None = None,
         source: Tensor | None = None,
         mask: Tensor | None = None,
         **conditions: Tensor,
@@ -258,7 +258,7 @@ class Job:
 
         x = noise if source is None else on_path(source, noise, self.plan.start)
         with use_backend(model.backend):
-            latents = integrate(self.plan, field, x, watch, None if mask is None else keep_source)
+            latents = integrate(self.plan, field, x, monitor, None if mask is None else keep_source)
         return model.decode(latents) if self.output == "uint8" else latents
 
     @staticmethod

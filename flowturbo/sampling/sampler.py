@@ -16,7 +16,7 @@ from ..models.flow_model import FlowModel, VelocityFunction
 from ..models.text_to_image import PromptModel
 from ..solver.plan import Plan, as_plan
 from .inputs import _noise, inputs_of
-from .run import Callback, Job, Watch, integrate
+from .run import Callback, Job, StepMonitor, integrate
 from .velocity_field import FunctionField
 
 
@@ -104,7 +104,7 @@ class Batches(Protocol):
     size: int
     """Images at a time unless the caller says."""
 
-    def run(self, rows: Tensor, watch: Watch) -> Tensor:
+    def run(self, rows: Tensor, monitor: StepMonitor) -> Tensor:
         """The images of these numbers."""
         ...
 
@@ -127,9 +127,9 @@ def in_batches(
             rows = torch.arange(first, first + size).clamp(
                 max=N - 1
             )  # the last batch repeats the last image
-            watch = Watch(plan, first, min(size, N - first), bar, callback)
-            done.append(batches.run(rows, watch)[: watch.count])
-            if watch.stopped:
+            monitor = StepMonitor(plan, first, min(size, N - first), bar, callback)
+            done.append(batches.run(rows, monitor)[: monitor.count])
+            if monitor.stopped:
                 break
     return torch.cat(done)
 
@@ -144,12 +144,12 @@ class ModelBatches:
         count = len(inputs["noise"])
         self.size = model.captures.size_for(job.taking(inputs), count) or count
 
-    def run(self, rows: Tensor, watch: Watch) -> Tensor:
+    def run(self, rows: Tensor, monitor: StepMonitor) -> Tensor:
         return self.job.run(
             self.model,
             {name: value[rows] for name, value in self.inputs.items()},
             self.guidance,
-            watch,
+            monitor,
         )
 
 
@@ -162,9 +162,9 @@ class _FunctionBatches:
         self.function, self.plan, self.start, self.cond = function, plan, start, cond
         self.size = len(start)
 
-    def run(self, rows: Tensor, watch: Watch) -> Tensor:
+    def run(self, rows: Tensor, monitor: StepMonitor) -> Tensor:
         field = FunctionField(self.function, {k: self._pick(v, rows) for k, v in self.cond.items()})
-        return integrate(self.plan, field, self.start[rows], watch)
+        return integrate(self.plan, field, self.start[rows], monitor)
 
     def _pick(self, value: Any, rows: Tensor) -> Any:
         if isinstance(value, Tensor) and value.ndim and len(value) == len(self.start):

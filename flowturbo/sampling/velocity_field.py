@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowturbo_kernels import guide, guided_update, refiner_forward, trusted
+from flowturbo_kernels import guide, guided_update, refiner_forward, skip_checks
 
 from ..models.flow_model import AdaptiveNetwork, FlowModel, Network, VelocityFunction
 from ..models.sit import SiT
@@ -162,7 +162,7 @@ class HoistedField(GuidedField):
     def _run(self, network: Network, x: Tensor, t: float, v: Tensor | None) -> Tensor:
         assert isinstance(network, AdaptiveNetwork)
         modulations = self._modulations[id(network)].at(t, self._scale(t) is not None)
-        with trusted():  # x is of the model's shape: `sample` has seen to that
+        with skip_checks():  # x is of the model's shape: `sample` has seen to that
             out = network.evaluate(x, modulations, v)
         return out.to(
             torch.promote_types(x.dtype, torch.promote_types(self.model.dtype, torch.float32))

@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from flowturbo_kernels import velocity_update
-from flowturbo_kernels.velocity_update import MOST
+from flowturbo_kernels.velocity_update import MAX_VELOCITIES
 
 
 class Move(NamedTuple):
@@ -77,7 +77,7 @@ class Field(ABC):
         return move.by(v), v
 
 
-class Sample(NamedTuple):
+class PastVelocity(NamedTuple):
     """A velocity and the grid time of the state it was evaluated for."""
 
     t: float
@@ -96,7 +96,7 @@ class State(NamedTuple):
 
     x: Tensor
     v: Tensor | None = None
-    past: tuple[Sample, ...] = ()
+    past: tuple[PastVelocity, ...] = ()
 
     @property
     def newest_velocity(self) -> Tensor | None:
@@ -114,8 +114,8 @@ class NoCachedVelocity(ValueError):
     """A step needs a velocity of an earlier step and there is none."""
 
 
-def remember(past: tuple[Sample, ...], t: float, v: Tensor) -> tuple[Sample, ...]:
-    return (*past, Sample(t, v))[-MAX_PAST:]
+def remember(past: tuple[PastVelocity, ...], t: float, v: Tensor) -> tuple[PastVelocity, ...]:
+    return (*past, PastVelocity(t, v))[-MAX_PAST:]
 
 
 class Step(ABC):
@@ -240,9 +240,9 @@ class Multistep(Step):
         else:
             *weights, weight = reversed(self.weights)
         origin, velocities = state.x, [s.v for s in earlier]
-        while len(velocities) > MOST:  # kernels take so many at a time
-            origin = velocity_update(origin, velocities[:MOST], weights[:MOST])
-            velocities, weights = velocities[MOST:], weights[MOST:]
+        while len(velocities) > MAX_VELOCITIES:  # kernels take so many at a time
+            origin = velocity_update(origin, velocities[:MAX_VELOCITIES], weights[:MAX_VELOCITIES])
+            velocities, weights = velocities[MAX_VELOCITIES:], weights[MAX_VELOCITIES:]
         move = Move(origin, weight, velocities, weights)
         if not self.refines:
             x, v0 = field.predict_and_move(state.x, t0, move)

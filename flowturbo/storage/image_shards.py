@@ -82,13 +82,13 @@ def save_shard(
     )
 
 
-def remove_torn(out: Path) -> None:
+def remove_partial_files(out: Path) -> None:
     """What killed runs were writing. None may be writing now."""
     for torn in [*out.glob(".images-*.tmp"), *out.glob(f".{MANIFEST}.*.tmp")]:
         torn.unlink()
 
 
-def prove(out: Path, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def write_manifest(out: Path, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write the manifest of a set that is there, by reading it. about: notes for it. Raises
     CheckpointError as `verify` does.
     """

@@ -15,11 +15,11 @@ from flowturbo_kernels import guide
 
 from ..models.flow_model import Network
 from ..models.text_to_image import Conditions, Labels
-from ..runtime.rng import Draws
+from ..runtime.rng import StepRandom
 from ..solver.path import on_path, path_velocity
 
 
-def drop_labels(y: Tensor, null_class: int, probability: float, draws: Draws) -> Tensor:
+def drop_labels(y: Tensor, null_class: int, probability: float, draws: StepRandom) -> Tensor:
     """Each label becomes the null class with this probability."""
     return cast(Tensor, with_null(y, null_class, draws.uniform() < probability))
 
@@ -59,7 +59,7 @@ class FlowMatching:
     null_class: int
     label_drop: float = 0.1
 
-    def __call__(self, network: Network, data: Tensor, y: Tensor, draws: Draws) -> Tensor:
+    def __call__(self, network: Network, data: Tensor, y: Tensor, draws: StepRandom) -> Tensor:
         """data (N, C, H, W), y (N,) -> the loss, a scalar."""
         x0 = draws.normal(data.shape[1:]).to(data)
         t = draws.uniform().to(data)
@@ -99,7 +99,7 @@ class Refinement:
     guidance: tuple[float, float] = (1.0, 1.0)
     embedded: bool = False
 
-    def __call__(self, network: Network, data: Tensor, y: Labels, draws: Draws) -> Tensor:
+    def __call__(self, network: Network, data: Tensor, y: Labels, draws: StepRandom) -> Tensor:
         """data (N, C, H, W), y (N,) -> the loss, a scalar."""
         x0 = draws.normal(data.shape[1:]).to(data)
         t = draws.uniform().to(data)
@@ -124,12 +124,12 @@ class Refinement:
         offset = network(x, later, cast(Any, dropped), v)
         return (offset + v - target).square().mean()
 
-    def _scale(self, x: Tensor, draws: Draws) -> Tensor:
+    def _scale(self, x: Tensor, draws: StepRandom) -> Tensor:
         low, high = self.guidance
         return low + (high - low) * draws.uniform().to(x)
 
     def _cached_velocity(
-        self, x: Tensor, t: Tensor, y: Labels, dropped: Labels, drop: Tensor, draws: Draws
+        self, x: Tensor, t: Tensor, y: Labels, dropped: Labels, drop: Tensor, draws: StepRandom
     ) -> tuple[Tensor, Tensor]:
         """The velocity that moves x, and what the sampler's cache would hold for these rows, each
         in the half it stands for.

@@ -24,10 +24,10 @@ from ..checks import natural
 from ..data.latents import Data, order
 from ..models.flow_model import Network
 from ..models.text_to_image import Labels, PromptNetwork
-from ..runtime.rng import Draws
+from ..runtime.rng import StepRandom
 from ..storage.files import load_tensors, save_tensors, write_text
 
-Objective = Callable[[Network, Tensor, Any, Draws], Tensor]
+Objective = Callable[[Network, Tensor, Any, StepRandom], Tensor]
 
 # May differ between a run and its resumption: they do not touch what is learnt up to a given step.
 _FREE = {"steps", "save_every", "log_every", "tensorboard"}
@@ -158,7 +158,7 @@ def fit(
         total=settings.steps, initial=first, disable=None if rank == 0 else True, unit="step"
     ) as bar:
         for step in range(first, settings.steps):
-            draws = Draws(settings.seed, step, rows)
+            draws = StepRandom(settings.seed, step, rows)
             indices = order(
                 len(data), settings.seed, step * settings.batch_size + rows.start, share
             )

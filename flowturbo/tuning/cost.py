@@ -14,7 +14,7 @@ TURNS = 9
 """How often each plan is timed."""
 
 
-class Price(NamedTuple):
+class CostModel(NamedTuple):
     """What calls cost, in calls or milliseconds, and what they may cost together.
 
     fixed: of any plan; steps: of each kind of step, with guidance; share: of a step's price that a
@@ -38,7 +38,7 @@ class Price(NamedTuple):
         return self.of(plan) <= self.budget + 1e-9
 
 
-def call_prices(model: FlowModel) -> dict[str, float]:
+def call_costs(model: FlowModel) -> dict[str, float]:
     """Of each kind of step in predictor calls: a refiner call counts by its share of
     multiply-accumulates.
     """

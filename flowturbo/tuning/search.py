@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..solver.plan import Plan, shifted_grid
 from ..solver.steps import MAX_PAST
-from .cost import Price
+from .cost import CostModel
 from .fit import Advance, Batch, error, fit, inserted, weighted
 
 
@@ -40,19 +40,21 @@ def sequences(refiner: bool) -> Iterator[str]:
             yield from ((letter + "S") * n for letter in "EAB" if n >= 2)
 
 
-def affordable(price: Price, refiner: bool, intervals: Sequence[tuple[float, float]]) -> list[Plan]:
+def affordable(
+    cost_model: CostModel, refiner: bool, intervals: Sequence[tuple[float, float]]
+) -> list[Plan]:
     """Every sequence on the uniform grid that the price allows."""
     found = []
     for letters in sequences(refiner):
         for interval in intervals:
             plan = Plan(letters, shifted_grid(len(letters)), interval)
-            if price.allows(plan):
+            if cost_model.allows(plan):
                 found.append(plan)
     return found
 
 
 def searched(
-    price: Price,
+    cost_model: CostModel,
     batches: Sequence[Batch],
     refiner: bool,
     intervals: Sequence[tuple[float, float]],
@@ -67,8 +69,8 @@ def searched(
     """
     first = batches[:1]
     kept = _best(
-        affordable(price, refiner, intervals),
-        price,
+        affordable(cost_model, refiner, intervals),
+        cost_model,
         unit,
         first,
         advance,
@@ -79,13 +81,13 @@ def searched(
         for plan in kept
         for grid in grids(len(plan))
     ]
-    kept = _best(on_grids, price, unit, first, advance, lambda count: 4)
-    return _best(kept, price, unit, batches, advance, lambda count: 1)
+    kept = _best(on_grids, cost_model, unit, first, advance, lambda count: 4)
+    return _best(kept, cost_model, unit, batches, advance, lambda count: 1)
 
 
 def _best(
     plans: Sequence[Plan],
-    price: Price,
+    cost_model: CostModel,
     unit: float,
     batches: Sequence[Batch],
     advance: Advance,
@@ -96,7 +98,7 @@ def _best(
     """
     groups: dict[int, list[tuple[float, int, Plan]]] = {}
     for number, plan in enumerate(plans):
-        level = math.ceil((price.of(plan) - price.fixed) / unit - 1e-6)
+        level = math.ceil((cost_model.of(plan) - cost_model.fixed) / unit - 1e-6)
         groups.setdefault(level, []).append((error(plan, batches, advance), number, plan))
     return [
         plan

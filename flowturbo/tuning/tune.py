@@ -34,7 +34,7 @@ from ..storage.files import write_text
 from ..storage.provenance import environment
 from ..storage.resume import Keep
 from . import search
-from .cost import Price, call_prices, milliseconds, step_costs
+from .cost import CostModel, call_costs, milliseconds, step_costs
 from .fit import Advance, Batch, error, inserted
 from .plot import plot_tuning
 from .report import described, front_table
@@ -155,24 +155,26 @@ def tune(settings: Tune) -> Path:
     )
     if settings.budget_ms is not None:
         steps = {letter: cost for letter, cost in results["costs"].items() if letter != "fixed"}
-        price = Price(steps, settings.budget_ms, results["costs"]["fixed"])
+        cost_model = CostModel(steps, settings.budget_ms, results["costs"]["fixed"])
     else:
-        price = Price(call_prices(model), cast(float, settings.budget_calls))
+        cost_model = CostModel(call_costs(model), cast(float, settings.budget_calls))
     one = Plan.parse("E1")
-    if not price.allows(one):
+    if not cost_model.allows(one):
         raise ValueError(
-            f"the budget must allow one predictor call, which costs {price.of(one):.4g}, got "
-            f"{price.budget:g}"
+            f"the budget must allow one predictor call, which costs {cost_model.of(one):.4g}, got "
+            f"{cost_model.budget:g}"
         )
     with tqdm(unit="call", unit_scale=True, disable=None) as bar:
-        found = find(settings, fitting, price, keep, bar.update)
+        found = find(settings, fitting, cost_model, keep, bar.update)
         errors = keep(
             "calibration errors",
             lambda: _errors(settings, fitting, [plan for plan, _ in found], bar.update),
         )
-        others = [(plan, "published") for plan in published(price, bool(_refines(settings, model)))]
+        others = [
+            (plan, "published") for plan in published(cost_model, bool(_refines(settings, model)))
+        ]
         others += [(as_plan(rival), Path(rival).stem) for rival in settings.rivals]
-        rows = measure(settings, model, fitting, price, [*found, *others], keep, bar.update)
+        rows = measure(settings, model, fitting, cost_model, [*found, *others], keep, bar.update)
     results["rows"] = described(rows)
     for row, calibrated in zip(results["rows"], errors, strict=False):
         row["calibration_rms"] = calibrated
@@ -211,7 +213,7 @@ def _begin(settings: Tune, model: FlowModel) -> dict[str, Any]:
 
 
 def find(
-    settings: Tune, model: FlowModel, price: Price, keep: Keep, advance: Advance
+    settings: Tune, model: FlowModel, cost_model: CostModel, keep: Keep, advance: Advance
 ) -> list[tuple[Plan, str]]:
     """Plans and how they were found: "searched" or "fitted"."""
 
@@ -221,19 +223,21 @@ def find(
 
     refiner = _refines(settings, model)
     intervals = [(0.0, 1.0)] + ([settings.guidance_interval] if settings.guidance_interval else [])
-    unit = price.steps["E"]
+    unit = cost_model.steps["E"]
 
     def without_weights() -> list[dict[str, Any]]:
         return [
             record(plan)
-            for plan in search.searched(price, calibration(), refiner, intervals, unit, advance)
+            for plan in search.searched(
+                cost_model, calibration(), refiner, intervals, unit, advance
+            )
         ]
 
     found = [(plan_from(row), "searched") for row in keep("searched", without_weights)]
     for interval in intervals:
         name, shorter = ("" if interval == (0.0, 1.0) else f" in {interval}"), None
         for n in range(1, MAX_PAST + 2):
-            if not price.allows(Plan("L" * n, shifted_grid(n), interval)):
+            if not cost_model.allows(Plan("L" * n, shifted_grid(n), interval)):
                 break
 
             def longer(
@@ -252,7 +256,7 @@ def find(
                         plan, calibration(), settings.iterations, advance
                     )
 
-                if len(plan) > MAX_PAST or not price.allows(inserted(plan, 1, "M")):
+                if len(plan) > MAX_PAST or not cost_model.allows(inserted(plan, 1, "M")):
                     break
                 plan = _kept_plan(keep, f"L{n} with {m}{name}", refined)
                 found.append((plan, "fitted"))
@@ -300,7 +304,7 @@ def held_classes(settings: Tune, model: FlowModel) -> int:
     return settings.held_classes
 
 
-def published(price: Price, refiner: bool) -> list[Plan]:
+def published(cost_model: CostModel, refiner: bool) -> list[Plan]:
     """Plans as published, on the uniform grid: of each scheme all that the budget allows."""
     words = [letter * n for n in range(1, MAX_PAST + 2) for letter in "EABCH"]
     words += ["H" + "P" * n for n in range(1, MAX_PAST + 1)]
@@ -311,7 +315,7 @@ def published(price: Price, refiner: bool) -> list[Plan]:
     return [
         plan
         for plan in plans
-        if price.allows(plan) and len(plan) >= {"A": 2, "B": 3, "C": 4}.get(plan.letters[0], 1)
+        if cost_model.allows(plan) and len(plan) >= {"A": 2, "B": 3, "C": 4}.get(plan.letters[0], 1)
     ]
 
 
@@ -336,7 +340,7 @@ def measure(
     settings: Tune,
     model: FlowModel,
     fitting: FlowModel,
-    price: Price,
+    cost_model: CostModel,
     found: Sequence[tuple[Plan, str]],
     keep: Keep,
     advance: Advance,
@@ -365,7 +369,7 @@ def measure(
         return {
             "plan": str(plan),
             "how": how,
-            "price": price.of(plan),
+            "price": cost_model.of(plan),
             "predictor_calls": plan.cost.predictor,
             "refiner_calls": plan.cost.refiner,
             "rms": rms_distance(latents, fine()),

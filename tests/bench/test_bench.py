@@ -151,7 +151,7 @@ def test_a_rival_is_given_up_before_the_next_is_made(monkeypatch):
         test_plans.prepared(name, 64, batch, False)
     assert most == [1, 1, 1, 1]
     for _ in range(2):
-        with pytest.raises(rivals.NotHere, match="GPU"):
+        with pytest.raises(rivals.Unavailable, match="GPU"):
             test_plans.prepared("c", 64, 1, False)
     assert not alive
 
@@ -184,10 +184,10 @@ def test_rivals_sample_the_same_images(rival):
 
 
 def test_a_rival_that_is_not_here_says_why(monkeypatch):
-    with pytest.raises(rivals.NotHere, match="GPU"):
+    with pytest.raises(rivals.Unavailable, match="GPU"):
         rivals.plan_graph(rivals.subject(64, 1, False))
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(rivals.NotHere, match="diffusers is not installed"):
+    with pytest.raises(rivals.Unavailable, match="diffusers is not installed"):
         rivals.diffusers(rivals.subject(64, 1, False))
 
 

@@ -53,9 +53,9 @@ def test_everyone_samples_the_same_noise_and_labels_of_the_device(rival, monkeyp
     seen = []
     run = Job.run
 
-    def watched(self, model, inputs, guidance, watch):
+    def watched(self, model, inputs, guidance, monitor):
         seen.append((str(self.plan), inputs, guidance))
-        return run(self, model, inputs, guidance, watch)
+        return run(self, model, inputs, guidance, monitor)
 
     monkeypatch.setattr(Job, "run", watched)
     assert sampler("H1R1").shape == s.noise.shape
@@ -388,10 +388,12 @@ def test_fp8_is_refused_below_sm_89(rival, monkeypatch):
     s = rivals.subject(64, 1, False)
     s = replace(s, device=torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    with pytest.raises(rivals.NotHere, match="need a GPU of sm_89 or later, and this one is sm_80"):
+    with pytest.raises(
+        rivals.Unavailable, match="need a GPU of sm_89 or later, and this one is sm_80"
+    ):
         rivals.RIVALS[rival](s)
     if rival != "ours-fp8":
-        with pytest.raises(rivals.NotHere, match="need a GPU of sm_89 or later"):
+        with pytest.raises(rivals.Unavailable, match="need a GPU of sm_89 or later"):
             rivals.RIVALS[rival](rivals.subject(64, 1, False))
 
 

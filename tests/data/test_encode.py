@@ -16,7 +16,7 @@ import flowturbo.data.encode as module
 from flowturbo.data.encode import Encode, encode
 from flowturbo.data.latents import ImageFolder, Latents, load_data
 from flowturbo.models.vae import VAE, Pixels, load_vae
-from flowturbo.runtime.rng import Draws
+from flowturbo.runtime.rng import StepRandom
 from flowturbo.storage.files import CheckpointError, load_tensors, save_tensors
 
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def equal(a: Path, b: Path) -> bool:
 
 
 def batches(data: object, count: int) -> Tensor:
-    return data.batch(np.arange(4 * count) % count, Draws(7, 3, range(4 * count)))[0]  # type: ignore[attr-defined]
+    return data.batch(np.arange(4 * count) % count, StepRandom(7, 3, range(4 * count)))[0]  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("halved")
@@ -109,7 +109,7 @@ def test_training_on_shards_is_training_on_the_images(folder: Path, tmp_path: Pa
         == (11, (3, 4, 4), 3)
     )
     assert torch.equal(batches(stored, 11), batches(direct, 11))
-    labels = stored.batch(np.arange(11), Draws(0, 0, range(11)))[1]
+    labels = stored.batch(np.arange(11), StepRandom(0, 0, range(11)))[1]
     assert labels.tolist() == [0] * 5 + [1] * 2 + [2] * 4
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowturbo.data.latents import ImageFolder, Latents, digits, load_data, needs_vae, order
 from flowturbo.models.vae import Pixels
-from flowturbo.runtime.rng import Draws
+from flowturbo.runtime.rng import StepRandom
 from flowturbo.storage.files import CheckpointError, save_tensors
 from flowturbo.storage.images import read_image, scan, square
 
@@ -313,7 +313,9 @@ def test_files_that_are_no_whole_image_are_named(tmp_path: Path) -> None:
         moved = path.rename(tmp_path / "images" / "a" / path.name)
         assert scan(tmp_path / "images").names == [f"a/{path.name}"]
         with pytest.raises(CheckpointError, match=path.name):
-            ImageFolder(tmp_path / "images", Pixels(), 16).batch(np.array([0]), Draws(0, 0, [0]))
+            ImageFolder(tmp_path / "images", Pixels(), 16).batch(
+                np.array([0]), StepRandom(0, 0, [0])
+            )
         moved.unlink()
 
 
@@ -350,10 +352,10 @@ def test_a_batch_made_in_parts_is_the_whole_batch(folder: Path) -> None:
         digits(),
     ):
         indices = np.array([3, 0, 7, 3, 5, 1])
-        whole, labels = data.batch(indices, Draws(4, 9, range(6)))
+        whole, labels = data.batch(indices, StepRandom(4, 9, range(6)))
         torch.manual_seed(1)  # nothing may come from the global generator
         for rows in (range(0, 2), range(2, 3), range(3, 6)):
-            part, part_labels = data.batch(indices[rows.start : rows.stop], Draws(4, 9, rows))
+            part, part_labels = data.batch(indices[rows.start : rows.stop], StepRandom(4, 9, rows))
             assert torch.equal(part, whole[rows.start : rows.stop])
             assert torch.equal(part_labels, labels[rows.start : rows.stop])
         assert (whole.shape, whole.dtype, labels.dtype) == (
@@ -369,7 +371,7 @@ def test_every_other_use_is_mirrored_and_rows_and_steps_draw_their_own(folder: P
     straight = Pixels().encode(torch.from_numpy(data.files.read([2], 8)))[0][0]
     mirrored = 0
     for step in range(10):
-        rows, _ = data.batch(np.full(40, 2), Draws(5, step, range(40)))
+        rows, _ = data.batch(np.full(40, 2), StepRandom(5, step, range(40)))
         flipped = (rows == straight.flip(2)).flatten(1).all(dim=1)
         assert ((rows == straight).flatten(1).all(dim=1) ^ flipped).all()
         mirrored += int(flipped.sum())
@@ -382,8 +384,8 @@ def test_latents_are_mean_plus_std_times_noise_of_either_side(dtype: torch.dtype
     data = made(parts)
     assert data.mean.dtype == dtype  # held as it came
     indices = np.arange(9).repeat(20)
-    got, labels = data.batch(indices, Draws(6, 2, range(180)))
-    draws = Draws(6, 2, range(180))
+    got, labels = data.batch(indices, StepRandom(6, 2, range(180)))
+    draws = StepRandom(6, 2, range(180))
     flip, noise = draws.uniform() < 0.5, draws.normal((2, 4, 4))
     for i, row in enumerate(indices):
         side = "_flipped" if flip[i] else ""
@@ -399,7 +401,7 @@ def test_latents_are_mean_plus_std_times_noise_of_either_side(dtype: torch.dtype
 def test_exact_latents_draw_nothing() -> None:
     parts = random_latents(2)
     data = Latents(parts["latents"], parts["labels"])
-    draws, fresh = Draws(0, 0, range(3)), Draws(0, 0, range(3))
+    draws, fresh = StepRandom(0, 0, range(3)), StepRandom(0, 0, range(3))
     got, _ = data.batch(np.array([8, 0, 4]), draws)
     assert torch.equal(got, parts["latents"][[8, 0, 4]])
     assert torch.equal(draws.uniform(), fresh.uniform())
@@ -412,7 +414,7 @@ def test_latents_stay_where_the_vae_is(folder: Path) -> None:
             return mean.to("meta"), None if std is None else std.to("meta")
 
     latents, labels = ImageFolder(folder, Elsewhere(), 8).batch(
-        np.array([1, 2]), Draws(0, 0, range(2))
+        np.array([1, 2]), StepRandom(0, 0, range(2))
     )
     assert (latents.device.type, latents.shape, labels.device.type) == ("meta", (2, 3, 4, 4), "cpu")
 
@@ -480,7 +482,7 @@ def test_latents_that_do_not_fit_are_refused(
 
 
 def same(a: Latents, b: Latents) -> bool:
-    draws = [Draws(0, 0, range(40)) for _ in (a, b)]
+    draws = [StepRandom(0, 0, range(40)) for _ in (a, b)]
     indices = np.arange(40) % len(a)
     (x, y), (u, v) = a.batch(indices, draws[0]), b.batch(indices, draws[1])
     return torch.equal(x, u) and torch.equal(y, v) and a.num_classes == b.num_classes
@@ -527,7 +529,7 @@ def test_a_folder_of_images_needs_a_vae_and_a_size(folder: Path, tmp_path: Path)
         load_data(folder, vae=Pixels(), image_size=0)
     data = load_data(folder, vae=Halved(), image_size=8)
     assert (len(data), data.num_classes, data.shape) == (8, 3, (3, 4, 4))
-    assert data.batch(np.array([7, 0]), Draws(0, 0, range(2)))[1].tolist() == [2, 0]
+    assert data.batch(np.array([7, 0]), StepRandom(0, 0, range(2)))[1].tolist() == [2, 0]
     (tmp_path / "bare").mkdir()
     with pytest.raises(ValueError, match="bare has neither"):
         load_data(tmp_path / "bare")

@@ -34,11 +34,11 @@ from flowturbo.cli.demo import Demo, plans_for
 from flowturbo.cli.main import main
 from flowturbo.demo import html as demo_html
 from flowturbo.demo import session as demo_studio
-from flowturbo.demo.session import PICTURES, Asked, Comparison, Studio
+from flowturbo.demo.session import PICTURES, Comparison, DemoSession, Request
 from flowturbo.runtime import rng
 from flowturbo.storage.images import fitted
 
-ASKED = Asked("H1P2R1", "E3", "cycle", 4, seed=7, guidance=1.5)
+ASKED = Request("H1P2R1", "E3", "cycle", 4, seed=7, guidance=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def model() -> ft.FlowModel:
 
 
 @pytest.fixture
-def studio(model) -> Iterator[Studio]:
-    made = Studio(model, {"H1P2R1": None, "E3": None})
+def session(model) -> Iterator[DemoSession]:
+    made = DemoSession(model, {"H1P2R1": None, "E3": None})
     yield made
     made.close()
 
@@ -63,8 +63,8 @@ def source(model: ft.FlowModel) -> np.ndarray:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("classes", ["cycle", 3])
-def test_both_plans_make_what_the_library_makes_of_the_same_noise(model, studio, classes):
-    found = last(studio.sample(ASKED._replace(classes=classes, low=0.1, high=0.9)))
+def test_both_plans_make_what_the_library_makes_of_the_same_noise(model, session, classes):
+    found = last(session.sample(ASKED._replace(classes=classes, low=0.1, high=0.9)))
     assert found.labels == ([0, 1, 2, 3] if classes == "cycle" else [3] * 4)
     for side, text in ((found.a, "H1P2R1"), (found.b, "E3")):
         plan = ft.Plan.parse(text, guidance_interval=(0.1, 0.9))
@@ -79,8 +79,8 @@ def test_both_plans_make_what_the_library_makes_of_the_same_noise(model, studio,
     )
 
 
-def test_previews_come_in_the_order_of_steps_and_milliseconds_after_the_images(studio):
-    seen = list(studio.sample(ASKED._replace(plan_a="E64", plan_b="E64")))
+def test_previews_come_in_the_order_of_steps_and_milliseconds_after_the_images(session):
+    seen = list(session.sample(ASKED._replace(plan_a="E64", plan_b="E64")))
     steps = [
         (found.a.step, found.b.step, sum(side.speed is not None for side in (found.a, found.b)))
         for found in seen
@@ -91,11 +91,11 @@ def test_previews_come_in_the_order_of_steps_and_milliseconds_after_the_images(s
     assert seen[0].rms is None
 
 
-def test_what_is_timed_has_no_previews(studio, monkeypatch):
+def test_what_is_timed_has_no_previews(session, monkeypatch):
     timed = []
     monkeypatch.setattr(demo_studio, "seconds", lambda run, device: timed.append(run) or 0.5)
-    monkeypatch.setattr(studio, "_previews", lambda *_: lambda info: None)
-    last(studio.sample(ASKED))
+    monkeypatch.setattr(session, "_previews", lambda *_: lambda info: None)
+    last(session.sample(ASKED))
     assert len(timed) == 2 * demo_studio.RUNS
     assert [run.keywords["plan"] for run in timed[:2]] == [
         ft.Plan.parse(ASKED.plan_a),
@@ -105,10 +105,10 @@ def test_what_is_timed_has_no_previews(studio, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_inpainting_is_the_librarys_and_leaves_the_rest_untouched(model, studio):
+def test_inpainting_is_the_librarys_and_leaves_the_rest_untouched(model, session):
     image, mask = source(model), np.zeros((8, 8), bool)
     mask[2:5, 3:] = True
-    found = last(studio.change(ASKED, image, mask, 0.9))
+    found = last(session.change(ASKED, image, mask, 0.9))
     for side in (found.a, found.b):
         expected = ft.inpaint(
             model, side.plan, image[None], mask, found.labels, strength=0.9, guidance=1.5, seed=7
@@ -119,17 +119,17 @@ def test_inpainting_is_the_librarys_and_leaves_the_rest_untouched(model, studio)
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_without_a_mask_the_whole_image_is_edited(model, studio):
+def test_without_a_mask_the_whole_image_is_edited(model, session):
     image = source(model)
-    found = last(studio.change(ASKED, image, None, 0.5))
+    found = last(session.change(ASKED, image, None, 0.5))
     assert found.a.images.equal(
         ft.edit(model, found.a.plan, image[None], found.labels, strength=0.5, guidance=1.5, seed=7)
     )
 
 
-def test_the_image_to_inpaint_is_of_other_noise_than_what_is_made_of_it(model, studio):
-    first, second = (studio.picture(ASKED, number) for number in (0, 1))
-    drawn = last(studio.sample(ASKED)).a.images.numpy()
+def test_the_image_to_inpaint_is_of_other_noise_than_what_is_made_of_it(model, session):
+    first, second = (session.picture(ASKED, number) for number in (0, 1))
+    drawn = last(session.sample(ASKED)).a.images.numpy()
     assert first.shape == (8, 8, 3)
     assert not (first == second).all()
     assert not any((first == image).all() for image in drawn)
@@ -156,14 +156,14 @@ def test_the_image_to_inpaint_is_of_other_noise_than_what_is_made_of_it(model, s
         (dict(guidance=float("nan")), "guidance must be finite"),
     ],
 )
-def test_bad_wishes_are_answered_in_the_librarys_words(studio, changes, message):
+def test_bad_wishes_are_answered_in_the_librarys_words(session, changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        last(studio.sample(ASKED._replace(**changes)))
-    assert last(studio.sample(ASKED)).rms is not None, "and the next wish is served"
+        last(session.sample(ASKED._replace(**changes)))
+    assert last(session.sample(ASKED)).rms is not None, "and the next wish is served"
 
 
 def test_a_refiner_step_without_a_refiner_is_refused(model):
-    bare = Studio(ft.load("digits", device="cpu"), {"E3": None})
+    bare = DemoSession(ft.load("digits", device="cpu"), {"E3": None})
     bare.model.refiner = None
     with pytest.raises(
         ValueError, match=r"Plan A: plan H1P2R1 has refiner steps, but the model has no refiner"
@@ -181,56 +181,56 @@ def test_visitors_name_plans_of_the_operators_files_and_open_none(model, tmp_pat
     assert plans == {"fast.json": plan, "E2": None}
     opened: list[object] = []
     monkeypatch.setattr(ft.Plan, "load", opened.append)
-    studio = Studio(model, plans)
-    assert last(studio.sample(ASKED._replace(plan_a="fast.json"))).a.plan == plan
+    session = DemoSession(model, plans)
+    assert last(session.sample(ASKED._replace(plan_a="fast.json"))).a.plan == plan
     for text in (str(secret), str(offered), "secret.json", "./fast.json"):
         with pytest.raises(ValueError, match="plan must look like"):
-            last(studio.sample(ASKED._replace(plan_b=text)))
+            last(session.sample(ASKED._replace(plan_b=text)))
     with pytest.raises(ValueError, match="a plan's file holds its guidance interval"):
-        last(studio.sample(ASKED._replace(plan_a="fast.json", low=0.3)))
-    studio.close()
+        last(session.sample(ASKED._replace(plan_a="fast.json", low=0.3)))
+    session.close()
     assert not opened
 
 
-def test_work_that_nobody_waits_for_ends(studio, monkeypatch):
+def test_work_that_nobody_waits_for_ends(session, monkeypatch):
     timed: list[object] = []
     monkeypatch.setattr(demo_studio, "seconds", lambda *_: timed.append(1) or 0.1)
-    watching = studio.sample(ASKED._replace(plan_a="H64", plan_b="H64"))
+    watching = session.sample(ASKED._replace(plan_a="H64", plan_b="H64"))
     next(watching)
     watching.close()
-    studio.picture(ASKED, 0)  # waits for what is before it
+    session.picture(ASKED, 0)  # waits for what is before it
     assert not timed
 
 
-def test_visitors_are_served_one_after_the_other_each_with_the_own_wish(studio):
+def test_visitors_are_served_one_after_the_other_each_with_the_own_wish(session):
     wishes = [ASKED._replace(seed=seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as visitors:
-        at_once = list(visitors.map(lambda wish: last(studio.sample(wish)).a.images, wishes))
+        at_once = list(visitors.map(lambda wish: last(session.sample(wish)).a.images, wishes))
     for wish, images in zip(wishes, at_once, strict=True):
-        assert images.equal(last(studio.sample(wish)).a.images)
+        assert images.equal(last(session.sample(wish)).a.images)
 
 
-def test_what_is_painted_is_a_pixel_by_a_quarter_of_it(studio):
+def test_what_is_painted_is_a_pixel_by_a_quarter_of_it(session):
     paint = np.zeros((384, 384), np.uint8)
     paint[:48, :48] = 255  # all of the first
     paint[48:72, 48:72] = 255  # a quarter of another, and less of a third
     paint[96:119, 96:119] = 255
-    chosen = studio.painted(paint)
+    chosen = session.painted(paint)
     assert chosen.shape == (8, 8)
     assert np.argwhere(chosen).tolist() == [[0, 0], [1, 1]]
-    assert not studio.painted(np.zeros((1, 1), np.uint8)).any()
+    assert not session.painted(np.zeros((1, 1), np.uint8)).any()
 
 
-def test_images_that_are_brought_get_the_models_size_within_bounds(studio):
-    assert studio.fitted(Image.new("RGBA", (40, 30), (255, 0, 0, 255))).shape == (8, 8, 3)
+def test_images_that_are_brought_get_the_models_size_within_bounds(session):
+    assert session.fitted(Image.new("RGBA", (40, 30), (255, 0, 0, 255))).shape == (8, 8, 3)
     for size in ((9, 1), (5000, 4000)):
         with pytest.raises(
             ValueError, match=f"image must have at most .* got {size[0]} x {size[1]}"
         ):
-            studio.fitted(Image.new("L", size))
+            session.fitted(Image.new("L", size))
 
 
-def test_the_curve_is_measured_once_for_each_guidance(studio, monkeypatch):
+def test_the_curve_is_measured_once_for_each_guidance(session, monkeypatch):
     measured: list[float] = []
     velocity_curve = demo_studio.velocity_curve
 
@@ -241,12 +241,12 @@ def test_the_curve_is_measured_once_for_each_guidance(studio, monkeypatch):
         )
 
     monkeypatch.setattr(demo_studio, "velocity_curve", counted)
-    plots = [studio.curve(guidance) for guidance in (1.5, 1.5, 2.0)]
+    plots = [session.curve(guidance) for guidance in (1.5, 1.5, 2.0)]
     assert measured == [1.5, 2.0]
     assert plots[0] == plots[1] != plots[2]
     assert Image.open(io.BytesIO(plots[0])).format == "PNG"
     with pytest.raises(ValueError, match="guidance must be finite"):
-        studio.curve(float("inf"))
+        session.curve(float("inf"))
 
 
 def test_what_a_visitor_wrote_is_shown_as_text():
@@ -325,13 +325,13 @@ def test_a_missing_gradio_is_named_with_its_cure(monkeypatch, capsys):
     )
 
 
-def test_a_name_in_a_request_makes_the_server_fetch_nothing(studio, tmp_path):
+def test_a_name_in_a_request_makes_the_server_fetch_nothing(session, tmp_path):
     pytest.importorskip("gradio")
     from flowturbo.demo.page import page
 
     editors = [
         block
-        for block in page(studio, 1.5).blocks.values()
+        for block in page(session, 1.5).blocks.values()
         if block.get_block_name() == "imageeditor"
     ]
     assert len(editors) == 1

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import flowturbo as ft
-from flowturbo.evaluation.image_sets import Made, Reference, open_images
+from flowturbo.evaluation.image_sets import GeneratedImages, Reference, open_images
 from flowturbo.solver.plan import Plan
 from flowturbo.storage.files import CheckpointError
 
@@ -180,7 +180,7 @@ def digits():
 
 
 def test_made_images_are_those_of_sample_in_any_parts(digits):
-    made = Made(digits, Plan.parse("H1R1"), 23, 1.5, None, 3, 5)
+    made = GeneratedImages(digits, Plan.parse("H1R1"), 23, 1.5, None, 3, 5)
     expected = ft.sample(
         digits,
         "H1R1",
@@ -198,7 +198,7 @@ def test_made_images_are_those_of_sample_in_any_parts(digits):
 
 
 def test_made_images_are_rounded_to_the_nearest_of_uint8(digits):
-    made = Made(digits, Plan.parse("E2"), 10, 1.0, None, 0, 10)
+    made = GeneratedImages(digits, Plan.parse("E2"), 10, 1.0, None, 0, 10)
     latents = ft.sample(digits, "E2", range(10), seed=0, batch_size=10)
     exact = (latents.double().clamp(-1, 1) + 1) * 127.5
     error = torch.from_numpy(made.read(0, 10)[..., 0]).double() - exact[:, 0]

@@ -111,7 +111,7 @@ def test_a_model_captures_again_though_somebody_keeps_a_tensor_of_an_earlier_cap
         return product(x)
 
     for _ in range(2):
-        captures.ahead(Key("it", 64), body, inputs, [])
+        captures.precapture(Key("it", 64), body, inputs, [])
         captures.clear()
     assert in_pools() > 0
     kept_tensors.clear()
@@ -170,24 +170,26 @@ def test_a_capture_that_lacks_memory_gives_back_what_it_had(memory):
     before = torch.cuda.memory_reserved()
     memory(60)
     with pytest.raises(ft.CaptureError, match="capturing it for 8 images ran out of memory"):
-        captures.ahead(Key("it", 8), hungry, inputs, [])
+        captures.precapture(Key("it", 8), hungry, inputs, [])
     assert (in_pools(), torch.cuda.memory_reserved()) == (0, before)
-    captures.ahead(Key("small", 8), lambda x: x + 1, inputs, [])
+    captures.precapture(Key("small", 8), lambda x: x + 1, inputs, [])
     torch.randn(3, device="cuda")
     memory(200)
-    made = captures.ahead(Key("it", 8), hungry, inputs, [])
+    made = captures.precapture(Key("it", 8), hungry, inputs, [])
     assert 80 * MIB <= made.memory < 100 * MIB
 
 
 def test_captures_make_room_for_one_that_lacks_memory(memory):
     captures, inputs = Captures(), {"x": torch.zeros(8, device="cuda")}
     memory(150)
-    first = captures.ahead(Key("first", 8), hungry, inputs, [])
-    other = captures.ahead(Key("other", 8), hungry, inputs, [])  # within the first one's memory
+    first = captures.precapture(Key("first", 8), hungry, inputs, [])
+    other = captures.precapture(
+        Key("other", 8), hungry, inputs, []
+    )  # within the first one's memory
     assert captures.report() == [first, other]
     ballast = torch.empty(50 * MIB, dtype=torch.uint8, device="cuda")
     captures.recorder._pool._stream = None  # on another stream nothing is shared
-    made = captures.ahead(Key("it", 8), hungry, inputs, [])
+    made = captures.precapture(Key("it", 8), hungry, inputs, [])
     assert captures.report() == [made]
     assert in_pools() == made.memory
     del ballast
@@ -241,7 +243,9 @@ FORBIDDEN = {
 @pytest.mark.parametrize("beside_another", [False, True])
 def test_a_body_that_can_not_be_captured_harms_nothing(forbidden, said, beside_another):
     captures, inputs = Captures(), matrix()
-    others = [captures.ahead(Key("another", 64), product, inputs, [])] if beside_another else []
+    others = (
+        [captures.precapture(Key("another", 64), product, inputs, [])] if beside_another else []
+    )
     causes: list[str] = []
 
     def body(x: Tensor) -> Tensor:
@@ -270,12 +274,12 @@ def test_a_body_that_can_not_be_captured_harms_nothing(forbidden, said, beside_a
     captures.run(Key("it", 64), body, inputs, [])  # as it is
     if not others:
         assert in_pools() == 0
-    made = [captures.ahead(Key(what, 64), product, inputs, []) for what in range(3)]
+    made = [captures.precapture(Key(what, 64), product, inputs, []) for what in range(3)]
     captures.run(Key(0, 64), product, inputs, [])
     assert captures.report() == [*others, *made[1:], made[0]]
     captures.clear()
     assert in_pools() == 0
-    captures.ahead(Key("it", 64), product, inputs, [])
+    captures.precapture(Key("it", 64), product, inputs, [])
 
 
 def test_a_model_samples_and_captures_after_a_capture_that_failed():
@@ -328,10 +332,10 @@ def test_the_stream_of_the_caller_stays_the_current_one():
     captures, inputs, stream = Captures(), matrix(), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        captures.ahead(Key("it", 64), product, inputs, [])
+        captures.precapture(Key("it", 64), product, inputs, [])
         assert torch.cuda.current_stream() == stream
         with pytest.raises(ft.CaptureError):
-            captures.ahead(
+            captures.precapture(
                 Key("other", 64),
                 lambda x: waits(x) if torch.cuda.is_current_stream_capturing() else x,
                 inputs,
@@ -349,7 +353,7 @@ def test_no_garbage_is_collected_inside_a_capture():
         assert gc.isenabled() == (not torch.cuda.is_current_stream_capturing())
         return x + 1
 
-    captures.ahead(Key("it", 64), body, matrix(), [])
+    captures.precapture(Key("it", 64), body, matrix(), [])
 
 
 # Modes of the caller
@@ -390,7 +394,7 @@ def test_random_numbers_may_be_drawn_inside_and_after():
 
 def test_pinned_memory_may_be_taken_inside():
     captures = Captures()
-    captures.ahead(
+    captures.precapture(
         Key("it", 64),
         lambda x: x + torch.ones(64).pin_memory().cuda(non_blocking=True),
         matrix(),
@@ -432,7 +436,8 @@ def test_captures_have_a_workspace_each_even_on_one_stream():
         captures.recorder = CudaRecorder(torch.device("cuda", 0))
     first.recorder._stream = second.recorder._stream = torch.cuda.Stream()
     memory = [
-        captures.ahead(Key("it", 64), product, matrix(), []).memory for captures in (first, second)
+        captures.precapture(Key("it", 64), product, matrix(), []).memory
+        for captures in (first, second)
     ]
     assert memory[0] == memory[1] > WORKSPACE
 
@@ -443,12 +448,12 @@ def test_a_workspace_from_outside_is_not_taken_into_a_capture():
     captures.recorder._stream = torch.cuda.Stream()
     with torch.cuda.stream(captures.recorder._pool.stream):
         product(torch.ones(64, 64, device="cuda"))
-    assert captures.ahead(Key("it", 64), product, matrix(), []).memory > WORKSPACE
+    assert captures.precapture(Key("it", 64), product, matrix(), []).memory > WORKSPACE
 
 
 def test_a_workspace_of_a_capture_is_not_taken_outside_it():
     captures = Captures()
-    captures.ahead(Key("it", 64), product, matrix(), [])
+    captures.precapture(Key("it", 64), product, matrix(), [])
     torch.cuda.synchronize()
     before, pools = torch.cuda.memory_reserved(), in_pools()
     with torch.cuda.stream(captures.recorder._pool.stream):
@@ -509,14 +514,14 @@ def beside_a_capture(work: Callable[[], object]) -> tuple[Captures, list[object]
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(other)
         try:
-            captures.ahead(Key("it", 64), body, matrix(), [])
+            captures.precapture(Key("it", 64), body, matrix(), [])
         finally:
             begun.set()
     return captures, [result.result()]
 
 
 def test_a_thread_that_allocates_and_computes_during_a_capture():
-    alone = Captures().ahead(Key("it", 64), product, matrix(), []).memory
+    alone = Captures().precaptured(Key("it", 64), product, matrix(), []).memory
 
     def work() -> int:
         big = torch.empty(300 * MIB, dtype=torch.uint8, device="cuda")

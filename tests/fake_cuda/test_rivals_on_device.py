@@ -121,7 +121,7 @@ def test_a_rival_below_sm_89_has_no_fp8(rival: str, monkeypatch: pytest.MonkeyPa
     if rival == "eager":
         rivals.eager(s)
     else:
-        with pytest.raises(rivals.NotHere, match="this one is sm_80"):
+        with pytest.raises(rivals.Unavailable, match="this one is sm_80"):
             rivals.RIVALS[rival](s)
 
 

@@ -69,7 +69,7 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Any, tuple[Any, ...
         positional = OPS[name]._positional(args, {})
         if (
             "triton" in OPS[name].backends
-            and OPS[name].backends["triton"].cannot(*positional) is None
+            and OPS[name].backends["triton"].unsupported(*positional) is None
         ):
             with use_backend("triton"):
                 OPS[name](*args)

@@ -28,7 +28,7 @@ def registers(each: int, threads: int) -> int:
 
 def largest(make: Make) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(operation, arguments) at the limits that kernels state, where a program holds most: what
-    lies beyond `cannot` refuses.
+    lies beyond `unsupported` refuses.
     """
     for D in (2, 16384):
         rows = make(1, 2, D)

@@ -21,7 +21,7 @@ from flowturbo_kernels import (
     use_backend,
     velocity_update,
 )
-from flowturbo_kernels._op import Backend, wanted
+from flowturbo_kernels._op import Backend, requested_backend
 
 X, SHIFT, SCALE = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8)
 interpreted = pytest.mark.skipif(
@@ -53,17 +53,17 @@ def test_a_backend_asked_for_by_name_runs(monkeypatch):
 
 def test_the_environment_names_a_backend(monkeypatch):
     monkeypatch.setenv("FLOWTURBO_BACKEND", "reference")
-    assert wanted() == "reference"
+    assert requested_backend() == "reference"
     with use_backend("triton"):
-        assert wanted() == "triton"
+        assert requested_backend() == "triton"
     monkeypatch.setenv("FLOWTURBO_BACKEND", "tritom")
     with pytest.raises(
         ValueError,
         match="FLOWTURBO_BACKEND must be one of auto, reference, triton, cuda, got 'tritom'",
     ):
-        wanted()
+        requested_backend()
     monkeypatch.delenv("FLOWTURBO_BACKEND")
-    assert wanted() == "auto"
+    assert requested_backend() == "auto"
 
 
 def test_an_unknown_backend_is_refused():

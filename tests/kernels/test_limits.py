@@ -2,7 +2,7 @@
 memory, grids.
 
 csrc's kernels for all widths, alignments and dtypes, with the registers that compilers give them;
-all grids for inputs as large as `cannot` lets through. Triton's blocks:
+all grids for inputs as large as `unsupported` lets through. Triton's blocks:
 tests/kernels/test_compiled.py.
 """
 
@@ -143,7 +143,7 @@ def asked_for(walk: Any, launched: list[Launch]) -> list[tuple[Launch, str]]:
     for dtype in DTYPES:
         for name, args in walk(dtype):
             backend = OPS[name].backends["cuda"]
-            if backend.cannot(*args) is None:
+            if backend.unsupported(*args) is None:
                 backend.run(*args)
             found += [
                 (
@@ -315,7 +315,7 @@ def test_every_grid_is_one_or_its_inputs_are_refused(backend, launched, monkeypa
         if backend not in OPS[name].backends:
             continue
         way, full = OPS[name].backends[backend], positional(name, args)
-        reason = way.cannot(*full)
+        reason = way.unsupported(*full)
         taken[name].append(reason is None)
         if reason is not None:
             assert re.search(r"at most \d+ .*, got \d+", reason), (name, reason)

@@ -225,7 +225,7 @@ def test_compile_captures_every_plan_with_every_batch_size():
         ("E2", 4),
     ]
     assert recorder.recorded == 4
-    assert [c.ahead for c in model.captures.report()] == [True] * 4
+    assert [c.precaptured for c in model.captures.report()] == [True] * 4
     assert ft.compile(model, "E2", 4) == made[3:]
     assert recorder.recorded == 4
     assert ft.sample(model, "E2", LABELS, guidance=2.0, seed=1).equal(
@@ -238,7 +238,7 @@ def test_a_run_that_compiles_is_not_the_one_that_is_timed():
     captures, calls, timed = Captures(recorder=Fake()), [], []
     seconds = captures.recorder.seconds
     captures.recorder.seconds = lambda run: timed.append(len(calls)) or seconds(run)
-    captures.ahead(Key("it", 1), lambda x: calls.append(1) or x + 1, {"x": torch.zeros(1)}, [])
+    captures.precapture(Key("it", 1), lambda x: calls.append(1) or x + 1, {"x": torch.zeros(1)}, [])
     assert timed[0] == 1
 
 
@@ -501,7 +501,7 @@ def test_weights_that_were_made_in_inference_mode_are_captured():
 def test_no_capture_is_part_of_anybodys_gradients():
     captures = Captures(recorder=Fake())
     x = torch.ones(2, requires_grad=True)
-    captures.ahead(Key("it", 2), lambda x: x * 2, {"x": x}, [])
+    captures.precapture(Key("it", 2), lambda x: x * 2, {"x": x}, [])
     assert captures.run(Key("it", 2), lambda x: x * 2, {"x": x}, []).tolist() == [2.0, 2.0]
     [made] = captures.report()
     assert not made.inputs["x"].requires_grad
@@ -612,7 +612,7 @@ def test_what_a_failed_body_had_made_is_let_go_before_memory_is_given_back():
     except ValueError as error:
         mine = error
         with pytest.raises(ft.CaptureError, match="ran out of memory"):
-            captures.ahead(Key("it", 1), body, {"x": torch.zeros(1)}, [])
+            captures.precapture(Key("it", 1), body, {"x": torch.zeros(1)}, [])
     assert seen[0] == [True, True]
     assert seen[1] == [True] * 4
     assert mine.__traceback__ is not None
@@ -678,7 +678,7 @@ def test_models_record_one_after_another():
         captures = Captures(recorder=Lonely())
         start.wait()
         for what in range(3):
-            captures.ahead(Key(what, 1), lambda x: x + 1, {"x": torch.zeros(1)}, [])
+            captures.precapture(Key(what, 1), lambda x: x + 1, {"x": torch.zeros(1)}, [])
         return len(captures.report())
 
     with ThreadPoolExecutor(4) as pool:

@@ -36,7 +36,7 @@ from flowturbo.runtime import rng
 from flowturbo.sampling.generate import class_labels, generate
 from flowturbo.storage import files
 from flowturbo.storage.files import CheckpointError, Lock, load_arrays
-from flowturbo.storage.image_shards import cut, join, prove, save_shard, verify
+from flowturbo.storage.image_shards import cut, join, save_shard, verify, write_manifest
 
 ENVIRONMENT = {
     **os.environ,
@@ -491,7 +491,7 @@ def test_joining_holds_no_more_than_a_few_shards_in_memory(tmp_path: Path) -> No
         save_shard(out, shard, images, np.zeros(16, np.int64), {"num": 320})
     tracemalloc.start()
     try:
-        prove(out)
+        write_manifest(out)
         join(out, tmp_path / "all.npz")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -571,7 +571,7 @@ def test_every_process_of_a_run_keeps_others_out(tmp_path: Path) -> None:
         def __init__(self, rank: int) -> None:
             self.rank = rank
 
-        def told(self, find: Any) -> Any:
+        def from_rank0(self, find: Any) -> Any:
             return find() if self.rank == 0 else ({"num": 5}, shards)
 
     shards = cut(5, 2)
@@ -770,10 +770,10 @@ def test_shards_are_dealt_out_evenly_each_once(
             def __init__(self, rank: int = rank) -> None:
                 self.rank, self.size = rank, size
 
-            def told(self, find: Any) -> Any:
+            def from_rank0(self, find: Any) -> Any:
                 return find()
 
-            def gather(self) -> None:
+            def barrier(self) -> None:
                 raise Killed
 
         share = shutil.copytree(out, tmp_path / f"{size} {rank}")
@@ -884,7 +884,7 @@ def test_on_cuda_process_0_chooses_kernels_and_captures_before_the_others(rank: 
         def __init__(self) -> None:
             self.rank = rank
 
-        def told(self, find: Any) -> Any:
+        def from_rank0(self, find: Any) -> Any:
             seen.append("told")
             return find() if rank == 0 else None
 

@@ -15,7 +15,7 @@ from oracle import heun_step, pseudo_corrector_step, refiner_step
 from torch import Tensor
 
 from flowturbo import Plan
-from flowturbo.solver.steps import STEPS, Field, Sample, State, adams_bashforth_weights
+from flowturbo.solver.steps import STEPS, Field, PastVelocity, State, adams_bashforth_weights
 
 
 class Ode(Field):
@@ -69,7 +69,7 @@ def measured_order(letters, name: str, shift: float, counts, known: int = 0) -> 
         state = State(
             exact(plan.grid[known]),
             None,
-            tuple(Sample(t, f(exact(t), t)) for t in plan.grid[:known]),
+            tuple(PastVelocity(t, f(exact(t), t)) for t in plan.grid[:known]),
         )
         for step, t0, t1 in list(plan.schedule())[known:]:
             state = step(Ode(f), state, t0, t1)
@@ -165,7 +165,7 @@ def test_one_step_of_each_kind_is_the_independent_one(seed):
     x = torch.randn(1, 3, dtype=torch.float64, generator=generator)
     cache = torch.randn(2, 3, dtype=torch.float64, generator=generator)
     t0, t1 = 0.3, 0.45
-    with_cache = State(x, cache, (Sample(0.1, torch.full_like(cache, torch.nan)),))
+    with_cache = State(x, cache, (PastVelocity(0.1, torch.full_like(cache, torch.nan)),))
     for letter, expected, state in (
         ("H", heun_step(v, x, t0, t1), with_cache),
         ("P", pseudo_corrector_step(v, x, t0, t1, cache), with_cache),
@@ -188,7 +188,7 @@ def test_equation_7_reads_the_velocity_of_one_grid_time_before():
         torch.full((2, 3), 0.5).double(),
         torch.full((2, 3), torch.nan).double(),
     )
-    after = STEPS["S"](Recording(), State(x, stale, (Sample(0.2, before),)), 0.4, 0.6)
+    after = STEPS["S"](Recording(), State(x, stale, (PastVelocity(0.2, before),)), 0.4, 0.6)
     refined = before + r(x, 0.4, before)
     torch.testing.assert_close(after.x, x + (0.6 - 0.4) * refined[:1])
     assert after.past[-1].t == 0.4

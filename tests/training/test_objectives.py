@@ -12,7 +12,7 @@ from torch import Tensor
 from flowturbo import Plan
 from flowturbo.models.flow_model import FlowModel
 from flowturbo.models.sit import SiT, SiTConfig
-from flowturbo.runtime.rng import Draws
+from flowturbo.runtime.rng import StepRandom
 from flowturbo.sampling.velocity_field import GuidedField
 from flowturbo.training.objectives import FlowMatching, Refinement, drop_labels
 
@@ -78,7 +78,7 @@ def is_uniform(values: Tensor, low: float, high: float) -> bool:
 def test_flow_matching_is_its_formula(seed):
     data, y = batch(seed)
     network = Recorded(curved)
-    loss = FlowMatching(CLASSES, label_drop=0.5)(network, data, y, Draws(seed, 7, range(6)))
+    loss = FlowMatching(CLASSES, label_drop=0.5)(network, data, y, StepRandom(seed, 7, range(6)))
     [(x, t, labels)] = network.calls
     x0 = noise_of(x, t, data)
     total = 0.0
@@ -95,16 +95,18 @@ def test_the_true_velocity_has_no_loss():
     def truth(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return (data - x) / (1 - t.view(-1, 1, 1, 1))
 
-    assert float(FlowMatching(CLASSES)(truth, data, y, Draws(0, 0, range(6)))) < 1e-20
+    assert float(FlowMatching(CLASSES)(truth, data, y, StepRandom(0, 0, range(6)))) < 1e-20
     assert float(
-        FlowMatching(CLASSES)(lambda *given: truth(*given) + 0.5, data, y, Draws(0, 0, range(6)))
+        FlowMatching(CLASSES)(
+            lambda *given: truth(*given) + 0.5, data, y, StepRandom(0, 0, range(6))
+        )
     ) == pytest.approx(0.25)
 
 
 def test_noise_is_normal_and_time_uniform():
     data, y = batch(2, n=2000)
     network = Recorded(curved)
-    FlowMatching(CLASSES)(network, data, y, Draws(3, 1, range(2000)))
+    FlowMatching(CLASSES)(network, data, y, StepRandom(3, 1, range(2000)))
     [(x, t, _)] = network.calls
     assert is_uniform(t, 0, 1)
     x0 = noise_of(x, t, data)[t < 0.9]
@@ -117,7 +119,7 @@ def test_noise_is_normal_and_time_uniform():
 def test_labels_are_dropped_as_often_as_asked(probability):
     n = 4000
     y = torch.arange(n) % CLASSES
-    dropped = drop_labels(y, CLASSES, probability, Draws(5, 0, range(n)))
+    dropped = drop_labels(y, CLASSES, probability, StepRandom(5, 0, range(n)))
     share = float((dropped == CLASSES).double().mean())
     assert share == pytest.approx(probability, abs=4 * (probability * (1 - probability) / n) ** 0.5)
     assert torch.equal(dropped[dropped != CLASSES], y[dropped != CLASSES])
@@ -131,7 +133,7 @@ def refinement(seed: int, n: int = 6, student: Callable[..., Tensor] = student_o
     data, y = batch(seed, n)
     teacher, refiner = Recorded(curved), Recorded(student)
     objective = Refinement(teacher, CLASSES, guidance_channels=3, **options)
-    loss = objective(refiner, data, y, Draws(seed, 11, range(n)))
+    loss = objective(refiner, data, y, StepRandom(seed, 11, range(n)))
     return teacher, refiner, data, y, loss
 
 
@@ -189,7 +191,10 @@ def times(option: dict[str, bool], batches: int, n: int, **more: float) -> tuple
         data = torch.zeros(n, 1, 1, 1, dtype=torch.float64)
         objective = Refinement(teacher, CLASSES, 1, **option, **more)
         objective(
-            lambda x, t, y, v: v, data, torch.zeros(n, dtype=torch.int64), Draws(1, step, range(n))
+            lambda x, t, y, v: v,
+            data,
+            torch.zeros(n, dtype=torch.int64),
+            StepRandom(1, step, range(n)),
         )
         rows.append((teacher.calls[0][1], teacher.calls[1][1]))
     t, later = (torch.stack(part) for part in zip(*rows, strict=True))
@@ -238,7 +243,7 @@ def test_the_guided_velocity_is_what_the_sampler_would_cache(channels, guidance)
     data, y = batch(8)
     teacher, student = Recorded(curved), Recorded(student_of)
     objective = Refinement(teacher, CLASSES, channels, label_drop=0.5, guidance=guidance)
-    objective(student, data, y, Draws(9, 0, range(6)))
+    objective(student, data, y, StepRandom(9, 0, range(6)))
     (x, t, labels), (x_later, later, dropped) = teacher.calls
     [(x_student, _, _, v)] = student.calls
     assert torch.equal(labels, torch.cat([y, torch.full_like(y, CLASSES)]))
@@ -302,7 +307,7 @@ def test_gradients_reach_the_student_only(options):
     teacher, student = SiT(config), SiT(config.refiner())
     data, y = (t.float() if t.is_floating_point() else t for t in batch(3))
     data.requires_grad_(True)
-    loss = Refinement(teacher, CLASSES, 3, **options)(student, data, y, Draws(0, 0, range(6)))
+    loss = Refinement(teacher, CLASSES, 3, **options)(student, data, y, StepRandom(0, 0, range(6)))
     loss.backward()
     assert loss.dtype == torch.float32
     assert all(p.grad is None for p in teacher.parameters())
@@ -331,13 +336,15 @@ def test_a_split_batch_has_the_same_loss(objective, world):
     def network(x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor:
         return curved(x, t, y) if v is None else student_of(x, t, y, v)
 
-    whole = objective(network, data, y, Draws(5, 3, range(6)))
+    whole = objective(network, data, y, StepRandom(5, 3, range(6)))
     share = 6 // world
     parts = [slice(k * share, (k + 1) * share) for k in range(world)]
-    losses = [objective(network, data[p], y[p], Draws(5, 3, range(p.start, p.stop))) for p in parts]
+    losses = [
+        objective(network, data[p], y[p], StepRandom(5, 3, range(p.start, p.stop))) for p in parts
+    ]
     assert_close(torch.stack(losses).mean(), whole, 1e-14)
     assert len({float(loss) for loss in losses}) == world
-    other = objective(network, data, y, Draws(5, 4, range(6)))
+    other = objective(network, data, y, StepRandom(5, 4, range(6)))
     assert relative_error(other, whole) > 1e-3
 
 

@@ -21,7 +21,7 @@ from flowturbo.data.encode import Encode, encode
 from flowturbo.data.prompt_latents import load_prompts
 from flowturbo.models.pipelines import load_pipeline, network_of
 from flowturbo.models.text_to_image import PromptNetwork, encode_prompts, packed, unpacked
-from flowturbo.runtime.rng import Draws
+from flowturbo.runtime.rng import StepRandom
 from flowturbo.storage.files import CheckpointError, load_tensors, save_tensors
 from flowturbo.storage.images import scan_captions
 from flowturbo.training.objectives import Refinement
@@ -113,7 +113,7 @@ def test_shards_hold_what_the_pipeline_makes_of_images_and_captions(
     )
     pipe = load_pipeline(pipeline_folders[kind])
     expected = encode_prompts(pipe, CAPTIONS, [""] * 5, "cpu")
-    latents, told = data.batch(np.array([4, 0, 3]), Draws(0, 0, range(3)))
+    latents, told = data.batch(np.array([4, 0, 3]), StepRandom(0, 0, range(3)))
     assert (
         {"embeds"} <= told.keys() == {name for name in expected if not name.startswith("negative_")}
     )
@@ -161,10 +161,10 @@ def test_each_use_draws_anew_and_mirrors(pipeline_folders, captioned, tmp_path):
         np.array([0, 0]),
         load_tensors(tmp_path / "out/latents-00000-of-00002.safetensors")[0],
     )
-    draws = Draws(0, 0, range(2))
+    draws = StepRandom(0, 0, range(2))
     flip = (draws.uniform() < 0.5).tolist()
     spread = draws.normal(data.shape)
-    latents, _ = data.batch(row, Draws(0, 0, range(2)))
+    latents, _ = data.batch(row, StepRandom(0, 0, range(2)))
     for i, mirrored in enumerate(flip):
         suffix = "_flipped" if mirrored else ""
         assert_close(
@@ -173,7 +173,8 @@ def test_each_use_draws_anew_and_mirrors(pipeline_folders, captioned, tmp_path):
             1e-6,
         )
     assert any(
-        data.batch(row, Draws(s, 0, range(2)))[0][0].equal(latents[0]) is False for s in range(1, 3)
+        data.batch(row, StepRandom(s, 0, range(2)))[0][0].equal(latents[0]) is False
+        for s in range(1, 3)
     )
 
 
@@ -226,7 +227,7 @@ def test_the_objective_told_prompts_is_the_formula(
         parameter.data.normal_(0, 0.05)
     teacher, student = PromptNetwork(module), PromptNetwork(student_module.requires_grad_(False))
     rows, delta_max, drop = 4, 0.3, 0.5
-    latents, told = data.batch(np.arange(rows), Draws(1, 0, range(rows)))
+    latents, told = data.batch(np.arange(rows), StepRandom(1, 0, range(rows)))
     embedded = kind == "flux"
     objective = Refinement(
         teacher,
@@ -237,9 +238,9 @@ def test_the_objective_told_prompts_is_the_formula(
         guidance=guidance,
         embedded=embedded,
     )
-    loss = objective(student, latents, told, Draws(2, 0, range(rows)))
+    loss = objective(student, latents, told, StepRandom(2, 0, range(rows)))
 
-    draws = Draws(2, 0, range(rows))
+    draws = StepRandom(2, 0, range(rows))
     x0, t, dropped = draws.normal(latents.shape[1:]), draws.uniform(), draws.uniform() < drop
     assert 0 < int(dropped.sum()) < rows
     if embedded:

@@ -29,7 +29,7 @@ import flowturbo as ft
 from flowturbo.data.latents import load_data, order
 from flowturbo.models.checkpoint import load_sit
 from flowturbo.models.sit import SiT
-from flowturbo.runtime.rng import Draws
+from flowturbo.runtime.rng import StepRandom
 from flowturbo.storage import files
 from flowturbo.storage.files import CheckpointError, load_tensors
 from flowturbo.training.objectives import FlowMatching
@@ -152,7 +152,7 @@ def test_training_is_the_plain_loop(tmp_path, data):
     average: dict[str, Tensor] = {}
     for step in range(7):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 4)
-        draws = Draws(5, step, range(8))
+        draws = StepRandom(5, step, range(8))
         x, y = latents.batch(order(40, 5, 8 * step, 8), draws)
         optimizer.zero_grad()
         objective(network, x, y, draws).backward()
@@ -563,7 +563,8 @@ assert os.environ["WORLD_SIZE"] == "2"
 settings = {TINY!r}
 
 def alone(work, asked):
-    # A store of its own for each run: processes that meet a second time in one store may read addresses of the first.
+    # A store of its own for each run: processes that meet a second time in one store
+    # may read addresses of the first.
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     os.environ["MASTER_PORT"] = str(ports.pop())
     work(asked)

@@ -29,9 +29,9 @@ from flowturbo.runtime import rng
 from flowturbo.sampling.run import Job
 from flowturbo.solver.plan import shifted_grid
 from flowturbo.solver.steps import MAX_PAST, STEPS, Field, Sample, State, adams_bashforth_weights
-from flowturbo.tuning import cost as price
+from flowturbo.tuning import cost as cost_model
 from flowturbo.tuning import fit, search, tune
-from flowturbo.tuning.cost import Price, call_prices, step_costs
+from flowturbo.tuning.cost import CostModel, call_costs, step_costs
 from flowturbo.tuning.fit import Batch
 from flowturbo.tuning.report import against
 
@@ -438,8 +438,10 @@ def test_a_plan_that_diverges_has_an_infinite_error():
 @pytest.mark.parametrize("budget", [0.4, 1.0, 2.3, 3.0])
 def test_every_plan_that_is_tried_keeps_to_the_budget(budget):
     model = tiny_model()
-    price = Price(call_prices(model), budget)
-    tried = search.affordable(price, True, [(0.0, 1.0), (0.2, 0.8)]) + tune.published(price, True)
+    cost_model = CostModel(call_costs(model), budget)
+    tried = search.affordable(cost_model, True, [(0.0, 1.0), (0.2, 0.8)]) + tune.published(
+        cost_model, True
+    )
     share = model.macs[1] / model.macs[0]
     for plan in tried:
         cost = plan.cost
@@ -448,16 +450,16 @@ def test_every_plan_that_is_tried_keeps_to_the_budget(budget):
         )
         assert halves / 2 <= budget + 1e-6, plan
     assert bool(tried) == (budget >= 1)
-    letters = [plan.letters for plan in search.affordable(price, True, [(0.0, 1.0)])]
+    letters = [plan.letters for plan in search.affordable(cost_model, True, [(0.0, 1.0)])]
     assert len(letters) == len(set(letters))
 
 
 def test_prices_are_those_of_the_calls_that_a_plan_makes():
-    price = Price({"E": 1.0, "P": 1.0, "H": 2.0, "R": 0.25}, 10.0, fixed=0.5)
+    cost_model = CostModel({"E": 1.0, "P": 1.0, "H": 2.0, "R": 0.25}, 10.0, fixed=0.5)
     for text, calls in (("E3", 3), ("P3", 4), ("H1P2", 4), ("H1P2R2", 4.5)):
-        assert price.of(Plan.parse(text)) == pytest.approx(0.5 + calls)
+        assert cost_model.of(Plan.parse(text)) == pytest.approx(0.5 + calls)
     half = Plan.parse("E4", guidance_interval=(0.4, 1.0))  # calls at 0, 1/4, 1/2, 3/4
-    assert price.of(half) == pytest.approx(0.5 + 3)
+    assert cost_model.of(half) == pytest.approx(0.5 + 3)
 
 
 def test_step_costs_are_told_for_each_kind_of_step():
@@ -477,12 +479,12 @@ def test_plans_that_are_timed_take_turns_and_are_captured_once_each(monkeypatch)
     # 13, 14 s.
     passed, calls = iter([1] * 8 + [9, 8, 7, 6, 10, 5, 8, 7, 11, 12, 13, 14]), []
 
-    def seconds(run, device, real=price.seconds):
+    def seconds(run, device, real=cost_model.seconds):
         real(run, device)
         return next(passed)
 
-    monkeypatch.setattr(price, "seconds", seconds)
-    found = price.milliseconds(model, plans, 1.5, 3, turns=3, advance=calls.append)
+    monkeypatch.setattr(cost_model, "seconds", seconds)
+    found = cost_model.milliseconds(model, plans, 1.5, 3, turns=3, advance=calls.append)
     assert recorder.recorded == len(plans)
     assert model.captures.limit == 2
     assert sum(calls) == 3 * (1 + 2 + 2 + 3) * (2 + 3)
@@ -490,10 +492,10 @@ def test_plans_that_are_timed_take_turns_and_are_captured_once_each(monkeypatch)
 
 
 def test_a_verdict_asks_for_two_standard_errors():
-    def row(price: float, rms: float, spread: float) -> dict:
+    def row(cost_model: float, rms: float, spread: float) -> dict:
         return {
-            "price": price,
-            "ms_per_image": 10 - price,
+            "price": cost_model,
+            "ms_per_image": 10 - cost_model,
             "rms": rms,
             "rms_blocks": [rms - spread, rms + spread] * 5,
         }
@@ -608,9 +610,9 @@ def test_plans_are_found_without_the_noise_and_classes_they_are_measured_on(
     assert sum(len(batch.noise) for batch in batches) == 12
     asked = torch.cat([batch.field(Plan.parse("E1")).labels for batch in batches])
     assert set(asked.tolist()) == set(range(8))  # of 10 classes, a fifth is held apart
-    price = Price(call_prices(model), 2.2)
+    cost_model = CostModel(call_costs(model), 2.2)
     keep = tune.Keep(tmp_path / "a.json", {"kept": {}})
-    found = tune.find(replace(other, images=500), model, price, keep, lambda calls: None)
+    found = tune.find(replace(other, images=500), model, cost_model, keep, lambda calls: None)
     assert [tune.record(plan) for plan, _ in found] == [
         tune.record(tune.plan_from(row["record"]))
         for row in read(tuned)["rows"]
