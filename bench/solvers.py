@@ -21,7 +21,7 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from flowturbo import Plan, load
-from flowturbo.tuning.fit import error
+from flowturbo.tuning.fit import rms_error
 from flowturbo.tuning.tune import Tune, calibration_batches
 
 FLOW: dict[str, Any] = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -90,7 +90,7 @@ def main() -> None:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     plans[shift] = plan_of(make(shift), steps)
-            errors = {shift: error(plan, batches) for shift, plan in plans.items()}
+            errors = {shift: rms_error(plan, batches) for shift, plan in plans.items()}
             best = min(errors, key=lambda shift: errors[shift])
             for label, shift in {"": 1.0, " shifted": best}.items():
                 about = {"solver": name, "shift": shift, "steps": steps}

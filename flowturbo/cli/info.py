@@ -10,6 +10,8 @@ import torch
 
 from flowturbo_kernels import OPS, BackendError, requested_backend
 
+from ..runtime.device import device_name
+
 
 def report() -> str:
     """Versions, devices, the state of the CUDA extension and the backend of every operation."""
@@ -58,7 +60,7 @@ def _devices() -> str:
         return (
             f"cpu ({platform.processor() or platform.machine()}); no CUDA device that torch can use"
         )
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return ", ".join(device_name(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
 
 
 def _extension() -> str:

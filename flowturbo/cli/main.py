@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
@@ -26,16 +25,6 @@ from .sample import Sample, Verify, run_sample, run_verify
 
 
 @dataclass(frozen=True)
-class EncodeFiles(Encode):
-    """Encode images, and captions if they have them, into shards of latents, once for all
-    trainings.
-    """
-
-    source: tyro.conf.Positional[Path]
-    out: tyro.conf.Positional[Path]
-
-
-@dataclass(frozen=True)
 class Info:
     """Print versions, devices and which kernels run, to paste into a report."""
 
@@ -49,8 +38,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "train": (Train, train),
     "distill": (Distill, distill),
     "evaluate": (Evaluate, evaluate),
+    "fid": (Fidelity, fidelity),
     "inspect-velocity": (InspectVelocity, inspect_velocity),
-    "encode": (EncodeFiles, encode),
+    "encode": (Encode, encode),
     "convert": (Convert, _convert),
     "tune": (Tune, tune),
     "bench": (Bench, bench),
@@ -60,24 +50,23 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
 printed.
 """
 
-WITH_FLAG: dict[tuple[str, str], tuple[type, Callable[[Any], object]]] = {
-    ("evaluate", "--metrics"): (Fidelity, fidelity),
-}
-"""What a command is where a flag is given: other settings, another function."""
+POSITIONAL = {"encode"}
+"""Commands whose required settings are given by their place."""
 
 
 def parse(words: Sequence[str]) -> Any:
     """The settings that a command line means. SystemExit, with the reason on standard error, where
     it means none.
     """
-    flags = {word.split("=")[0] for word in words}
-    commands = COMMANDS | {
-        name: entry for (name, flag), entry in WITH_FLAG.items() if flag in flags
-    }
-    subcommands = [
-        Annotated[settings, tyro.conf.subcommand(name, prefix_name=False)]  # type: ignore[valid-type]
-        for name, (settings, _) in commands.items()
-    ]
+    words = list(words)
+    if words[:1] == ["evaluate"] and any(word.split("=")[0] == "--metrics" for word in words):
+        words[0] = "fid"  # what this was called before
+    subcommands = []
+    for name, (settings, _) in COMMANDS.items():
+        kind: Any = settings
+        if name in POSITIONAL:
+            kind = tyro.conf.PositionalRequiredArgs[kind]  # type: ignore[misc]
+        subcommands.append(Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)])
     choices: Any = Union[tuple(subcommands)]  # noqa: UP007  (made from a table)
     return tyro.cli(
         choices,
@@ -86,7 +75,7 @@ def parse(words: Sequence[str]) -> Any:
             "Few-call sampling of flow-matching models. Add --debug to any command for a "
             "full traceback."
         ),
-        args=list(words),
+        args=words,
     )
 
 
@@ -97,9 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     settings = parse([word for word in words if word != "--debug"])
-    run = next(
-        run for kind, run in [*COMMANDS.values(), *WITH_FLAG.values()] if type(settings) is kind
-    )
+    run = next(run for kind, run in COMMANDS.values() if type(settings) is kind)
     try:
         result = run(settings)
     except KeyboardInterrupt:

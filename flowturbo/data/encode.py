@@ -23,8 +23,9 @@ from ..models.pipelines import load_pipeline, move_part
 from ..models.text_to_image import encode_prompts
 from ..models.vae import VAE, DiffusersVAE, load_vae
 from ..runtime.device import choose_device
-from ..storage.files import CheckpointError, load_tensors, save_tensors
+from ..storage.files import CheckpointError, load_tensors, open_npz, save_tensors
 from ..storage.images import ImageFiles, scan, scan_captions, square
+from ..storage.resume import check_same, remove_partial_files
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,10 @@ def encode(settings: Encode) -> Path:
     if settings.out.exists() and not settings.out.is_dir():
         raise ValueError(f"out must be a folder, but {settings.out} is a file")
     images, labels, vae = _opened(settings, device)
-    wanted = _plan(settings, images, labels, vae)
+    wanted = _shard_descriptions(settings, images, labels, vae)
     there = _there(settings.out, wanted)
     settings.out.mkdir(parents=True, exist_ok=True)
-    for torn in settings.out.glob(".latents-*.tmp"):  # what a killed run was writing
-        torn.unlink()
+    remove_partial_files(settings.out, "latents-*")
     with tqdm(total=len(images), disable=None, unit="image") as bar:
         for name, description in wanted.items():
             rows = _rows(description["shard"], settings, len(images))
@@ -215,7 +215,7 @@ def _rows(shard: int, settings: Encode, count: int) -> range:
     return range(shard * size, min((shard + 1) * size, count))
 
 
-def _plan(
+def _shard_descriptions(
     settings: Encode, source: _Source, labels: _Labels, vae: VAE
 ) -> dict[str, dict[str, Any]]:
     """File names of all shards, with their descriptions."""
@@ -265,11 +265,7 @@ def _there(out: Path, wanted: Mapping[str, Mapping[str, Any]]) -> set[str]:
             _, description = load_tensors(path)
         except CheckpointError:
             continue  # damaged: made again
-        if description != wanted[path.name]:
-            raise ValueError(
-                f"out {out}: {path.name} was made "
-                f"{_difference(description or {}, wanted[path.name])}: {_CURE}"
-            )
+        _check_same(f"out {out}: {path.name}", description or {}, wanted[path.name])
         there.add(path.name)
     return there
 
@@ -277,25 +273,14 @@ def _there(out: Path, wanted: Mapping[str, Mapping[str, Any]]) -> set[str]:
 _CURE = "choose another folder, or delete its shards"
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    old, new = before.get("settings"), now["settings"]
-    if not isinstance(old, dict):
-        return "by something else"
-    changed = [k for k in new if old.get(k) != new[k]]
-    if changed:
-        return (
-            "with other settings ("
-            + ", ".join(
-                f"{k} was {_short(old.get(k))} and is now {_short(new[k])}" for k in changed
-            )
-            + ")"
-        )
-    return "from other images" if before.get("images") != now["images"] else "by another version"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _check_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """ValueError, unless a shard is of the same settings, images and version."""
+    if before.get("kind") != now["kind"]:
+        raise ValueError(f"{what} was made by something else: {_CURE}")
+    check_same(what, before.get("settings", {}), now["settings"], cure=_CURE)
+    if before != now:
+        how = "from other images" if before.get("images") != now["images"] else "by another version"
+        raise ValueError(f"{what} was made {how}: {_CURE}")
 
 
 @torch.no_grad()
@@ -350,22 +335,13 @@ class _Arrays:
     classes: list[str] | None = None
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"{path} does not exist")
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = arrays.files
-                self.images: np.ndarray = arrays["arr_0"] if "arr_0" in found else np.empty(0)
-                name = next((name for name in ("labels", "arr_1") if name in found), None)
-                labels = (
-                    np.zeros(len(self.images), dtype=np.int64) if name is None else arrays[name]
-                )
+        with open_npz(path) as arrays:
+            names = list(arrays)
+            self.images: np.ndarray = arrays["arr_0"] if "arr_0" in names else np.empty(0)
+            name = next((name for name in ("labels", "arr_1") if name in names), None)
+            labels = np.zeros(len(self.images), dtype=np.int64) if name is None else arrays[name]
             with zipfile.ZipFile(path) as archive:
-                checksum = archive.getinfo("arr_0.npy").CRC if "arr_0" in found else 0
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise CheckpointError(f"{path} is no whole .npz of plain arrays: {error}") from error
+                checksum = archive.getinfo("arr_0.npy").CRC if len(self.images) else 0
         if (
             self.images.dtype != np.uint8
             or self.images.ndim != 4
@@ -374,8 +350,8 @@ class _Arrays:
         ):
             got = (
                 f"{self.images.shape}, {self.images.dtype}"
-                if "arr_0" in found
-                else f"only {', '.join(found) or 'nothing'}"
+                if "arr_0" in names
+                else f"only {', '.join(names) or 'nothing'}"
             )
             raise ValueError(
                 f"{path} must hold images (N, height, width, 3) of uint8 in arr_0, got {got}"

@@ -17,7 +17,7 @@ from ..checks import positive
 from ..models.text_to_image import Labels
 from ..models.vae import VAE
 from ..runtime.rng import StepRandom, stream
-from ..storage.files import CheckpointError, load_tensors
+from ..storage.files import CheckpointError, load_tensors, open_npz
 from ..storage.images import scan
 
 
@@ -224,17 +224,10 @@ Parts = dict[str, Tensor]
 
 
 def _from_npz(path: Path) -> Latents:
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = arrays.files
-            part = {k: torch.from_numpy(arrays[k]) for k in _NAMES if k in found}
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path} is no whole .npz of plain arrays: {error}") from error
-    return _latents(path, part, None, found)
+    with open_npz(path) as arrays:
+        names = list(arrays)
+        part = {k: torch.from_numpy(arrays[k]) for k in _NAMES if k in names}
+    return _latents(path, part, None, names)
 
 
 def _from_shards(paths: list[Path]) -> Latents:

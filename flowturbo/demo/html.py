@@ -148,6 +148,6 @@ def summary(found: Comparison) -> str:
     )
 
 
-def error(message: str) -> str:
+def error_box(message: str) -> str:
     """A message of several lines as it stands, whatever is in it."""
     return f'<pre class="ft-error">{html.escape(message)}</pre>' if message else ""

@@ -330,7 +330,7 @@ def _or_error(run: Callable[[], tuple[Any, ...]], count: int) -> tuple[Any, ...]
 
 
 def _error(error: Exception) -> Any:
-    return gr.HTML(show.error(str(error)), visible=True)
+    return gr.HTML(show.error_box(str(error)), visible=True)
 
 
 def _no_error() -> Any:

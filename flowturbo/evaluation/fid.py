@@ -20,7 +20,7 @@ from ..runtime.device import choose_device
 from ..solver.plan import as_plan
 from ..storage.files import write_text
 from ..storage.provenance import environment
-from ..storage.resume import changes
+from ..storage.resume import resumed_report
 from .fid_report import TITLES, fidelity_table
 from .image_sets import GeneratedImages, ImageSet, Reference, open_images
 from .inception import FeatureNetwork, Features, Inception, stored_features
@@ -125,8 +125,11 @@ def fidelity(settings: Fidelity, network: FeatureNetwork | None = None) -> Path:
     _check_counts(settings, reference, sets)
     network = network or Inception(settings.inception, device)
     _check_widths(network, reference)
-    results = _begin(settings, model, network, reference, sets, device)
     path = settings.out / "report.json"
+    identity = _identity(settings, model, network, reference, sets, device)
+    files = {name: str(file) for name in _FILES if (file := getattr(settings, name)) is not None}
+    results = resumed_report(path, identity, {"files": files, "rows": []}, "an evaluation")
+    results["files"] = files  # they may have moved: their digests are compared
     write_text(path, json.dumps(results, indent=1) + "\n")
     rows = {row["samples"]: row for row in results["rows"]}
     for name, images in sets.items():
@@ -238,13 +241,10 @@ class _First:
         return self.images.read(first, min(count, self.count - first))
 
 
-_PARTS = ("settings", "samples", "reference", "network", "environment", "protocol")
-
-
 _FILES = ("samples", "model", "refiner", "vae", "reference", "inception")
 
 
-def _begin(
+def _identity(
     settings: Fidelity,
     model: FlowModel | None,
     network: FeatureNetwork,
@@ -252,8 +252,8 @@ def _begin(
     sets: Mapping[str, ImageSet],
     device: torch.device,
 ) -> dict[str, Any]:
-    """The report so far of an evaluation with these settings, or a new one without rows."""
-    ours: dict[str, Any] = {
+    """What the scores depend on."""
+    identity: dict[str, Any] = {
         "format": FORMAT,
         "settings": {"batch_size": settings.batch_size},
         "samples": _described(settings, model, sets),
@@ -263,19 +263,8 @@ def _begin(
         "protocol": {"split": SPLIT, "neighbours": NEIGHBOURS},
     }
     if device.type != "cpu":
-        del ours["environment"]["threads"]  # on which nothing hangs there
-    ours = json.loads(json.dumps(ours))
-    files = {k: str(v) for k in _FILES if (v := getattr(settings, k)) is not None}
-    path = settings.out / "report.json"
-    if not path.exists():
-        return {**ours, "files": files, "rows": []}
-    before = {**_read(path), "files": files}  # they may have moved: their digests are compared
-    if changed := changes(before, ours, _PARTS):
-        raise ValueError(
-            f"{path} is of an evaluation with other settings ({'; '.join(changed)}): choose "
-            "another folder as out"
-        )
-    return before
+        del identity["environment"]["threads"]  # on which nothing depends there
+    return identity
 
 
 def _described(
@@ -305,18 +294,6 @@ def _described(
         "dtype": str(model.dtype).removeprefix("torch."),
         "rounding": "127.5 x + 128, cut off, to uint8",
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(path.read_text())
-        known = results["format"] == FORMAT and isinstance(results["rows"], list)
-        known = known and all(isinstance(results[part], dict) for part in _PARTS)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no report of an evaluation: {error!r}") from None
-    if not known:
-        raise ValueError(f"{path} holds no report of an evaluation of format {FORMAT}")
-    return results
 
 
 class Compared(NamedTuple):

@@ -24,7 +24,7 @@ from ..models.flow_model import FlowModel
 from ..runtime import rng
 from ..sampling.sampler import sample
 from ..solver.plan import Plan
-from ..storage.files import CheckpointError
+from ..storage.files import CheckpointError, open_npz
 from ..storage.images import EXTENSIONS, read_npz, read_whole
 from .metrics import Gaussian
 
@@ -370,15 +370,8 @@ def _has(path: Path, member: str) -> bool:
 
 def _gaussian_arrays(path: Path) -> dict[str, np.ndarray]:
     names = ("mu", "sigma", "mu_s", "sigma_s")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names if name in arrays.files}
-    except MemoryError:
-        raise
-    except Exception as error:  # numpy raises half a dozen kinds for damaged files
-        raise CheckpointError(
-            f"{path} is no whole .npz of plain arrays: {error or type(error).__name__}"
-        ) from error
+    with open_npz(path) as arrays:
+        return {name: arrays[name] for name in names if name in arrays}
 
 
 def _gaussian(

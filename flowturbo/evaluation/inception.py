@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..storage.files import CheckpointError, load_tensors, load_torch_file, save_tensors
+from ..storage.files import CheckpointError, load_torch_file, save_tensors
 from ..storage.provenance import file_digest
+from ..storage.resume import remove_partial_files, resumed_tensors
 from .image_sets import ImageSet
 
 
@@ -209,27 +210,20 @@ def stored_features(
     """
     size = batch_size * max(1, SHARD // batch_size)
     folder.mkdir(parents=True, exist_ok=True)
-    for torn in folder.glob(".*.tmp"):  # what a killed run was writing
-        torn.unlink()
+    remove_partial_files(folder, "*")
     parts = []
     with tqdm(total=len(images), disable=None, unit="image", desc=folder.name) as bar:
         for first in range(0, len(images), size):
             count = min(size, len(images) - first)
             path = folder / f"{first:08d}.safetensors"
-            ours = {**identity, "first": first, "count": count}
-            if path.exists():
-                tensors, described = load_tensors(path)
-                if described != ours:
-                    raise ValueError(
-                        f"{path} is of an evaluation with other settings: choose another folder "
-                        "as out"
-                    )
-                bar.update(count)
+            shard_identity = {**identity, "first": first, "count": count}
+            tensors = resumed_tensors(path, shard_identity)
+            if tensors is None:
+                rows = range(first, first + count)
+                tensors = _read_features(images, network, rows, batch_size, bar)
+                save_tensors(path, tensors, shard_identity)
             else:
-                tensors = _read_features(
-                    images, network, range(first, first + count), batch_size, bar
-                )
-                save_tensors(path, tensors, ours)
+                bar.update(count)
             parts.append(tensors)
     return Features(*(torch.cat([part[name] for part in parts]) for name in Features._fields))
 

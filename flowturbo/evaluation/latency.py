@@ -26,14 +26,12 @@ from ..models.load import load
 from ..models.random_weights import untrained
 from ..models.sit import SIT_CONFIGS, SiT
 from ..runtime import rng
-from ..runtime.device import choose_device, seconds
+from ..runtime.device import Dtype, choose_device, device_name, seconds
 from ..sampling.compile import compile
 from ..sampling.sampler import sample
 from ..solver.plan import as_plan
 from ..storage.files import write_text
 from ..version import __version__
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,7 @@ def bench(settings: Bench) -> str:
         model.captures.clear()
     environment = {
         "model": settings.model,
-        "device": torch.cuda.get_device_name(model.device)
-        if model.device.type == "cuda"
-        else "cpu",
+        "device": device_name(model.device),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "guidance": settings.guidance,

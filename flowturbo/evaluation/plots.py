@@ -24,7 +24,7 @@ FAMILIES = {
     "FlowTurbo": ("#d55e00", "o"),
     "Adams-Bashforth + refiner": ("#9c5a00", "P"),
 }
-_FONT: Any = {
+FONT: Any = {
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -60,7 +60,7 @@ def plot_quality(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
         ("frechet", "Fréchet distance to held-out digits"),
     )
     costs = (("cost", "cost in predictor calls"), ("ms_per_image", "milliseconds an image"))
-    with rc_context(_FONT):
+    with rc_context(FONT):
         figure = Figure(figsize=(13, 11), dpi=120, layout="constrained")
         panels = figure.subplots(2, 2, sharex="col", sharey="row")
         for line, (distance, distance_title) in zip(panels, distances, strict=True):
@@ -86,7 +86,7 @@ def plot_quality(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
         for line, (distance, _) in zip(panels, distances, strict=True):
             for axes, (cost, _) in zip(line, costs, strict=True):
                 _label(axes, rows, cost, distance)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
@@ -121,8 +121,8 @@ def _scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
                 label=name,
                 zorder=2,
             )
-    _plain_ticks(axes.xaxis, (1, 1.5, 2, 3, 4, 6, 8))
-    _plain_ticks(axes.yaxis)
+    plain_ticks(axes.xaxis, (1, 1.5, 2, 3, 4, 6, 8))
+    plain_ticks(axes.yaxis)
     axes.grid(True, which="major", color="#e6e6e6", linewidth=0.7, zorder=-1)
     axes.margins(x=0.07, y=0.07)
     if above:
@@ -156,7 +156,7 @@ def _best_without(rows: Sequence[Row], cost: str, distance: str) -> list[Row]:
     return [row for row, on_front in zip(rivals, front, strict=True) if on_front]
 
 
-def _plain_ticks(axis: Any, digits: tuple[float, ...] = (1, 2, 5)) -> None:
+def plain_ticks(axis: Any, digits: tuple[float, ...] = (1, 2, 5)) -> None:
     """These digits of each power of ten, in plain figures, on a log axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -232,7 +232,7 @@ def plot_velocity(results: Mapping[str, Any], path: str | os.PathLike[str] | IO[
 
     times, rate = results["times"], results["rate"]
     middles = [(a + b) / 2 for a, b in itertools.pairwise(times)]
-    with rc_context(_FONT):
+    with rc_context(FONT):
         figure = Figure(figsize=(10.5, 4.2), dpi=130, layout="constrained")
         left, right = figure.subplots(1, 2)
         left.fill_between(
@@ -246,7 +246,7 @@ def plot_velocity(results: Mapping[str, Any], path: str | os.PathLike[str] | IO[
         )
         left.plot(middles, rate["mean"], color="#0072b2", linewidth=2, label="mean over images")
         left.set_yscale("log")
-        _plain_ticks(left.yaxis)
+        plain_ticks(left.yaxis)
         left.set_title("How fast the velocity changes")
         left.set_ylabel("|dv/dt| / |v|")
         left.legend(frameon=False)
@@ -263,10 +263,10 @@ def plot_velocity(results: Mapping[str, Any], path: str | os.PathLike[str] | IO[
             axes.set_xlabel("t, from noise (0) to data (1)")
             axes.set_xlim(-0.01, 1.01)
             axes.grid(True, which="major", color="#e6e6e6", linewidth=0.7, zorder=-1)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
-def _save(figure: Any, path: str | os.PathLike[str] | IO[bytes]) -> None:
+def save_figure(figure: Any, path: str | os.PathLike[str] | IO[bytes]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     with atomic_write(path) if isinstance(path, str | os.PathLike) else nullcontext(path) as file:

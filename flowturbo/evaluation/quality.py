@@ -24,9 +24,9 @@ from ..models.load import load, model_digests
 from ..runtime import rng
 from ..sampling.sampler import sample
 from ..solver.plan import Plan
-from ..storage.files import CheckpointError, load_tensors, save_tensors, write_text
+from ..storage.files import save_tensors, write_text
 from ..storage.provenance import environment
-from ..storage.resume import changes
+from ..storage.resume import resumed_report, resumed_tensors
 from .digit_classifier import read_images, train_classifier
 from .metrics import frechet_distance, rms_distance
 from .plots import need_matplotlib, plot_quality
@@ -87,8 +87,7 @@ class Evaluate:
     About 20 minutes with the defaults on two idle cores. Whatever else runs on the machine
     falsifies the milliseconds.
 
-    With --metrics, images of any kind are scored instead, as published figures are: evaluate
-    --metrics fid --help has those flags.
+    `flowturbo fid` scores images of any kind, as published figures are.
     """
 
     out: Path = Path("evaluation")
@@ -162,7 +161,7 @@ def evaluate(settings: Evaluate) -> Path:
     plans = [Plan.parse(plan) for plan in settings.plans]
     _check_model(model, plans)
     path = settings.out / "quality.json"
-    results = _begin(path, settings, model)
+    results = resumed_report(path, _identity(settings, model), {"rows": []}, "an evaluation")
     _measure(results, path, settings, model, plans)
     write_text(settings.out / "quality.md", quality_table(results))
     plot_quality(results, settings.out / "quality.png")
@@ -181,10 +180,10 @@ def _check_model(model: FlowModel, plans: Sequence[Plan]) -> None:
         raise ValueError(f"refiner must be given: of the plans, {', '.join(refined)} need one")
 
 
-def _begin(path: Path, settings: Evaluate, model: FlowModel) -> dict[str, Any]:
-    """The results so far of an evaluation with these settings, or new ones without rows."""
+def _identity(settings: Evaluate, model: FlowModel) -> dict[str, Any]:
+    """What the results depend on."""
     assert model.macs is not None
-    ours: dict[str, Any] = {
+    return {
         "format": FORMAT,
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE},
         "seed_rule": (
@@ -197,30 +196,6 @@ def _begin(path: Path, settings: Evaluate, model: FlowModel) -> dict[str, Any]:
         },
         "environment": environment(model.device, model.dtype),
     }
-    if not path.exists():
-        return {**ours, "rows": []}
-    before = _read(path)
-    changed = changes(before, ours, ("settings", "model", "environment"))
-    if changed:
-        raise ValueError(
-            f"{path} belongs to an evaluation with other settings ({'; '.join(changed)}): choose "
-            "another folder as out"
-        )
-    return before
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(path.read_text())
-        known = results["format"] == FORMAT
-        known = known and all(
-            isinstance(results[k], dict) for k in ("settings", "model", "environment")
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no results of an evaluation: {error!r}") from None
-    if not known:
-        raise ValueError(f"{path} holds no results of an evaluation of format {FORMAT}")
-    return results
 
 
 def _measure(
@@ -332,14 +307,9 @@ def _fine_solution(
     """
     path = settings.out / "fine.safetensors"
     identity = {k: results[k] for k in ("settings", "model", "environment")}
-    if path.exists():
-        tensors, described = load_tensors(path)
-        if described != identity:
-            raise CheckpointError(
-                f"{path} belongs to an evaluation with other settings: choose another folder as out"
-            )
+    if stored := resumed_tensors(path, identity):
         bar.update(plan.cost.predictor * len(noise))
-        return tensors["latents"]
+        return stored["latents"]
     bar.set_postfix_str(f"{plan}, the fine solution")
 
     def advance(info: Any) -> None:

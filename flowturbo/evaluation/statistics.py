@@ -23,22 +23,6 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     ]
 
 
-def group(row: Row) -> str:
-    """What a row is called in the table and the plot."""
-    letters = row["record"]["letters"]
-    if row["how"] == "fitted":
-        return "fitted, with refiner steps" if row["refiner_calls"] else "fitted"
-    if row["how"] == "searched":
-        return "unfitted, searched"
-    if row["how"] != "published":
-        return row["how"].split("-")[0]
-    if row["refiner_calls"]:
-        return "FlowTurbo"
-    if set(letters) <= set("HP"):
-        return "pseudo corrector" if "P" in letters else "Heun"
-    return "Euler" if set(letters) == {"E"} else "Adams-Bashforth"
-
-
 BLOCKS = 10
 """Groups of images that are left out in turn, to know how far a distance hangs on which images were
 made.

@@ -101,9 +101,10 @@ def load(
         predictor, refiner = bundled.predictor, refiner or bundled.refiner
     main = _checkpoint(predictor, "predictor", heads, convention)
     config = main.model.config
-    side = None if refiner is None else _checkpoint(refiner, "refiner", heads, "auto").model
-    if side is not None:
-        _check_pair(main.model, side)
+    refiner_model = None
+    if refiner is not None:
+        refiner_model = _checkpoint(refiner, "refiner", heads, "auto").model
+        _check_pair(main.model, refiner_model)
     sit = _aligned(main.model.to(place, dtype))
     if quantize:
         sit.quantize_()
@@ -116,7 +117,9 @@ def load(
     three = config.channels == 4 and main.convention == "sit"
     return FlowModel(
         predictor=cast(Network, network),
-        refiner=None if side is None else cast(Network, _aligned(side.to(place, dtype))),
+        refiner=None
+        if refiner_model is None
+        else cast(Network, _aligned(refiner_model.to(place, dtype))),
         latent_shape=(config.channels, config.side, config.side),
         num_classes=config.num_classes,
         null_class=config.null_class,
@@ -125,7 +128,7 @@ def load(
         dtype=dtype,
         vae=chosen_vae,
         backend=backend,
-        macs=(config.macs(), 0 if side is None else side.config.macs()),
+        macs=(config.macs(), 0 if refiner_model is None else refiner_model.config.macs()),
     )
 
 

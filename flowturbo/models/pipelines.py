@@ -56,7 +56,7 @@ def from_pipeline(
     if dtype is None:
         loaded = torch.bfloat16 if place.type == "cuda" else torch.float32
         dtype = loaded if named and not _quantised(module) else module.dtype
-    side = None if refiner is None else PromptNetwork(check_refiner(refiner, module))
+    refiner_network = None if refiner is None else PromptNetwork(check_refiner(refiner, module))
     if vae is None and getattr(pipe, "vae", None) is not None:
         codec: VAE | None = DiffusersVAE(pipe.vae)
     else:
@@ -79,16 +79,16 @@ def from_pipeline(
     if named or device is not None or dtype != module.dtype:
         for part in parts:
             move_part(part, place, dtype)
-    if side is not None:
-        move_part(side, place, dtype)
-        parts.append(side)
+    if refiner_network is not None:
+        move_part(refiner_network, place, dtype)
+        parts.append(refiner_network)
     for part in parts:
         part.eval().requires_grad_(False)
     if named and vae is None and codec is not None:
         fuse(pipe.vae)
     return PromptModel(
         predictor=network,
-        refiner=side,
+        refiner=refiner_network,
         latent_shape=(network.channels, height // factor, width // factor),
         num_classes=0,
         null_class=None,

@@ -52,7 +52,7 @@ def edit(
     float32. Raises ValueError or TypeError, naming the argument, for input that does not fit.
     """
     begun = _begun(model, plan, strength)
-    inputs, job = _prepare(
+    inputs, job = edit_job(
         model, begun, images, labels, guidance, guidance_channels, noise, seed, output, negative
     )
     return in_batches(
@@ -98,7 +98,7 @@ def inpaint(
     one that covers nothing.
     """
     begun = _begun(model, plan, strength)
-    inputs, job = _prepare(
+    inputs, job = edit_job(
         model, begun, images, labels, guidance, guidance_channels, noise, seed, output, negative
     )
     N, (H, W) = len(inputs["noise"]), model.latent_shape[1:]
@@ -129,7 +129,7 @@ def _begun(model: FlowModel, plan: str | Plan, strength: float) -> Plan:
     return as_plan(plan, model.shift).starting_at(1 - strength)
 
 
-def _prepare(
+def edit_job(
     model: FlowModel,
     plan: Plan,
     images: Images,

@@ -22,6 +22,7 @@ from ..models.flow_model import FlowModel
 from ..models.sit import SiT
 from ..models.text_to_image import PromptModel, PromptNetwork, config_of
 from ..runtime import rng
+from ..runtime.device import device_name
 from ..runtime.distributed import Team
 from ..solver.plan import Plan, as_plan
 from ..storage.files import Lock
@@ -31,7 +32,7 @@ from ..storage.image_shards import (
     cut,
     images_there,
     missing_shards,
-    remove_partial_files,
+    remove_partial_shards,
     save_shard,
     write_manifest,
 )
@@ -195,7 +196,7 @@ def _settings(
         "dtype": str(model.dtype).removeprefix("torch."),
         "float32_products": job.precision,
         "backend": job.backend,
-        "device": torch.cuda.get_device_name(place)
+        "device": device_name(place)
         if on_gpu
         else f"{place.type} {torch.backends.cpu.get_cpu_capability()}",
         "flowturbo": __version__,
@@ -265,7 +266,7 @@ def _writing(
             missing = missing_shards(out, shards, settings)
             if missing:
                 (out / MANIFEST).unlink(missing_ok=True)
-            remove_partial_files(out)
+            remove_partial_shards(out)
             if not lock.take(alone=False):  # the others join
                 raise ValueError(busy)
             return settings, missing

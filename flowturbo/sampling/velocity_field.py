@@ -35,25 +35,20 @@ class GuidedField(Field):
         self,
         model: FlowModel,
         plan: Plan,
-        labels: Tensor,
+        labels: Any,
         guidance: float | Tensor | None,
         channels: int,
     ) -> None:
         self.model, self.plan, self.guidance, self.channels = model, plan, guidance, channels
         self.labels: Any = labels
-        self.both_labels: Any = (
-            labels
-            if guidance is None
-            else torch.cat([labels, torch.full_like(labels, model.null_class or 0)])
-        )
+        self.both_labels: Any = labels if guidance is None else self._with_null(labels)
+
+    def _with_null(self, labels: Any) -> Any:
+        """The labels of both halves."""
+        return torch.cat([labels, torch.full_like(labels, self.model.null_class or 0)])
 
     def predict(self, x: Tensor, t: float) -> Tensor:
         return self._whole(x, self._guided(self._run(self.model.predictor, x, t, None), t))
-
-    def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
-        return self._whole(
-            x, self._guided(self._run(self._refiner(), x, t, self._read(x, t, v)), t)
-        )
 
     def predict_and_move(self, x: Tensor, t: float, move: Move) -> tuple[Tensor, Tensor]:
         return self._move(self._run(self.model.predictor, x, t, None), x, t, None, move)
@@ -182,16 +177,14 @@ class PromptField(GuidedField):
         guidance: float | Tensor | None,
         channels: int,
     ) -> None:
-        self.model, self.plan, self.guidance, self.channels = model, plan, guidance, channels
-        self.labels = {
-            name: value for name, value in conditions.items() if not name.startswith("negative_")
+        self.conditions = conditions
+        positive = {k: v for k, v in conditions.items() if not k.startswith("negative_")}
+        super().__init__(model, plan, positive, guidance, channels)
+
+    def _with_null(self, labels: Any) -> Any:
+        return {
+            k: torch.cat([v, self.conditions.get(f"negative_{k}", v)]) for k, v in labels.items()
         }
-        self.both_labels = self.labels
-        if guidance is not None:
-            self.both_labels = {
-                k: torch.cat([v, conditions.get(f"negative_{k}", v)])
-                for k, v in self.labels.items()
-            }
 
 
 def field_of(

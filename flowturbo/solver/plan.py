@@ -24,6 +24,7 @@ from ..storage.files import write_text
 from .steps import FITTED, MAX_PAST, STEPS, Field, Multistep, NoCachedVelocity, State, Step
 
 MAX_STEPS = 1000
+_RECORD = ("letters", "grid", "guidance_interval", "weights")
 
 
 class Call(NamedTuple):
@@ -134,6 +135,16 @@ class Plan:
         )
         return cls(letters, times, guidance_interval)
 
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Plan:
+        """The plan that `record` describes."""
+        letters, grid, interval, weights = (record[name] for name in _RECORD)
+        return cls(letters, grid, interval, weights=weights)
+
+    def record(self) -> dict[str, Any]:
+        """The plan as values of JSON's types, letter by letter, for reports."""
+        return {name: getattr(self, name) for name in _RECORD}
+
     def starting_at(self, t: float) -> Plan:
         """The same steps on the grid squeezed into [t, 1], 0 <= t < 1. Every step stays: so any
         plan can start anywhere.
@@ -154,13 +165,8 @@ class Plan:
         it, for any other.
         """
         try:
-            found = _read(Path(path))
-            return cls(
-                _expand(found["plan"]),
-                found["grid"],
-                found["guidance_interval"],
-                weights=found["weights"],
-            )
+            lines = _read(Path(path))
+            return cls.from_record({**lines, "letters": _expand(lines["plan"])})
         except OSError as error:
             raise ValueError(f"{path} can't be read: {error.strerror or error}") from None
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
@@ -176,14 +182,8 @@ class Plan:
             raise ValueError(
                 f"a plan must start at 0 to be saved, got one that starts at {self.start:g}"
             )
-        lines = {
-            "format": _FORMAT,
-            "plan": str(self),
-            "grid": self.grid,
-            "guidance_interval": self.guidance_interval,
-            "weights": self.weights,
-            "about": dict(about or {}),
-        }
+        lines = {"format": _FORMAT, "plan": str(self), **self.record(), "about": dict(about or {})}
+        del lines["letters"]
         write_text(path, json.dumps(lines, indent=1, allow_nan=False) + "\n")
 
     def __str__(self) -> str:
@@ -410,16 +410,3 @@ def _mark(text: str, at: int, message: str) -> str:
     shown = text if len(text) <= 60 else text[max(0, at - 30) : at + 30]
     column = at if len(text) <= 60 else min(at, 30)
     return f"{message}\n  {shown}\n  {' ' * column}^"
-
-
-def record(plan: Plan) -> dict[str, Any]:
-    return {
-        "letters": plan.letters,
-        "grid": plan.grid,
-        "guidance_interval": plan.guidance_interval,
-        "weights": plan.weights,
-    }
-
-
-def plan_from(row: Mapping[str, Any]) -> Plan:
-    return Plan(row["letters"], row["grid"], row["guidance_interval"], weights=row["weights"])

@@ -48,8 +48,8 @@ def trapezoid(x: Tensor, v0: Tensor, dt: float) -> Move:
 class Field(ABC):
     """What a step may ask of a model. Guidance, labels and dtypes are the field's business.
 
-    A model says what predict and refine are; it may fuse evaluation and move by overriding the
-    other two.
+    A model says what predict and refine are, or fuses each with the move that follows it by
+    overriding the other two.
     """
 
     @abstractmethod
@@ -58,11 +58,11 @@ class Field(ABC):
         halves, conditional first.
         """
 
-    @abstractmethod
     def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
         """x (N, ...), t, v as `predict` gives it -> the refiner's offset, of v's shape, to be added
         to a velocity.
         """
+        raise ValueError("this plan has refiner steps, but the field has no refiner")
 
     def predict_and_move(self, x: Tensor, t: float, move: Move) -> tuple[Tensor, Tensor]:
         """v = predict(x, t) -> (where the move by v ends, v)."""

@@ -188,6 +188,21 @@ def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], di
             return dict(arrays), description
 
 
+@contextlib.contextmanager
+def open_npz(path: str | os.PathLike[str]) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of any .npz by name, each read when it is asked for.
+
+    Raises CheckpointError for a missing or damaged file, and for one that holds pickles; of what
+    the block itself raises, for anything but a CheckpointError.
+    """
+    path = _existing(path)
+    with (
+        _as_checkpoint_error(path, "is no whole .npz of plain arrays"),
+        np.load(path, allow_pickle=False) as arrays,
+    ):
+        yield arrays
+
+
 class Lock:
     """A lock on a file among processes, of one machine or, where the file system knows locks, of
     several.

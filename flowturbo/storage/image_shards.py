@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .files import CheckpointError, atomic_write, load_arrays, save_arrays, write_text
-from .resume import difference
+from .resume import check_same, difference, remove_partial_files
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -63,10 +63,7 @@ def missing_shards(out: Path, shards: list[Shard], settings: Mapping[str, Any]) 
                 ) from error
             warnings.warn(f"{error}: it is made again", stacklevel=4)
             continue
-        if changed := difference(before, settings):
-            raise ValueError(
-                f"out {out}: {path.name} was made with other settings ({changed}): {cure}"
-            )
+        check_same(f"out {out}: {path.name}", before, settings, cure=cure)
         if path.name in missing and np.array_equal(arrays["indices"], missing[path.name].images):
             del missing[path.name]
     return list(missing.values())
@@ -82,10 +79,9 @@ def save_shard(
     )
 
 
-def remove_partial_files(out: Path) -> None:
+def remove_partial_shards(out: Path) -> None:
     """What killed runs were writing. None may be writing now."""
-    for torn in [*out.glob(".images-*.tmp"), *out.glob(f".{MANIFEST}.*.tmp")]:
-        torn.unlink()
+    remove_partial_files(out, "images-*", MANIFEST)
 
 
 def write_manifest(out: Path, about: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .files import CheckpointError
+from .files import CheckpointError, open_npz
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # The content decides how a file is read, whatever its name says, but never by pillow's other
@@ -244,15 +244,10 @@ def read_npz(path: str | os.PathLike[str]) -> np.ndarray:
     """An .npz -> its arr_0, (N, height, width, 3) uint8. CheckpointError naming the file if it
     can't be read or holds others.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images = file["arr_0"]
-    except MemoryError:
-        raise
-    except Exception as error:  # numpy raises half a dozen kinds for damaged files
-        raise CheckpointError(
-            f"{path} is no .npz with arr_0: {error or type(error).__name__}"
-        ) from error
+    with open_npz(path) as arrays:
+        if "arr_0" not in arrays:
+            raise CheckpointError(f"{path} is no .npz with arr_0")
+        images = arrays["arr_0"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
         raise CheckpointError(
             f"{path} must hold arr_0 (N, height, width, 3) uint8, got {images.shape} {images.dtype}"

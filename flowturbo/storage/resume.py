@@ -1,50 +1,120 @@
-"""Results that resume: settings are stored, compared, and a difference is named."""
+"""Work that resumes: results lie beside the settings they were made with, a later run goes on only
+with the same ones, and otherwise says what differs.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import write_text
+from torch import Tensor
+
+from .files import load_tensors, write_text
+
+OTHER_FOLDER = "choose another folder as out"
+
+
+def difference(
+    before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
+) -> str:
+    """What differs, e.g. "seed was 0 and is now 1, model.depth was ..."; empty if nothing does.
+
+    free: keys that may differ.
+    """
+    return ", ".join(_differences(before, now, free))
+
+
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = (), prefix: str = ""
+) -> list[str]:
+    lines = []
+    for key in {**now, **before}:
+        old, new = before.get(key), now.get(key)
+        if key in free or old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += _differences(old, new, prefix=f"{prefix}{key}.")
+        else:
+            lines.append(f"{prefix}{key} was {_short(old)} and is now {_short(new)}")
+    return lines
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_same(
+    what: object,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    free: Collection[str] = (),
+    cure: str = OTHER_FOLDER,
+) -> None:
+    """ValueError that says what differs, unless `what` was made with the settings of now."""
+    if text := difference(before, now, free):
+        raise ValueError(f"{what} was made with other settings ({text}): {cure}")
+
+
+def resumed_report(
+    path: Path, identity: Mapping[str, Any], rest: Mapping[str, Any], of: str
+) -> dict[str, Any]:
+    """The results in a JSON file, or new ones: `identity` and `rest`.
+
+    identity: "format", and all that the results depend on. rest: what new results hold besides,
+    e.g. {"rows": []}. of: what these are results of, in words. ValueError for a file that holds no
+    such results, or results of another identity.
+    """
+    identity = json.loads(json.dumps(identity))
+    fresh = {**identity, **rest}
+    if not path.exists():
+        return fresh
+    try:
+        before = json.loads(path.read_text())
+        known = before["format"] == identity["format"]
+        known = known and all(isinstance(before[key], type(value)) for key, value in fresh.items())
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no results of {of}: {error!r}") from None
+    if not known:
+        raise ValueError(f"{path} holds no results of {of} of format {identity['format']}")
+    check_same(path, {key: before[key] for key in identity}, identity)
+    return before
+
+
+def resumed_tensors(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors in a file, or None where there is no file. ValueError for another identity,
+    CheckpointError for a damaged file.
+    """
+    if not path.exists():
+        return None
+    tensors, before = load_tensors(path)
+    check_same(path, before or {}, json.loads(json.dumps(identity)))
+    return tensors
+
+
+def remove_partial_files(folder: Path, *names: str) -> None:
+    """Remove what killed runs were writing under these names, which may hold wildcards. None may
+    be writing now.
+    """
+    for name in names:
+        for path in folder.glob(f".{name}.*.tmp"):
+            path.unlink()
 
 
 class Keep:
-    """What has been worked out already, in a file: it is worked out once, by name, even if the
-    process is killed in between.
+    """Values of JSON's types in a report, each computed once, by name, even if the process is
+    killed in between.
     """
 
     def __init__(self, path: Path, results: dict[str, Any]) -> None:
         self.path, self.results = path, results
 
     def __call__(self, name: str, make: Callable[[], Any]) -> Any:
-        """A value of JSON's types."""
         kept = self.results["kept"]
         if name not in kept:
             kept[name] = json.loads(json.dumps(make()))
             write_text(self.path, json.dumps(self.results, indent=1) + "\n")
         return kept[name]
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], parts: Iterable[str]) -> list[str]:
-    """In words, what of these parts of a report is not as it was."""
-    return [
-        f"{part}.{key} was {before[part].get(key)!r} and is now {value!r}"
-        for part in parts
-        for key, value in now[part].items()
-        if before[part].get(key) != value
-    ]
-
-
-def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What changed, in words; empty if nothing did."""
-    changed = [k for k in {**now, **before} if before.get(k) != now.get(k)]
-    return ", ".join(
-        f"{k} was {_short(before.get(k))} and is now {_short(now.get(k))}" for k in changed
-    )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

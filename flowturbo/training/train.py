@@ -22,7 +22,7 @@ from ..models.vae import load_vae
 from ..runtime.distributed import workers
 from ..runtime.rng import stream
 from .objectives import FlowMatching, Refinement
-from .trainer import Objective, Settings, Weights, fit, provenance
+from .trainer import Objective, Settings, Weights, provenance, run_training
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def train(settings: Train) -> Path:
         config = settings.config(data)
         network = SiT(config).reset_parameters(_seeded(settings.seed))
         objective = FlowMatching(config.null_class, settings.label_drop)
-        return fit(network, objective, data, settings, device, _SIT)
+        return run_training(network, objective, data, settings, device, _SIT)
 
 
 def distill(settings: Distill) -> Path:
@@ -123,7 +123,8 @@ def distill(settings: Distill) -> Path:
     prompted = is_pipeline(settings.teacher)
     with workers(settings.device) as device:
         network, objective, data = (_for_prompts if prompted else _for_classes)(settings, device)
-        return fit(network, objective, data, settings, device, _PROMPTED if prompted else _SIT)
+        weights = _PROMPTED if prompted else _SIT
+        return run_training(network, objective, data, settings, device, weights)
 
 
 def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Objective, Data]:

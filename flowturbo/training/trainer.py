@@ -26,6 +26,7 @@ from ..models.flow_model import Network
 from ..models.text_to_image import Labels, PromptNetwork
 from ..runtime.rng import StepRandom
 from ..storage.files import load_tensors, save_tensors, write_text
+from ..storage.resume import check_same
 
 Objective = Callable[[Network, Tensor, Any, StepRandom], Tensor]
 
@@ -127,7 +128,7 @@ def provenance(settings: Settings, step: int) -> dict[str, Any]:
     return {"settings": _plain(settings), "steps": step, "torch": torch.__version__}
 
 
-def fit(
+def run_training(
     network: nn.Module,
     objective: Objective,
     data: Data,
@@ -274,17 +275,7 @@ class _Run:
     def _check_settings(self, before: Mapping[str, Any]) -> None:
         now = _plain(self.settings)
         free = _FREE if now["schedule"] == "constant" else _FREE - {"steps"}
-        changed = [
-            k for k in now.keys() | before.keys() if k not in free and now.get(k) != before.get(k)
-        ]
-        if changed:
-            what = ", ".join(
-                f"{k} was {before.get(k)!r} and is now {now.get(k)!r}" for k in sorted(changed)
-            )
-            raise ValueError(
-                f"{self.path} belongs to a run with other settings ({what}): choose another "
-                "folder as out"
-            )
+        check_same(self.path, before, now, free=free)
 
 
 class _Log:

@@ -85,7 +85,7 @@ def inserted(plan: Plan, at: int, letter: str) -> Plan:
 
 
 @torch.no_grad()
-def error(plan: Plan, batches: Sequence[Batch], advance: Advance = lambda calls: None) -> float:
+def rms_error(plan: Plan, batches: Sequence[Batch], advance: Advance = lambda calls: None) -> float:
     """Root of the mean square of (result - fine) over all values of all batches; infinite where a
     result is NaN or infinite.
     """
@@ -99,7 +99,7 @@ def error(plan: Plan, batches: Sequence[Batch], advance: Advance = lambda calls:
 
 
 @torch.no_grad()
-def fit(
+def fit_weights(
     plan: Plan,
     batches: Sequence[Batch],
     *,
@@ -114,14 +114,14 @@ def fit(
     needed, and any field will do. iterations: at most so many; it ends before where one lowers the
     error by a smaller share than `least_gain`.
     """
-    best, damping = error(plan, batches, advance), 1e-4
+    best, damping = rms_error(plan, batches, advance), 1e-4
     for _ in range(iterations):
         curvature, slope = _normal_equations(plan, batches, advance)
         scale = curvature.diagonal().clamp(min=1e-8 * float(curvature.diagonal().max()))
         before = best
         for _ in range(8):
             moved = _moved(plan, torch.linalg.solve(curvature + damping * scale.diag(), slope))
-            found = math.inf if moved is None else error(moved, batches, advance)
+            found = math.inf if moved is None else rms_error(moved, batches, advance)
             if moved is not None and found < best:
                 plan, best, damping = moved, found, max(damping / 10, 1e-9)
                 break

@@ -7,10 +7,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..evaluation.plots import _FONT, FAMILIES, _plain_ticks, _save, need_matplotlib
+from ..evaluation.plots import FAMILIES, FONT, need_matplotlib, plain_ticks, save_figure
 from ..evaluation.statistics import pareto_front
 
-_FOUND = {
+TUNED = {
     "fitted": ("#000000", "o"),
     "fitted, with refiner steps": ("#d55e00", "P"),
     "unfitted, searched": ("#56b4e9", "X"),
@@ -36,18 +36,18 @@ def plot_tuning(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
     )
     measures = [("rms", f"RMS distance to {results['settings']['reference_plan']}")]
     measures += [("frechet", "Fréchet distance to held-out digits")] if "frechet" in rows[0] else []
-    with rc_context(_FONT):
+    with rc_context(FONT):
         figure = Figure(figsize=(6.5 * len(measures), 5.5), dpi=120, layout="constrained")
         panels = figure.subplots(1, len(measures), squeeze=False)[0]
         for axes, (measure, title) in zip(panels, measures, strict=True):
             others = iter(itertools.cycle(_MORE))
             for name in sorted(
-                {row["group"] for row in rows}, key=lambda name: (name in _FOUND, name)
+                {row["group"] for row in rows}, key=lambda name: (name in TUNED, name)
             ):
                 members = sorted(
                     (row for row in rows if row["group"] == name), key=lambda row: row["price"]
                 )
-                colour, marker = _FOUND.get(name) or FAMILIES.get(name) or next(others)
+                colour, marker = TUNED.get(name) or FAMILIES.get(name) or next(others)
                 best = [
                     r
                     for r, on in zip(
@@ -63,15 +63,15 @@ def plot_tuning(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
                     yerr=[row[f"{measure}_error"] for row in best],
                     color=colour,
                     marker=marker,
-                    markersize=8 if name in _FOUND else 5,
-                    linewidth=1.6 if name in _FOUND else 0.8,
+                    markersize=8 if name in TUNED else 5,
+                    linewidth=1.6 if name in TUNED else 0.8,
                     label=name,
-                    zorder=3 if name in _FOUND else 2,
+                    zorder=3 if name in TUNED else 2,
                 )
             axes.set_xscale("log")
             axes.set_yscale("log")
-            _plain_ticks(axes.xaxis, (1, 1.5, 2, 3, 4, 5, 6, 8))
-            _plain_ticks(axes.yaxis)
+            plain_ticks(axes.xaxis, (1, 1.5, 2, 3, 4, 5, 6, 8))
+            plain_ticks(axes.yaxis)
             axes.set_xlabel(f"cost in {unit}")
             axes.set_ylabel(title)
             axes.grid(True, which="major", color="#e6e6e6", linewidth=0.7, zorder=-1)
@@ -79,4 +79,4 @@ def plot_tuning(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
         figure.legend(
             handles, names, loc="outside upper center", ncols=min(5, len(names)), frameon=False
         )
-        _save(figure, path)
+        save_figure(figure, path)

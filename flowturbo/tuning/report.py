@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.statistics import BLOCKS, group, jackknife_error, pareto_front
+from ..evaluation.statistics import BLOCKS, Row, family, jackknife_error, judge, pareto_front
+from ..solver.plan import Plan
 from .cost import TURNS
-
-Row = Mapping[str, Any]
 
 
 def described(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -28,6 +27,17 @@ def described(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
+def group(row: Row) -> str:
+    """What a row is called in the table and the plot: how it was found, or its family."""
+    if row["how"] == "fitted":
+        return "fitted, with refiner steps" if row["refiner_calls"] else "fitted"
+    if row["how"] == "searched":
+        return "unfitted, searched"
+    if row["how"] != "published":
+        return row["how"].split("-")[0]
+    return family(Plan.from_record(row["record"]))
+
+
 MARGINS = {"price": 1.005, "ms_per_image": 1.03}
 """A rival that costs up to so much as much as a plan is held to cost the same."""
 
@@ -35,18 +45,8 @@ MARGINS = {"price": 1.005, "ms_per_image": 1.03}
 def against(
     row: Row, rivals: Sequence[Row], measure: str, cost: str = "price"
 ) -> tuple[str, Row | None]:
-    """ "better", "worse" or "level" (within two standard errors of the difference), and the best
-    rival of at most its cost.
-    """
-    affordable = [rival for rival in rivals if rival[cost] <= MARGINS[cost] * row[cost]]
-    if not affordable:
-        return "no rival", None
-    best = min(affordable, key=lambda rival: rival[measure])
-    gain = best[measure] - row[measure]
-    doubt = 2 * jackknife_error(
-        [b - a for a, b in zip(row[f"{measure}_blocks"], best[f"{measure}_blocks"], strict=True)]
-    )
-    return ("better" if gain > doubt else "worse" if gain < -doubt else "level"), best
+    """`judge` against the rivals of at most about its cost."""
+    return judge(row, rivals, measure, cost, MARGINS[cost] * row[cost])
 
 
 def front_table(results: Mapping[str, Any]) -> str:

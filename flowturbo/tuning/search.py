@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ..solver.plan import Plan, shifted_grid
 from ..solver.steps import MAX_PAST
 from .cost import CostModel
-from .fit import Advance, Batch, error, fit, inserted, weighted
+from .fit import Advance, Batch, fit_weights, inserted, rms_error, weighted
 
 
 def grids(steps: int) -> list[tuple[float, ...]]:
@@ -99,7 +99,7 @@ def _best(
     groups: dict[int, list[tuple[float, int, Plan]]] = {}
     for number, plan in enumerate(plans):
         level = math.ceil((cost_model.of(plan) - cost_model.fixed) / unit - 1e-6)
-        groups.setdefault(level, []).append((error(plan, batches, advance), number, plan))
+        groups.setdefault(level, []).append((rms_error(plan, batches, advance), number, plan))
     return [
         plan
         for level in sorted(groups)
@@ -110,8 +110,8 @@ def _best(
 def fitted(plan: Plan, batches: Sequence[Batch], iterations: int, advance: Advance) -> Plan:
     """Fitted to the first batch, which is cheap, and then to all."""
     if len(batches) > 1:
-        plan = fit(plan, batches[:1], iterations=iterations, advance=advance)
-    return fit(plan, batches, iterations=iterations, advance=advance)
+        plan = fit_weights(plan, batches[:1], iterations=iterations, advance=advance)
+    return fit_weights(plan, batches, iterations=iterations, advance=advance)
 
 
 def multistep(
@@ -131,13 +131,13 @@ def multistep(
         for grid in grids(n)
         for order in range(1, min(n, 3) + 1)
     ]
-    starts = sorted(starts, key=lambda plan: error(plan, first, advance))[:1]
+    starts = sorted(starts, key=lambda plan: rms_error(plan, first, advance))[:1]
     if shorter is not None:
         gaps = [b - a for a, b in zip(shorter.grid, shorter.grid[1:], strict=False)]
         starts.append(inserted(shorter, 1 + gaps.index(max(gaps)), "L"))
-    begun = [fit(plan, first, iterations=3, advance=advance) for plan in starts]
+    begun = [fit_weights(plan, first, iterations=3, advance=advance) for plan in starts]
     return fitted(
-        min(begun, key=lambda plan: error(plan, first, advance)), batches, iterations, advance
+        min(begun, key=lambda plan: rms_error(plan, first, advance)), batches, iterations, advance
     )
 
 
@@ -147,13 +147,13 @@ def with_refiner_step(
     """The fitted plan with an M step where it helps most after two iterations, fitted."""
     first = batches[:1]
     tried = [
-        fit(inserted(plan, at, "M"), first, iterations=2, advance=advance)
+        fit_weights(inserted(plan, at, "M"), first, iterations=2, advance=advance)
         for at in range(1, len(plan) + 1)
     ]
     found = fitted(
-        min(tried, key=lambda plan: error(plan, first, advance)), batches, iterations, advance
+        min(tried, key=lambda plan: rms_error(plan, first, advance)), batches, iterations, advance
     )
     # What helps the first batch alone is not taken: without weight the new step changes nothing.
     return min(
-        found, inserted(plan, len(plan), "M"), key=lambda plan: error(plan, batches, advance)
+        found, inserted(plan, len(plan), "M"), key=lambda plan: rms_error(plan, batches, advance)
     )

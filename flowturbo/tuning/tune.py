@@ -28,14 +28,14 @@ from ..models.load import MODELS, load, model_digests
 from ..runtime import rng
 from ..sampling.sampler import sample
 from ..sampling.velocity_field import GuidedField
-from ..solver.plan import Plan, as_plan, plan_from, record, shifted_grid
+from ..solver.plan import Plan, as_plan, shifted_grid
 from ..solver.steps import MAX_PAST
 from ..storage.files import write_text
 from ..storage.provenance import environment
-from ..storage.resume import Keep
+from ..storage.resume import Keep, resumed_report
 from . import search
 from .cost import CostModel, call_costs, milliseconds, step_costs
-from .fit import Advance, Batch, error, inserted
+from .fit import Advance, Batch, inserted, rms_error
 from .plot import plot_tuning
 from .report import described, front_table
 
@@ -145,8 +145,9 @@ def tune(settings: Tune) -> Path:
             dtype=torch.float32,
         )
     model.guided(settings.guidance)
-    results = _begin(settings, model)
-    keep = Keep(settings.out / "tuning.json", results)
+    path = settings.out / "tuning.json"
+    results = resumed_report(path, _identity(settings, model), {"kept": {}}, "a search")
+    keep = Keep(path, results)
     results["costs"] = keep(
         "costs",
         lambda: step_costs(
@@ -185,31 +186,14 @@ def tune(settings: Tune) -> Path:
     return settings.out / "tuning.md"
 
 
-def _begin(settings: Tune, model: FlowModel) -> dict[str, Any]:
-    """The results so far of the same search, or none."""
-    ours: dict[str, Any] = {
+def _identity(settings: Tune, model: FlowModel) -> dict[str, Any]:
+    """What the results depend on."""
+    return {
         "format": FORMAT,
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE},
         "model": model_digests(settings.model, settings.refiner),
         "environment": environment(model.device, model.dtype),
     }
-    ours = json.loads(json.dumps(ours))
-    path = settings.out / "tuning.json"
-    if not path.exists():
-        return {**ours, "kept": {}}
-    try:
-        before = json.loads(path.read_text())
-        same = all(before[key] == value for key, value in ours.items()) and isinstance(
-            before["kept"], dict
-        )
-    except (ValueError, KeyError, TypeError) as damage:
-        raise ValueError(f"{path} holds no results of a search: {damage!r}") from None
-    if not same:
-        raise ValueError(
-            f"{path} belongs to a search with other settings, model or machine: choose another "
-            "folder as out"
-        )
-    return before
 
 
 def find(
@@ -227,13 +211,13 @@ def find(
 
     def without_weights() -> list[dict[str, Any]]:
         return [
-            record(plan)
+            plan.record()
             for plan in search.searched(
                 cost_model, calibration(), refiner, intervals, unit, advance
             )
         ]
 
-    found = [(plan_from(row), "searched") for row in keep("searched", without_weights)]
+    found = [(Plan.from_record(row), "searched") for row in keep("searched", without_weights)]
     for interval in intervals:
         name, shorter = ("" if interval == (0.0, 1.0) else f" in {interval}"), None
         for n in range(1, MAX_PAST + 2):
@@ -264,7 +248,7 @@ def find(
 
 
 def _kept_plan(keep: Keep, name: str, make: Callable[[], Plan]) -> Plan:
-    return plan_from(keep(name, lambda: record(make())))
+    return Plan.from_record(keep(name, lambda: make().record()))
 
 
 def _refines(settings: Tune, model: FlowModel) -> bool:
@@ -275,7 +259,7 @@ def _errors(
     settings: Tune, model: FlowModel, plans: Sequence[Plan], advance: Advance
 ) -> list[float]:
     batches = calibration_batches(settings, model, advance)
-    return [error(plan, batches, advance) for plan in plans]
+    return [rms_error(plan, batches, advance) for plan in plans]
 
 
 def calibration_batches(settings: Tune, model: FlowModel, advance: Advance) -> list[Batch]:
@@ -378,12 +362,12 @@ def measure(
             ],
             "rms_held": rms_distance(latents[held], fine()[held]) if held.any() else None,
             **judge()(latents),
-            "record": record(plan),
+            "record": plan.record(),
         }
 
     rows: list[dict[str, Any]] = []
     for plan, how in found:
-        named = f"row {how} {json.dumps(record(plan))}"
+        named = f"row {how} {json.dumps(plan.record())}"
         rows.append(keep(named, functools.partial(row, plan, how)))
     if "frechet" in rows[0]:
         keep("fine frechet", lambda: judge()(fine())["frechet"])
@@ -435,7 +419,7 @@ def _save_plans(settings: Tune, results: Mapping[str, Any]) -> None:
             "predictor_calls": row["predictor_calls"],
             "refiner_calls": row["refiner_calls"],
         }
-        plan = plan_from(row["record"])
+        plan = Plan.from_record(row["record"])
         if row["how"] == "fitted":
             plan.save(settings.out / "plans" / f"{plan.letters}.json", about)
         if row is best:

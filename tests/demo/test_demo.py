@@ -251,7 +251,7 @@ def test_the_curve_is_measured_once_for_each_guidance(session, monkeypatch):
 
 def test_what_a_visitor_wrote_is_shown_as_text():
     assert (
-        demo_html.error("plan <b>\n  ^ & it")
+        demo_html.error_box("plan <b>\n  ^ & it")
         == '<pre class="ft-error">plan &lt;b&gt;\n  ^ &amp; it</pre>'
     )
 

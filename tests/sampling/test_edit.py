@@ -17,7 +17,7 @@ from torch import Tensor
 import flowturbo as ft
 from flowturbo.cli.main import main
 from flowturbo.models.vae import Pixels
-from flowturbo.sampling.edit import _prepare
+from flowturbo.sampling.edit import edit_job
 from flowturbo.solver.path import on_path
 from flowturbo.storage.files import CheckpointError
 from flowturbo.storage.images import box_mask, read_mask, read_npz, read_transparency
@@ -337,7 +337,7 @@ def test_a_plan_that_starts_later_is_for_edit():
     for t in (1.0, -0.1, math.nan):
         with pytest.raises(ValueError, match="t must be"):
             ft.Plan.parse("H1").starting_at(t)
-    _, job = _prepare(
+    _, job = edit_job(
         tiny_model(), plan, torch.randn(1, *CONFIG_SHAPE), 3, 1.0, None, None, 0, "latents"
     )
     assert "from t = 0.25" in str(job)

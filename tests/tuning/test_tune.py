@@ -28,7 +28,14 @@ from flowturbo.models.checkpoint import save_sit
 from flowturbo.runtime import rng
 from flowturbo.sampling.run import Job
 from flowturbo.solver.plan import shifted_grid
-from flowturbo.solver.steps import MAX_PAST, STEPS, Field, Sample, State, adams_bashforth_weights
+from flowturbo.solver.steps import (
+    MAX_PAST,
+    STEPS,
+    Field,
+    PastVelocity,
+    State,
+    adams_bashforth_weights,
+)
 from flowturbo.tuning import cost as cost_model
 from flowturbo.tuning import fit, search, tune
 from flowturbo.tuning.cost import CostModel, call_costs, step_costs
@@ -137,7 +144,7 @@ def test_a_fitted_step_is_the_weighted_sum_of_an_independent_formula(letter, len
     expected = x.copy()
     for weight, v in zip(weights, [both, *past[::-1]], strict=False):
         expected = expected + weight * v[:2]  # x moves by the conditional half
-    samples = tuple(Sample(0.01 * i, torch.from_numpy(v)) for i, v in enumerate(past))
+    samples = tuple(PastVelocity(0.01 * i, torch.from_numpy(v)) for i, v in enumerate(past))
     after = STEPS[letter].weighted(tuple(weights))(
         Guided(), State(torch.from_numpy(x), None, samples), 0.3, 0.7
     )
@@ -371,31 +378,31 @@ def test_a_pipelines_scheduler_keeps_the_grid_that_weights_were_fitted_on():
 
 @pytest.mark.parametrize("steps", [2, 3, 4])
 def test_a_fitted_plan_beats_adams_bashforth_on_noise_it_never_saw(steps):
-    plan = fit.fit(fit.weighted(Plan.parse(f"L{steps}"), 2), [CALIBRATION])
-    published = [fit.error(Plan.parse(f"{letter}{steps}"), [TEST]) for letter in "EABC"]
-    assert fit.error(plan, [TEST]) < 0.75 * min(published)
+    plan = fit.fit_weights(fit.weighted(Plan.parse(f"L{steps}"), 2), [CALIBRATION])
+    published = [fit.rms_error(Plan.parse(f"{letter}{steps}"), [TEST]) for letter in "EABC"]
+    assert fit.rms_error(plan, [TEST]) < 0.75 * min(published)
 
 
 def test_times_alone_are_fitted_for_steps_without_weights():
-    plan = fit.fit(Plan.parse("H1P2"), [CALIBRATION])
+    plan = fit.fit_weights(Plan.parse("H1P2"), [CALIBRATION])
     assert plan.letters == "HPP"
     assert not plan.weights
-    assert fit.error(plan, [TEST]) < 0.95 * fit.error(Plan.parse("H1P2"), [TEST])
+    assert fit.rms_error(plan, [TEST]) < 0.95 * fit.rms_error(Plan.parse("H1P2"), [TEST])
 
 
 @pytest.mark.parametrize(
     "plan", [Plan.parse("H1P1"), fit.weighted(Plan.parse("L3"), 3), random_plan("LML", 1)]
 )
 def test_a_fit_never_gets_worse_and_keeps_letters_cost_and_order_of_times(plan):
-    found = fit.fit(plan, [CALIBRATION], iterations=3)
-    assert fit.error(found, [CALIBRATION]) <= fit.error(plan, [CALIBRATION])
+    found = fit.fit_weights(plan, [CALIBRATION], iterations=3)
+    assert fit.rms_error(found, [CALIBRATION]) <= fit.rms_error(plan, [CALIBRATION])
     assert (found.letters, found.cost) == (plan.letters, plan.cost)
     assert all(a < b for a, b in itertools.pairwise(found.grid))
 
 
 def test_derivatives_are_those_of_autograd():
     """By each inner time and weight of L steps written out in torch."""
-    plan = fit.fit(fit.weighted(Plan.parse("L4"), 2), [CALIBRATION], iterations=1)
+    plan = fit.fit_weights(fit.weighted(Plan.parse("L4"), 2), [CALIBRATION], iterations=1)
 
     def end(times: Tensor, *rows: Tensor) -> Tensor:
         x, velocities = CALIBRATION.noise[:7], []
@@ -415,19 +422,19 @@ def test_derivatives_are_those_of_autograd():
 
 
 def test_a_call_that_was_inserted_changes_nothing_until_it_is_fitted():
-    plan = fit.fit(fit.weighted(Plan.parse("L3"), 2), [CALIBRATION], iterations=2)
+    plan = fit.fit_weights(fit.weighted(Plan.parse("L3"), 2), [CALIBRATION], iterations=2)
     for at, letter in itertools.product(range(1, 4), "LM"):
         longer = fit.inserted(plan, at, letter)
         assert len(longer) == 4
         assert longer.letters[at] == letter
         assert_close(run(longer, FIELD, TEST.noise), run(plan, FIELD, TEST.noise), 1e-14)
-        assert fit.error(fit.fit(longer, [CALIBRATION], iterations=2), [CALIBRATION]) < fit.error(
-            plan, [CALIBRATION]
-        )
+        assert fit.rms_error(
+            fit.fit_weights(longer, [CALIBRATION], iterations=2), [CALIBRATION]
+        ) < fit.rms_error(plan, [CALIBRATION])
 
 
 def test_a_plan_that_diverges_has_an_infinite_error():
-    assert fit.error(Plan("LL", (0, 0.5, 1), weights=((1e200,), (1e200, 0))), [TEST]) == float(
+    assert fit.rms_error(Plan("LL", (0, 0.5, 1), weights=((1e200,), (1e200, 0))), [TEST]) == float(
         "inf"
     )
 
