@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ._streams import clear_workspaces, return_private_stream, take_private_stream
+
 T = TypeVar("T")
 
 RECORDING = threading.RLock()
@@ -21,23 +23,26 @@ breaks a recording that is under way in another thread, in whatever mode."""
 
 
 class GraphPool:
-    """Records graphs of one device. All share one pool of memory, so that their replays must take
-    turns, and one stream, without which they would share the pool's name and none of its memory.
+    """Records graphs of one device. All share one memory pool, so their replays must take turns,
+    and one stream, since the blocks of a pool are reused only on the stream they were allocated on.
 
-    torch ends a pool with the last graph in it, and takes its id for no other: a pool is made anew
-    when no graph is alive.
+    torch frees a pool with the last graph in it and never takes its id again: record() makes a new
+    pool when no graph is alive.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self._return_stream: weakref.finalize[..., GraphPool] | None = None
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()  # of that pool
 
     @property
     def stream(self) -> torch.cuda.Stream:
-        """On which graphs are recorded: a new one after a failure."""
-        self._stream = self._stream or torch.cuda.Stream(self.device)
+        """The capture stream, which nobody else has; a new one after a failed capture."""
+        if self._stream is None:
+            self._stream = take_private_stream(self.device)
+            self._return_stream = weakref.finalize(self, return_private_stream, self._stream)
         return self._stream
 
     def record(self, run: Callable[[], T]) -> tuple[T, torch.cuda.CUDAGraph]:
@@ -50,26 +55,25 @@ class GraphPool:
             self._pool = torch.cuda.graph_pool_handle()
         cause, ended = None, True
         try:
-            # torch.cuda.graph leaves its stream the current one where the capture can't be ended:
-            # this puts it back.
             with (
                 RECORDING,
                 torch.cuda.device(self.device),
                 torch.cuda.stream(self.stream),
                 _no_collection(),
             ):
-                _clear_workspaces()
-                # Other threads may allocate meanwhile.
-                with torch.cuda.graph(
-                    graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"
-                ):
+                try:
+                    self._begin(graph)
                     try:
                         result = run()
                     except BaseException as error:
                         cause = error  # what the end of the capture may raise only follows from it
+                    graph.capture_end()
+                finally:
+                    # A workspace from the capture would keep the pool from ending, and eager work
+                    # on this stream would write to it.
+                    clear_workspaces(self.stream)
         except BaseException as error:
             cause, ended = cause or error, False
-        _clear_workspaces()
         if cause is None:
             self._graphs.add(graph)
             return result, graph
@@ -80,12 +84,31 @@ class GraphPool:
         finally:
             del cause, graph, others  # or they and this frame would hold each other
 
+    def _begin(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Begin the capture on the current stream, with as much free memory as can be had.
+
+        Not torch.cuda.graph, which empties the cache after its caller has cleared the workspaces:
+        where that clears those of all threads, one whose product is about to be launched would have
+        its workspace unmapped.
+        """
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        if hasattr(torch._C, "_host_emptyCache"):  # since torch 2.7
+            torch._C._host_emptyCache()
+        # A workspace from eager work on this stream lies outside the pool: it would be freed
+        # beneath the graph.
+        clear_workspaces(self.stream)
+        # thread_local: other threads may allocate meanwhile
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Make whole what a capture leaves behind that could not be ended. The next one has a pool
         and a stream of its own.
         """
         index, pool = self.device.index, self._pool
-        self._pool = self._stream = None
+        if self._return_stream is not None:
+            self._return_stream.detach()  # it may still be in capture mode
+        self._pool = self._stream = self._return_stream = None
         self._graphs = weakref.WeakSet()
         graph.reset()
         name = "_cuda_endAllocateToPool"
@@ -108,15 +131,6 @@ _UNENDED: list[torch.cuda.CUDAGraph] = []
 """Graphs whose capture torch did not end, up to version 2.11: its allocator of pinned memory goes
 on asking them.
 """
-
-
-def _clear_workspaces() -> None:
-    """Give back cuBLAS's workspaces. A product takes one for each thread and stream and keeps it:
-    one that was made in a capture would keep the pool from ending, and one that was made outside it
-    would be given back, or used by others, beneath the graph."""
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if clear is not None:
-        clear()
 
 
 @contextmanager

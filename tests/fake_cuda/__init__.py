@@ -12,6 +12,8 @@ import ctypes
 import importlib.util
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,17 @@ def launches() -> list[str]:
 def captured() -> list[str]:
     """The nodes of the graph whose capture ended last, by name."""
     return _lines(_library.fake_cuda_captured)
+
+
+@contextmanager
+def before_products(call: Callable[[], None]) -> Iterator[None]:
+    """Calls this before each launch of a cuBLAS product, in the thread that launches it."""
+    hook = ctypes.CFUNCTYPE(None)(call)
+    _library.fake_cuda_before_product(hook)
+    try:
+        yield
+    finally:
+        _library.fake_cuda_before_product(None)
 
 
 def set_memory(mib: int | None) -> None:

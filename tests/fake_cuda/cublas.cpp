@@ -10,10 +10,17 @@
 using fake::Lock;
 using fake::Work;
 
-static std::map<void*, void*> streams;  // of a handle
+static std::map<void*, void*> streams, workspaces;  // of a handle
+
+// Called before each launch of a product of cuBLAS, when it has its workspace: a test may wait there.
+static void (*before_product)() = nullptr;
+API void fake_cuda_before_product(void (*call)()) { before_product = call; }
 
 void fake_product(void* handle, const char* name) {
+    if (before_product) before_product();
     Lock lock;
+    if (void* workspace = workspaces[handle])
+        if (!fake::on_device(workspace)) fake::violation(std::string(name) + " has a workspace that was given back to the device");
     fake::submit(Work::kernel, name, streams[handle]);
 }
 
@@ -30,7 +37,10 @@ API cublasStatus_t cublasGetStream_v2(cublasHandle_t handle, cudaStream_t* strea
     Lock lock;
     return *stream = (cudaStream_t)streams[handle], FINE;
 }
-API cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t, void*, size_t) { return FINE; }
+API cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void* workspace, size_t) {
+    Lock lock;
+    return workspaces[handle] = workspace, FINE;
+}
 API cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return FINE; }
 API cublasStatus_t cublasGetMathMode(cublasHandle_t, cublasMath_t* mode) { return *mode = CUBLAS_DEFAULT_MATH, FINE; }
 API cublasStatus_t cublasSetPointerMode_v2(cublasHandle_t, cublasPointerMode_t) { return FINE; }

@@ -18,6 +18,7 @@ from torch import Tensor
 import flowturbo as ft
 from flowturbo.runtime.cuda_graphs import Captures, Key
 from flowturbo.runtime.recorder import CudaRecorder
+from flowturbo_kernels._graphs import GraphPool
 
 fake_cuda = pytest.importorskip("fake_cuda")
 if not getattr(fake_cuda, "PRESENT", False):
@@ -434,7 +435,7 @@ def test_captures_have_a_workspace_each_even_on_one_stream():
     first, second = Captures(), Captures()
     for captures in (first, second):
         captures.recorder = CudaRecorder(torch.device("cuda", 0))
-    first.recorder._stream = second.recorder._stream = torch.cuda.Stream()
+    first.recorder._pool._stream = second.recorder._pool._stream = torch.cuda.Stream()
     memory = [
         captures.precapture(Key("it", 64), product, matrix(), []).memory
         for captures in (first, second)
@@ -445,7 +446,6 @@ def test_captures_have_a_workspace_each_even_on_one_stream():
 def test_a_workspace_from_outside_is_not_taken_into_a_capture():
     captures = Captures()
     captures.recorder = CudaRecorder(torch.device("cuda", 0))
-    captures.recorder._stream = torch.cuda.Stream()
     with torch.cuda.stream(captures.recorder._pool.stream):
         product(torch.ones(64, 64, device="cuda"))
     assert captures.precapture(Key("it", 64), product, matrix(), []).memory > WORKSPACE
@@ -521,7 +521,7 @@ def beside_a_capture(work: Callable[[], object]) -> tuple[Captures, list[object]
 
 
 def test_a_thread_that_allocates_and_computes_during_a_capture():
-    alone = Captures().precaptured(Key("it", 64), product, matrix(), []).memory
+    alone = Captures().precapture(Key("it", 64), product, matrix(), []).memory
 
     def work() -> int:
         big = torch.empty(300 * MIB, dtype=torch.uint8, device="cuda")
@@ -533,6 +533,72 @@ def test_a_thread_that_allocates_and_computes_during_a_capture():
     captures, _ = beside_a_capture(work)
     assert captures.report()[0].memory == alone
     captures.run(Key("it", 64), product, matrix(), [])
+
+
+def test_a_thread_that_makes_streams_during_a_capture():
+    """torch hands out 32 streams in turn: none of them may be the one that is captured."""
+    launched: list[str] = []
+
+    def work() -> list[bool]:
+        streams = [torch.cuda.Stream(priority=p) for p in (0, -1) for _ in range(40)]
+        x = torch.ones(4, device="cuda")
+        fake_cuda.launches()
+        states = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                states.append(torch.cuda.is_current_stream_capturing())
+                torch.sin(x)
+        launched.extend(fake_cuda.launches())
+        return states
+
+    captures, [states] = beside_a_capture(work)
+    assert states == [False] * 80
+    assert sum("sin" in name for name in launched) == 80
+    assert not any("sin" in name for name in fake_cuda.captured())
+    captures.run(Key("it", 64), product, matrix(), [])
+
+
+def test_pools_alive_have_streams_of_their_own_and_those_gone_leave_theirs():
+    device = torch.device("cuda", 0)
+    pools = [GraphPool(device) for _ in range(40)]
+    streams = {pool.stream.cuda_stream for pool in pools}
+    assert len(streams) == 40
+    assert not streams & {torch.cuda.Stream().cuda_stream for _ in range(40)}
+    del pools
+    assert GraphPool(device).stream.cuda_stream in streams
+
+
+def test_a_stream_that_may_still_be_capturing_is_not_used_again():
+    pool = GraphPool(torch.device("cuda", 0))
+    stream = pool.stream
+    with pytest.raises(RuntimeError):
+        pool.record(torch.cuda.synchronize)
+    fake_cuda.violations()
+    assert pool.stream != stream
+    del pool
+    assert all(GraphPool(stream.device).stream != stream for _ in range(3))
+
+
+def test_a_thread_whose_product_has_its_workspace_and_is_not_launched_yet():
+    """The workspace stays the device's memory, whatever is captured meanwhile."""
+    fetched, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        if threading.current_thread() is not threading.main_thread():
+            fetched.set()
+            go_on.wait()
+
+    x = torch.ones(64, 64, device="cuda")
+    with ThreadPoolExecutor(1) as threads, fake_cuda.before_products(wait):
+        result = threads.submit(lambda: product(torch.ones(64, 64, device="cuda")))
+        try:
+            fetched.wait()
+            # nothing is allocated, lest it get the workspace's address
+            GraphPool(torch.device("cuda", 0)).record(lambda: x.add_(1))
+        finally:
+            go_on.set()
+        result.result()
+    assert fake_cuda.violations() == []
 
 
 def test_a_thread_that_gives_up_its_captures_and_collects_garbage_during_a_capture():
