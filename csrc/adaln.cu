@@ -1,20 +1,25 @@
-// adaLN: LayerNorm without affine, modulated; alone, and after the gated residual. One block a row (b, t), which stays in registers:
-// it is read once and written once. Each thread has ITEMS vectors of V numbers.
+// adaLN: LayerNorm without affine, then modulation; alone, and after the gated residual. One block
+// per row (b, t), which stays in registers, so it is read once and written once. Each thread holds
+// ITEMS vectors of V numbers.
 #include "common.cuh"
 
 namespace flowturbo {
 
-constexpr int kThreads = 1024;  // of a block, at most: the compiler keeps its registers within those of a multiprocessor
+// Of a block, at most: as a launch bound it keeps a block's registers within a multiprocessor's.
+constexpr int kThreads = 1024;
 
 struct AdaLN {
-    const void *x, *y, *gate, *shift, *scale;      // (B, T, D) twice, (B, D) three times; y and gate are null without a residual
-    void *total, *out;                             // (B, T, D), dense; total is null without a residual
+    const void *x, *y;                 // (B, T, D)
+    const void *gate, *shift, *scale;  // (B, D)
+    void *total, *out;  // (B, T, D), dense; y, gate and total: null without a residual
     long long T, D, x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b, rows;
     float eps;
 };
 
 FT_SHARED_CODE float residual(float x, float gate, float y) { return x + gate * y; }
-FT_SHARED_CODE float inverse_deviation(float squares, long long count, float eps) { return 1.0f / sqrtf(squares / count + eps); }
+FT_SHARED_CODE float inverse_deviation(float squares, long long count, float eps) {
+    return 1.0f / sqrtf(squares / count + eps);
+}
 FT_SHARED_CODE float modulated(float x, float mean, float rstd, float shift, float scale) {
     return (x - mean) * rstd * (1.0f + scale) + shift;
 }
@@ -57,7 +62,8 @@ template <typename T, int V, int ITEMS> __global__ void __launch_bounds__(kThrea
             load<V>(static_cast<const T*>(a.shift) + b * a.shift_b + d, shift);
             load<V>(static_cast<const T*>(a.scale) + b * a.scale_b + d, scale);
 #pragma unroll
-            for (int j = 0; j < V; ++j) h[item][j] = modulated(h[item][j], mean, rstd, shift[j], scale[j]);
+            for (int j = 0; j < V; ++j)
+                h[item][j] = modulated(h[item][j], mean, rstd, shift[j], scale[j]);
             store<V>(static_cast<T*>(a.out) + row * a.D + d, h[item]);
         }
     }
@@ -90,9 +96,9 @@ template <typename T> void on_host(const void* args) {
         for (long long d = 0; d < a.D; ++d) squares += (h[d] - mean) * (h[d] - mean);
         const float rstd = inverse_deviation(squares, a.D, a.eps);
         for (long long d = 0; d < a.D; ++d)
-            static_cast<T*>(a.out)[row * a.D + d] =
-                from_float<T>(modulated(h[d], mean, rstd, to_float(static_cast<const T*>(a.shift)[b * a.shift_b + d]),
-                                        to_float(static_cast<const T*>(a.scale)[b * a.scale_b + d])));
+            static_cast<T*>(a.out)[row * a.D + d] = from_float<T>(modulated(
+                h[d], mean, rstd, to_float(static_cast<const T*>(a.shift)[b * a.shift_b + d]),
+                to_float(static_cast<const T*>(a.scale)[b * a.scale_b + d])));
     }
 }
 
@@ -103,9 +109,12 @@ template <typename T, int V, int ITEMS> Entry entry(const char* name) {
 }  // namespace
 
 #define FT_ENTRY(T, V, ITEMS) entry<T, V, ITEMS>("flowturbo::adaln<" #T "," #V "," #ITEMS ">")
-#define FT_ENTRIES(T, V) FT_ENTRY(T, V, 1), FT_ENTRY(T, V, 4), FT_ENTRY(T, 1, 1), FT_ENTRY(T, 1, 4), FT_ENTRY(T, 1, 16)
+#define FT_ENTRIES(T, V) \
+    FT_ENTRY(T, V, 1), FT_ENTRY(T, V, 4), FT_ENTRY(T, 1, 1), FT_ENTRY(T, 1, 4), FT_ENTRY(T, 1, 16)
 
-std::vector<Entry> adaln_entries() { return {FT_ENTRIES(float, 4), FT_ENTRIES(half, 8), FT_ENTRIES(bfloat16, 8)}; }
+std::vector<Entry> adaln_entries() {
+    return {FT_ENTRIES(float, 4), FT_ENTRIES(half, 8), FT_ENTRIES(bfloat16, 8)};
+}
 
 }  // namespace flowturbo
 #endif

@@ -1,4 +1,4 @@
-// What this extension was built with, and what the machine it runs on offers: the lines of `flowturbo info`.
+// What this extension was built with and what devices there are, for `flowturbo info`.
 #include "build_info.h"
 
 #include <cuda_runtime.h>

@@ -1,12 +1,13 @@
-// What the kernels share: number types, vectors of 16 bytes, sums over a block. Compiled by nvcc for device and host, and by NVRTC,
-// which has no host headers, for the device alone.
+// What the kernels share: number types, vectors of 16 bytes, sums over a block. Compiled by nvcc
+// for device and host, and by NVRTC, which has no host headers, for the device alone.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #define FT_SHARED_CODE __host__ __device__ __forceinline__
 
-using bfloat16 = __nv_bfloat16;  // beside CUDA's own `half`: NVRTC reads the names of instances outside any namespace
+// Outside the namespace, as CUDA's own `half`: NVRTC resolves the names of instances there.
+using bfloat16 = __nv_bfloat16;
 
 namespace flowturbo {
 
@@ -38,7 +39,7 @@ template <int V, typename T> FT_SHARED_CODE void store(T* to, const float (&from
 }
 
 #ifdef __CUDACC__
-// The sum over a block of whole warps, in every thread. `scratch`: 32 floats; may be used again at once.
+// The sum over a block of whole warps, in every thread. `scratch`: 32 floats, reusable at once.
 __device__ __forceinline__ float block_sum(float x, float* scratch) {
 #pragma unroll
     for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(~0u, x, offset);

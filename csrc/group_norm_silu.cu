@@ -1,5 +1,6 @@
-// GroupNorm and SiLU on channels-last images (N, H*W, C), in two kernels over blocks of pixels. The first leaves each block's mean
-// and sum of squared differences of every group; the second joins them (Chan et al. 1983), exactly for any offset of the data.
+// GroupNorm and SiLU on channels-last images (N, H*W, C), in two kernels over blocks of pixels. The
+// first writes each block's mean and sum of squared deviations of every group; the second merges
+// them (Chan et al. 1983), without cancellation whatever the mean of the data, and normalises.
 #include "common.cuh"
 
 namespace flowturbo {
@@ -7,10 +8,10 @@ namespace flowturbo {
 constexpr int kStatisticsThreads = 1024, kApplyThreads = 256;  // of a block, at most
 
 struct GroupNorm {
-    const void *x, *weight, *bias;  // (N, HW, C), (C,), (C,)
-    float *means, *squares;         // (N, blocks, G)
-    void* out;                      // (N, HW, C)
-    long long N, HW, C, G, blocks, pixels;  // pixels of a block; blocks = ceil(HW / pixels)
+    const void *x, *weight, *bias;          // (N, HW, C), (C,), (C,)
+    float *means, *squares;                 // (N, blocks, G)
+    void* out;                              // (N, HW, C)
+    long long N, HW, C, G, blocks, pixels;  // pixels per block; blocks = ceil(HW / pixels)
     float eps;
 };
 
@@ -18,9 +19,10 @@ struct Statistics {
     float count, mean, squares;
 };
 
-FT_SHARED_CODE Statistics joined(Statistics a, float count, float mean, float squares) {
+FT_SHARED_CODE Statistics merge(Statistics a, float count, float mean, float squares) {
     const float both = a.count + count, difference = mean - a.mean;
-    return {both, a.mean + difference * (count / both), a.squares + squares + difference * difference * (a.count * count / both)};
+    return {both, a.mean + difference * (count / both),
+            a.squares + squares + difference * difference * (a.count * count / both)};
 }
 FT_SHARED_CODE long long pixels_of(const GroupNorm& a, long long block) {
     const long long rest = a.HW - block * a.pixels;
@@ -29,8 +31,10 @@ FT_SHARED_CODE long long pixels_of(const GroupNorm& a, long long block) {
 FT_SHARED_CODE float silu(float y) { return y / (1.0f + expf(-y)); }
 
 #ifdef __CUDACC__
-// Per-group sums of what every thread has summed of its V channels, over lanes of threads; `sums`: blockDim.x * V floats.
-template <int V> __device__ float group_sum(const GroupNorm& a, float (&mine)[V], float* sums, int lanes) {
+// Sums per group, from every thread's sums of its V channels; a lane is the threads that cover all
+// channels of a pixel. `sums`: blockDim.x * V floats.
+template <int V>
+__device__ float group_sum(const GroupNorm& a, float (&mine)[V], float* sums, int lanes) {
     const int vectors = a.C / V, size = a.C / a.G;
     __syncthreads();
 #pragma unroll
@@ -39,16 +43,19 @@ template <int V> __device__ float group_sum(const GroupNorm& a, float (&mine)[V]
     float total = 0;
     if (threadIdx.x < a.G)
         for (int lane = 0; lane < lanes; ++lane)
-            for (int c = threadIdx.x * size; c < (static_cast<int>(threadIdx.x) + 1) * size; ++c) total += sums[lane * vectors * V + c];
+            for (int c = threadIdx.x * size; c < (static_cast<int>(threadIdx.x) + 1) * size; ++c)
+                total += sums[lane * vectors * V + c];
     return total;
 }
 #endif
 
 // Grid (blocks, N); threads: lanes * C / V, at least G; shared memory: (threads * V + G) floats.
-template <typename T, int V> __global__ void __launch_bounds__(kStatisticsThreads, 1) group_norm_statistics(GroupNorm a) {
+template <typename T, int V>
+__global__ void __launch_bounds__(kStatisticsThreads, 1) group_norm_statistics(GroupNorm a) {
     extern __shared__ float shared[];
     float *sums = shared, *means = shared + blockDim.x * V;
-    const int vectors = a.C / V, lanes = blockDim.x / vectors, lane = threadIdx.x / vectors, c = threadIdx.x % vectors * V;
+    const int vectors = a.C / V, lanes = blockDim.x / vectors;
+    const int lane = threadIdx.x / vectors, c = threadIdx.x % vectors * V;
     const long long n = blockIdx.y, first = blockIdx.x * a.pixels, count = pixels_of(a, blockIdx.x);
     const T* x = static_cast<const T*>(a.x) + (n * a.HW + first) * a.C + c;
     const float size = static_cast<float>(count) * (a.C / a.G);
@@ -81,21 +88,25 @@ template <typename T, int V> __global__ void __launch_bounds__(kStatisticsThread
     }
 }
 
-// Grid (blocks, N); shared memory: 2 * G floats, and a Statistics a thread.
-template <typename T, int V> __global__ void __launch_bounds__(kApplyThreads) group_norm_apply(GroupNorm a) {
+// Grid (blocks, N); shared memory: 2 * G floats, and one Statistics per thread.
+template <typename T, int V>
+__global__ void __launch_bounds__(kApplyThreads) group_norm_apply(GroupNorm a) {
     extern __shared__ float shared[];
     float *means = shared, *rstds = shared + a.G;
     Statistics* parts = reinterpret_cast<Statistics*>(shared + 2 * a.G);
     const long long n = blockIdx.y;
-    // Every image's blocks are joined by all threads: lanes of one thread a group, then over the lanes.
-    const int width = a.G < blockDim.x ? a.G : blockDim.x, lanes = blockDim.x / width, lane = threadIdx.x / width;
+    // All threads merge the image's statistics: each lane, of one thread per group, takes some
+    // blocks, then the first lane merges the lanes.
+    const int width = a.G < blockDim.x ? a.G : blockDim.x;
+    const int lanes = blockDim.x / width, lane = threadIdx.x / width;
     for (int start = 0; start < a.G; start += width) {
         const int g = start + threadIdx.x % width;
         Statistics s = {0, 0, 0};
         if (lane < lanes && g < a.G)
             for (long long b = lane; b < a.blocks; b += lanes) {
                 const long long place = (n * a.blocks + b) * a.G + g;
-                s = joined(s, static_cast<float>(pixels_of(a, b)) * (a.C / a.G), a.means[place], a.squares[place]);
+                s = merge(s, static_cast<float>(pixels_of(a, b)) * (a.C / a.G), a.means[place],
+                          a.squares[place]);
             }
         __syncthreads();
         parts[threadIdx.x] = s;
@@ -103,7 +114,7 @@ template <typename T, int V> __global__ void __launch_bounds__(kApplyThreads) gr
         if (lane == 0 && g < a.G) {
             for (int other = 1; other < lanes; ++other) {
                 const Statistics p = parts[other * width + threadIdx.x];
-                if (p.count > 0) s = joined(s, p.count, p.mean, p.squares);
+                if (p.count > 0) s = merge(s, p.count, p.mean, p.squares);
             }
             means[g] = s.mean;
             rstds[g] = 1.0f / sqrtf(s.squares / s.count + a.eps);
@@ -141,13 +152,17 @@ template <typename T> void statistics_on_host(const void* args) {
     for (long long n = 0; n < a.N; ++n)
         for (long long b = 0; b < a.blocks; ++b)
             for (long long g = 0; g < a.G; ++g) {
-                const T* x = static_cast<const T*>(a.x) + (n * a.HW + b * a.pixels) * a.C + g * size;
+                const T* x =
+                    static_cast<const T*>(a.x) + (n * a.HW + b * a.pixels) * a.C + g * size;
                 float sum = 0, squares = 0;
                 for (long long p = 0; p < pixels_of(a, b); ++p)
                     for (long long c = 0; c < size; ++c) sum += to_float(x[p * a.C + c]);
                 const float mean = sum / (pixels_of(a, b) * size);
                 for (long long p = 0; p < pixels_of(a, b); ++p)
-                    for (long long c = 0; c < size; ++c) squares += (to_float(x[p * a.C + c]) - mean) * (to_float(x[p * a.C + c]) - mean);
+                    for (long long c = 0; c < size; ++c) {
+                        const float deviation = to_float(x[p * a.C + c]) - mean;
+                        squares += deviation * deviation;
+                    }
                 a.means[(n * a.blocks + b) * a.G + g] = mean;
                 a.squares[(n * a.blocks + b) * a.G + g] = squares;
             }
@@ -161,26 +176,30 @@ template <typename T> void apply_on_host(const void* args) {
             Statistics s = {0, 0, 0};
             for (long long b = 0; b < a.blocks; ++b) {
                 const long long place = (n * a.blocks + b) * a.G + g;
-                s = joined(s, static_cast<float>(pixels_of(a, b)) * size, a.means[place], a.squares[place]);
+                s = merge(s, static_cast<float>(pixels_of(a, b)) * size, a.means[place],
+                          a.squares[place]);
             }
             const float rstd = 1.0f / sqrtf(s.squares / s.count + a.eps);
             for (long long p = 0; p < a.HW; ++p)
                 for (long long c = g * size; c < (g + 1) * size; ++c) {
                     const long long at = (n * a.HW + p) * a.C + c;
                     const float y = (to_float(static_cast<const T*>(a.x)[at]) - s.mean) * rstd;
-                    static_cast<T*>(a.out)[at] = from_float<T>(
-                        silu(y * to_float(static_cast<const T*>(a.weight)[c]) + to_float(static_cast<const T*>(a.bias)[c])));
+                    static_cast<T*>(a.out)[at] =
+                        from_float<T>(silu(y * to_float(static_cast<const T*>(a.weight)[c]) +
+                                           to_float(static_cast<const T*>(a.bias)[c])));
                 }
         }
 }
 
 }  // namespace
 
-#define FT_ENTRIES(T, V)                                                                                                             \
-    {"flowturbo::group_norm_statistics<" #T "," #V ">", reinterpret_cast<const void*>(&group_norm_statistics<T, V>),                 \
-     &statistics_on_host<T>, sizeof(GroupNorm)},                                                                                     \
-        {"flowturbo::group_norm_apply<" #T "," #V ">", reinterpret_cast<const void*>(&group_norm_apply<T, V>), &apply_on_host<T>,    \
-         sizeof(GroupNorm)}
+#define FT_ENTRY(KERNEL, T, V)                                                               \
+    Entry {                                                                                  \
+        "flowturbo::group_norm_" #KERNEL "<" #T "," #V ">",                                  \
+            reinterpret_cast<const void*>(&group_norm_##KERNEL<T, V>), &KERNEL##_on_host<T>, \
+            sizeof(GroupNorm)                                                                \
+    }
+#define FT_ENTRIES(T, V) FT_ENTRY(statistics, T, V), FT_ENTRY(apply, T, V)
 
 std::vector<Entry> group_norm_entries() {
     return {FT_ENTRIES(float, 4), FT_ENTRIES(float, 1),    FT_ENTRIES(half, 8),

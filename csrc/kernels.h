@@ -1,4 +1,5 @@
-// The table of kernels: each .cu file enters its instances by name. `bytes` holds the kernel's struct of pointers and sizes.
+// The table of kernels: each .cu file lists its template instances by name. `bytes` holds the
+// kernel's argument, a struct of pointers and sizes.
 #pragma once
 #include <string>
 #include <vector>
@@ -6,10 +7,10 @@
 namespace flowturbo {
 
 struct Entry {
-    std::string name;                  // of the instance, as it is written in C++
-    const void* kernel;                // for cudaLaunchKernel
-    void (*on_host)(const void* args); // the same arithmetic in a loop over CPU memory
-    std::size_t size;                  // of the struct
+    std::string name;                   // of the instance, as C++ writes it
+    const void* kernel;                 // for cudaLaunchKernel
+    void (*on_host)(const void* args);  // the same arithmetic in a loop over CPU memory
+    std::size_t size;                   // of the struct
 };
 
 std::vector<Entry> adaln_entries();
@@ -17,8 +18,8 @@ std::vector<Entry> velocity_update_entries();
 std::vector<Entry> group_norm_entries();
 
 std::vector<std::string> names();
-void launch(const std::string& name, const std::vector<unsigned>& grid, unsigned threads, unsigned shared, const std::string& bytes,
-            std::size_t stream);
+void launch(const std::string& name, const std::vector<unsigned>& grid, unsigned threads,
+            unsigned shared, const std::string& bytes, std::size_t stream);
 void run_on_host(const std::string& name, const std::string& bytes);
 
 }  // namespace flowturbo

@@ -1,4 +1,4 @@
-// Launches a kernel by its name with its struct, on a stream of the caller's; errors name the kernel.
+// Launches a kernel by name with its struct, on the caller's stream; errors name the kernel.
 #include <cuda_runtime.h>
 
 #include <cstring>
@@ -21,12 +21,13 @@ const std::unordered_map<std::string, Entry>& table() {
 }
 
 const Entry& find(const std::string& name, const std::string& bytes) {
-    const auto found = table().find(name);
-    if (found == table().end()) throw std::invalid_argument("no kernel is called " + name);
-    if (bytes.size() != found->second.size)
-        throw std::invalid_argument(name + ": its arguments take " + std::to_string(found->second.size) + " bytes, got " +
+    const auto entry = table().find(name);
+    if (entry == table().end()) throw std::invalid_argument("no kernel is called " + name);
+    if (bytes.size() != entry->second.size)
+        throw std::invalid_argument(name + ": its arguments take " +
+                                    std::to_string(entry->second.size) + " bytes, got " +
                                     std::to_string(bytes.size()));
-    return found->second;
+    return entry->second;
 }
 
 }  // namespace
@@ -37,16 +38,16 @@ std::vector<std::string> names() {
     return all;
 }
 
-void launch(const std::string& name, const std::vector<unsigned>& grid, unsigned threads, unsigned shared, const std::string& bytes,
-            std::size_t stream) {
+void launch(const std::string& name, const std::vector<unsigned>& grid, unsigned threads,
+            unsigned shared, const std::string& bytes, std::size_t stream) {
     const Entry& entry = find(name, bytes);
-    std::vector<char> args(bytes.begin(), bytes.end());  // aligned as new[] aligns, which is enough for pointers
+    std::vector<char> args(bytes.begin(), bytes.end());  // new[] aligns enough for pointers
     void* pointers[] = {args.data()};
     const dim3 blocks(grid.at(0), grid.size() > 1 ? grid[1] : 1, grid.size() > 2 ? grid[2] : 1);
-    const cudaError_t status =
-        cudaLaunchKernel(entry.kernel, blocks, dim3(threads), pointers, shared, reinterpret_cast<cudaStream_t>(stream));
+    const cudaError_t status = cudaLaunchKernel(entry.kernel, blocks, dim3(threads), pointers,
+                                                shared, reinterpret_cast<cudaStream_t>(stream));
     if (status != cudaSuccess) {
-        cudaGetLastError();  // or the next call, of whomever, would report it again
+        cudaGetLastError();  // clears it: any later call would report it again
         throw std::runtime_error(name + ": " + cudaGetErrorString(status));
     }
 }

@@ -1,29 +1,30 @@
-// What surrounds the network in a solver step: guidance, base velocity, cache write and the move of x, in one pass.
-// One thread a vector of one image; grid (vectors of an image / threads, images).
+// What surrounds the network in a solver step: guidance, base velocity, cache write and the update
+// of x, in one pass. One thread per vector of an image; grid (vectors per image / threads, N).
 #include "common.cuh"
 
 namespace flowturbo {
 
-constexpr int kThreads = 256;  // of a block, at most
-constexpr int kMost = 4;  // velocities: those of Adams-Bashforth of order 4
+constexpr int kThreads = 256;      // of a block, at most
+constexpr int kMaxVelocities = 4;  // those of Adams-Bashforth of order 4
 
 struct VelocityUpdate {
-    const void* x;                   // (N, S)
-    const void* raw;                 // (2N, S), conditional rows first, or (N, S); null: nothing but the weighted velocities
-    const float* scale;              // (N,); null: no guidance, raw has N rows
-    const void* base;                // of raw's shape and x's type; null: none
-    const void* velocities[kMost];   // (N, S) each, of x's type
-    void* out;                       // (N, S); may be x
-    void* velocity;                  // of raw's shape and x's type
-    long long N, S, HW;              // images, elements of an image, of one channel
-    float weight, weights[kMost];
+    const void* x;       // (N, S)
+    const void* raw;     // (2N, S), conditional rows first, or (N, S); null: velocities alone
+    const float* scale;  // (N,); null: no guidance, raw has N rows
+    const void* base;    // of raw's shape and x's type; null: none
+    const void* velocities[kMaxVelocities];  // (N, S) each, of x's type
+    void* out;                               // (N, S); may be x
+    void* velocity;                          // of raw's shape and x's type
+    long long N, S, HW;                      // images, elements of an image, of one channel
+    float weight, weights[kMaxVelocities];
     int count, channels;
 };
 
 FT_SHARED_CODE float guided(float c, float u, float scale) { return u + scale * (c - u); }
 
 // Elements i to i + V of image n, which lie in one channel.
-template <typename T, typename R, int V> FT_SHARED_CODE void velocity_update_at(const VelocityUpdate& a, long long n, long long i) {
+template <typename T, typename R, int V>
+FT_SHARED_CODE void velocity_update_at(const VelocityUpdate& a, long long n, long long i) {
     const long long at = n * a.S + i, other = (n + a.N) * a.S + i;
     float total[V], v[V];
     load<V>(static_cast<const T*>(a.x) + at, total);
@@ -62,7 +63,8 @@ template <typename T, typename R, int V> FT_SHARED_CODE void velocity_update_at(
     store<V>(static_cast<T*>(a.out) + at, total);
 }
 
-template <typename T, typename R, int V> __global__ void __launch_bounds__(kThreads) velocity_update(VelocityUpdate a) {
+template <typename T, typename R, int V>
+__global__ void __launch_bounds__(kThreads) velocity_update(VelocityUpdate a) {
     const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
     if (i < a.S) velocity_update_at<T, R, V>(a, blockIdx.y, i);
 }
@@ -82,7 +84,8 @@ template <typename T, typename R, int V> void on_host(const void* args) {
 }
 
 template <typename T, typename R, int V> Entry entry(const char* name) {
-    return {name, reinterpret_cast<const void*>(&velocity_update<T, R, V>), &on_host<T, R, V>, sizeof(VelocityUpdate)};
+    return {name, reinterpret_cast<const void*>(&velocity_update<T, R, V>), &on_host<T, R, V>,
+            sizeof(VelocityUpdate)};
 }
 
 }  // namespace
@@ -91,8 +94,8 @@ template <typename T, typename R, int V> Entry entry(const char* name) {
 #define FT_ENTRIES(T, R, V) FT_ENTRY(T, R, V), FT_ENTRY(T, R, 1)
 
 std::vector<Entry> velocity_update_entries() {
-    return {FT_ENTRIES(float, float, 4), FT_ENTRIES(float, half, 4),         FT_ENTRIES(float, bfloat16, 4),
-            FT_ENTRIES(half, half, 8),   FT_ENTRIES(bfloat16, bfloat16, 8)};
+    return {FT_ENTRIES(float, float, 4), FT_ENTRIES(float, half, 4), FT_ENTRIES(float, bfloat16, 4),
+            FT_ENTRIES(half, half, 8), FT_ENTRIES(bfloat16, bfloat16, 8)};
 }
 
 }  // namespace flowturbo
