@@ -1,5 +1,5 @@
-"""The CUDA extension flowturbo_kernels._C, where there are CUDA sources and an nvcc; everything
-else is in pyproject.toml.
+"""Builds the CUDA extension flowturbo_kernels._C where there is an nvcc; everything else is in
+pyproject.toml.
 
 FLOWTURBO_BUILD_CUDA=0 never builds it, =1 fails without nvcc; unset, it is built if nvcc is found.
 FLOWTURBO_CUDA_ARCHS="80;90a" names the architectures instead of those that nvcc knows of the
@@ -23,25 +23,23 @@ NVCC_FLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibil
 
 
 def find_nvcc() -> str | None:
-    wanted = os.environ.get("FLOWTURBO_BUILD_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"FLOWTURBO_BUILD_CUDA must be 0, 1 or unset, got {wanted!r}")
-    if wanted == "0":
+    setting = os.environ.get("FLOWTURBO_BUILD_CUDA", "")
+    if setting not in ("", "0", "1"):
+        raise SystemExit(f"FLOWTURBO_BUILD_CUDA must be 0, 1 or unset, got {setting!r}")
+    if setting == "0":
         return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
-    if nvcc is None and wanted == "1":
+    if nvcc is None and setting == "1":
         raise SystemExit("FLOWTURBO_BUILD_CUDA=1, but there is no nvcc on PATH nor under CUDA_HOME")
     return nvcc
 
 
 def architectures(nvcc: str) -> list[str]:
-    if asked := os.environ.get("FLOWTURBO_CUDA_ARCHS"):
-        return asked.split(";")
-    known = re.findall(
-        r"compute_(\d+)",
-        subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout,
-    )
+    if archs := os.environ.get("FLOWTURBO_CUDA_ARCHS"):
+        return archs.split(";")
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = re.findall(r"compute_(\d+)", listing)
     return [arch for arch in ARCHS if arch.rstrip("a") in known]
 
 

@@ -1,5 +1,5 @@
-"""When csrc's kernels can run, and how: through the extension, or compiled at first use by CuPy's
-NVRTC where it was not built.
+"""Launches of csrc's kernels, from the extension or, where it was not built, compiled at first use
+by CuPy's NVRTC; and what they can take.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _nvrtc
 
 NAMES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
-"""dtypes as csrc calls them."""
+"""csrc's names of dtypes."""
 
 MAX_THREADS = 1024
 """Of a block."""
@@ -38,8 +38,8 @@ def unavailable(device: torch.device) -> str | None:
 def launch(
     name: str, grid: tuple[int, ...], threads: int, shared: int, args: ctypes.Structure
 ) -> None:
-    """Run the instance of that name on torch's current stream of the current device. RuntimeError,
-    naming it, if it can't be.
+    """Launch a kernel, by the name of its template instance, on torch's current stream.
+    RuntimeError, which names it, if it can't run.
     """
     launcher, problem = _launcher(torch.cuda.get_device_capability())
     if launcher is None:
@@ -49,7 +49,7 @@ def launch(
 
 @functools.cache
 def _launcher(capability: tuple[int, int]) -> tuple[Launcher | None, str | None]:
-    """(the way to launch on such a GPU, None), or (None, why there is none)."""
+    """(a launcher for such a GPU, None), or (None, why there is none)."""
     try:
         extension = importlib.import_module("flowturbo_kernels._C")
     except ImportError as error:
@@ -89,11 +89,11 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 
 def vector(dtype: torch.dtype, *multiples: int) -> int:
-    """Numbers that a thread loads at once: 16 bytes of them where all of these counts of numbers
-    are multiples, else one.
+    """Numbers that a thread loads at once: 16 bytes of them if they divide all these sizes and
+    strides, else one.
     """
-    most = 16 // dtype.itemsize
-    return most if all(m % most == 0 for m in multiples) else 1
+    size = 16 // dtype.itemsize
+    return size if all(m % size == 0 for m in multiples) else 1
 
 
 def misaligned(*tensors: Tensor | None) -> bool:
@@ -107,7 +107,7 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def same_dtype(*tensors: Any) -> str | None:
-    """Why a kernel of one number type can't take these, or None."""
+    """Why a kernel with one dtype can't take these, or None."""
     dtypes = {t.dtype for t in tensors if isinstance(t, Tensor)}
     return (
         None

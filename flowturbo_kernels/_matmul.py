@@ -1,5 +1,5 @@
-"""The matrix product that linear's kernels share: tiles in an order that reuses the cache, split
-along K where tiles are few.
+"""The matrix product that linear's kernels share: tiles in an order that reuses the L2 cache, and
+split-K where tiles are few.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ._triton import dot_precision, kernel, tl
 
 
 class Tile(NamedTuple):
-    """What one program makes: rows x columns, reading K in pieces of `depth`."""
+    """One program's part of the output, rows x columns, reading K in pieces of `depth`."""
 
     rows: int
     columns: int
@@ -29,26 +29,26 @@ TILES = (
     Tile(64, 64, 64, 4, 4),
 )
 WIDE_TILES = (*TILES, Tile(128, 256, 64, 8, 3))
-"""For products without a residual, with which the last one spills."""
+"""For products without a residual: with one, the last tile spills."""
 MASKED_TILES = (Tile(32, 64, 32, 4, 2),)
-"""For a K that is no multiple of 64, as no published model has it: masks take registers."""
+"""For a K that is not a multiple of 64, which no published model has: masks take registers."""
 EXACT_TILES = (Tile(32, 32, 32, 4, 2),)
-"""For float32, which is multiplied outside the tensor cores."""
+"""For float32, which does not use the tensor cores."""
 FP8_TILES = (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4))
 SPLITS = (1, 2, 4)
-"""Parts of K that programs of their own sum up; a second kernel adds them, always in the same
-order, and runs the epilogue.
+"""Parts of K, each summed by its own program; a second kernel adds the parts, always in the same
+order, and applies the epilogue.
 """
 _GROUP = 8
 
 
 @kernel
-def _finish(
+def _epilogue(
     y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, gate_b, SCALED: tl.constexpr,
     GELU: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of a tile y at rows m and columns n."""
+    """Scale, bias, activation, gate and residual of a tile y at rows m and columns n."""
     if SCALED:
         y *= (
             tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
@@ -89,9 +89,8 @@ def _product_kernel(
     m = (group * GROUP + inner % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (inner // height) * BLOCK_N + tl.arange(0, BLOCK_N)
     PART: tl.constexpr = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
-    x_rows = (
-        x + (m % M).to(tl.int64)[:, None] * x_m
-    )  # rows and columns beyond the end wrap around, and are not stored
+    # Rows and columns beyond the end wrap around, and are not stored.
+    x_rows = x + (m % M).to(tl.int64)[:, None] * x_m
     weight_rows = weight + (n % N).to(tl.int64)[None, :] * weight_n
     y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, PART, BLOCK_K):
@@ -108,23 +107,10 @@ def _product_kernel(
     if SPLIT > 1:
         tl.store(out + part.to(tl.int64) * M * N + at, y, mask=inside)
     else:
-        y = _finish(
-            y,
-            m,
-            n,
-            M,
-            N,
-            T,
-            x_scale,
-            weight_scale,
-            bias,
-            residual,
-            gate,
-            gate_b,
-            SCALED,
-            GELU,
+        y = _epilogue(
+            y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, gate_b, SCALED, GELU,
             RESIDUAL,
-        )
+        )  # fmt: skip
         tl.store(out + at, y, mask=inside)
 
 
@@ -142,23 +128,10 @@ def _sum_kernel(
     for _ in tl.static_range(SPLIT):
         y += tl.load(parts + at, mask=inside, other=0.0)
         parts += tl.cast(M, tl.int64) * N
-    y = _finish(
-        y,
-        m,
-        n,
-        M,
-        N,
-        T,
-        x_scale,
-        weight_scale,
-        bias,
-        residual,
-        gate,
-        gate_b,
-        SCALED,
-        GELU,
+    y = _epilogue(
+        y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, gate_b, SCALED, GELU,
         RESIDUAL,
-    )
+    )  # fmt: skip
     tl.store(out + at, y, mask=inside)
 
 

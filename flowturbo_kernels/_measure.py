@@ -1,11 +1,11 @@
-"""How long a call takes on a CUDA device, on weights that are not in its cache, and without harm to
-other threads.
+"""How long a call takes on a CUDA device, with weights that are not in its cache, without
+disturbing other threads.
 
-Nothing is captured: while a capture is under way, whatever its mode, no other thread may wait for
-the device or draw its random numbers. Instead the device is kept busy until all calls are queued,
-so that it runs them one after another, as in a graph. Nothing but an event is waited for, which a
-thread beside one that captures may do. All is queued on the caller's stream: another one would cost
-a workspace of cuBLAS, and memory that no other stream takes.
+Nothing is captured: during a capture, whatever its mode, no other thread may synchronise the device
+or draw its random numbers. Instead the device is kept busy until all calls are queued, so that it
+runs them back to back, as in a graph. The host waits for an event alone, which is allowed while
+another thread captures. Everything is queued on the caller's current stream: another stream would
+cost a cuBLAS workspace, and memory that only that stream can reuse.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 _CALLS = 20
-"""In one timing, at the least."""
+"""In one timing, at least."""
 _TIMES = 7
 _STEADY = 1.25
-"""How much slower than the fastest timing three quarters of them may be: a chosen limit."""
+"""Three quarters of the timings must be within this factor of the fastest, or it is not kept."""
 _LONGEST = 0.1
-"""Seconds for which the device is kept waiting for calls to be queued, at the most."""
+"""Seconds for which the device is kept busy while calls are queued, at most."""
 _TIMES_CACHE = 3
 """How many times the size of the L2 cache the rotating weights have."""
 _MOST_COPIES = 64
-"""A network has about as many products: where more would be needed, its weights lie in the cache in
-earnest as well.
+"""A network has about as many products: where more copies were needed, a network's own weights
+would stay in the cache, too.
 """
 
 
@@ -46,7 +46,7 @@ class Timing(NamedTuple):
 def timing(
     run: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]], device: torch.device
 ) -> Timing:
-    """Of run(*arguments), which takes the sets of arguments in turn. Results are let go at once."""
+    """Of run(*arguments), over the sets of arguments in turn. Results are freed at once."""
     rounds = [sets[i % len(sets)] for i in range(max(_CALLS, len(sets)))]
     run(*rounds[0])  # compiles
     began = time.perf_counter()
@@ -76,8 +76,8 @@ def _timed(
     device: torch.device,
     pause: float,
 ) -> tuple[float, bool]:
-    """(seconds a call, whether the device began before the last call was queued, and so may have
-    waited for it).
+    """(seconds per call, whether the device began before the last call was queued, so that it may
+    have waited for the host).
     """
     stream = torch.cuda.current_stream(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -92,7 +92,7 @@ def _timed(
 
 @functools.cache
 def _cycles(device: torch.device) -> float:
-    """A second's, at most."""
+    """Per second, at most."""
     return 1e3 * getattr(torch.cuda.get_device_properties(device), "clock_rate", 2e6)
 
 
@@ -100,32 +100,30 @@ def _cycles(device: torch.device) -> float:
 def rotating(
     cold: tuple[Tensor, ...], device: torch.device
 ) -> Iterator[tuple[list[tuple[Tensor, ...]], bool]]:
-    """(sets of arguments, whether there are as many as it takes): the given ones, and copies that
-    together outgrow the L2 cache.
+    """(sets of arguments, whether they are enough): `cold` itself, and copies that together exceed
+    the L2 cache.
 
-    A quarter of the free memory is taken at most, and left to torch's allocator at the end, for the
-    stream's next tensors: a pool of its own can't be ended while another thread captures.
+    They take a quarter of the free memory at most, and leave it to torch's allocator for the
+    stream's next tensors: a pool of their own could not be freed while another thread captures.
     """
     bytes_a_set = sum(t.nbytes for t in cold)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    wanted = min(_MOST_COPIES, -(-_TIMES_CACHE * cache // max(1, bytes_a_set))) if cold else 1
+    count = min(_MOST_COPIES, -(-_TIMES_CACHE * cache // max(1, bytes_a_set))) if cold else 1
     free, _ = torch.cuda.mem_get_info(device)
-    allowed = min(wanted, 1 + free // 4 // max(1, bytes_a_set))
+    allowed = min(count, 1 + free // 4 // max(1, bytes_a_set))
     sets = [cold]
     try:
         try:
             sets += [tuple(map(_copy, cold)) for _ in range(allowed - 1)]
-        except torch.cuda.OutOfMemoryError:  # others were quicker
+        except torch.cuda.OutOfMemoryError:  # other threads took it
             allowed = 0
-        yield sets, allowed >= wanted
+        yield sets, allowed >= count
     finally:
         sets.clear()
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """In other memory, of the same strides and alignment, by which kernels are compiled and
-    chosen.
-    """
+    """In other memory, with the same strides and alignment, which kernels are specialised on."""
     span = 1 + sum(
         (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )

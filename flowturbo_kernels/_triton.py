@@ -1,5 +1,5 @@
-"""When Triton can run, and kernels that are compiled at their first launch, so that importing this
-package imports no Triton.
+"""Triton kernels that compile at their first launch, so that importing this package imports no
+Triton; when Triton can run; and what its kernels can take.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import triton.language as tl
 else:
-    tl = None  # set in a kernel's module when its first kernel is made
+    tl = None  # set in a kernel's module when its first kernel is compiled
 
 __all__ = [
     "Kernel",
@@ -33,8 +33,8 @@ __all__ = [
 
 
 class Kernel:
-    """A function in Triton's language. launch(grid, *args, **options) is what Triton's
-    kernel[grid](*args, **options) is.
+    """A function in Triton's language; launch(grid, *args, **options) is Triton's
+    kernel[grid](*args, **options).
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -85,7 +85,7 @@ _probed: set[torch.device] = set()
 
 @functools.cache
 def _problem(device: torch.device) -> str | None:
-    """What goes wrong when the smallest kernel runs: Triton needs a C compiler and Python's headers
+    """Why the smallest kernel does not run, or None: Triton needs a C compiler and Python's headers
     at its first launch.
     """
     try:
@@ -112,9 +112,9 @@ def _one(ptr):
 
 
 MAX_IMAGES = 65535
-"""What the second and third axis of a grid may hold."""
+"""The limit of a grid's second and third axis."""
 INT32_MAX = 2**31 - 1
-"""What its first may hold, and what integers of 32 bits count."""
+"""The limit of its first axis, and of 32-bit offsets."""
 
 
 def too_many_images(n: int) -> str | None:
@@ -123,13 +123,13 @@ def too_many_images(n: int) -> str | None:
 
 
 def too_many_rows(n: int) -> str | None:
-    """Why a kernel of a program a row can't take n of them, or None."""
+    """Why a kernel with one program per row can't take n of them, or None."""
     return None if n <= INT32_MAX else f"at most {INT32_MAX} rows at a time, got {n}"
 
 
 def too_large(numbers: int) -> str | None:
-    """Why a kernel that counts an image's numbers in 32 bits can't take so many, or None."""
-    most = INT32_MAX - 65535  # the last block may reach beyond them
+    """Why a kernel with 32-bit offsets inside an image can't take so many numbers, or None."""
+    most = INT32_MAX - 65535  # offsets of the last block may exceed the image
     return None if numbers <= most else f"at most {most} numbers an image, got {numbers}"
 
 
@@ -148,12 +148,12 @@ def pieces(n: int) -> tuple[int, int]:
 
 
 def rows(x: Tensor) -> Tensor:
-    """x, or a copy, with a dense last axis, which all kernels read; the other axes keep any
+    """x, or a copy, with a dense last axis, which all kernels need; the other axes may have any
     stride.
     """
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def dot_precision(x: Tensor) -> str:
-    """input_precision of tl.dot: no TF32 where float32 is given."""
+    """input_precision of tl.dot: no TF32 for float32."""
     return "ieee" if x.dtype == torch.float32 else "tf32"

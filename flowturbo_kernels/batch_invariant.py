@@ -1,9 +1,8 @@
-"""torch functions whose result does not depend, to the last bit, on where in its batch an image
-stands.
+"""torch functions that give an image the same bits wherever it stands in its batch.
 
-On the CPU torch hands each thread a share of a tensor, and rounds what is left over at the end of a
-share, less than a whole vector or tile, by another path. So tensors are filled up here until all
-shares are whole; those of published models mostly are already.
+On the CPU torch splits a tensor among threads, and the end of a thread's share that is less than a
+whole vector or tile takes another code path, which rounds otherwise. So these functions pad tensors
+until all shares are whole; those of published models mostly are already.
 """
 
 from __future__ import annotations
@@ -15,22 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_VECTORS = 64  # elements of an elementwise loop: the two longest vectors of 16-bit numbers
-# elements that torch's elementwise loops give one thread at the least; GELU's takes all threads
+_VECTORS = 64
+"""Elements per step of an elementwise loop: two of the longest vectors of 16-bit numbers."""
 _GRAIN = 32768
-# rows of a matrix product: of every filling tried with 1 to 32 threads, the smallest that made all
-# rows equal (N > 1)
+"""The fewest elements that torch's elementwise loops give one thread; GELU's uses all threads."""
 _ROWS = 16
+"""Rows of a matrix product: of all paddings tried with 1 to 32 threads, the smallest with which all
+rows are equal (N > 1).
+"""
 
 
-def _fills(x: Tensor) -> bool:
-    """Whether there are shares to fill: on the CPU, unless a compiler will write the loops."""
+def _pads(x: Tensor) -> bool:
+    """Whether to pad: on the CPU, unless a compiler writes the loops."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _filled(count: int, grain: int, unit: int) -> int:
+def _padded_size(count: int, grain: int, unit: int) -> int:
     """The least size from `count` on that torch's threads share in whole units."""
-    if not isinstance(count, int):  # a symbol: nothing runs, a shape is being derived
+    if not isinstance(count, int):  # a symbolic shape: nothing runs
         return count
     return _whole_shares(count, grain, unit, torch.get_num_threads())
 
@@ -48,9 +49,9 @@ def _whole_shares(count: int, grain: int, unit: int, threads: int) -> int:
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor, grain: int = _GRAIN) -> Tensor:
     """function(x), for an elementwise function; x of any shape -> the same shape."""
-    if not _fills(x):
+    if not _pads(x):
         return function(x)
-    size = _filled(x.numel(), grain, _VECTORS)
+    size = _padded_size(x.numel(), grain, _VECTORS)
     if size == x.numel():
         return function(x.contiguous())
     flat = F.pad(x.reshape(-1), (0, size - x.numel()))
@@ -69,10 +70,10 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (..., K) times weight (N, K) transposed, plus bias (N,) -> (..., N)."""
-    if not _fills(x):
+    if not _pads(x):
         return F.linear(x, weight, bias)
     count = x.numel() // x.shape[-1]
-    size = _filled(count, _ROWS, _ROWS)
+    size = _padded_size(count, _ROWS, _ROWS)
     if size == count:
         return F.linear(x, weight, bias)
     rows = F.pad(x.reshape(count, -1), (0, 0, 0, size - count))

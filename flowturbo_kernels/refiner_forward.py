@@ -1,5 +1,5 @@
-"""A whole refiner evaluation, from x and a velocity to the moved x and the refined velocity, in few
-launches.
+"""A whole refiner evaluation, from x and a velocity to the updated x and the refined velocity, in
+few launches.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BlockWeights(NamedTuple):
 
 
 class RefinerWeights(NamedTuple):
-    """A refiner but for its conditioning. embed: weight (D, 2C, p, p); positions (T, D); final:
+    """A refiner without its conditioning. embed: weight (D, 2C, p, p); positions (T, D); final:
     weight (p * p * C or twice, D).
     """
 
@@ -59,16 +59,15 @@ def refiner_forward(
     velocities: Sequence[Tensor] = (),
     velocity_weights: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Refine a velocity and move by it: one evaluation of a refiner step (paper section 3.2), with
-    its update.
+    """Refine a velocity and update x with it: one evaluation of a refiner step (paper section 3.2).
 
-    modulations: adaLN's, which depend on times and labels alone and so are made beforehand: (R, 6D)
+    modulations: adaLN's, computed beforehand, since they depend on times and labels alone: (R, 6D)
     for each block, shift, scale and gate of attention, then of the MLP, and (R, 2D) for the final
-    layer. x (N, C, H, W); v (R, C, H, W), what the refiner reads, R = 2N with guidance, conditional
-    rows first, or N with guidance None; origin (N, C, H, W), what is moved, x if None; base (R, C,
-    H, W), what the offset is added to, v if None; the rest as in `guided_update` -> (origin moved,
-    refined velocity), both in origin's dtype. 2 + 7 * blocks launches: x is read once for both
-    halves, and nothing is concatenated or converted on its own.
+    layer. x (N, C, H, W); v (R, C, H, W), which the refiner reads, R = 2N with guidance,
+    conditional rows first, or N with guidance None; origin (N, C, H, W), which is updated, x if
+    None; base (R, C, H, W), to which the offset is added, v if None; the rest as in `guided_update`
+    -> (the updated origin, the refined velocity), both in origin's dtype. 2 + 7 * blocks launches:
+    x is read once for both halves, and no kernel only concatenates or converts.
     """
     tokens = patch_embed(x, *weights.embed, v, weights.positions)
     B, T, D = tokens.shape
