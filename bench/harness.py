@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from flowturbo_kernels._graphs import GraphPool
+from flowturbo_kernels.graphs import GraphPool
 
 L2_BYTES = 128 << 20
 """Inputs rotate over at least so many bytes: more than twice the largest second-level cache (60 MB

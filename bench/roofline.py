@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowturbo.models.sit import SiTConfig
 from flowturbo.solver.plan import Plan
-from flowturbo_kernels._op import tensors
+from flowturbo_kernels.arguments import tensors
 
 
 class Work(NamedTuple):

@@ -1,5 +1,5 @@
-"""The operations of flow-matching DiTs: tensors in, tensors out; no model and no plan is known
-here.
+"""The operations of flow-matching DiTs: tensors in, tensors out; this package knows no model and no
+plan.
 
 Usable alone:
 
@@ -23,11 +23,12 @@ from .adaln import adaln_modulate, gated_residual_adaln
 from .attention import attention
 from .final_update import final_update
 from .group_norm import group_norm_silu
+from .guidance import guide, guided_update
 from .linear import linear, linear_gated_residual
 from .linear_fp8 import linear_fp8, quantize_rows
 from .patch_embed import patch_embed
 from .refiner_forward import refiner_forward
-from .velocity_update import guide, guided_update, velocity_update
+from .velocity_update import velocity_update
 
 __all__ = [
     "BACKENDS",

@@ -1,4 +1,4 @@
-"""Files that spare a later process some work: FLOWTURBO_CACHE, else ~/.cache/flowturbo."""
+"""Files that save a later process some work, in FLOWTURBO_CACHE, else ~/.cache/flowturbo."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where they lie; it need not be there, nor be writable."""
+    """It need not exist, nor be writable."""
     return Path(os.environ.get("FLOWTURBO_CACHE") or Path.home() / ".cache" / "flowturbo")
 
 
-def whole_file(path: Path, content: bytes) -> None:
-    """Written whole or not at all; a folder that can't be written costs the next process its work
-    again, no more.
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write all of it or nothing. Where the folder is not writable, nothing: the next process does
+    the work again.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""What was measured as fastest, on disk: a file for each kind of machine, of each version of torch,
+"""The fastest candidates, on disk: a file for each kind of machine and each version of torch,
 Triton and these kernels.
 
-The file holds the facts that it is of, and under each key an entry: {"fastest": name, "us": {name:
-microseconds of a call}, "cannot": {name: why}}. Several processes may write: each adds to what the
-others wrote, and sees it when it does.
+The file holds the facts it is valid for, and under each key an entry: {"fastest": name, "us":
+{name: microseconds per call}, "cannot": {name: why}}. Several processes may write: each adds to
+what the others wrote, and reads it when it does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ._cache import cache_folder, whole_file
+from ._cache import cache_folder, write_atomically
 
 try:
     import fcntl
@@ -36,13 +36,13 @@ _ENVIRONMENT = (
     "NVIDIA_TF32_OVERRIDE",
     "TORCH_BLAS_PREFER_CUBLASLT",
 )
-"""What libraries read once, and choose their kernels by."""
+"""Variables that libraries read once, and select kernels by."""
 
 
 @functools.cache
 def facts(device: torch.device) -> Mapping[str, Any]:
-    """All that decides what is fastest and stays as it is in this process. Cards of one name differ
-    in clocks and memory.
+    """All that decides what is fastest and does not change in this process. Cards of one name may
+    differ in clocks and memory.
     """
     p = torch.cuda.get_device_properties(device)
     properties = {
@@ -58,7 +58,7 @@ def facts(device: torch.device) -> Mapping[str, Any]:
     return {
         "device": p.name,
         "capability": f"{p.major}.{p.minor}",
-        "memory_gib": round(p.total_memory / 2**30),  # to the byte it is a matter of the driver
+        "memory_gib": round(p.total_memory / 2**30),  # the exact number depends on the driver
         **properties,
         **_versions(),
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
@@ -74,7 +74,7 @@ def _versions() -> dict[str, str | None]:
         version = None
     try:
         cudnn = str(torch.backends.cudnn.version())
-    except RuntimeError as error:  # not the one that torch was built for
+    except RuntimeError as error:  # another version than torch was built for
         cudnn = str(error)
     return {
         "torch": torch.__version__,
@@ -94,8 +94,8 @@ def _installed(*names: str) -> str | None:
 
 
 def _digest_of_kernels() -> str:
-    """Of this package's sources: kernels, candidates and how they are measured. Without sources,
-    the version.
+    """Of this package's sources: kernels, candidates and measurement. Without sources, the
+    version.
     """
     texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     if not texts:
@@ -104,23 +104,21 @@ def _digest_of_kernels() -> str:
 
 
 def file(of: Mapping[str, Any]) -> Path:
-    """Where the choices are kept of machines of these facts; the name tells some of them, and a
-    digest of all.
-    """
+    """The file for machines with these facts; its name has some of them, and a digest of all."""
     digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
-    said = f"fastest {of['device']} torch {of['torch']} triton {of['triton']}"
-    return cache_folder() / f"{re.sub('[^A-Za-z0-9.+]', '-', said)[:200]}-{digest}.json"
+    name = f"fastest {of['device']} torch {of['torch']} triton {of['triton']}"
+    return cache_folder() / f"{re.sub('[^A-Za-z0-9.+]', '-', name)[:200]}-{digest}.json"
 
 
 def read(of: Mapping[str, Any]) -> dict[str, Entry]:
-    """All entries; none where the file is missing, damaged, or of other facts."""
+    """All entries; none where the file is missing, damaged, or for other facts."""
     try:
-        found = json.loads(file(of).read_text(encoding="utf-8"))
-        if json.dumps(found["of"], sort_keys=True) != json.dumps(of, sort_keys=True):
+        content = json.loads(file(of).read_text(encoding="utf-8"))
+        if json.dumps(content["of"], sort_keys=True) != json.dumps(of, sort_keys=True):
             return {}
         return {
             k: e
-            for k, e in found["choices"].items()
+            for k, e in content["choices"].items()
             if isinstance(e, dict) and isinstance(e.get("fastest"), str)
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -130,17 +128,17 @@ def read(of: Mapping[str, Any]) -> dict[str, Entry]:
 def add(
     of: Mapping[str, Any], key: str, entry: Entry, names: Container[object]
 ) -> dict[str, Entry]:
-    """All entries, this one among them, unless another process was quicker: all go by the one that
-    was first.
+    """Add an entry -> all entries. Where another process has added one under this key, that one
+    stays, so that all processes use the same.
 
-    names: of the candidates; an entry that names another is replaced.
+    names: of the candidates; an entry that names none of them is replaced.
     """
     path = file(of)
     with _locked(path.with_suffix(".lock")):
         entries = read(of)
         if entries.get(key, {}).get("fastest") not in names:
             entries[key] = entry
-        whole_file(
+        write_atomically(
             path, json.dumps({"of": of, "choices": entries}, indent=1, sort_keys=True).encode()
         )
     return entries
@@ -148,8 +146,9 @@ def add(
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone among processes. Where the file system knows no locks, nobody is kept out: what another
-    adds meanwhile may be lost, and is measured again."""
+    """Exclude other processes. Without locks in the file system nobody is excluded: what another
+    process adds meanwhile may be lost, and is measured again.
+    """
     handle = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,4 @@
-"""csrc's kernels compiled for the GPU at hand at their first use, by CuPy's NVRTC, which keeps them
-on disk.
-"""
+"""csrc's kernels compiled at first use for the GPU at hand, by CuPy's NVRTC, and cached on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ._cache import cache_folder, whole_file
+from ._cache import cache_folder, write_atomically
 
 FILES = {"adaln": "adaln.cu", "velocity_update": "velocity_update.cu"} | dict.fromkeys(
     ("group_norm_statistics", "group_norm_apply"), "group_norm_silu.cu"
@@ -31,27 +29,20 @@ def sources() -> Path:
 
 
 def options() -> tuple[str, ...]:
-    """Without the architecture. CUDA's number types come with CuPy's or, where those are not
-    installed, with Triton's headers.
+    """Of the compiler, but for the architecture. The headers of CUDA's number types come with CuPy
+    or, where it has none, with Triton.
     """
-    found = importlib.util.find_spec("triton")
-    triton = (
-        []
-        if found is None
-        else [
-            f"-I{Path(p) / 'backends' / 'nvidia' / 'include'}"
-            for p in found.submodule_search_locations or ()
-        ]
-    )
+    spec = importlib.util.find_spec("triton")
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    triton = [f"-I{Path(folder) / 'backends' / 'nvidia' / 'include'}" for folder in folders]
     return "-std=c++17", "-default-device", f"-I{sources()}", *triton
 
 
 class Launcher:
-    """launch(name, grid, threads, shared, args, stream), as the extension's, on the current device.
-    ImportError without CuPy.
+    """launch(name, grid, threads, shared, args, stream) on the current device, as the extension has
+    it. ImportError without CuPy.
 
-    Of CuPy only NVRTC and the driver are used: its runtime would be a second one beside torch's,
-    with a context of its own to make.
+    Of CuPy it uses NVRTC and the driver alone: CuPy's runtime would be a second one beside torch's.
     """
 
     def __init__(self) -> None:
@@ -65,7 +56,8 @@ class Launcher:
         from cupy_backends.cuda.api import driver
 
         if not driver.ctxGetCurrent():
-            # the thread's first call: the driver alone would make no context current
+            # The thread's first call: torch's runtime makes the context current, while the driver
+            # would not.
             torch.cuda.mem_get_info()
         struct = ctypes.create_string_buffer(args, len(args))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
@@ -76,7 +68,7 @@ class Launcher:
         )
 
     def _function(self, device: int, name: str) -> int:
-        """The kernel's handle on that device, loaded at its first use there and kept for good."""
+        """The kernel's handle on that device, loaded at first use and never unloaded."""
         from cupy_backends.cuda.api import driver
 
         if (device, name) not in self._functions:
@@ -88,10 +80,10 @@ class Launcher:
 
 
 def compiled(name: str, capability: tuple[int, int], flags: tuple[str, ...]) -> tuple[str, bytes]:
-    """(the kernel's name in the code, machine code for such a GPU, or PTX where NVRTC is older than
-    it), kept on disk.
+    """(the kernel's lowered name, its machine code for such a GPU, or PTX where NVRTC is older than
+    the GPU), from the disk or compiled and written there.
 
-    RuntimeError, with the compiler's words, if it does not compile.
+    RuntimeError, with the compiler's log, if it does not compile.
     """
     from cupy.cuda import nvrtc
 
@@ -123,10 +115,10 @@ def compiled(name: str, capability: tuple[int, int], flags: tuple[str, ...]) -> 
         code = nvrtc.getCUBIN(program) if "sm_" in target else nvrtc.getPTX(program)
     finally:
         nvrtc.destroyProgram(program)
-    whole_file(file, f"{hashlib.sha256(code).hexdigest()}\n{lowered}\n".encode() + code)
+    write_atomically(file, f"{hashlib.sha256(code).hexdigest()}\n{lowered}\n".encode() + code)
     return lowered, code
 
 
 def source(name: str) -> str:
-    """The text of the file that holds the kernel of that instance."""
+    """The text of the file with that instance's kernel."""
     return (sources() / FILES[name.split("::")[1].split("<")[0]]).read_text()

@@ -10,40 +10,33 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import _cuda, _triton
-from ._tune import Ways
+from ._tune import Candidates
+from .arguments import Make, tensors
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Make(Protocol):
-    """Makes one random tensor of the wanted shape, in the dtype and on the device that a test or a
-    benchmark asks for.
-    """
-
-    def __call__(self, *shape: int) -> Tensor: ...
-
-
 class BackendError(RuntimeError):
-    """A backend was asked for by name and can't run here, or not these arguments."""
+    """A backend requested by name can't run here, or can't take these arguments."""
 
 
 class Backend(NamedTuple):
-    """One way of running an operation. unsupported: the reason why it can't take some arguments, or
-    None.
+    """One implementation of an operation.
 
-    ways: where it takes the fastest of several, what it chooses among.
+    unsupported: arguments -> why it can't take them, or None. candidates: arguments -> what it
+    chooses the fastest of, where it has several.
     """
 
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]
-    ways: Callable[..., Ways] | None = None
+    candidates: Callable[..., Candidates] | None = None
 
 
 class Op(Generic[P, R]):
@@ -95,14 +88,14 @@ class Op(Generic[P, R]):
         self,
         name: str,
         unsupported: Callable[..., str | None],
-        ways: Callable[..., Ways] | None = None,
+        candidates: Callable[..., Candidates] | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorator of a function that takes checked, defaulted, positional arguments, and is tried
-        after those before it.
+        """Decorator: registers a backend, which comes after those registered before. Its function
+        takes all arguments, checked, by position.
         """
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.backends[name] = Backend(run, unsupported, ways)
+            self.backends[name] = Backend(run, unsupported, candidates)
             return run
 
         return register
@@ -118,12 +111,12 @@ class Op(Generic[P, R]):
     def _compiled(self, *args: P.args, **kwargs: P.kwargs) -> R:
         self.check(*args, **kwargs)
         positional = self._positional(args, kwargs)
-        if _for_torch(positional):
+        if _reference_only(positional):
             return self.reference(*args, **kwargs)
         return self.library(*(self.lower(*positional) if self.lower else positional))  # type: ignore[return-value]
 
     def _call(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not _trusted.get():
+        if not _checks_skipped.get():
             self.check(*args, **kwargs)
         name = requested_backend()
         if (
@@ -131,29 +124,32 @@ class Op(Generic[P, R]):
             or name == "reference"
             or (name == "auto" and args and not getattr(args[0], "is_cuda", True))
         ):
-            return self.reference(
-                *args, **kwargs
-            )  # by the shortest way: on the CPU small models feel every microsecond
+            # the shortest path: on the CPU small models feel every microsecond
+            return self.reference(*args, **kwargs)
         positional = self._positional(args, kwargs)
-        return self.reference(*args, **kwargs) if _for_torch(positional) else self._run(*positional)
+        return (
+            self.reference(*args, **kwargs)
+            if _reference_only(positional)
+            else self._run(*positional)
+        )
 
     def why(self, *args: P.args, **kwargs: P.kwargs) -> tuple[str, dict[str, str]]:
         """Which backend these arguments get, and why each one before it does not.
 
-        Where it takes the fastest of several ways, and has measured it: that one's name, "torch" or
-        "triton" and its tile.
+        Where the backend has several candidates and the fastest is known: that one's name, "torch"
+        or "triton" and its tile.
         """
         positional = self._positional(args, kwargs)
-        reason = _for_torch(positional)
+        reason = _reference_only(positional)
         if reason:
             return "reference", dict.fromkeys(self.backends, reason)
         name, refused = self._choose(positional)
-        ways = self.backends[name].ways if name in self.backends else None
-        return (ways(*positional).chosen() if ways else None) or name, refused
+        candidates = self.backends[name].candidates if name in self.backends else None
+        return (candidates(*positional).known_fastest() if candidates else None) or name, refused
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All arguments in order, defaults filled in; `check`, of the same signature, has refused
-        names that are none.
+        """All arguments in order, with defaults; `check`, of the same signature, has refused
+        unknown names.
         """
         return args + tuple(
             kwargs.get(name, default) for name, default in self._parameters[len(args) :]
@@ -169,9 +165,8 @@ class Op(Generic[P, R]):
         for candidate, backend in self.backends.items():
             if name not in ("auto", candidate):
                 continue
-            reason = (
-                unavailable(candidate, device) or _wide_or_empty(args) or backend.unsupported(*args)
-            )
+            reason = unavailable(candidate, device) or _unsupported_tensor(args)
+            reason = reason or backend.unsupported(*args)
             if reason is None:
                 return candidate, refused
             refused[candidate] = reason
@@ -180,21 +175,21 @@ class Op(Generic[P, R]):
         return "reference", refused
 
     def _run(self, *args: Any) -> R:
-        chosen, _ = self._choose(args)
-        if chosen == "reference":
+        name, _ = self._choose(args)
+        if name == "reference":
             return self.reference(*args)  # type: ignore[call-arg, arg-type]
         device = next(tensors(args)).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self.backends[chosen].run(*args)
-        return self.backends[chosen].run(*args)
+                return self.backends[name].run(*args)
+        return self.backends[name].run(*args)
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
 
 
-# The profiler links a kernel to the innermost function that launched it, as which torch's own
-# record_function does not count: it marks a user's range, which no kernel is linked to.
+# The profiler links a kernel to the innermost function around its launch. Ranges of torch's own
+# record_function do not count: they are a user's annotations, which kernels are not linked to.
 _recorded = getattr(torch._C._profiler, "_RecordFunctionFast", torch.profiler.record_function)
 
 OPS: dict[str, Op[..., Any]] = {}
@@ -208,28 +203,26 @@ def op(
     lower: Callable[..., tuple[Any, ...]] | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
-    """Decorator: turns a reference into an Op and enters it in OPS."""
+    """Decorator: turns a reference into an Op and adds it to OPS."""
 
     def register(reference: Callable[P, R]) -> Op[P, R]:
-        made = Op(reference, check, example, schema, lower, memory_format)
-        OPS[made.name] = made
-        return made
+        operation = Op(reference, check, example, schema, lower, memory_format)
+        OPS[operation.name] = operation
+        return operation
 
     return register
 
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
-_wanted: ContextVar[str | None] = ContextVar("flowturbo_backend", default=None)
+_backend: ContextVar[str | None] = ContextVar("flowturbo_backend", default=None)
 
 
 def requested_backend() -> str:
-    """The backend asked for: by `use_backend`, else by the environment's FLOWTURBO_BACKEND, else
-    "auto".
-    """
-    return _wanted.get() or _environments()
+    """The backend set by `use_backend`, else by the variable FLOWTURBO_BACKEND, else "auto"."""
+    return _backend.get() or _backend_of_environment()
 
 
-def _environments() -> str:
+def _backend_of_environment() -> str:
     return _valid("FLOWTURBO_BACKEND", os.environ.get("FLOWTURBO_BACKEND") or "auto")
 
 
@@ -242,28 +235,26 @@ def use_backend(name: str) -> Iterator[None]:
     none of that name runs its reference, as all do where gradients are needed and under autocast.
     ValueError for another name.
     """
-    token = _wanted.set(_environments() if _valid("backend", name) == "auto" else name)
+    token = _backend.set(_backend_of_environment() if _valid("backend", name) == "auto" else name)
     try:
         yield
     finally:
-        _wanted.reset(token)
+        _backend.reset(token)
 
 
-_trusted = ContextVar("flowturbo_trusted", default=False)
+_checks_skipped = ContextVar("flowturbo_checks_skipped", default=False)
 
 
 @contextmanager
 def skip_checks() -> Iterator[None]:
-    """Operations inside do not check their arguments: for callers who have made all of them
-    themselves, of shapes that fit.
-
-    Checks take a tenth of a small model's time on the CPU.
+    """Operations inside do not check their arguments, for callers who build them all themselves:
+    checks take a tenth of a small model's time on the CPU.
     """
-    token = _trusted.set(True)
+    token = _checks_skipped.set(True)
     try:
         yield
     finally:
-        _trusted.reset(token)
+        _checks_skipped.reset(token)
 
 
 def _valid(argument: str, name: str) -> str:
@@ -281,7 +272,8 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     return None
 
 
-def _wide_or_empty(args: tuple[Any, ...]) -> str | None:
+def _unsupported_tensor(args: tuple[Any, ...]) -> str | None:
+    """Why no kernel can take one of these tensors, or None."""
     for tensor in tensors(args):
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn):
             return f"{tensor.dtype} is none of float32, float16, bfloat16"
@@ -290,7 +282,7 @@ def _wide_or_empty(args: tuple[Any, ...]) -> str | None:
     return None
 
 
-def _for_torch(args: tuple[Any, ...]) -> str | None:
+def _reference_only(args: tuple[Any, ...]) -> str | None:
     """Why the reference must run whatever was asked for, or None."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors(args)):
         return "forward only, and gradients are asked for"
@@ -300,65 +292,5 @@ def _for_torch(args: tuple[Any, ...]) -> str | None:
     return None
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors(item)
-
-
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(value) if isinstance(value, Tensor) else tuple(change(v) for v in value)
-
-
-def wide(*tensors: Tensor) -> torch.dtype:
-    """The dtype in which an op computes: float32, or float64 if an input is."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def expect_shape(
-    op_name: str, argument: str, tensor: Tensor, expected: tuple[int | None, ...]
-) -> None:
-    """ValueError unless `tensor` has the shape `expected`; None stands for any size."""
-    shape = tensor.shape
-    if shape == expected:  # mostly, and quickly: on the CPU small models feel every microsecond
-        return
-    if len(shape) != len(expected) or any(
-        e is not None and e != s for e, s in zip(expected, shape, strict=True)
-    ):
-        want = ", ".join("any" if e is None else str(e) for e in expected)
-        raise ValueError(f"{op_name}: {argument} must have shape ({want}), got {tuple(shape)}")
-
-
-def expect_floating(op_name: str, **tensors: Tensor) -> None:
-    """TypeError unless all tensors are floating point; ValueError unless they share a device."""
-    device = None
-    for argument, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op_name}: {argument} must be floating point, got {tensor.dtype}")
-        if device is not None and tensor.device != device:
-            raise ValueError(
-                f"{op_name}: all tensors must be on one device, got {argument} on {tensor.device} "
-                f"beside {device}"
-            )
-        device = tensor.device
-
-
-def expect_one_dtype(op_name: str, **tensors: Tensor) -> None:
-    """TypeError unless all tensors have the first one's dtype; under autocast, which casts them,
-    anything goes.
-    """
-    first, like = next(iter(tensors.items()))
-    dtype = like.dtype
-    for argument, tensor in tensors.items():
-        if tensor.dtype != dtype:
-            kind = like.device.type
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                return
-            raise TypeError(
-                f"{op_name}: {argument} must have the dtype of {first}, {dtype}, got {tensor.dtype}"
-            )

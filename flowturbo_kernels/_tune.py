@@ -1,5 +1,5 @@
-"""The fastest of several ways of running an operation, measured once for a device, shape and dtype,
-and remembered on disk.
+"""The fastest of several candidates for an operation, measured once per device, shape and dtype,
+and kept on disk.
 """
 
 from __future__ import annotations
@@ -18,125 +18,122 @@ from . import _choices
 from ._measure import Timing, rotating, timing
 
 _lock = threading.Lock()
-_chosen: dict[Hashable, str] = {}
-_read: dict[torch.device, dict[str, _choices.Entry]] = {}
-"""What this process last saw on disk."""
+_in_memory: dict[Hashable, str] = {}
+"""The fastest by key, in this process."""
+_on_disk: dict[torch.device, dict[str, _choices.Entry]] = {}
+"""What this process last read from disk."""
 
 
-class Ways(NamedTuple):
-    """Several ways of running one operation on the same arguments.
+class Candidates(NamedTuple):
+    """Several functions that run one operation on the same arguments.
 
-    question: the operation, and all of the arguments that decides; of tensors their `form`.
-    candidates: name -> function of the cold tensors; the first one is the default.
-    cold: the weights. A plan has read hundreds of megabytes since it last read them, so candidates
-    are timed on copies in turn. Other tensors are bound in the candidates and stay the same: a
-    plan's last kernel has just written them.
+    question: the operation, and all that matters of its arguments; of a tensor its `form`.
+    functions: by name, of the cold tensors; the first is the default.
+    cold: the weights. Between two uses of a weight a plan reads hundreds of megabytes, so
+    candidates are timed on copies in turn. Other tensors are bound in the functions and stay the
+    same: a plan's previous kernel has just written them.
     """
 
     question: tuple[Hashable, ...]
-    candidates: Mapping[str, Callable[..., Any]]
+    functions: Mapping[str, Callable[..., Any]]
     device: torch.device
     cold: tuple[Tensor, ...] = ()
 
     def run(self) -> Any:
         """The result of the fastest."""
-        return self.candidates[fastest(self)](*self.cold)
+        return self.functions[fastest(self)](*self.cold)
 
-    def chosen(self) -> str | None:
-        """The name of the fastest if that was measured, here or by a process before; now nothing
-        is.
+    def known_fastest(self) -> str | None:
+        """The name of the fastest if it was measured before, here or by another process; nothing is
+        measured now.
         """
-        measurable = self.device.type == "cuda" and len(self.candidates) > 1
+        measurable = self.device.type == "cuda" and len(self.functions) > 1
         return _known(self, _key(self)) if measurable else None
 
 
-def fastest(ways: Ways) -> str:
+def fastest(candidates: Candidates) -> str:
     """The name of the candidate that runs fastest on the device.
 
-    The default is taken, and nothing measured or remembered, off CUDA and while a CUDA graph is
-    being captured, which forbids measuring. A candidate that fails is taken only if all do, and
-    then the default, which will say why. On disk goes what will hold in other processes as well: no
-    choice in which a candidate failed for a reason of the moment, which timings that vary much
-    leave in doubt, or for which weights could not rotate for want of memory. Such a one holds in
-    this process only.
+    The default, with nothing measured or kept, off CUDA and while a CUDA graph is being captured,
+    which forbids measuring. A candidate that fails is taken only if all do: then the default, whose
+    error says why. Disk gets only what will hold in other processes as well: not a choice where a
+    candidate failed for a passing reason, where timings varied much, or where memory did not
+    suffice for rotating the weights. Those hold in this process alone.
     """
-    default = next(iter(ways.candidates))
-    if ways.device.type != "cuda" or len(ways.candidates) == 1:
+    default = next(iter(candidates.functions))
+    if candidates.device.type != "cuda" or len(candidates.functions) == 1:
         return default
-    key = _key(ways)
-    choice = _known(ways, key)
+    key = _key(candidates)
+    choice = _known(candidates, key)
     if choice is not None:
         return choice
     if torch.cuda.is_current_stream_capturing():
         return default
     with _lock:  # another thread, or process, may have measured it meanwhile
-        choice = _chosen[key] = _known(ways, key, anew=True) or _measured(ways)
+        choice = _in_memory[key] = _known(candidates, key, reread=True) or _measure(candidates)
     return choice
 
 
-def _key(ways: Ways) -> Hashable:
-    return ways.device, ways.question, tuple(ways.candidates), _settings()
+def _key(candidates: Candidates) -> Hashable:
+    return candidates.device, candidates.question, tuple(candidates.functions), _settings()
 
 
-def _written(ways: Ways) -> str:
-    """The key on disk. Other candidates are another question."""
-    names = hashlib.sha256("\n".join(ways.candidates).encode()).hexdigest()[:8]
+def _disk_key(candidates: Candidates) -> str:
+    """The key on disk, which names the candidates: others make another question."""
+    names = hashlib.sha256("\n".join(candidates.functions).encode()).hexdigest()[:8]
+    count = len(candidates.functions)
     settings = (f"{name} {value}" for name, value in zip(_getters(), _settings(), strict=True))
-    return (
-        f"{' '.join(map(str, ways.question))} | {len(ways.candidates)} ways {names} | "
-        f"{', '.join(settings)}"
-    )
+    question = " ".join(map(str, candidates.question))
+    return f"{question} | {count} candidates {names} | {', '.join(settings)}"
 
 
-def _known(ways: Ways, key: Hashable, anew: bool = False) -> str | None:
-    """What this process has chosen, or what it saw on disk; anew: after another look."""
-    if key in _chosen:
-        return _chosen[key]
-    if anew or ways.device not in _read:
-        _read[ways.device] = _choices.read(_choices.facts(ways.device))
-    choice = _read[ways.device].get(_written(ways), {}).get("fastest")
-    if choice in ways.candidates:
-        _chosen[key] = str(choice)
-    return _chosen.get(key)
+def _known(candidates: Candidates, key: Hashable, reread: bool = False) -> str | None:
+    """The fastest as this process knows it from memory or disk. reread: read the disk again."""
+    if key in _in_memory:
+        return _in_memory[key]
+    if reread or candidates.device not in _on_disk:
+        _on_disk[candidates.device] = _choices.read(_choices.facts(candidates.device))
+    choice = _on_disk[candidates.device].get(_disk_key(candidates), {}).get("fastest")
+    if choice in candidates.functions:
+        _in_memory[key] = str(choice)
+    return _in_memory.get(key)
 
 
-def _measured(ways: Ways) -> str:
+def _measure(candidates: Candidates) -> str:
     """The fastest, written to disk if it will hold."""
     timings: dict[str, Timing] = {}
     cannot: dict[str, str] = {}
     lasting = True
-    with rotating(ways.cold, ways.device) as (sets, enough):
-        for name, run in ways.candidates.items():
+    with rotating(candidates.cold, candidates.device) as (sets, enough):
+        for name, run in candidates.functions.items():
             try:
-                timings[name] = timing(run, sets, ways.device)
-            except (
-                Exception
-            ) as error:  # whatever a compiler or a library may raise for a shape that it can't do
+                timings[name] = timing(run, sets, candidates.device)
+            except Exception as error:  # whatever a compiler or a library raises for a shape
                 cannot[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
                 lasting &= _lasting(error)
     if not timings:
-        return next(iter(ways.candidates))
+        return next(iter(candidates.functions))
     choice = min(timings, key=lambda name: timings[name].seconds)
     if not (enough and lasting and all(timing.steady for timing in timings.values())):
         return choice
     us = {name: round(1e6 * timing.seconds, 3) for name, timing in timings.items()}
     entry = {"fastest": choice, "us": us, "cannot": cannot}
-    _read[ways.device] = _choices.add(
-        _choices.facts(ways.device), _written(ways), entry, ways.candidates
+    _on_disk[candidates.device] = _choices.add(
+        _choices.facts(candidates.device), _disk_key(candidates), entry, candidates.functions
     )
-    return str(_read[ways.device][_written(ways)]["fastest"])
+    return str(_on_disk[candidates.device][_disk_key(candidates)]["fastest"])
 
 
 _LASTING = {"OutOfResources", "CompilationError", "BackendError", "NotImplementedError"}
-"""Errors of Triton, ours and Python's, by their names, since Triton need not be there."""
+"""Errors of Triton, ours and Python's, by name, since Triton may not be installed."""
 
 
 def _lasting(error: Exception) -> bool:
-    """Whether a candidate will fail so wherever it is asked for under this key.
+    """Whether a candidate will fail in the same way under this key in every process.
 
-    That is so where its code does not compile or needs what such a device does not have, or where
-    its library says that it can't. Whatever else is taken for a failure of the moment, as lack of
-    memory is, and all other errors of CUDA.
+    So it is where its code does not compile or needs what such a device does not have, or where its
+    library says that it can't. Anything else counts as passing: lack of memory, and all other
+    errors of CUDA.
     """
     if any(kind.__name__ in _LASTING for kind in type(error).__mro__):
         return True
@@ -146,12 +143,12 @@ def _lasting(error: Exception) -> bool:
     )
 
 
-# The key is made at every call, so it is of plain values: text is made of it where it goes to disk.
+# The key is built at every call, so it holds plain values; they become text only for the disk.
 
 
 def form(tensor: Tensor) -> tuple[Hashable, ...]:
-    """What decides of a tensor: dtype, shape, and of its strides and its address what kernels are
-    compiled and chosen by.
+    """What matters of a tensor: dtype, shape, and those properties of its strides and address that
+    kernels are specialised on.
     """
     return (
         tensor.dtype,
@@ -162,8 +159,8 @@ def form(tensor: Tensor) -> tuple[Hashable, ...]:
 
 @functools.lru_cache(4096)
 def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> str:
-    """As 512x1152, and where it is not dense the kind of each axis: of stride 1, of a multiple of
-    16, of another.
+    """As 512x1152; where it is not dense also each axis's kind of stride: 1, a multiple of 16, or
+    any other.
     """
     dense, expected = True, 1
     for n, stride in zip(reversed(shape), reversed(strides), strict=True):
@@ -177,8 +174,8 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> str:
 
 
 _SETTINGS = {
-    # how the key on disk names it: torch's inner name, which is quick, and which has no quarrel
-    # with another way of setting it
+    # name in the key on disk: torch's private getter, which is quick, and does not raise where the
+    # value was set by another interface
     "tf32": "_get_cublas_allow_tf32",
     "bf16 reduction": "_get_cublas_allow_bf16_reduced_precision_reduction",
     "fp16 reduction": "_get_cublas_allow_fp16_reduced_precision_reduction",
@@ -190,23 +187,24 @@ _SETTINGS = {
     "math": "_get_math_sdp_enabled",
     "cudnn": "_get_cudnn_sdp_enabled",
 }
-"""What a program may set at any time, and torch's candidates go by."""
+"""Settings that a program may change at any time, and that torch's candidates depend on."""
 
 
 @functools.cache
 def _getters() -> dict[str, Callable[[], Any]]:
-    found = {
-        name: getattr(torch._C, inner)
-        for name, inner in _SETTINGS.items()
-        if hasattr(torch._C, inner)
+    getters = {
+        name: getattr(torch._C, private)
+        for name, private in _SETTINGS.items()
+        if hasattr(torch._C, private)
     }
-    if hasattr(
-        torch._C, "_get_fp32_precision_getter"
-    ):  # since 2.9; the older one raises where the newer interface was used
-        found["tf32"] = lambda: (
-            torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
-        )  # not set is as good as "ieee"
-    return found
+    # Since torch 2.9; the older getter raises where the newer interface was used.
+    if hasattr(torch._C, "_get_fp32_precision_getter"):
+        getters["tf32"] = _tf32
+    return getters
+
+
+def _tf32() -> bool:
+    return bool(torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")  # unset is "ieee"
 
 
 def _settings() -> tuple[Hashable, ...]:

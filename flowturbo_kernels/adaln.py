@@ -1,4 +1,4 @@
-"""The two adaLN operations of a DiT block: modulate a normalised row, and the seam between two
+"""The two adaLN operations of a DiT block: adaLN alone, and residual + adaLN, between two
 sub-blocks.
 """
 
@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _cuda
-from ._op import Make, expect_floating, expect_shape, op, wide
+from ._op import op
 from ._triton import kernel, pieces, rows, tl, too_many_rows
+from .arguments import Make, expect_floating, expect_shape, wide
 
 EPS = 1e-6
 
-# Triton: one program a row. A row is held in two pieces (see _triton.pieces), so it is read once
-# and written once.
+# Triton: one program per row, which stays in registers in two pieces (see _triton.pieces): it is
+# read once and written once.
 
 
 @kernel
@@ -47,9 +48,8 @@ def _modulate(
     rstd = 1.0 / tl.sqrt((tl.sum(main * main) + tl.sum(tail * tail)) / D + eps)
     shift_main, shift_tail = _load(shift, D, MAIN, TAIL)
     scale_main, scale_tail = _load(scale, D, MAIN, TAIL)
-    return main * rstd * (1.0 + scale_main) + shift_main, tail * rstd * (
-        1.0 + scale_tail
-    ) + shift_tail
+    main = main * rstd * (1.0 + scale_main) + shift_main
+    return main, tail * rstd * (1.0 + scale_tail) + shift_tail
 
 
 @kernel
@@ -65,7 +65,7 @@ def _adaln_kernel(
 
 
 @kernel
-def _seam_kernel(
+def _residual_adaln_kernel(
     x, y, gate, shift, scale, total, out, T, x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b, eps,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -83,24 +83,19 @@ def _seam_kernel(
 
 def _unsupported(x: Tensor, *_: Any) -> str | None:
     B, T, D = x.shape
-    return (
-        too_many_rows(B * T)
-        if 2 <= D <= 16384
-        else f"the hidden size must be from 2 to 16384, got {D}"
-    )
+    if not 2 <= D <= 16384:
+        return f"the hidden size must be from 2 to 16384, got {D}"
+    return too_many_rows(B * T)
 
 
 def _warps(D: int) -> int:
-    """8 elements a lane or more, which is one 16-byte load of 16-bit numbers."""
+    """At least 8 elements per lane: one 16-byte load of 16-bit numbers."""
     return max(1, min(16, pieces(D)[0] // 256))
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    normalised, scale, shift = (
-        F.layer_norm(x, x.shape[-1:], eps=eps),
-        scale.to(x.dtype)[:, None],
-        shift.to(x.dtype)[:, None],
-    )
+    normalised = F.layer_norm(x, x.shape[-1:], eps=eps)
+    scale, shift = scale.to(x.dtype)[:, None], shift.to(x.dtype)[:, None]
     if torch.is_grad_enabled():
         return normalised * (1 + scale) + shift
     return normalised.mul_(1 + scale).add_(shift)
@@ -145,7 +140,7 @@ def _adaln_triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor
     return out
 
 
-def _check_seam(
+def _check_residual(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS
 ) -> None:
     expect_shape("gated_residual_adaln", "x", x, (None, None, None))
@@ -156,14 +151,14 @@ def _check_seam(
         expect_shape("gated_residual_adaln", argument, tensor, (B, D))
 
 
-def _example_seam(make: Make) -> Iterable[tuple[Tensor, ...]]:
+def _example_residual(make: Make) -> Iterable[tuple[Tensor, ...]]:
     for B, T, D in ((1, 1, 8), (2, 7, 72), (3, 16, 96), (2, 64, 1152)):
         yield make(B, T, D), make(B, T, D), make(B, D), make(B, D), make(B, D)
 
 
 @op(
-    check=_check_seam,
-    example=_example_seam,
+    check=_check_residual,
+    example=_example_residual,
     schema=(
         "(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps) -> (Tensor, "
         "Tensor)"
@@ -172,8 +167,8 @@ def _example_seam(make: Make) -> Iterable[tuple[Tensor, ...]]:
 def gated_residual_adaln(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS
 ) -> tuple[Tensor, Tensor]:
-    """The seam between two sub-blocks: add the gated branch to the residual stream and modulate
-    what comes next.
+    """Residual + adaLN, between two sub-blocks: add the gated branch to the residual stream, and
+    modulate the input of the next branch.
 
     x, y (B, T, D); gate, shift, scale (B, D) -> (x + gate*y, adaln_modulate of that), both (B, T,
     D) in x's dtype. The second output is computed from the sum before it is rounded to x's dtype.
@@ -184,61 +179,42 @@ def gated_residual_adaln(
 
 
 @gated_residual_adaln.backend("triton", unsupported=_unsupported)
-def _seam_triton(
+def _residual_adaln_triton(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     B, T, D = x.shape
     x, y, gate, shift, scale = map(rows, (x, y, gate, shift, scale))
     total, out = (torch.empty(B, T, D, dtype=x.dtype, device=x.device) for _ in range(2))
     strides = (*x.stride()[:2], *y.stride()[:2], gate.stride(0), shift.stride(0), scale.stride(0))
-    _seam_kernel.launch(
+    _residual_adaln_kernel.launch(
         (B * T,), x, y, gate, shift, scale, total, out, T, *strides, eps, D, *pieces(D),
         num_warps=_warps(D)
     )  # fmt: skip
     return total, out
 
 
-# CUDA: csrc/adaln.cu, one block a row.
+# CUDA: csrc/adaln.cu, one block per row.
 
 
 class _AdaLN(ctypes.Structure):
     _fields_: ClassVar[Any] = (
         [(name, ctypes.c_void_p) for name in ("x", "y", "gate", "shift", "scale", "total", "out")]
-        + [
-            (name, ctypes.c_longlong)
-            for name in (
-                "T",
-                "D",
-                "x_b",
-                "x_t",
-                "y_b",
-                "y_t",
-                "gate_b",
-                "shift_b",
-                "scale_b",
-                "rows",
-            )
-        ]
+        + [(name, ctypes.c_longlong) for name in ("T", "D", "x_b", "x_t", "y_b", "y_t")]
+        + [(name, ctypes.c_longlong) for name in ("gate_b", "shift_b", "scale_b", "rows")]
         + [("eps", ctypes.c_float)]
     )
 
 
 def cuda_call(
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    total: Tensor | None,
-    out: Tensor,
-    eps: float,
-) -> tuple[str, int, ctypes.Structure]:
-    """(instance, threads, arguments) of csrc's kernel; all last axes dense; y, gate and total
-    together or not at all.
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor,
+    total: Tensor | None, out: Tensor, eps: float,
+) -> tuple[str, int, ctypes.Structure]:  # fmt: skip
+    """(instance, threads, arguments) of csrc's kernel. All last axes are dense; y, gate and total
+    come together or not at all.
     """
-    D, given = x.shape[-1], [t for t in (x, y, gate, shift, scale, total, out) if t is not None]
-    V = _cuda.vector(x.dtype, D, *(stride for t in given for stride in t.stride()[:-1]))
-    V = 1 if _cuda.misaligned(*given) else V
+    D, operands = x.shape[-1], (x, y, gate, shift, scale, total, out)
+    outer = (stride for t in operands if t is not None for stride in t.stride()[:-1])
+    V = 1 if _cuda.misaligned(*operands) else _cuda.vector(x.dtype, D, *outer)
     vectors = -(-D // V)
     items = next(i for i in ((1, 4) if V > 1 else (1, 4, 16)) if vectors <= 1024 * i or i == 16)
     threads = min(1024, -(-vectors // (32 * items)) * 32)
@@ -247,7 +223,7 @@ def cuda_call(
         *((0, 0) if y is None else y.stride()[:2]),
         0 if gate is None else gate.stride(0),
     )
-    pointers = map(_cuda.pointer, (x, y, gate, shift, scale, total, out))
+    pointers = map(_cuda.pointer, operands)
     rows = x.shape[0] * x.shape[1]
     args = _AdaLN(*pointers, x.shape[1], D, *strides, shift.stride(0), scale.stride(0), rows, eps)
     return f"flowturbo::adaln<{_cuda.NAMES[x.dtype]},{V},{items}>", threads, args
@@ -267,7 +243,7 @@ def _adaln_cuda(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 @gated_residual_adaln.backend("cuda", unsupported=_unsupported_cuda)
-def _seam_cuda(
+def _residual_adaln_cuda(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     x, y, gate, shift, scale = map(rows, (x, y, gate, shift, scale))

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import Make, expect_floating, expect_shape, op, requested_backend
+from ._op import op, requested_backend
 from ._triton import dot_precision, kernel, next_power_of_2, tl, too_large
-from ._tune import Ways, form
+from ._tune import Candidates, form
+from .arguments import Make, expect_floating, expect_shape
 
-# Triton: one program a block of queries of one head; an online softmax over blocks of keys, which
-# are read where the qkv projection left them. head_dim is a constant, so that loads are known to be
-# aligned, and is held in two pieces: 72 = 64 + 16, half of the second masked, where one power of
+# Triton: one program per block of queries of one head; an online softmax over blocks of keys, which
+# are read in place from the packed qkv. head_dim is a constexpr, so that the compiler knows loads
+# are aligned, and is split in two: 72 = 64 + 16, with half of the second masked, where one power of
 # two would multiply 128 wide.
 
 
@@ -25,9 +26,8 @@ def _attention_kernel(
     TAIL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(
-        T, BLOCK_M
-    )  # all in axis 0: the others end at 65535, which batch times heads may pass
+    # All in axis 0: the others end at 65535, which batch times heads may exceed.
+    blocks = tl.cdiv(T, BLOCK_M)
     head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     b, h = head // HEADS, head % HEADS
     q_ptr = qkv + b.to(tl.int64) * qkv_b + h * D
@@ -56,9 +56,8 @@ def _attention_kernel(
                 k_ptr + n[:, None] * qkv_t + e[None, :], mask=inside & (e < D)[None, :], other=0.0
             )
             s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
-        s = tl.where(
-            (n < T)[None, :], s * scale, float("-inf")
-        )  # scale holds log2(e): softmax by powers of two
+        # scale includes log2(e): the softmax is of powers of two
+        s = tl.where((n < T)[None, :], s * scale, float("-inf"))
         larger = tl.maximum(largest, tl.max(s, axis=1))
         p = tl.exp2(s - larger[:, None])
         shrink = tl.exp2(largest - larger)
@@ -86,11 +85,9 @@ TILES: tuple[tuple[int, int, int, int], ...] = (
     (64, 64, 4, 3),
     (64, 32, 4, 3),
 )
-"""(queries, keys, warps, stages) of a program: what `auto` chooses from on a GPU, the default
-first.
-"""
+"""(queries, keys, warps, stages) of a program: `auto`'s candidates, the default first."""
 EXACT_TILES: tuple[tuple[int, int, int, int], ...] = ((16, 32, 4, 1),)
-"""For float32, which is multiplied outside the tensor cores."""
+"""For float32, which does not use the tensor cores."""
 
 
 def _head_pieces(head_dim: int) -> tuple[int, int]:
@@ -132,22 +129,22 @@ def _unsupported(qkv: Tensor) -> str | None:
     return too_large(T * max(qkv.stride(1), qkv[:1, :1].numel()))
 
 
-def _ways(qkv: Tensor) -> Ways:
-    """Our tiles and, left to us ("auto"), torch's own attention. There is no weight to rotate: a
-    plan's qkv, too, has just been written, by the projection before, and as much of it as fits lies
-    in the cache."""
+def _candidates(qkv: Tensor) -> Candidates:
+    """Our tiles and, under "auto", torch's own attention. Nothing is cold: in a plan, too, the
+    projection before has just written qkv, and what fits of it is in the cache.
+    """
     tiles = EXACT_TILES if qkv.dtype == torch.float32 else TILES
-    candidates: dict[str, Callable[..., Tensor]] = {
+    functions: dict[str, Callable[..., Tensor]] = {
         f"triton {tile}": partial(run_tile, qkv, tile) for tile in tiles
     }
     if requested_backend() == "auto":
-        candidates["torch"] = partial(attention.reference, qkv)
-    return Ways(("attention", form(qkv)), candidates, qkv.device)
+        functions["torch"] = partial(attention.reference, qkv)
+    return Candidates(("attention", form(qkv)), functions, qkv.device)
 
 
-@attention.backend("triton", unsupported=_unsupported, ways=_ways)
+@attention.backend("triton", unsupported=_unsupported, candidates=_candidates)
 def _attention_triton(qkv: Tensor) -> Tensor:
-    y: Tensor = _ways(qkv).run()
+    y: Tensor = _candidates(qkv).run()
     return y
 
 

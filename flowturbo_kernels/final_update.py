@@ -1,5 +1,5 @@
-"""The end of a DiT and of a solver step in one: final layer, unpatchify, guidance, velocity cache,
-and the move of x.
+"""The final layer of a DiT and all of the solver step that follows, in one kernel: projection,
+unpatchify, guidance, velocity cache and the update of x.
 """
 
 from __future__ import annotations
@@ -12,21 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op, wide
+from ._op import op
 from ._triton import dot_precision, kernel, next_power_of_2, rows, tl, too_large, too_many_images
 from .adaln import EPS, adaln_modulate
-from .velocity_update import (
-    MAX_VELOCITIES,
-    check_guided,
-    guided_update,
-    moved_along,
-    padded_to_four,
-    per_image,
-)
+from .arguments import Make, expect_floating, expect_one_dtype, expect_shape, wide
+from .guidance import check_guided, guided_update, scale_per_image
+from .velocity_update import add_velocities, pad_velocities, too_many_velocities
 
-# Triton: one program a block of tokens of one image, both guidance halves, so that guidance crosses
-# no program. Tokens are read three times (mean, variance, projection), twice of them from the
-# cache: 16 rows of 1152 are 37 KB in 16 bits.
+# Triton: one program per block of tokens of one image, for both guidance halves, so that guidance
+# stays inside a program. Tokens are read three times (mean, variance, projection), twice of them
+# from the cache: 16 rows of 1152 are 37 KB in 16 bits.
 
 
 @kernel
@@ -105,10 +100,8 @@ def _final_kernel(
     )  # fmt: skip
     HW = T * P * P
     pixel, channel = o // C, o % C
-    y, z = (
-        (token // columns)[:, None] * P + (pixel // P)[None, :],
-        (token % columns)[:, None] * P + (pixel % P)[None, :],
-    )
+    y = (token // columns)[:, None] * P + (pixel // P)[None, :]
+    z = (token % columns)[:, None] * P + (pixel % P)[None, :]
     at = (n * C + channel[None, :]) * HW + y * columns * P + z
     inside = (token < T)[:, None] & (o < P * P * C)[None, :]
     if GUIDED:
@@ -128,25 +121,15 @@ def _final_kernel(
     if BASE:
         c += tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(velocity + at, c, mask=inside)
-    total = moved_along(x, v0, v1, v2, v3, w0, w1, w2, w3, at, inside, COUNT)
+    total = add_velocities(x, v0, v1, v2, v3, w0, w1, w2, w3, at, inside, COUNT)
     tl.store(out + at, total + weight_v * c, mask=inside)
 
 
 def _check(
-    tokens: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    guidance: float | Tensor | None,
-    channels: int,
-    weight_v: float,
-    base: Tensor | None = None,
-    velocities: Sequence[Tensor] = (),
-    weights: Sequence[float] = (),
-    eps: float = EPS,
-) -> None:
+    tokens: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, x: Tensor,
+    guidance: float | Tensor | None, channels: int, weight_v: float, base: Tensor | None = None,
+    velocities: Sequence[Tensor] = (), weights: Sequence[float] = (), eps: float = EPS,
+) -> None:  # fmt: skip
     name = "final_update"
     expect_floating(name, tokens=tokens, shift=shift, scale=scale, weight=weight, bias=bias, x=x)
     expect_one_dtype(name, tokens=tokens, weight=weight, bias=bias)
@@ -159,15 +142,14 @@ def _check(
     expect_shape(name, "weight", weight, (None, D))
     expect_shape(name, "bias", bias, (weight.shape[0],))
     _patch(tokens, weight, x)
-    raw = x[:1, :1, :1, :1].expand(
-        R, C, H, W
-    )  # stands for the network's output: its shape, device and dtype
+    # stands for the network's output: its shape, device and dtype
+    raw = x[:1, :1, :1, :1].expand(R, C, H, W)
     check_guided(name, x, raw, guidance, channels, base, velocities, weights)
 
 
 def _patch(tokens: Tensor, weight: Tensor, x: Tensor) -> tuple[int, int]:
-    """(patch p, output channels: C, or 2C with a learned sigma), from the number of tokens and the
-    rows of the weight.
+    """(patch size p, output channels: C, or 2C with a learned sigma), from the number of tokens and
+    the rows of the weight.
     """
     T, (_, C, H, W) = tokens.shape[1], x.shape
     p = math.isqrt(H * W // T) if T else 0
@@ -223,41 +205,29 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
     "float[] weights, float eps) -> (Tensor, Tensor)",
     lower=lambda tokens, shift, scale, weight, bias, x, guidance, *rest: (
         *(tokens, shift, scale, weight, bias, x),
-        None if guidance is None else per_image(tokens, guidance).view(-1, 1, 1, 1),
+        None if guidance is None else scale_per_image(tokens, guidance).view(-1, 1, 1, 1),
         *rest,
     ),
 )
 def final_update(
-    tokens: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    guidance: float | Tensor | None,
-    channels: int,
-    weight_v: float,
-    base: Tensor | None = None,
-    velocities: Sequence[Tensor] = (),
-    weights: Sequence[float] = (),
-    eps: float = EPS,
-) -> tuple[Tensor, Tensor]:
+    tokens: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, x: Tensor,
+    guidance: float | Tensor | None, channels: int, weight_v: float, base: Tensor | None = None,
+    velocities: Sequence[Tensor] = (), weights: Sequence[float] = (), eps: float = EPS,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The final layer of a DiT, then guided_update, with nothing between them written to memory.
 
     tokens (R, T, D), of the trunk; shift, scale (R, D); weight (p * p * C, D), channels innermost,
     or twice the rows, of which a learned sigma's are not read; bias; x (N, C, H, W), H * W = p * p
     * T, R = 2N with guidance, conditional rows first, or N with None; the rest as in
-    `guided_update` -> (x moved, (N, C, H, W); v, (R, C, H, W)), both in x's dtype. The projection's
-    input is rounded to the tokens' dtype, its output to none.
+    `guided_update` -> (the updated x, (N, C, H, W); v, (R, C, H, W)), both in x's dtype. The
+    projection's input is rounded to the tokens' dtype, its output is not rounded.
     """
     dtype = wide(tokens)
     p, outputs = _patch(tokens, weight, x)
     (R, _, D), (_, C, H, W) = tokens.shape, x.shape
     h = adaln_modulate.reference(tokens.to(dtype), shift, scale, eps).to(tokens.dtype).to(dtype)
-    weight, bias = (
-        weight.view(p * p, outputs, D)[:, :C].reshape(-1, D),
-        bias.view(p * p, outputs)[:, :C].reshape(-1),
-    )
+    weight = weight.view(p * p, outputs, D)[:, :C].reshape(-1, D)
+    bias = bias.view(p * p, outputs)[:, :C].reshape(-1)
     y = F.linear(h, weight.to(dtype), bias.to(dtype))
     raw = y.view(R, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(R, C, H, W)
     moved, v = guided_update.reference(
@@ -277,52 +247,36 @@ def _unsupported(
 ) -> str | None:
     if not tokens.dtype == weight.dtype == bias.dtype:
         return "tensors are of several dtypes, under autocast"
-    if len(rest[-3]) > MAX_VELOCITIES:
-        return f"at most {MAX_VELOCITIES} velocities, got {len(rest[-3])}"
-    if reason := too_many_images(len(x)) or too_large(
-        max(tokens.shape[1] * tokens.stride(1), x[:1].numel())
-    ):
+    numbers = max(tokens.shape[1] * tokens.stride(1), x[:1].numel())
+    reason = too_many_velocities(x, rest[-3], rest[-2])
+    reason = reason or too_many_images(len(x)) or too_large(numbers)
+    if reason:
         return reason
     p, _ = _patch(tokens, weight, x)
-    return (
-        None
-        if p * p * x.shape[1] <= 256
-        else f"at most 256 outputs a token, got {p * p * x.shape[1]}"
-    )
+    outputs = p * p * x.shape[1]
+    return None if outputs <= 256 else f"at most 256 outputs a token, got {outputs}"
 
 
 @final_update.backend("triton", unsupported=_unsupported)
 def _final_triton(
-    tokens: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    guidance: float | Tensor | None,
-    channels: int,
-    weight_v: float,
-    base: Tensor | None,
-    velocities: Sequence[Tensor],
-    weights: Sequence[float],
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    tokens: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, x: Tensor,
+    guidance: float | Tensor | None, channels: int, weight_v: float, base: Tensor | None,
+    velocities: Sequence[Tensor], weights: Sequence[float], eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     p, outputs = _patch(tokens, weight, x)
     (R, T, D), (N, C, _, W) = tokens.shape, x.shape
     tokens, shift, scale, x = rows(tokens), rows(shift), rows(scale), x.contiguous()
-    tensors, numbers = padded_to_four([v[:N] for v in velocities], weights, x)
-    out, velocity = (
-        torch.empty_like(x),
-        torch.empty(R, *x.shape[1:], dtype=x.dtype, device=x.device),
-    )
+    tensors, numbers = pad_velocities([v[:N] for v in velocities], weights, x)
+    out = torch.empty_like(x)
+    velocity = torch.empty(R, *x.shape[1:], dtype=x.dtype, device=x.device)
     block_o = max(16, next_power_of_2(p * p * C))
     block_t, block_k = 16, 128 if block_o <= 64 else 64
     if tokens.dtype == torch.float32:
-        block_k //= 4  # more of them spill, outside the tensor cores
+        block_k //= 4  # more would spill, outside the tensor cores
     _final_kernel.launch(
         (-(-T // block_t), N),
         tokens, shift, scale, weight.contiguous(), bias.contiguous(), x,
-        x if guidance is None else per_image(tokens, guidance),
+        x if guidance is None else scale_per_image(tokens, guidance),
         x if base is None else base.contiguous(), *tensors, out, velocity,
         float(weight_v), *numbers, N, T, W // p, channels, eps, *tokens.stride()[:2],
         shift.stride(0), scale.stride(0),

@@ -1,6 +1,4 @@
-"""CUDA graphs: recording one so that no other thread is disturbed, and making torch whole where a
-recording fails.
-"""
+"""CUDA graphs: capture that disturbs no other thread, and cleanup after a capture that failed."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ from ._streams import clear_workspaces, return_private_stream, take_private_stre
 T = TypeVar("T")
 
 RECORDING = threading.RLock()
-"""Held by whoever records. One at a time: to wait for the device, as each does before and after,
-breaks a recording that is under way in another thread, in whatever mode."""
+"""Held during a capture and the synchronisations around it: synchronising the device breaks a
+capture in another thread, in whatever mode.
+"""
 
 
 class GraphPool:
@@ -46,11 +45,11 @@ class GraphPool:
         return self._stream
 
     def record(self, run: Callable[[], T]) -> tuple[T, torch.cuda.CUDAGraph]:
-        """What run returns, whose memory the graph fills at each replay, and the graph. What run
-        raises is raised.
+        """Capture run -> (its result, whose memory each replay fills, the graph). What run raises
+        is raised.
         """
         graph = torch.cuda.CUDAGraph()
-        others = list(self._graphs)  # held here, lest the pool end meanwhile
+        others = list(self._graphs)  # keeps the pool alive meanwhile
         if self._pool is None or not others:
             self._pool = torch.cuda.graph_pool_handle()
         cause, ended = None, True
@@ -102,8 +101,8 @@ class GraphPool:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Make whole what a capture leaves behind that could not be ended. The next one has a pool
-        and a stream of its own.
+        """Clean up after a capture that could not be ended: the next one gets another pool and
+        stream.
         """
         index, pool = self.device.index, self._pool
         if self._return_stream is not None:
@@ -117,28 +116,25 @@ class GraphPool:
         )
         try:
             end(index, pool)
-        except RuntimeError:  # not recording any more: torch did this itself, as 2.14 does
+        except RuntimeError:  # torch has ended it, as 2.14 does
             return
         torch._C._cuda_releasePool(index, pool)
         _UNENDED.append(graph)
         generator = torch.cuda.default_generators[index]
-        generator.graphsafe_set_state(
-            generator.clone_state()
-        )  # the same numbers, and no longer those of a capture
+        # the same random numbers, from a state that no capture owns
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 _UNENDED: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose capture torch did not end, up to version 2.11: its allocator of pinned memory goes
-on asking them.
+"""Graphs whose capture torch, up to 2.11, did not end: its allocator of pinned memory still calls
+them.
 """
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Python collects its garbage before and not inside: a capture must not be disturbed by the end
-    of somebody's old graph.
-    """
-    gc.collect()  # it may hold memory, too
+    """Collect garbage before, not inside: the end of an old graph would disturb a capture."""
+    gc.collect()  # it may hold memory as well
     enabled = gc.isenabled()
     gc.disable()
     try:

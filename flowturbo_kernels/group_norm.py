@@ -11,22 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _cuda
-from ._op import Make, expect_floating, expect_shape, op, wide
+from ._op import op
 from ._triton import kernel, next_power_of_2, tl, too_many_images
+from .arguments import Make, expect_floating, expect_shape, wide
 
 EPS = 1e-6
 _PIXELS = 256
-"""Pixels of one program: one program a group would leave most of a GPU idle (32 groups, 132
-multiprocessors).
+"""Pixels of one program. One program per group would leave most of a GPU idle: 32 groups, 132
+multiprocessors.
 """
 
-_HELD = 4096
-"""Numbers that a program of Triton's holds at once: 32 a thread. Of 16384 the registers spill."""
+_MAX_HELD = 4096
+"""Numbers that a Triton program holds at once, 32 per thread: with 16384 the registers spill."""
 
-# Triton, two passes. Statistics: a program reads all channels of a block of pixels, and leaves each
-# group's mean and sum of squared differences from it. Application: a program joins its image's
-# partial statistics (Chan et al. 1983), exact for any offset of the data, and writes a block of
-# pixels. Channels are contiguous, so both passes read whole lines.
+# Triton, two passes. Statistics: a program reads all channels of a block of pixels and writes each
+# group's mean and sum of squared deviations. Application: a program merges its image's partial
+# statistics (Chan et al. 1983), without cancellation whatever the mean of the data, and writes a
+# block of pixels. Channels are contiguous, so both passes read whole lines.
 
 
 @kernel
@@ -39,7 +40,7 @@ def _statistics_kernel(
     group = tl.arange(0, BLOCK_G)
     inner = tl.arange(0, BLOCK_C)
     channel = group[:, None] * (C // G) + inner[None, :]
-    known = (group < G)[:, None] & (inner < C // G)[None, :]
+    valid = (group < G)[:, None] & (inner < C // G)[None, :]
     first = block * PIXELS
     count = tl.minimum(HW - first, PIXELS) * (C // G)
     total = tl.zeros((BLOCK_P, BLOCK_G, BLOCK_C), dtype=tl.float32)
@@ -47,14 +48,14 @@ def _statistics_kernel(
         pixel = first + start + tl.arange(0, BLOCK_P)
         at = (n * HW + pixel[:, None, None]) * C + channel[None, :, :]
         total += tl.load(
-            x + at, mask=(pixel < HW)[:, None, None] & known[None, :, :], other=0.0
+            x + at, mask=(pixel < HW)[:, None, None] & valid[None, :, :], other=0.0
         ).to(tl.float32)
     mean = tl.sum(tl.sum(total, axis=2), axis=0) / count
     total = tl.zeros((BLOCK_P, BLOCK_G, BLOCK_C), dtype=tl.float32)
     for start in range(0, PIXELS, BLOCK_P):
         pixel = first + start + tl.arange(0, BLOCK_P)
         at = (n * HW + pixel[:, None, None]) * C + channel[None, :, :]
-        inside = (pixel < HW)[:, None, None] & known[None, :, :]
+        inside = (pixel < HW)[:, None, None] & valid[None, :, :]
         difference = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mean[None, :, None]
         total += tl.where(inside, difference * difference, 0.0)
     place = (n * blocks + block) * G + group
@@ -73,40 +74,40 @@ def _apply_kernel(
     total = tl.zeros((BLOCK_G,), dtype=tl.float32)
     for first in range(0, blocks, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B)
-        known = (b < blocks)[:, None] & (group < G)[None, :]
+        valid = (b < blocks)[:, None] & (group < G)[None, :]
         share = tl.minimum(HW - b * PIXELS, PIXELS) * 1.0 / HW
         part = tl.load(
-            means + (n * blocks + b[:, None]) * G + group[None, :], mask=known, other=0.0
+            means + (n * blocks + b[:, None]) * G + group[None, :], mask=valid, other=0.0
         )
         total += tl.sum(part * share[:, None], axis=0)
     mean = total
     total = tl.zeros((BLOCK_G,), dtype=tl.float32)
     for first in range(0, blocks, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B)
-        known = (b < blocks)[:, None] & (group < G)[None, :]
+        valid = (b < blocks)[:, None] & (group < G)[None, :]
         count = tl.minimum(HW - b * PIXELS, PIXELS) * (C // G) * 1.0
         place = (n * blocks + b[:, None]) * G + group[None, :]
-        difference = tl.load(means + place, mask=known, other=0.0) - mean[None, :]
+        difference = tl.load(means + place, mask=valid, other=0.0) - mean[None, :]
         square = (
-            tl.load(squares + place, mask=known, other=0.0)
+            tl.load(squares + place, mask=valid, other=0.0)
             + count[:, None] * difference * difference
         )
-        total += tl.sum(tl.where(known, square, 0.0), axis=0)
+        total += tl.sum(tl.where(valid, square, 0.0), axis=0)
     rstd = 1.0 / tl.sqrt(total / (HW * (C // G) * 1.0) + eps)
     inner = tl.arange(0, BLOCK_C)
     channel = group[:, None] * (C // G) + inner[None, :]
-    known = (group < G)[:, None] & (inner < C // G)[None, :]
-    gain = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32) * rstd[:, None]
-    offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32) - mean[:, None] * gain
+    valid = (group < G)[:, None] & (inner < C // G)[None, :]
+    gain = tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32) * rstd[:, None]
+    offset = tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32) - mean[:, None] * gain
     for start in range(0, PIXELS, BLOCK_P):
         pixel = block * PIXELS + start + tl.arange(0, BLOCK_P)
         at = (n * HW + pixel[:, None, None]) * C + channel[None, :, :]
-        inside = (pixel < HW)[:, None, None] & known[None, :, :]
+        inside = (pixel < HW)[:, None, None] & valid[None, :, :]
         y = (
             tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * gain[None, :, :]
             + offset[None, :, :]
         )
-        y = tl.where(inside, y, 0.0)  # so that no exponential of what is not data overflows
+        y = tl.where(inside, y, 0.0)  # or the exponential of masked lanes may overflow
         tl.store(out + at, y / (1.0 + tl.exp(-y)), mask=inside)
 
 
@@ -153,9 +154,9 @@ def group_norm_silu(
 
 def _unsupported(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> str | None:
     C = x.shape[1]
-    if next_power_of_2(groups) * next_power_of_2(C // groups) > _HELD:
+    if next_power_of_2(groups) * next_power_of_2(C // groups) > _MAX_HELD:
         return (
-            f"at most {_HELD} channels, with groups and their sizes filled up to powers of "
+            f"at most {_MAX_HELD} channels, with groups and their sizes filled up to powers of "
             f"two, got {C} in {groups} groups"
         )
     return too_many_images(len(x))
@@ -171,8 +172,8 @@ def _group_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps
     )
     out = torch.empty_like(x)
     block_g, block_c = next_power_of_2(groups), next_power_of_2(C // groups)
-    block_p = max(1, min(_PIXELS, _HELD // (block_g * block_c)))
-    block_b = min(64, next_power_of_2(blocks), _HELD // block_g)
+    block_p = max(1, min(_PIXELS, _MAX_HELD // (block_g * block_c)))
+    block_b = min(64, next_power_of_2(blocks), _MAX_HELD // block_g)
     sizes = (C, groups, _PIXELS, block_p, block_g, block_c)
     _statistics_kernel.launch((blocks, N), x, means, squares, H * W, blocks, *sizes, num_warps=4)
     tensors = x, weight.contiguous(), bias.contiguous(), means, squares, out
@@ -207,15 +208,10 @@ def cuda_calls(
     threads = max(lanes * (C // V), groups)
     grid = partial.shape[2], N
     kind = f"<{_cuda.NAMES[x.dtype]},{V}>"
+    shared = 4 * (threads * V + groups), 8 * groups + 12 * 256
     return [
-        (
-            f"flowturbo::group_norm_statistics{kind}",
-            grid,
-            threads,
-            4 * (threads * V + groups),
-            args,
-        ),
-        (f"flowturbo::group_norm_apply{kind}", grid, 256, 8 * groups + 12 * 256, args),
+        (f"flowturbo::group_norm_statistics{kind}", grid, threads, shared[0], args),
+        (f"flowturbo::group_norm_apply{kind}", grid, 256, shared[1], args),
     ]
 
 
@@ -232,12 +228,9 @@ def _unsupported_cuda(
 @group_norm_silu.backend("cuda", unsupported=_unsupported_cuda)
 def _group_norm_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     N, C, H, W = x.shape
-    x, weight, bias = (
-        x.contiguous(memory_format=torch.channels_last),
-        weight.contiguous(),
-        bias.contiguous(),
-    )
-    if C > _cuda.MAX_THREADS:  # which only vectors can take, and those must be aligned
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    if C > _cuda.MAX_THREADS:  # threads must take vectors, which must be aligned
         x, weight, bias = map(_cuda.aligned, (x, weight, bias))
     partial = torch.empty(2, N, -(-H * W // _PIXELS), groups, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ._matmul import EXACT_TILES, MASKED_TILES, SPLITS, TILES, WIDE_TILES, Tile, product
-from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op, requested_backend, wide
+from ._op import op, requested_backend
 from ._triton import rows
-from ._tune import Ways, form
+from ._tune import Candidates, form
+from .arguments import Make, expect_floating, expect_one_dtype, expect_shape, wide
 from .batch_invariant import gelu_tanh, matmul
 
 Activation = Literal["gelu_tanh"]
@@ -42,23 +43,20 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
     schema="(Tensor x, Tensor weight, Tensor bias, str? activation) -> Tensor",
 )
 def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None = None) -> Tensor:
-    """x (..., K) times weight (N, K) transposed, plus bias (N,), through tanh-GELU if asked ->
-    (..., N).
+    """x (..., K) times weight (N, K) transposed, plus bias (N,), through the activation if there is
+    one -> (..., N).
     """
     y = matmul(x, weight, bias)
     return gelu_tanh(y) if activation == "gelu_tanh" else y
 
 
-def _mixed(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> str | None:
-    return (
-        None
-        if x.dtype == weight.dtype == bias.dtype
-        else "x, weight and bias are of several dtypes, under autocast"
-    )
+def _mixed_dtypes(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> str | None:
+    same = x.dtype == weight.dtype == bias.dtype
+    return None if same else "x, weight and bias are of several dtypes, under autocast"
 
 
 def _tiles(flat: Tensor, weight: Tensor, **epilogue: Any) -> dict[str, Callable[..., Tensor]]:
-    """The kernel's candidates for a product of rows `flat` (M, K), functions of weight and bias."""
+    """The kernel's candidates for a product of rows `flat` (M, K): functions of weight and bias."""
     tilings = _tilings(
         *flat.shape, len(weight), flat.dtype == torch.float32, "residual" in epilogue
     )
@@ -83,20 +81,22 @@ def _tilings(M: int, K: int, N: int, exact: bool, residual: bool) -> list[tuple[
     ]
 
 
-def _ways(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None) -> Ways:
-    """Our tiles and, left to us ("auto"), torch's product: cuBLASLt's, whose GELU epilogue is
-    torch._addmm_activation's on CUDA.
+def _candidates(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None
+) -> Candidates:
+    """Our tiles and, under "auto", torch's product and cuBLASLt's GELU epilogue, which on CUDA is
+    torch._addmm_activation.
     """
     flat = rows(x.reshape(-1, x.shape[-1]))
     gelu = activation == "gelu_tanh"
-    candidates = _tiles(flat, weight, gelu=gelu)
+    functions = _tiles(flat, weight, gelu=gelu)
     if requested_backend() == "auto":
-        candidates = {"torch": partial(linear.reference, flat, activation=activation), **candidates}
+        functions = {"torch": partial(linear.reference, flat, activation=activation), **functions}
         if gelu and x.dtype != torch.float32:  # for which cuBLASLt's accuracy is not documented
-            candidates = {"cublaslt gelu": partial(_product_with_gelu, flat), **candidates}
-    return Ways(
+            functions = {"cublaslt gelu": partial(_product_with_gelu, flat), **functions}
+    return Candidates(
         ("linear", activation, form(flat), form(weight), form(bias)),
-        candidates,
+        functions,
         x.device,
         (weight, bias),
     )
@@ -106,11 +106,11 @@ def _product_with_gelu(flat: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch._addmm_activation(bias, flat, weight.t(), use_gelu=True)
 
 
-@linear.backend("triton", unsupported=_mixed, ways=_ways)
+@linear.backend("triton", unsupported=_mixed_dtypes, candidates=_candidates)
 def _linear_triton(
     x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None
 ) -> Tensor:
-    y: Tensor = _ways(x, weight, bias, activation).run()
+    y: Tensor = _candidates(x, weight, bias, activation).run()
     return y.view(*x.shape[:-1], len(weight))
 
 
@@ -138,8 +138,8 @@ def _example_gated(make: Make) -> Iterable[tuple[Any, ...]]:
 def linear_gated_residual(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor
 ) -> Tensor:
-    """A branch's last product and its way back into the residual stream: residual + gate * (x times
-    weight transposed, plus bias).
+    """The last product of a branch, added to the residual stream: residual + gate * (x times weight
+    transposed, plus bias).
 
     x (B, T, K), weight (N, K), bias (N,), residual (B, T, N), gate (B, N), rows may be strided ->
     (B, T, N) in residual's dtype.
@@ -149,23 +149,25 @@ def linear_gated_residual(
     return (residual.to(dtype) + gate.to(dtype)[:, None] * y.to(dtype)).to(residual.dtype)
 
 
-def _gated_ways(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor) -> Ways:
+def _gated_candidates(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor
+) -> Candidates:
     flat = rows(x.reshape(-1, x.shape[-1]))
-    candidates = _tiles(
+    functions = _tiles(
         flat, weight, residual=residual.contiguous(), gate=rows(gate), tokens=x.shape[1]
     )
     if requested_backend() == "auto":
-        candidates = {
+        functions = {
             "torch": partial(linear_gated_residual.reference, x, residual=residual, gate=gate),
-            **candidates,
+            **functions,
         }
     question = "linear_gated_residual", *map(form, (x, weight, bias, residual, gate))
-    return Ways(question, candidates, x.device, (weight, bias))
+    return Candidates(question, functions, x.device, (weight, bias))
 
 
-@linear_gated_residual.backend("triton", unsupported=_mixed, ways=_gated_ways)
+@linear_gated_residual.backend("triton", unsupported=_mixed_dtypes, candidates=_gated_candidates)
 def _gated_triton(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor
 ) -> Tensor:
-    y: Tensor = _gated_ways(x, weight, bias, residual, gate).run()
+    y: Tensor = _gated_candidates(x, weight, bias, residual, gate).run()
     return y.view(*x.shape[:-1], len(weight))

@@ -1,5 +1,5 @@
-"""Matrix products in fp8 (e4m3), one scale a row: an option that changes results, never taken
-unasked.
+"""Matrix products in fp8 (e4m3) with one scale per row. They change results, so nothing uses them
+unless a caller asks by name.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ._matmul import FP8_TILES, MASKED_TILES, Tile, product
-from ._op import Make, expect_floating, expect_shape, op, requested_backend, wide
+from ._op import op, requested_backend
 from ._triton import kernel, next_power_of_2, rows, tl, too_many_rows
-from ._tune import Ways, form
+from ._tune import Candidates, form
+from .arguments import Make, expect_floating, expect_shape, wide
 from .batch_invariant import gelu_tanh
 from .linear import Activation
 
@@ -66,7 +67,7 @@ def _no_fp8(x: Tensor) -> str | None:
 @quantize_rows.backend("triton", unsupported=_no_fp8)
 def _quantize_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     x = rows(x)
-    out, scale = _quantized(x)
+    out, scale = _quantized_like(x)
     K = x.shape[1]
     _quantize_kernel.launch(
         (len(x),), x, out, scale, x.stride(0), K, _TINY, next_power_of_2(K), num_warps=4
@@ -74,8 +75,8 @@ def _quantize_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
-def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What `quantize_rows` fills."""
+def _quantized_like(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised results of `quantize_rows`."""
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     return out, torch.empty(len(x), dtype=torch.float32, device=x.device)
 
@@ -124,9 +125,9 @@ def linear_fp8(
 ) -> Tensor:
     """`linear` with both operands in fp8: x is quantised row by row here, the weight beforehand.
 
-    x (..., K), 16 bits or float32; weight (N, K) float8_e4m3fn and weight_scale (N,) float32, of
+    x (..., K), 16 bits or float32; weight (N, K) float8_e4m3fn and weight_scale (N,) float32, from
     `quantize_rows`; bias (N,) -> (..., N) in x's dtype. Sums in float32. The relative error of a
-    product is about 4 %: of e4m3's 3 bits of mantissa.
+    product is about 4 %, since e4m3 has 3 bits of mantissa.
     """
     dtype = wide(x)
     q, scale = quantize_rows.reference(x.reshape(-1, x.shape[-1]))
@@ -143,38 +144,38 @@ def _unsupported(
     return _no_fp8(x) or (None if x.dtype == bias.dtype else "x and bias are of several dtypes")
 
 
-def _ways(
+def _candidates(
     q: Tensor,
     scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor,
     activation: Activation | None,
-) -> Ways:
-    """Of a product of quantised rows: our tiles and, left to us ("auto"), torch's scaled
-    product.
-    """
+) -> Candidates:
+    """For a product of quantised rows: our tiles and, under "auto", torch's scaled product."""
     gelu = activation == "gelu_tanh"
-    candidates: dict[str, Callable[..., Tensor]] = {
+    functions: dict[str, Callable[..., Tensor]] = {
         f"triton {tuple(tile)}": partial(_tile, q, scale, tile=tile, gelu=gelu)
         for tile in (FP8_TILES if q.shape[1] % 64 == 0 else MASKED_TILES)
     }
     if requested_backend() == "auto" and bias.dtype == torch.bfloat16:
-        candidates["torch"] = partial(_scaled_mm, q, scale, gelu=gelu)
+        functions["torch"] = partial(_scaled_mm, q, scale, gelu=gelu)
     cold = weight, weight_scale, bias
-    return Ways(("linear_fp8", activation, form(q), *map(form, cold)), candidates, q.device, cold)
+    return Candidates(
+        ("linear_fp8", activation, form(q), *map(form, cold)), functions, q.device, cold
+    )
 
 
-def _ways_of(x: Tensor, *rest: Any) -> Ways:
-    return _ways(*_quantized(x.reshape(-1, x.shape[-1])), *rest)
+def _candidates_of_rows(x: Tensor, *rest: Any) -> Candidates:
+    return _candidates(*_quantized_like(x.reshape(-1, x.shape[-1])), *rest)
 
 
-@linear_fp8.backend("triton", unsupported=_unsupported, ways=_ways_of)
+@linear_fp8.backend("triton", unsupported=_unsupported, candidates=_candidates_of_rows)
 def _fp8_triton(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None
 ) -> Tensor:
     q, scale = _quantize_triton(x.reshape(-1, x.shape[-1]))
-    y: Tensor = _ways(q, scale, weight, weight_scale, bias, activation).run()
+    y: Tensor = _candidates(q, scale, weight, weight_scale, bias, activation).run()
     return y.view(*x.shape[:-1], len(weight))
 
 

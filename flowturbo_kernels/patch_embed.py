@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import Make, expect_floating, expect_one_dtype, expect_shape, op
+from ._op import op
 from ._triton import (
     MAX_IMAGES,
     dot_precision,
@@ -19,15 +19,15 @@ from ._triton import (
     too_large,
     too_many_images,
 )
+from .arguments import Make, expect_floating, expect_one_dtype, expect_shape
 from .batch_invariant import matmul
 
 _FEATURES = 32
-"""Of one program, at the least: as many in float32, of which more spill outside the tensor cores,
-and twice as many in 16 bits.
+"""Of one program, in float32: more would spill, outside the tensor cores. In 16 bits twice as many.
 """
 
-# Triton: one program a block of tokens by a block of features; feature k = (channel, row, column)
-# of a patch is read where it lies, from x or from v.
+# Triton: one program per block of tokens and block of features; element k = (channel, row, column)
+# of a patch is read in place, from x or from v.
 
 
 @kernel
@@ -150,7 +150,7 @@ def patch_embed(
     v: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Cut into p x p patches and project each.
+    """Cut images into p x p patches and project each.
 
     x (B, C, H, W); weight (D, C, p, p), or (D, 2C, p, p) with v as the second C channels; v (k * B,
     C, H, W), whose k parts all go with x; bias (D,); positions (T, D), T = H/p * W/p, to be added
@@ -164,8 +164,9 @@ def patch_embed(
 
 
 def _projected(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (B, C, H, W) -> (B, T, D): off the CPU as a product, since cuDNN's convolutions of float32
-    are in TF32 by torch's default, which errs by 1e-4, and products are not."""
+    """x (B, C, H, W) -> (B, T, D). Off the CPU as a matrix product: by torch's default cuDNN
+    convolves float32 in TF32, with errors of 1e-4, but does not multiply matrices in it.
+    """
     if _convolves(x):
         return F.conv2d(x, weight, bias, stride=weight.shape[2]).flatten(2).transpose(1, 2)
     (B, C, H, W), p = x.shape, weight.shape[2]
@@ -182,11 +183,8 @@ def _unsupported(
 ) -> str | None:
     same = weight.dtype == bias.dtype and (positions is None or positions.dtype == weight.dtype)
     mixed = None if same else "weight, bias and positions are of several dtypes, under autocast"
-    D, p, most = (
-        weight.shape[0],
-        weight.shape[2],
-        MAX_IMAGES * _FEATURES,
-    )  # blocks of features are on a grid's second axis
+    D, p = weight.shape[0], weight.shape[2]
+    most = MAX_IMAGES * _FEATURES  # blocks of features are the grid's second axis
     if most < D:
         return f"at most {most} features, got {D}"
     tokens = x.shape[2] // p * (x.shape[3] // p)
@@ -198,13 +196,11 @@ def _unsupported(
 
 
 def _span(x: Tensor | None) -> int:
-    """How far an image's numbers reach in memory."""
-    return (
-        0
-        if x is None
-        else 1
-        + sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-    )
+    """The distance in memory from an image's first number to its last, and 1."""
+    if x is None:
+        return 0
+    axes = zip(x.shape[1:], x.stride()[1:], strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in axes)
 
 
 @patch_embed.backend("triton", unsupported=_unsupported)

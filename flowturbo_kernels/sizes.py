@@ -1,5 +1,5 @@
-"""Arguments of the operations as published models have them: what benchmarks time and what kernels
-are compiled for.
+"""Arguments of the operations in the sizes of published models, which benchmarks time and tests
+compile kernels for.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from ._op import Make
+from .arguments import Make
 from .linear_fp8 import quantize_rows
 
 
 def sit(
     make: Make, batch: int, *, hidden: int = 1152, heads: int = 16, side: int = 32, patch: int = 2
 ) -> Iterator[tuple[str, Any]]:
-    """(operation, arguments) of one guided call of a SiT on `batch` images: SiT-XL/2 at 256 x 256,
-    unless told.
+    """(operation, arguments) of one guided call of a SiT on `batch` images, by default SiT-XL/2 at
+    256 x 256.
     """
     N, R, T, D, C, p = batch, 2 * batch, (side // patch) ** 2, hidden, 4, patch
     latents = C, side, side
@@ -62,8 +62,8 @@ def sit_fp8(
 
 
 def vae(make: Make, batch: int, side: int = 32) -> Iterator[tuple[str, Any]]:
-    """(operation, arguments) of the SD autoencoder's decoder from latents of that side: one of each
-    width.
+    """(operation, arguments) of the SD autoencoder's decoder on latents of that side: one norm of
+    each width.
     """
     for channels, scale in ((512, 1), (512, 4), (256, 8), (128, 8)):
         x = make(batch, channels, side * scale, side * scale).to(memory_format=torch.channels_last)

@@ -1,6 +1,4 @@
-"""What surrounds the network in a solver step: guidance, moving x along velocities, and both with
-the cache in one pass.
-"""
+"""The update of x in a solver step: x plus weighted velocities."""
 
 from __future__ import annotations
 
@@ -12,19 +10,20 @@ import torch
 from torch import Tensor
 
 from . import _cuda
-from ._op import Make, expect_floating, expect_shape, op, wide
-from ._triton import kernel, next_power_of_2, tl, too_large, too_many_images
+from ._op import op
+from ._triton import kernel, tl, too_many_images
+from .arguments import Make, expect_floating, wide
 
 MAX_VELOCITIES = 4
 """Velocities that a kernel takes: those of Adams-Bashforth of order 4."""
-_BLOCK = 1024
+BLOCK = 1024
+"""Elements of one Triton program, at most."""
 
-# Triton: one program a block of one image's elements; offsets n * S + i of dense tensors, S
-# elements an image.
+# Triton: one program per block of elements.
 
 
 @kernel
-def moved_along(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT: tl.constexpr):
+def add_velocities(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT: tl.constexpr):
     """x plus COUNT weighted velocities."""
     total = tl.load(x + at, mask=mask).to(tl.float32)
     if COUNT > 0:
@@ -39,77 +38,34 @@ def moved_along(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT: tl.constexpr
 
 
 @kernel
-def _guided(v, scale, n, N, i, mask, S, HW, channels):
-    """Both halves of the guided velocity at elements i of image n."""
-    at = n.to(tl.int64) * S + i
-    c = tl.load(v + at, mask=mask).to(tl.float32)
-    u = tl.load(v + (n + N).to(tl.int64) * S + i, mask=mask).to(tl.float32)
-    guided = u + tl.load(scale + n).to(tl.float32) * (c - u)
-    inside = i // HW < channels
-    return tl.where(inside, guided, c), tl.where(inside, guided, u)
-
-
-@kernel
 def _update_kernel(
     x, v0, v1, v2, v3, out, w0, w1, w2, w3, size, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
-    tl.store(out + at, moved_along(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT), mask=mask)
-
-
-@kernel
-def _guide_kernel(v, scale, out, N, S, HW, channels, BLOCK: tl.constexpr):
-    n, i = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < S
-    c, u = _guided(v, scale, n, N, i, mask, S, HW, channels)
-    at = n.to(tl.int64) * S + i
-    tl.store(out + at, c, mask=mask)
-    tl.store(out + (n + N).to(tl.int64) * S + i, u, mask=mask)
-
-
-@kernel
-def _guided_update_kernel(
-    x, raw, scale, base, v0, v1, v2, v3, out, velocity, weight, w0, w1, w2, w3, N, S, HW, channels,
-    GUIDED: tl.constexpr, BASE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    n, i = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < S
-    at = n.to(tl.int64) * S + i
-    other_half = (n + N).to(tl.int64) * S + i
-    total = moved_along(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT)
-    if GUIDED:
-        c, u = _guided(raw, scale, n, N, i, mask, S, HW, channels)
-        if BASE:
-            u += tl.load(base + other_half, mask=mask).to(tl.float32)
-        tl.store(velocity + other_half, u, mask=mask)
-    else:
-        c = tl.load(raw + at, mask=mask).to(tl.float32)
-    if BASE:
-        c += tl.load(base + at, mask=mask).to(tl.float32)
-    tl.store(velocity + at, c, mask=mask)
-    tl.store(out + at, total + weight * c, mask=mask)
-
-
-def _too_many(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> str | None:
-    return (
-        f"at most {MAX_VELOCITIES} velocities, got {len(velocities)}"
-        if len(velocities) > MAX_VELOCITIES
-        else None
+    tl.store(
+        out + at, add_velocities(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT), mask=mask
     )
 
 
-def padded_to_four(
+def too_many_velocities(
+    x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]
+) -> str | None:
+    """Why a kernel can't take these velocities, or None."""
+    if len(velocities) <= MAX_VELOCITIES:
+        return None
+    return f"at most {MAX_VELOCITIES} velocities, got {len(velocities)}"
+
+
+def pad_velocities(
     velocities: Sequence[Tensor], weights: Sequence[float], filler: Tensor
 ) -> tuple[Any, ...]:
-    """Kernel arguments: four dense tensors, and four weights; those beyond the count are not
-    read.
+    """Kernel arguments: MAX_VELOCITIES dense tensors, and as many weights; the kernel does not read
+    the filler.
     """
     missing = MAX_VELOCITIES - len(velocities)
-    return tuple(v.contiguous() for v in velocities) + (filler,) * missing, (
-        *map(float, weights),
-        *(0.0,) * missing,
-    )
+    tensors = (*(v.contiguous() for v in velocities), *(filler,) * missing)
+    return tensors, (*map(float, weights), *(0.0,) * missing)
 
 
 def _check(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> None:
@@ -118,10 +74,11 @@ def _check(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) ->
             "velocity_update: weights must be as many as velocities, and at least one, got "
             f"{len(weights)} and {len(velocities)}"
         )
-    _check_velocities("velocity_update", x, velocities)
+    check_velocities("velocity_update", x, velocities)
 
 
-def _check_velocities(op_name: str, x: Tensor, velocities: Sequence[Tensor]) -> None:
+def check_velocities(op_name: str, x: Tensor, velocities: Sequence[Tensor]) -> None:
+    """ValueError or TypeError, in the name of the op, unless x can move by these velocities."""
     for k, v in enumerate(velocities):
         expect_floating(op_name, x=x, **{f"velocities[{k}]": v})
         if v.shape[1:] != x.shape[1:] or len(v) < len(x):
@@ -143,7 +100,7 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
     schema="(Tensor x, Tensor[] velocities, float[] weights) -> Tensor",
 )
 def velocity_update(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """x plus the weighted velocities: every explicit step that moves x is one call of this.
+    """x plus the weighted velocities: the update of every explicit solver step.
 
     x (N, ...); velocities: each (N or more, ...), of which the first N rows are read; weights:
     floats, with the step size in them -> (N, ...) in x's dtype.
@@ -155,219 +112,19 @@ def velocity_update(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[f
     return total.to(x.dtype)
 
 
-@velocity_update.backend("triton", unsupported=_too_many)
+@velocity_update.backend("triton", unsupported=too_many_velocities)
 def _update_triton(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     x = x.contiguous()
-    tensors, numbers = padded_to_four([v[: len(x)] for v in velocities], weights, x)
+    tensors, numbers = pad_velocities([v[: len(x)] for v in velocities], weights, x)
     out = torch.empty_like(x)
     size = x.numel()
     _update_kernel.launch(
-        (-(-size // _BLOCK),), x, *tensors, out, *numbers, size, len(velocities), _BLOCK
+        (-(-size // BLOCK),), x, *tensors, out, *numbers, size, len(velocities), BLOCK
     )
     return out
 
 
-def _check_guide(v: Tensor, scale: float | Tensor, channels: int) -> None:
-    expect_floating("guide", v=v)
-    _check_halves("guide", "v", v, scale, channels)
-
-
-def _check_halves(
-    op_name: str, argument: str, v: Tensor, scale: float | Tensor, channels: int
-) -> None:
-    expect_shape(op_name, argument, v, (None, None, None, None))
-    if v.shape[0] % 2:
-        raise ValueError(
-            f"{op_name}: {argument} must hold a conditional and an unconditional half, got "
-            f"{v.shape[0]} rows"
-        )
-    if isinstance(scale, Tensor):
-        expect_shape(op_name, "scale", scale, (v.shape[0] // 2, 1, 1, 1))
-    if not 1 <= channels <= v.shape[1]:
-        raise ValueError(f"{op_name}: channels must be from 1 to {v.shape[1]}, got {channels}")
-
-
-def _example_guide(make: Make) -> Iterable[tuple[Any, ...]]:
-    yield make(2, 1, 8, 8), 2.0, 1
-    yield make(4, 4, 8, 8), 1.5, 3
-    yield make(6, 4, 5, 7), 4.0, 4
-    yield make(6, 4, 5, 7), make(3, 1, 1, 1), 3
-
-
-def per_image(v: Tensor, scale: float | Tensor) -> Tensor:
-    """The scale as a dense tensor (N,), float32 or wider."""
-    if isinstance(scale, Tensor):
-        return scale.reshape(-1).contiguous()
-    return torch.full((v.shape[0] // 2,), scale, dtype=wide(v), device=v.device)
-
-
-def _as_tensor(v: Tensor, scale: float | Tensor) -> Tensor:
-    return per_image(v, scale).view(-1, 1, 1, 1)
-
-
-@op(
-    check=_check_guide,
-    example=_example_guide,
-    schema="(Tensor v, Tensor scale, int channels) -> Tensor",
-    lower=lambda v, scale, channels: (v, _as_tensor(v, scale), channels),
-)
-def guide(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
-    """Classifier-free guidance of a velocity or of an offset.
-
-    v (2N, C, H, W), conditional rows first -> the same shape: the first `channels` channels become
-    u + scale * (c - u) in both halves, the others keep their own half's value. scale: a number, or
-    (N, 1, 1, 1) for one an image.
-    """
-    c, u = v[:, :channels].to(wide(v)).chunk(2)
-    guided = (u + scale * (c - u)).to(v.dtype)
-    return torch.cat([torch.cat([guided, guided]), v[:, channels:]], dim=1)
-
-
-@guide.backend(
-    "triton", unsupported=lambda v, *_: too_many_images(len(v) // 2) or too_large(v[:1].numel())
-)
-def _guide_triton(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
-    v = v.contiguous()
-    N, S, HW = len(v) // 2, v[0].numel(), v[0, 0].numel()
-    out = torch.empty_like(v)
-    block = min(_BLOCK, next_power_of_2(S))
-    _guide_kernel.launch(
-        (-(-S // block), N), v, per_image(v, scale), out, N, S, HW, channels, block
-    )
-    return out
-
-
-def _check_guided(
-    x: Tensor,
-    raw: Tensor,
-    scale: float | Tensor | None,
-    channels: int,
-    weight: float,
-    base: Tensor | None = None,
-    velocities: Sequence[Tensor] = (),
-    weights: Sequence[float] = (),
-) -> None:
-    check_guided("guided_update", x, raw, scale, channels, base, velocities, weights)
-
-
-def check_guided(
-    name: str,
-    x: Tensor,
-    raw: Tensor,
-    scale: float | Tensor | None,
-    channels: int,
-    base: Tensor | None,
-    velocities: Sequence[Tensor],
-    weights: Sequence[float],
-) -> None:
-    """The checks of guided_update, in the name of the op that calls them."""
-    expect_shape(name, "x", x, (None, None, None, None))
-    expect_floating(name, x=x, raw=raw)
-    if scale is None:
-        expect_shape(name, "raw", raw, tuple(x.shape))
-    else:
-        expect_shape(name, "raw", raw, (2 * len(x), *x.shape[1:]))
-        _check_halves(name, "raw", raw, scale, channels)
-    if base is not None:
-        expect_floating(name, x=x, base=base)
-        expect_shape(name, "base", base, tuple(raw.shape))
-    if len(velocities) != len(weights):
-        raise ValueError(
-            f"{name}: weights must be as many as velocities, got {len(weights)} and "
-            f"{len(velocities)}"
-        )
-    _check_velocities(name, x, velocities)
-
-
-def _example_guided(make: Make) -> Iterable[tuple[Any, ...]]:
-    yield make(1, 1, 8, 8), make(1, 1, 8, 8), None, 1, 0.1
-    yield make(2, 4, 8, 8), make(4, 4, 8, 8), 1.5, 3, 0.05, None, [make(4, 4, 8, 8)], [0.05]
-    yield make(3, 4, 5, 7), make(6, 4, 5, 7), make(3, 1, 1, 1), 4, 0.1, make(6, 4, 5, 7)
-    yield (
-        make(3, 4, 5, 7),
-        make(3, 4, 5, 7),
-        None,
-        3,
-        0.2,
-        make(3, 4, 5, 7),
-        [make(6, 4, 5, 7) for _ in range(3)],
-        [-0.1, 0.03, -0.01],
-    )
-
-
-@op(
-    check=_check_guided,
-    example=_example_guided,
-    schema="(Tensor x, Tensor raw, Tensor? scale, int channels, float weight, Tensor? base, "
-    "Tensor[] velocities, float[] weights)"
-    " -> (Tensor, Tensor)",
-    lower=lambda x, raw, scale, *rest: (
-        x,
-        raw,
-        None if scale is None else _as_tensor(raw, scale),
-        *rest,
-    ),
-)
-def guided_update(
-    x: Tensor,
-    raw: Tensor,
-    scale: float | Tensor | None,
-    channels: int,
-    weight: float,
-    base: Tensor | None = None,
-    velocities: Sequence[Tensor] = (),
-    weights: Sequence[float] = (),
-) -> tuple[Tensor, Tensor]:
-    """All of a step that follows its network: guide the raw output, add it to a base velocity, keep
-    that, move x.
-
-    x (N, C, H, W); raw (2N, C, H, W), conditional rows first, or (N, C, H, W) with scale None;
-    scale, channels as in `guide`; base of raw's shape, the velocity that a refiner's offset
-    corrects; velocities and weights as in `velocity_update`, none by default -> (x + the weighted
-    velocities + weight * v, in x's dtype; v = guide(raw) + base, of raw's shape, in x's dtype). x
-    moves by v before v is rounded to x's dtype.
-    """
-    dtype = wide(x, raw)
-    v = raw.to(dtype)
-    if scale is not None:
-        v = guide.reference(v, scale, channels)
-    if base is not None:
-        v = v + base.to(dtype)
-    moved = velocity_update.reference(x.to(dtype), [*velocities, v], [*weights, weight])
-    return moved.to(x.dtype), v.to(x.dtype, copy=v is raw)
-
-
-def _too_many_guided(x: Tensor, raw: Tensor, *rest: Any) -> str | None:
-    return _too_many(x, rest[-2], rest[-1]) or too_many_images(len(x)) or too_large(x[:1].numel())
-
-
-@guided_update.backend("triton", unsupported=_too_many_guided)
-def _guided_update_triton(
-    x: Tensor,
-    raw: Tensor,
-    scale: float | Tensor | None,
-    channels: int,
-    weight: float,
-    base: Tensor | None,
-    velocities: Sequence[Tensor],
-    weights: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    x, raw = x.contiguous(), raw.contiguous()
-    N, S, HW = len(x), x[0].numel(), x[0, 0].numel()
-    tensors, numbers = padded_to_four([v[:N] for v in velocities], weights, x)
-    out, velocity = torch.empty_like(x), torch.empty(raw.shape, dtype=x.dtype, device=x.device)
-    scales = x if scale is None else per_image(raw, scale)
-    block = min(_BLOCK, next_power_of_2(S))
-    _guided_update_kernel.launch(
-        (-(-S // block), N),
-        x, raw, scales, x if base is None else base.contiguous(), *tensors, out, velocity,
-        float(weight), *numbers,
-        N, S, HW, channels, scale is not None, base is not None, len(velocities), block,
-    )  # fmt: skip
-    return out, velocity
-
-
-# CUDA: csrc/velocity_update.cu, one pass for all of it.
+# CUDA: csrc/velocity_update.cu, which guided_update launches as well.
 
 
 class _VelocityUpdate(ctypes.Structure):
@@ -382,26 +139,16 @@ class _VelocityUpdate(ctypes.Structure):
 
 
 def cuda_call(
-    x: Tensor,
-    raw: Tensor | None,
-    scale: Tensor | None,
-    base: Tensor | None,
-    velocities: Sequence[Tensor],
-    weights: Sequence[float],
-    out: Tensor,
-    velocity: Tensor | None,
-    weight: float = 0.0,
-    channels: int = 0,
-) -> tuple[str, tuple[int, int], int, ctypes.Structure]:
+    x: Tensor, raw: Tensor | None, scale: Tensor | None, base: Tensor | None,
+    velocities: Sequence[Tensor], weights: Sequence[float], out: Tensor, velocity: Tensor | None,
+    weight: float = 0.0, channels: int = 0,
+) -> tuple[str, tuple[int, int], int, ctypes.Structure]:  # fmt: skip
     """(instance, grid, threads, arguments) of csrc's kernel; all tensors dense, scale (N,) float32;
     out may be x.
     """
     N, S, HW = len(x), x[0].numel(), x[0, 0].numel() if x.ndim > 2 else x[0].numel()
-    V = (
-        1
-        if _cuda.misaligned(x, raw, base, *velocities, out, velocity)
-        else _cuda.vector(x.dtype, S, HW)
-    )
+    misaligned = _cuda.misaligned(x, raw, base, *velocities, out, velocity)
+    V = 1 if misaligned else _cuda.vector(x.dtype, S, HW)
     threads = min(256, -(-S // V // 32) * 32)
     args = _VelocityUpdate(
         *map(_cuda.pointer, (x, raw, scale, base)),
@@ -409,20 +156,16 @@ def cuda_call(
         *map(_cuda.pointer, (out, velocity)),
         N, S, HW, weight, (ctypes.c_float * MAX_VELOCITIES)(*weights), len(velocities), channels,
     )  # fmt: skip
-    kinds = _cuda.NAMES[x.dtype], _cuda.NAMES[x.dtype if raw is None else raw.dtype]
-    return (
-        f"flowturbo::velocity_update<{kinds[0]},{kinds[1]},{V}>",
-        (-(-S // (V * threads)), N),
-        threads,
-        args,
-    )
+    T, R = _cuda.NAMES[x.dtype], _cuda.NAMES[x.dtype if raw is None else raw.dtype]
+    grid = -(-S // (V * threads)), N
+    return f"flowturbo::velocity_update<{T},{R},{V}>", grid, threads, args
 
 
 def _unsupported_cuda(
     x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]
 ) -> str | None:
     return (
-        _too_many(x, velocities, weights)
+        too_many_velocities(x, velocities, weights)
         or too_many_images(len(x))
         or _cuda.same_dtype(x, *velocities)
     )
@@ -437,41 +180,3 @@ def _update_cuda(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[floa
     )
     _cuda.launch(name, grid, threads, 0, args)
     return out
-
-
-def _unsupported_guided_cuda(x: Tensor, raw: Tensor, *rest: Any) -> str | None:
-    base, velocities, weights = rest[-3:]
-    mixed = (
-        None
-        if x.dtype in (torch.float32, raw.dtype)
-        else f"raw is {raw.dtype} beside x of {x.dtype}"
-    )
-    return (
-        _too_many(x, velocities, weights)
-        or too_many_images(len(x))
-        or mixed
-        or _cuda.same_dtype(x, base, *velocities)
-    )
-
-
-@guided_update.backend("cuda", unsupported=_unsupported_guided_cuda)
-def _guided_update_cuda(
-    x: Tensor,
-    raw: Tensor,
-    scale: float | Tensor | None,
-    channels: int,
-    weight: float,
-    base: Tensor | None,
-    velocities: Sequence[Tensor],
-    weights: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    x, raw = x.contiguous(), raw.contiguous()
-    out, velocity = torch.empty_like(x), torch.empty(raw.shape, dtype=x.dtype, device=x.device)
-    scales = None if scale is None else per_image(raw, scale).float()
-    others = [v[: len(x)].contiguous() for v in velocities]
-    base = None if base is None else base.contiguous()
-    name, grid, threads, args = cuda_call(
-        x, raw, scales, base, others, weights, out, velocity, weight, channels
-    )
-    _cuda.launch(name, grid, threads, 0, args)
-    return out, velocity

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowturbo_kernels._graphs import RECORDING
+from flowturbo_kernels.graphs import RECORDING
 
 from .recorder import CudaRecorder, Recorder
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flowturbo_kernels._graphs import GraphPool
+from flowturbo_kernels.graphs import GraphPool
 
 
 class Recorder(Protocol):

@@ -18,7 +18,7 @@ from torch import Tensor
 import flowturbo as ft
 from flowturbo.runtime.cuda_graphs import Captures, Key
 from flowturbo.runtime.recorder import CudaRecorder
-from flowturbo_kernels._graphs import GraphPool
+from flowturbo_kernels.graphs import GraphPool
 
 fake_cuda = pytest.importorskip("fake_cuda")
 if not getattr(fake_cuda, "PRESENT", False):

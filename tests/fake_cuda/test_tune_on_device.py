@@ -19,8 +19,8 @@ if not fake_cuda.PRESENT:
     pytest.skip("needs the stand-in for a CUDA device", allow_module_level=True)
 
 from flowturbo_kernels import OPS, _measure, _tune, quantize_rows, use_backend
-from flowturbo_kernels._graphs import GraphPool
 from flowturbo_kernels._measure import Timing
+from flowturbo_kernels.graphs import GraphPool
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     """As another process begins."""
-    _tune._chosen.clear()
-    _tune._read.clear()
+    _tune._in_memory.clear()
+    _tune._on_disk.clear()
 
 
 def product(backend: str, K: int = 1152, N: int = 1152) -> str:
@@ -214,8 +214,8 @@ def test_a_candidate_that_lacks_memory_leaves_nothing_on_disk(folder):
     def hungry(weight: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    ways = _tune.Ways(
+    candidates = _tune.Candidates(
         ("it",), {"hungry": hungry, "product": lambda weight: x @ weight}, x.device, (x,)
     )
-    assert _tune.fastest(ways) == "product"
+    assert _tune.fastest(candidates) == "product"
     assert list(folder.glob("*.json")) == []

@@ -77,15 +77,15 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Any, tuple[Any, ...
         seen.clear()
 
 
-def first(ways: _tune.Ways) -> str:
-    return next(iter(ways.candidates))
+def first(candidates: _tune.Candidates) -> str:
+    return next(iter(candidates.functions))
 
 
-def every(ways: _tune.Ways) -> str:
+def every(candidates: _tune.Candidates) -> str:
     """In place of the choice: run all candidates, so that all are recorded."""
-    for run in ways.candidates.values():
-        run(*ways.cold)
-    return next(iter(ways.candidates))
+    for run in candidates.functions.values():
+        run(*candidates.cold)
+    return next(iter(candidates.functions))
 
 
 def source(kernel: Any, args: tuple[Any, ...]) -> tuple[str, ASTSource]:

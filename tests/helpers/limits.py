@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowturbo_kernels._op import Make
+from flowturbo_kernels.arguments import Make
 
 THREADS, REGISTERS = 1024, 65536
 """Of a block: at most so many threads, and so many registers of all of them (CUDA C++ Programming

@@ -98,7 +98,7 @@ a program can't.
     "name",
     [
         "_adaln_kernel",
-        "_seam_kernel",
+        "_residual_adaln_kernel",
         "_guided_update_kernel",
         "_update_kernel",
         "_attention_kernel",

@@ -27,6 +27,7 @@ from flowturbo_kernels import (
     _nvrtc,
     adaln,
     group_norm,
+    guidance,
     use_backend,
     velocity_update,
 )
@@ -71,7 +72,7 @@ def update_on_host(x, velocities, weights):
 def guided_on_host(x, raw, scale, channels, weight, base=None, velocities=(), weights=(), out=None):
     out = nan(*x.shape, dtype=x.dtype) if out is None else out
     velocity = nan(*raw.shape, dtype=x.dtype)
-    scales = None if scale is None else MODULE._per_image(raw, scale).float()
+    scales = None if scale is None else guidance.scale_per_image(raw, scale).float()
     others = [v[: len(x)] for v in velocities]
     name, _, _, args = MODULE.cuda_call(
         x, raw, scales, base, others, weights, out, velocity, weight, channels

@@ -14,7 +14,7 @@ import torch
 
 from flowturbo_kernels import BackendError, _cache, _choices, _measure, _op, _tune, linear
 from flowturbo_kernels._measure import Timing
-from flowturbo_kernels._tune import Ways, form
+from flowturbo_kernels._tune import Candidates, form
 
 GPU = torch.device("cuda", 0)
 FACTS = {"device": "GPU / 1", "torch": torch.__version__, "triton": "3", "clock_rate": 1980000}
@@ -44,8 +44,8 @@ def too_few(cold, device):
 
 
 def another_process() -> None:
-    _tune._chosen.clear()
-    _tune._read.clear()
+    _tune._in_memory.clear()
+    _tune._on_disk.clear()
 
 
 def timed(log: list[str], **times: float | Exception | Timing):
@@ -62,7 +62,7 @@ def timed(log: list[str], **times: float | Exception | Timing):
 
 
 def fastest(question: str, candidates) -> str:
-    return _tune.fastest(Ways((question,), candidates, GPU))
+    return _tune.fastest(Candidates((question,), candidates, GPU))
 
 
 def on_disk() -> dict[str, _choices.Entry]:
@@ -169,8 +169,8 @@ def test_nothing_is_measured_in_a_capture(machine, monkeypatch):
 
 def test_nothing_is_measured_on_the_cpu(machine):
     log: list[str] = []
-    ways = Ways(("op 1",), timed(log, a=3.0, b=1.0), torch.device("cpu"))
-    assert (_tune.fastest(ways), ways.chosen()) == ("a", None)
+    candidates = Candidates(("op 1",), timed(log, a=3.0, b=1.0), torch.device("cpu"))
+    assert (_tune.fastest(candidates), candidates.known_fastest()) == ("a", None)
     assert log == []
 
 
@@ -330,7 +330,7 @@ def test_a_full_disk_keeps_nothing_half_written(machine, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(_cache.os, "replace", full)
-    _cache.whole_file(machine / "entry", b"bytes")
+    _cache.write_atomically(machine / "entry", b"bytes")
     assert not [path for path in machine.iterdir() if "entry" in path.name or path.suffix == ".tmp"]
 
 
@@ -360,10 +360,8 @@ def test_where_there_are_no_locks_it_is_written_all_the_same(machine, monkeypatc
 
 
 def entry_of_another_process(question: str, candidates, choice: str) -> None:
-    ways = Ways((question,), candidates, GPU)
-    _choices.add(
-        FACTS, _tune._written(ways), {"fastest": choice, "us": {}, "cannot": {}}, candidates
-    )
+    key = _tune._disk_key(Candidates((question,), candidates, GPU))
+    _choices.add(FACTS, key, {"fastest": choice, "us": {}, "cannot": {}}, candidates)
 
 
 def test_what_others_measured_meanwhile_is_seen(machine):
@@ -407,20 +405,20 @@ def test_threads_that_ask_together_measure_once(machine):
 
 def test_what_was_chosen_is_said_and_nothing_measured_for_it(machine):
     log: list[str] = []
-    ways = Ways(("op 1",), timed(log, a=3.0, b=1.0), GPU)
-    assert ways.chosen() is None
+    candidates = Candidates(("op 1",), timed(log, a=3.0, b=1.0), GPU)
+    assert candidates.known_fastest() is None
     assert log == []
-    _tune.fastest(ways)
-    assert ways.chosen() == "b"
+    _tune.fastest(candidates)
+    assert candidates.known_fastest() == "b"
     another_process()
-    assert ways.chosen() == "b"
+    assert candidates.known_fastest() == "b"
 
 
 def test_why_names_the_one_that_runs(machine, monkeypatch):
     x, weight, bias = torch.zeros(4, 64), torch.zeros(64, 64), torch.zeros(64)
     chosen = ["torch", None]
     monkeypatch.setattr(_op, "unavailable", lambda backend, device: None)
-    monkeypatch.setattr(Ways, "chosen", lambda self: chosen.pop(0))
+    monkeypatch.setattr(Candidates, "known_fastest", lambda self: chosen.pop(0))
     with _op.use_backend("triton"):
         assert linear.why(x, weight, bias) == ("torch", {})
         assert linear.why(x, weight, bias) == ("triton", {})
