@@ -89,8 +89,8 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 
 def vector(dtype: torch.dtype, *multiples: int) -> int:
-    """Numbers that a thread loads at once: 16 bytes of them if they divide all these sizes and
-    strides, else one.
+    """Numbers that a thread loads at once: 16 bytes of them where all these sizes and strides are
+    multiples of that, else one.
     """
     size = 16 // dtype.itemsize
     return size if all(m % size == 0 for m in multiples) else 1

@@ -127,11 +127,9 @@ class Op(Generic[P, R]):
             # the shortest path: on the CPU small models feel every microsecond
             return self.reference(*args, **kwargs)
         positional = self._positional(args, kwargs)
-        return (
-            self.reference(*args, **kwargs)
-            if _reference_only(positional)
-            else self._run(*positional)
-        )
+        if _reference_only(positional):
+            return self.reference(*args, **kwargs)
+        return self._run(*positional)
 
     def why(self, *args: P.args, **kwargs: P.kwargs) -> tuple[str, dict[str, str]]:
         """Which backend these arguments get, and why each one before it does not.
@@ -283,7 +281,7 @@ def _unsupported_tensor(args: tuple[Any, ...]) -> str | None:
 
 
 def _reference_only(args: tuple[Any, ...]) -> str | None:
-    """Why the reference must run whatever was asked for, or None."""
+    """Why the reference must run whatever the requested backend, or None."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors(args)):
         return "forward only, and gradients are asked for"
     kind = next(tensors(args)).device.type

@@ -18,6 +18,7 @@ from torch import Tensor
 import flowturbo as ft
 from flowturbo.runtime.cuda_graphs import Captures, Key
 from flowturbo.runtime.recorder import CudaRecorder
+from flowturbo_kernels import _streams
 from flowturbo_kernels.graphs import GraphPool
 
 fake_cuda = pytest.importorskip("fake_cuda")
@@ -577,6 +578,23 @@ def test_a_stream_that_may_still_be_capturing_is_not_used_again():
     assert pool.stream != stream
     del pool
     assert all(GraphPool(stream.device).stream != stream for _ in range(3))
+
+
+def test_captures_work_where_no_library_can_be_called_directly(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError("no such library")
+
+    monkeypatch.setattr(_streams.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(_streams, "_idle", {})
+    _streams._clear_workspaces_of_stream.cache_clear()
+    try:
+        captures = Captures()
+        assert captures.precapture(Key("it", 64), product, matrix(), []).memory > WORKSPACE
+        assert not isinstance(captures.recorder._pool.stream, torch.cuda.ExternalStream)
+        captures.clear()
+        assert in_pools() == 0
+    finally:
+        _streams._clear_workspaces_of_stream.cache_clear()
 
 
 def test_a_thread_whose_product_has_its_workspace_and_is_not_launched_yet():
