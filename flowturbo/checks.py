@@ -1,4 +1,7 @@
-"""Checks of plain arguments, shared by everything that takes them from a user."""
+"""Checks of numbers that users pass. Each returns the value in its plain Python type.
+
+All raise TypeError for the wrong type and ValueError for the wrong value, naming the argument.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Iterable
 
 
 def natural(name: str, value: int) -> int:
-    """A whole number from 0 to 2**63 - 1."""
+    """An integer from 0 to 2**63 - 1."""
     number = whole(name, value)
     if not 0 <= number < 2**63:
         raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {value}")
@@ -17,7 +20,7 @@ def natural(name: str, value: int) -> int:
 
 
 def positive(name: str, value: int) -> int:
-    """A whole number from 1 on."""
+    """An integer of at least 1."""
     number = whole(name, value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
@@ -25,6 +28,7 @@ def positive(name: str, value: int) -> int:
 
 
 def whole(name: str, value: int) -> int:
+    """An integer of any sign, NumPy integers included, but no bool."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -35,9 +39,8 @@ def whole(name: str, value: int) -> int:
 
 def finite(name: str, value: float) -> float:
     """A number that is neither NaN nor infinite."""
-    if isinstance(value, bool) or not isinstance(
-        value, numbers.Real
-    ):  # NumPy's scalars are Real too
+    # NumPy's scalars are numbers.Real too.
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
@@ -45,13 +48,14 @@ def finite(name: str, value: float) -> float:
 
 
 def numbers_of(name: str, values: Iterable[float]) -> tuple[float, ...]:
-    """A list, tuple or array of numbers; NaN and infinity pass, for the caller to say where they
-    stand.
+    """A list, tuple or array of numbers.
+
+    NaN and infinity pass: the caller can say at which index they are.
     """
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of numbers, got {values!r}")
-    found = list(values)
-    for i, value in enumerate(found):
+    items = list(values)
+    for i, value in enumerate(items):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a list of numbers, got {name}[{i}] = {value!r}")
-    return tuple(map(float, found))
+    return tuple(map(float, items))

@@ -1,1 +1,1 @@
-"""The machine: devices, random numbers, processes, CUDA graphs."""
+"""Devices, random numbers, processes and CUDA graphs."""

@@ -1,9 +1,8 @@
-"""CUDA graphs of whole runs, kept for replay in a bounded cache. It knows keys, tensors and
-functions; no model, no plan.
+"""CUDA graphs of whole runs, kept for replay in a bounded cache.
 
-A run under a new key is executed as it is, which compiles and measures whatever it needs; the
-second one under that key is captured, and replayed from then on: inputs are copied into buffers of
-the graph, the result is copied out.
+The cache knows keys, tensors and functions, but no model and no plan. The first run under a key is
+eager, so that kernels are compiled and tuned. The second run is captured. From then on the graph
+is replayed: inputs are copied into its buffers, and the result is copied out.
 """
 
 from __future__ import annotations
@@ -29,12 +28,14 @@ from .recorder import CudaRecorder, Recorder
 _log = logging.getLogger(__name__)
 
 Body = Callable[..., Tensor]
-"""A run: inputs by name -> its result. It must do the same work whatever the inputs hold."""
+"""A run: inputs by name -> result. The work must not depend on the values of the inputs."""
 
 
 class Key(NamedTuple):
-    """What a capture is kept under. what: everything that decides the work but the number of
-    images, which is `size`.
+    """What a capture is stored under.
+
+    what: everything that determines the work, except the number of images.
+    size: the number of images.
     """
 
     what: Hashable
@@ -42,17 +43,20 @@ class Key(NamedTuple):
 
 
 class CaptureError(RuntimeError):
-    """A run could not be captured: it can still be executed as it is."""
+    """A run could not be captured. It can still be executed eagerly."""
 
 
 @dataclass
 class Capture:
-    """A captured run and what it cost. memory: bytes that the device's allocator took for it,
-    beyond those of earlier captures.
+    """A captured run and what it cost.
 
-    seconds: to capture; eager, replay: of one run executed as it is, and of one replay.
-    precaptured: whether it was asked for by name. Once it is given up, its figures stay and its
-    memory goes, whoever still holds it.
+    memory: bytes of device memory that this capture added to the graph pool.
+    seconds: time to capture. eager_seconds, replay_seconds: one eager run, one replay.
+    precaptured: captured by `precapture` rather than on the second run.
+    hits: number of replays.
+
+    After `give_up` the figures stay valid, but the tensors and the graph are released, even if
+    someone still holds the Capture.
     """
 
     key: Key
@@ -68,12 +72,9 @@ class Capture:
     hits: int = 0
 
     def give_up(self) -> None:
-        self.inputs, self.result, self.replay, self.watched = (
-            {},
-            torch.empty(0),
-            _given_up,
-            Fingerprint(),
-        )
+        """Release the graph and its tensors."""
+        self.inputs, self.result = {}, torch.empty(0)
+        self.replay, self.watched = _given_up, Fingerprint()
 
 
 def _given_up() -> None:
@@ -82,8 +83,9 @@ def _given_up() -> None:
 
 @dataclass
 class Fingerprint:
-    """Where the weights of modules lie. It holds the memory it names, so that a replay never reads
-    what was given back.
+    """The memory addresses of the weights of some modules.
+
+    It also keeps those tensors alive, so that a replay never reads memory that was freed.
     """
 
     addresses: list[int] = field(default_factory=list)
@@ -91,44 +93,50 @@ class Fingerprint:
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module]) -> Fingerprint:
-        made = cls(addresses(modules))
+        """The fingerprint of the modules as they are now."""
+        fingerprint = cls(addresses(modules))
         for module in modules:
-            made.kept += [module, *(t.detach() for t in (*module.parameters(), *module.buffers()))]
-        return made
+            fingerprint.kept += [
+                module,
+                *(t.detach() for t in (*module.parameters(), *module.buffers())),
+            ]
+        return fingerprint
 
     def fits(self, modules: Sequence[nn.Module]) -> bool:
         return self.addresses == addresses(modules)
 
 
 def addresses(modules: Sequence[nn.Module]) -> list[int]:
-    """The modules inside these and where their tensors lie: it changes when a weight is moved, cast
-    or replaced, a module is put in another's place, or modules learn or forget."""
-    found = []
-    todo = list(modules)
-    while todo:
-        module = todo.pop()
-        found += [id(module), module.training]
+    """Ids of all submodules, with their training flags and the addresses of their tensors.
+
+    The list changes when a weight is moved, cast or replaced, when a submodule is exchanged, and
+    when a module switches between training and evaluation.
+    """
+    ids = []
+    stack = list(modules)
+    while stack:
+        module = stack.pop()
+        ids += [id(module), module.training]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            found.append(0 if tensor is None else tensor.data_ptr())
-        todo += [child for child in module._modules.values() if child is not None]
-    return found
+            ids.append(0 if tensor is None else tensor.data_ptr())
+        stack += [child for child in module._modules.values() if child is not None]
+    return ids
 
 
 class Captures:
-    """The captured runs of one model: at most `limit`, the least recently used given up first,
-    those made ahead last.
+    """The captured runs of one model: a cache of at most `limit` captures.
 
-    limit: may be changed at any time. recorder: None: CUDA graphs on CUDA devices, and elsewhere
-        nothing is captured.
+    The least recently used capture is evicted first; those of `precapture` are evicted last.
+    limit: may be changed at any time.
+    recorder: None: CUDA graphs on CUDA devices, and no captures elsewhere.
     """
 
     def __init__(self, limit: int = 8, recorder: Recorder | None = None) -> None:
         self.limit, self.recorder = limit, recorder
         self._lock = threading.RLock()
         self._kept: OrderedDict[Key, Capture] = OrderedDict()
-        self._met: OrderedDict[Key, str | None] = (
-            OrderedDict()
-        )  # keys run before -> why they can't be captured
+        # Keys that were run before -> why they can't be captured, or None.
+        self._met: OrderedDict[Key, str | None] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[Captures], tuple[int]]:
         return Captures, (self.limit,)  # a copy of a model has other weights
@@ -142,17 +150,17 @@ class Captures:
         return self.recorder is not None and not isinstance(self.recorder, CudaRecorder)
 
     def report(self) -> list[Capture]:
-        """What is captured now, the least recently used first."""
+        """The captures in the cache, the least recently used first."""
         with self._lock:
             return list(self._kept.values())
 
     def refused(self) -> dict[Key, str]:
-        """Runs that could not be captured, and why."""
+        """The runs that could not be captured, with the reason."""
         with self._lock:
             return {key: why for key, why in self._met.items() if why is not None}
 
     def __str__(self) -> str:
-        """A line a capture, and a line for each run that could not be captured."""
+        """One line for each capture and for each run that could not be captured."""
         lines = []
         for c in self.report():
             gain = c.eager_seconds / c.replay_seconds if c.replay_seconds else float("nan")
@@ -171,7 +179,7 @@ class Captures:
         return "\n".join(lines) or "nothing is captured"
 
     def clear(self) -> None:
-        """Give up all captures and their memory."""
+        """Release all captures and their memory."""
         with self._lock:
             self._drop(self._kept.values())
             self._met.clear()
@@ -179,7 +187,7 @@ class Captures:
                 self.recorder.release()
 
     def size_for(self, what: Hashable, count: int) -> int | None:
-        """The smallest size captured ahead that holds `count` images."""
+        """The smallest precaptured size that holds `count` images, or None."""
         with self._lock:
             return min(
                 (
@@ -193,8 +201,9 @@ class Captures:
     def run(
         self, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module]
     ) -> Tensor:
-        """The body's result on these inputs, by replay where it is captured. modules: all whose
-        weights the body reads.
+        """The result of body(**inputs), by replay if it is captured.
+
+        modules: all modules whose weights the body reads.
         """
         with self._lock:
             while True:
@@ -209,30 +218,32 @@ class Captures:
                         warnings.warn(f"{error}; it runs without a graph", stacklevel=3)
                         break
                 result = self._replay(capture, inputs)
-                if capture.watched.fits(modules):  # looked at while the device works
+                if capture.watched.fits(modules):  # checked while the device is busy
                     return result
-                _log.info("weights moved: captures are made anew")
+                _log.info("weights have moved: capturing again")
                 self._drop(c for c in self._kept.values() if not c.watched.fits(modules))
         return body(**inputs)
 
     def precapture(
         self, key: Key, body: Body, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module]
     ) -> Capture:
-        """Capture now, and keep it before those that came by themselves. CaptureError where it
-        can't be.
+        """Capture now, and evict this capture only after those of `run`.
+
+        Raises CaptureError if the run can't be captured, or if `limit` runs are precaptured
+        already.
         """
         with self._lock:
-            kept = self._kept.get(key)
-            if kept is None or not kept.watched.fits(modules):
+            capture = self._kept.get(key)
+            if capture is None or not capture.watched.fits(modules):
                 if sum(c.precaptured for c in self._kept.values() if c.key != key) >= self.limit:
                     raise CaptureError(
                         f"there are {self.limit} captures made ahead already: raise "
                         "model.captures.limit for more"
                     )
-                self._drop([kept] if kept is not None else [])
-                kept = self._capture(key, body, inputs, modules, first=True)
-            kept.precaptured = True
-            return kept
+                self._drop([capture] if capture is not None else [])
+                capture = self._capture(key, body, inputs, modules, first=True)
+            capture.precaptured = True
+            return capture
 
     def _meet(self, key: Key, why: str | None) -> None:
         self._met[key] = why
@@ -241,13 +252,14 @@ class Captures:
             self._met.popitem(last=False)
 
     def _drop(self, captures: Iterable[Capture]) -> None:
-        """Give up captures, once the device has done the replays that were asked for: others may
-        write to their memory at once.
+        """Evict captures, after waiting for replays that are still running.
+
+        Their memory may be reused at once.
         """
-        gone = list(captures)
-        if gone and self.recorder is not None:
+        evicted = list(captures)
+        if evicted and self.recorder is not None:
             self.recorder.settle()
-        for capture in gone:
+        for capture in evicted:
             del self._kept[capture.key]
             capture.give_up()
 
@@ -259,23 +271,21 @@ class Captures:
         modules: Sequence[nn.Module],
         first: bool = False,
     ) -> Capture:
-        """first: whether the body may have to compile and measure what it needs."""
+        """Capture a run. first: run it once before, so that it compiles and tunes its kernels."""
         device = next(iter(inputs.values())).device
-        if (
-            self.recorder is None or getattr(self.recorder, "device", device) != device
-        ):  # the model is on another one now
+        if self.recorder is None or getattr(self.recorder, "device", device) != device:
+            # The model has moved to another device.
             self._drop(self._kept.values())
             self.recorder = CudaRecorder(device)
         while len(self._kept) >= self.limit:
-            self._drop(
-                [min(self._kept.values(), key=lambda c: c.precaptured)]
-            )  # the first of the smallest: the least recent
-        outer = sys.exc_info()[1]  # what the caller may be handling
+            # min returns the first of equals, which is the least recently used.
+            self._drop([min(self._kept.values(), key=lambda c: c.precaptured)])
+        outer = sys.exc_info()[1]  # an error that the caller is handling
         for last_try in (False, True):
             try:
-                made = self._record(self.recorder, key, body, inputs, modules, first)
+                capture = self._record(self.recorder, key, body, inputs, modules, first)
                 break
-            except Exception as error:  # whatever a body, a compiler or a driver may raise
+            except Exception as error:  # of the body, a compiler or the driver
                 _let_go(error, outer)
                 if not _lacks_memory(error):
                     why = (
@@ -291,10 +301,10 @@ class Captures:
                         f"({_first_line(error)})"
                     )
                     raise self._refuse(key, why) from error
-        self._kept[key] = made
+        self._kept[key] = capture
         self._meet(key, None)
-        _log.info("captured %s for %d images: %.0f MiB", key.what, key.size, made.memory / 2**20)
-        return made
+        _log.info("captured %s for %d images: %.0f MiB", key.what, key.size, capture.memory / 2**20)
+        return capture
 
     def _refuse(self, key: Key, why: str) -> CaptureError:
         self._meet(key, why)
@@ -311,23 +321,24 @@ class Captures:
         modules: Sequence[nn.Module],
         first: bool,
     ) -> Capture:
-        # Whatever the mode of this call, later ones may have another: tensors of inference mode
-        # can't be written to outside it.
+        # Later calls may run outside inference mode, where inference tensors can't be written to.
         with RECORDING, torch.inference_mode(False), torch.no_grad(), recorder.turn():
             watched = Fingerprint.of(modules)
             buffers = {name: value.clone() for name, value in inputs.items()}
             if first:
                 body(**buffers)
-            eager = recorder.seconds(lambda: body(**buffers))
+            eager_seconds = recorder.seconds(lambda: body(**buffers))
             recorder.release()
-            held = recorder.held()
-            began = time.perf_counter()
+            before = recorder.held()
+            start = time.perf_counter()
             result, replay = recorder.record(lambda: body(**buffers))
-            seconds = time.perf_counter() - began
-            replay()  # the first one also brings the graph to the device
-            replayed = recorder.seconds(replay)
-            memory = max(0, recorder.held() - held)
-        return Capture(key, buffers, result, replay, watched, memory, seconds, eager, replayed)
+            seconds = time.perf_counter() - start
+            replay()  # the first replay also uploads the graph
+            replay_seconds = recorder.seconds(replay)
+            memory = max(0, recorder.held() - before)
+        return Capture(
+            key, buffers, result, replay, watched, memory, seconds, eager_seconds, replay_seconds
+        )
 
     def _replay(self, capture: Capture, inputs: Mapping[str, Tensor]) -> Tensor:
         assert self.recorder is not None
@@ -346,20 +357,22 @@ def _first_line(error: BaseException) -> str:
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    """Whether torch's allocator says so, or the driver or a library, which have no type of error
-    for it.
+    """Whether an error means that memory ran out.
+
+    torch's allocator has a type of error for it; the driver and the libraries only have words.
     """
-    said = str(error).lower()
+    message = str(error).lower()
     return (
         isinstance(error, torch.OutOfMemoryError)
-        or "out of memory" in said
-        or "alloc_failed" in said
+        or "out of memory" in message
+        or "alloc_failed" in message
     )
 
 
 def _let_go(error: BaseException | None, outer: BaseException | None) -> None:
-    """Free what the frames of an error hold, tensors of a body for example, and of those it came
-    from up to the outer one.
+    """Free the tensors that the frames of an error hold.
+
+    The same for the errors that it was raised from, up to `outer`.
     """
     while error is not None and error is not outer:
         traceback.clear_frames(error.__traceback__)

@@ -1,4 +1,4 @@
-"""Devices and dtypes: their choice, their names, and the seconds that work takes on them."""
+"""Devices and dtypes: how they are chosen, named and timed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 
 
 def device_name(device: torch.device) -> str:
+    """The model name of a GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    named = (
-        re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if cpuinfo.exists()
-        else None
-    )
-    return named[1].strip() if named else platform.processor() or platform.machine()
+    if cpuinfo.exists():
+        line = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if line:
+            return line[1].strip()
+    return platform.processor() or platform.machine()
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -32,31 +32,32 @@ def dtype_of(name: Dtype | None) -> torch.dtype | None:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one run, from an idle device to an idle device."""
+    """Seconds of one run; the device is synchronised before and after it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; None: a GPU if there is one. ValueError for a name that is none and
-    for CUDA that is not there.
+    """The device of that name; None: a GPU if there is one, else the CPU.
+
+    Raises ValueError for an unknown name, and for CUDA where torch sees no CUDA device.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(
             f"device must be a device of torch such as 'cuda' or 'cpu', got {device!r}: {error}"
         ) from None
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) sees no "
             "CUDA device"
         )
-    return place
+    return chosen

@@ -1,6 +1,4 @@
-"""Processes that work together under torchrun: the device of each, and what one of them finds told
-to all.
-"""
+"""Processes that work together under torchrun: their devices, and what they tell each other."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-# Before there is a group: its default arguments would hold that to the end.
+# Imported before there is a group: its default arguments would keep a group alive to the end.
 import torch.distributed.nn.functional
 
 from .device import choose_device
@@ -22,42 +20,41 @@ from .device import choose_device
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
-"""How long a process waits for another that is alive. One that died is noticed at once, since its
+"""How long a process waits for another. A process that dies is noticed at once, since its
 connections close.
 """
 
 
 @contextlib.contextmanager
 def workers(device: str | None) -> Iterator[torch.device]:
-    """The device of this process; under torchrun, in a process group for as long as the block
-    lasts.
+    """The device of this process; under torchrun, inside a process group.
+
+    The group lasts as long as the block. A group that exists already is used as it is.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield choose_device(device)
         return
-    place = choose_device(device)
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(place)
-    if (
-        dist.is_initialized()
-    ):  # the caller's group: a second one in a process meets the first one's addresses and may hang
-        yield place
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    if dist.is_initialized():
+        # The caller's group. A second one in the same process may hang on the first one's ports.
+        yield chosen
         return
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield place
+        yield chosen
     finally:
         dist.destroy_process_group()
 
 
 class Team:
-    """The processes of the group, or this one alone, for work that each does on its own between few
-    agreements. Used by `with`.
+    """The processes of a group, or this process alone. Use it in a `with` block.
 
-    A group has threads of torch's, and one of them that lets go of a tensor while the interpreter
-    ends aborts the process. So the group must have ended by then, and no error that leaves here may
-    keep it alive.
+    Each process works on its own, and they agree only at a few points. A gloo group has threads of
+    torch's, and the process aborts if one of them frees a tensor while the interpreter exits. So
+    the group ends with the block, and no error that leaves the block may keep a reference to it.
     """
 
     _group: dist.ProcessGroup | None = None
@@ -66,8 +63,8 @@ class Team:
         self.rank, self.size = (
             (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         )
-        # Through gloo whatever the group is of: nothing but words is exchanged, and nccl's waiting
-        # occupies the GPU.
+        # gloo even beside nccl: only small objects are exchanged, and waiting in nccl occupies the
+        # GPU.
         if self.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -80,8 +77,9 @@ class Team:
             self._group = None
 
     def from_rank0(self, find: Callable[[], T]) -> T:
-        """What `find` returns in process 0, in all; what it raises there, all raise. None goes on
-        before it is found.
+        """Call `find` in process 0, and return its result in every process.
+
+        If it raises, every process raises the same error. All processes wait for the result.
         """
         outcome: list[Any] = [None, None]
         if self.rank == 0:
@@ -92,17 +90,17 @@ class Team:
         if self._group is not None:
             with self._noticing():
                 dist.broadcast_object_list(outcome, src=0, group=self._group)
-        found, refused = outcome
+        result, failure = outcome
         del outcome
-        if refused is not None:
+        if failure is not None:
             try:
-                raise refused
+                raise failure
             finally:
-                del refused  # or its traceback would hold this frame, and this frame it
-        return cast(T, found)
+                del failure  # or its traceback would hold this frame, and this frame it
+        return cast(T, result)
 
     def barrier(self) -> None:
-        """Wait until all have come here. RuntimeError if one ended before."""
+        """Wait until all processes are here. RuntimeError if one has ended."""
         if self._group is not None:
             with self._noticing():
                 dist.barrier(self._group)

@@ -1,6 +1,4 @@
-"""What records the work of a run on a device and does it again: CUDA graphs, their pool of memory,
-and what failures leave.
-"""
+"""Recorders: they record the work of a run on a device and replay it. One uses CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,17 +14,19 @@ from flowturbo_kernels.graphs import GraphPool
 
 
 class Recorder(Protocol):
-    """What can record the work of a run on a device."""
+    """What Captures needs of a device."""
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-        """Its result's buffer, and what does the work again. The buffer is filled by that, and not
-        by the recording.
+        """Record a run -> (the buffer of its result, a function that replays it).
+
+        The buffer is filled by each replay, not by the recording.
         """
         ...
 
     def turn(self) -> AbstractContextManager[object]:
-        """Work queued inside waits for the work queued in earlier turns, on whatever stream and by
-        whatever thread.
+        """A block whose work waits for the work of all earlier blocks.
+
+        They may be on other streams and in other threads.
         """
         ...
 
@@ -35,20 +35,20 @@ class Recorder(Protocol):
         ...
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """How long it takes on the device, from an idle one to an idle one."""
+        """Seconds of one run; the device is synchronised before and after it."""
         ...
 
     def held(self) -> int:
-        """Bytes of the device's memory that captures hold now."""
+        """Bytes of device memory that captures hold now."""
         ...
 
     def release(self) -> None:
-        """Give back memory that nothing uses."""
+        """Return unused memory to the device."""
         ...
 
 
 class CudaRecorder:
-    """CUDA graphs on one device, of one pool: replays take turns."""
+    """CUDA graphs on one device that share a memory pool, so replays take turns."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -77,10 +77,10 @@ class CudaRecorder:
 
     def seconds(self, run: Callable[[], object]) -> float:
         torch.cuda.synchronize(self.device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         run()
         torch.cuda.synchronize(self.device)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     def held(self) -> int:
         segments = torch.cuda.memory_snapshot()

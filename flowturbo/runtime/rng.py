@@ -1,5 +1,7 @@
-"""Random numbers addressed by name: each is a function of a seed and of what it is for, never of
-what was drawn before.
+"""Random numbers that depend only on a seed and on what they are for.
+
+Nothing depends on what was drawn before, so images and training rows can be computed in any order
+and by any process.
 """
 
 from __future__ import annotations
@@ -14,18 +16,21 @@ from ..checks import natural
 
 
 def stream(seed: int, number: int, lane: int = 0) -> np.random.Generator:
-    """The generator of (seed, number, lane): Philox with the seed as key and the address in the
-    counter's high words.
+    """The generator of (seed, number, lane).
+
+    Philox (Salmon et al. 2011), with the seed as its key, and number and lane in the high words of
+    its counter.
     """
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, number, lane]))
 
 
 def noise(shape: Sequence[int], seed: int, images: Iterable[int]) -> Tensor:
-    """Standard normal noise, (number of images, *shape), float32, on the CPU: row k is a function
-    of (seed, images[k]) alone.
+    """Standard normal noise, (number of images, *shape), float32, on the CPU.
 
-    To the last bit, whatever else is drawn beside it, so that any part of a set of images can be
-    made anywhere, in any order. seed and the numbers of images: from 0 to 2**63 - 1.
+    Row k depends on (seed, images[k]) alone, to the last bit. So any part of a set of images can be
+    made anywhere, in any order.
+    shape: of one image's latent, such as (C, H, W).
+    seed, images: integers from 0 to 2**63 - 1. Raises ValueError or TypeError for others.
     """
     numbers = [natural("images", i) for i in images]
     key = natural("seed", seed)
@@ -35,12 +40,13 @@ def noise(shape: Sequence[int], seed: int, images: Iterable[int]) -> Tensor:
     return torch.from_numpy(rows)
 
 
-_CLASSES = 2**62  # a lane apart from those of noise and of training
+_CLASSES = 2**62  # a lane that noise and training do not use
 
 
 def random_classes(num_classes: int, seed: int, images: Iterable[int]) -> np.ndarray:
-    """A class number for each image, uniform, (number of images,) int64: a function of (seed,
-    images[k]) alone, as its noise.
+    """A uniformly drawn class number for each image, (number of images,), int64.
+
+    Element k depends on (seed, images[k]) alone, as the noise does.
     """
     key = natural("seed", seed)
     return np.array(
@@ -50,26 +56,28 @@ def random_classes(num_classes: int, seed: int, images: Iterable[int]) -> np.nda
 
 
 class StepRandom:
-    """The random numbers of some rows of one training step. Row j of step k draws from (seed, k, j)
-    alone, so that how a batch is split over processes changes nothing, and a resumed run needs no
-    stored generator state."""
+    """The random numbers of some rows of one training step.
+
+    Row j of step k draws from (seed, k, j) alone. So the way a batch is split over processes
+    changes nothing, and a resumed run needs no stored generator state.
+    """
 
     def __init__(self, seed: int, step: int, rows: Iterable[int]) -> None:
         self._rows = [stream(seed, step, 1 + row) for row in rows]
         self.shared = stream(seed, step)
-        """One generator for the whole batch, the same in every process."""
+        """A generator for the whole batch, the same in every process."""
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """(rows, *shape), float32."""
+        """Standard normal numbers, (rows, *shape), float32."""
         return torch.from_numpy(
             np.stack([g.standard_normal(tuple(shape), dtype=np.float32) for g in self._rows])
         )
 
     def uniform(self) -> Tensor:
-        """(rows,), float32, in [0, 1)."""
+        """Uniform numbers in [0, 1), (rows,), float32."""
         return torch.from_numpy(
             np.array([g.random(dtype=np.float32) for g in self._rows], dtype=np.float32)
         )
