@@ -29,8 +29,8 @@ from ..storage.files import Lock
 from ..storage.image_shards import (
     MANIFEST,
     Shard,
+    count_images,
     cut,
-    images_there,
     missing_shards,
     remove_partial_shards,
     save_shard,
@@ -128,7 +128,7 @@ def generate(
                 for first in shard.images[::size]:
                     parts.append(made(range(first, min(first + size, shard.images.stop))))
                     if not bar.disable:
-                        bar.update(images_there(out, shards) + sum(map(len, parts)) - bar.n)
+                        bar.update(count_images(out, shards) + sum(map(len, parts)) - bar.n)
                 own = np.array(given[shard.images.start : shard.images.stop].tolist())
                 save_shard(out, shard, np.concatenate(parts), own, settings)
             team.barrier()

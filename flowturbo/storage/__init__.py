@@ -1,1 +1,1 @@
-"""Files on disk: whole or not at all, with digests, resumable."""
+"""Files on disk: atomic writes, digests, manifests and runs that resume."""

@@ -1,5 +1,7 @@
-"""Files that are whole or absent: atomic writes, tensors and arrays with a digest over every byte,
-and locks that die with their holder."""
+"""Atomic writes, tensors and arrays with a digest over every byte, and file locks.
+
+A file is either complete or absent. A lock ends with the process that holds it.
+"""
 
 from __future__ import annotations
 
@@ -29,21 +31,25 @@ except ImportError:  # Windows has none
 
 
 class CheckpointError(ValueError):
-    """A file of weights or tensors that can't be used, with the reason; the only error that reading
-    one raises.
+    """A file of weights or tensors that can't be used, and why.
+
+    Functions that read such files raise no other error.
     """
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A binary file that appears under `path` whole when the block ends, and not at all when it
-    raises or is killed.
+    """Open a binary file that appears under `path` when the block ends.
+
+    If the block raises or the process is killed, `path` stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    descriptor, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+    )
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -62,12 +68,12 @@ def _umask() -> int:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """The whole text, or the file as it was."""
+    """Write a text file atomically, as UTF-8."""
     with atomic_write(path) as file:
         file.write(text.encode())
 
 
-# The digest is taken over the whole file with these 64 characters in the digest's place.
+# The digest is of the whole file with these 64 characters in place of the digest.
 _BLANK = "0" * 64
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _MARK = "flowturbo"
@@ -76,24 +82,25 @@ _MARK = "flowturbo"
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> None:
-    """Write tensors and a JSON-able description as safetensors, atomically, with a digest that
-    `load_tensors` checks.
+    """Write tensors as safetensors, atomically, with a digest that `load_tensors` checks.
+
+    metadata: a description, of values that JSON can hold.
     """
     header = {_MARK: json.dumps(dict(metadata), sort_keys=True), "sha256": _BLANK}
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     data = _ordered(safetensors.torch.save(flat, metadata=header))
-    at = data.index(f'"sha256":"{_BLANK}"'.encode(), 0, _header_end(data)) + len('"sha256":"')
-    data[at : at + 64] = hashlib.sha256(data).hexdigest().encode()
+    field = data.index(f'"sha256":"{_BLANK}"'.encode(), 0, _header_end(data))
+    start = field + len('"sha256":"')
+    data[start : start + 64] = hashlib.sha256(data).hexdigest().encode()
     with atomic_write(path) as file:
         file.write(data)
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors and description of a safetensors file; the description is None for files that
-    `save_tensors` did not write.
+    """Tensors and description of a safetensors file.
 
-    Raises CheckpointError for a missing or damaged file; for our own files, damage is any changed
-    byte.
+    The description is None for files that `save_tensors` did not write. Raises CheckpointError for
+    a missing or damaged file; in files of `save_tensors` any changed byte is noticed.
     """
     path = _existing(path)
     with _as_checkpoint_error(path, "is no whole safetensors file"):
@@ -107,23 +114,26 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def _check_digest(path: Path) -> None:
-    """Hash the file with its own digest blanked, a piece at a time."""
+    """Hash the file in pieces, with the digest in its header blanked."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = size.to_bytes(8, "little") + file.read(size)
-        found = _DIGEST.search(header)
-        if found is None:
+        digest = _DIGEST.search(header)
+        if digest is None:
             raise CheckpointError(f"{path} is damaged: its header holds no digest")
-        hashed = hashlib.sha256(header[: found.start(1)] + _BLANK.encode() + header[found.end(1) :])
+        hashed = hashlib.sha256(
+            header[: digest.start(1)] + _BLANK.encode() + header[digest.end(1) :]
+        )
         while piece := file.read(1 << 22):
             hashed.update(piece)
-    if hashed.hexdigest().encode() != found[1]:
+    if hashed.hexdigest().encode() != digest[1]:
         raise CheckpointError(f"{path} is damaged: its bytes do not match the digest in its header")
 
 
 def _ordered(data: bytes) -> bytearray:
-    """The same file with the metadata in order: safetensors writes it in a random one, and equal
-    content should be equal bytes.
+    """The same file with its metadata sorted.
+
+    safetensors writes metadata in random order, and equal content should give equal bytes.
     """
     end = _header_end(data)
     header = json.loads(data[8:end])
@@ -138,17 +148,17 @@ def _header_end(data: bytes | bytearray) -> int:
 
 
 _TAIL = len(_BLANK + '"}')
-"""What stands from the digest on, at the end of an .npz that `save_arrays` writes."""
+"""Length of the end of an .npz of `save_arrays`, from the digest on."""
 
 
 def save_arrays(
     path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
 ) -> None:
-    """Write arrays as an .npz, atomically, with a JSON-able description and a digest that
-    `load_arrays` checks.
+    """Write arrays as an .npz, atomically, with a digest that `load_arrays` checks.
 
-    Both are the comment of the zip, which readers of .npz files pass over. Equal content is equal
-    bytes.
+    metadata: a description, of values that JSON can hold.
+    Description and digest are the comment of the zip file, which readers of .npz files ignore.
+    Equal content gives equal bytes. Raises ValueError for a description of more than 65,535 bytes.
     """
     comment = json.dumps(
         {_MARK: dict(metadata), "sha256": _BLANK}, sort_keys=True, separators=(",", ":")
@@ -169,8 +179,9 @@ def save_arrays(
 
 
 def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and description of an .npz that `save_arrays` wrote. Raises CheckpointError for any
-    other and for any changed byte.
+    """Arrays and description of an .npz that `save_arrays` wrote.
+
+    Raises CheckpointError for other files, and for files of which any byte has changed.
     """
     path = _existing(path)
     with _as_checkpoint_error(path, "is no whole .npz with a digest"):
@@ -190,10 +201,10 @@ def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], di
 
 @contextlib.contextmanager
 def open_npz(path: str | os.PathLike[str]) -> Iterator[Mapping[str, np.ndarray]]:
-    """The arrays of any .npz by name, each read when it is asked for.
+    """The arrays of any .npz by name, each read on access.
 
-    Raises CheckpointError for a missing or damaged file, and for one that holds pickles; of what
-    the block itself raises, for anything but a CheckpointError.
+    Raises CheckpointError for a missing or damaged file and for one that holds pickles. Errors that
+    the block raises while it reads become CheckpointErrors too.
     """
     path = _existing(path)
     with (
@@ -204,19 +215,19 @@ def open_npz(path: str | os.PathLike[str]) -> Iterator[Mapping[str, np.ndarray]]
 
 
 class Lock:
-    """A lock on a file among processes, of one machine or, where the file system knows locks, of
-    several.
+    """A file lock between processes.
 
-    A process gives it up when it closes it or ends, however it ends. Where there are no locks,
-    nobody is kept out.
+    It works on one machine, and on several if the file system supports locks. Closing it or ending
+    the process, in whatever way, releases it. Where there are no locks, `take` always succeeds.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = open(path, "ab")  # noqa: SIM115
 
     def take(self, *, alone: bool) -> bool:
-        """Whether it could be had at once, alone or together with others who share it, in exchange
-        for how it was held.
+        """Try to take the lock, without waiting -> whether that succeeded.
+
+        alone: True: exclusive; False: shared with others. A lock that is held already is converted.
         """
         if fcntl is None:
             return True
@@ -233,11 +244,11 @@ class Lock:
 
 
 def load_torch_file(path: str | os.PathLike[str]) -> Any:
-    """The content of a .pt or .pth file: tensors, containers and argparse.Namespace, nothing else
-    (weights_only).
+    """The content of a .pt or .pth file, read with weights_only.
 
-    Raises CheckpointError for a missing, damaged or unsafe file. Damage is found by the checksums
-    inside the zip that torch writes; files in torch's format before 1.6 have none.
+    Only tensors, containers and argparse.Namespace are unpickled. Raises CheckpointError for a
+    missing, damaged or unsafe file. Damage is found by the checksums in the zip that torch writes;
+    files in torch's format before 1.6 have none.
     """
     path = _existing(path)
     with _as_checkpoint_error(path, "is no whole torch file of plain tensors"):
@@ -253,35 +264,37 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
+    """The path of a file. CheckpointError if there is none."""
     path = Path(path)
     if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {what}")
+        problem = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {problem}")
     return path
 
 
 @contextlib.contextmanager
-def _as_checkpoint_error(path: Path, what: str) -> Iterator[None]:
-    """Readers fail in many ways on damaged files (seven kinds were counted): all become one."""
+def _as_checkpoint_error(path: Path, problem: str) -> Iterator[None]:
+    """Turn the errors of readers, which have many types, into CheckpointError."""
     try:
         yield
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{path} {what}: {_reason(error)}") from error
+        raise CheckpointError(f"{path} {problem}: {_reason(error)}") from error
 
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 def _reason(error: Exception) -> str:
-    """One printable line. torch advises to load unsafely when it refuses a pickle: its message is
-    not passed on.
+    """The message of an error, as one printable line.
+
+    torch's advice to load a refused pickle unsafely is left out.
     """
     text = str(error)
-    if found := _GLOBAL.search(text):
-        return f"it asks for {found[1]}, which is not unpickled"
+    if name := _GLOBAL.search(text):
+        return f"it asks for {name[1]}, which is not unpickled"
     if "weights_only" in text:
         return "it holds something other than plain tensors"
-    first = (text.strip().split("\n")[0] or type(error).__name__)[:300]
-    return "".join(c for c in first if c.isprintable())
+    line = (text.strip().split("\n")[0] or type(error).__name__)[:300]
+    return "".join(c for c in line if c.isprintable())

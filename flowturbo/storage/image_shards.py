@@ -1,7 +1,7 @@
-"""Sets of images in a folder: shards that are whole or absent, and the manifest that proves the
-set.
+"""Sets of images as shards in a folder, with a manifest.
 
-Which shards are there says what is done: nothing else is kept.
+A shard is complete or absent, so the shards in the folder are the only record of progress. The
+manifest holds the digests by which a complete set is verified.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ FORMAT = 1
 
 
 class Shard(NamedTuple):
-    """A file and the numbers of its images."""
+    """The name of a shard's file, and the numbers of its images."""
 
     name: str
     images: range
 
 
 def cut(num: int, size: int) -> list[Shard]:
-    """0 to num - 1 in shards of `size`, the last as large as is left."""
+    """Cut images 0 to num - 1 into shards of `size` images; the last may be smaller."""
     count = -(-num // size)
     return [
         Shard(f"images-{k:05d}-of-{count:05d}.npz", range(k * size, min((k + 1) * size, num)))
@@ -40,30 +40,31 @@ def cut(num: int, size: int) -> list[Shard]:
     ]
 
 
-def images_there(out: Path, shards: list[Shard]) -> int:
-    """How many images are in files."""
+def count_images(out: Path, shards: list[Shard]) -> int:
+    """The number of images in the shards that exist."""
     names = set(os.listdir(out))
     return sum(len(shard.images) for shard in shards if shard.name in names)
 
 
 def missing_shards(out: Path, shards: list[Shard], settings: Mapping[str, Any]) -> list[Shard]:
-    """The shards that are not there, or damaged. ValueError if the folder holds any others, which
-    must not be mixed with these.
+    """The shards that are missing or damaged; damaged ones give a warning.
+
+    Raises ValueError if the folder holds shards of another set or with other settings.
     """
     missing = {shard.name: shard for shard in shards}
-    cure = "choose another folder, or delete its shards"
+    advice = "choose another folder, or delete its shards"
     for path in sorted(out.glob("images-*.npz")):
         try:
-            arrays, before = _load(path)
+            arrays, stored = _load(path)
         except CheckpointError as error:
             if path.name not in missing:
                 raise ValueError(
                     f"out {out} holds {path.name}, which is none of the {len(shards)} shards: "
-                    f"{cure}"
+                    f"{advice}"
                 ) from error
             warnings.warn(f"{error}: it is made again", stacklevel=4)
             continue
-        check_same(f"out {out}: {path.name}", before, settings, cure=cure)
+        check_same(f"out {out}: {path.name}", stored, settings, cure=advice)
         if path.name in missing and np.array_equal(arrays["indices"], missing[path.name].images):
             del missing[path.name]
     return list(missing.values())
@@ -72,7 +73,12 @@ def missing_shards(out: Path, shards: list[Shard], settings: Mapping[str, Any]) 
 def save_shard(
     out: Path, shard: Shard, images: np.ndarray, labels: np.ndarray, settings: Mapping[str, Any]
 ) -> None:
-    """images (N, height, width, 3) uint8 and labels (N,) int64 of the numbers of `shard`."""
+    """Write one shard.
+
+    images: (N, height, width, 3) uint8.
+    labels: (N,) int64, or texts.
+    settings: everything that the images depend on.
+    """
     arrays = {"arr_0": images, "labels": labels, "indices": np.array(shard.images)}
     save_arrays(
         out / shard.name, arrays, {"kind": "images", "format": FORMAT, "settings": dict(settings)}
@@ -80,24 +86,28 @@ def save_shard(
 
 
 def remove_partial_shards(out: Path) -> None:
-    """What killed runs were writing. None may be writing now."""
+    """Remove temporary files that killed runs left.
+
+    No other process may be writing to the folder.
+    """
     remove_partial_files(out, "images-*", MANIFEST)
 
 
 def write_manifest(out: Path, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Write the manifest of a set that is there, by reading it. about: notes for it. Raises
-    CheckpointError as `verify` does.
+    """Read a complete set and write its manifest -> the manifest.
+
+    about: notes to store in it. Raises CheckpointError as `verify` does.
     """
-    manifest = {**_proof(out), "about": dict(about or {})}
+    manifest = {**_manifest_of(out), "about": dict(about or {})}
     write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
 def verify(out: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of a set that is there as it says: every image once, in its place, every byte as
-    it was written, read now.
+    """Check every byte of a set against its manifest -> the manifest.
 
-    Raises CheckpointError saying what is missing or wrong.
+    Each image must exist once, in its place. Raises CheckpointError saying what is missing or
+    wrong.
     """
     out = Path(out)
     if not (out / MANIFEST).is_file():
@@ -110,14 +120,18 @@ def verify(out: str | os.PathLike[str]) -> dict[str, Any]:
         about = manifest.pop("about")
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{out / MANIFEST} is no whole manifest: {error}") from error
-    if changed := difference(manifest, _proof(out)):
+    if changed := difference(manifest, _manifest_of(out)):
         raise CheckpointError(f"{out} is not what its {MANIFEST} says: {changed}")
     return {**manifest, "about": about}
 
 
 def join(out: str | os.PathLike[str], target: str | os.PathLike[str]) -> dict[str, Any]:
-    """Write a set as one .npz with arr_0 and labels, as evaluation suites read it, a shard at a
-    time; after `verify`, whose result it returns."""
+    """Verify a set and write it as one .npz -> the manifest.
+
+    The file holds arr_0 (N, height, width, 3) uint8 and labels (N,), as evaluation suites read
+    them. Shards are copied one at a time. Raises ValueError for a bad target, CheckpointError as
+    `verify` does.
+    """
     out, target = Path(out), Path(target)
     if target.suffix != ".npz":
         raise ValueError(f"npz must end in .npz, got {str(target)!r}")
@@ -146,15 +160,16 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, description["settings"]
 
 
-def _proof(out: Path) -> dict[str, Any]:
-    """The manifest of the shards that are there, by reading them. CheckpointError if they are not
-    every image once, in order.
+def _manifest_of(out: Path) -> dict[str, Any]:
+    """The manifest of the shards in a folder, computed by reading them.
+
+    Raises CheckpointError unless they hold every image once, in order, with the same settings.
     """
     pixels, shards, num = hashlib.sha256(), [], 0
     settings: dict[str, Any] | None = None
     shape: tuple[int, ...] = ()
     for path in sorted(out.glob("images-*.npz")):
-        arrays, made_with = _load(path)
+        arrays, shard_settings = _load(path)
         images, labels, indices = (arrays[name] for name in ("arr_0", "labels", "indices"))
         if not np.array_equal(indices, np.arange(num, num + len(images))) or len(labels) != len(
             images
@@ -163,9 +178,9 @@ def _proof(out: Path) -> dict[str, Any]:
                 f"{path} must go on with image {num}, got {indices[0]} to {indices[-1]}: images "
                 "are missing or twice"
             )
-        if settings is not None and (changed := difference(settings, made_with)):
+        if settings is not None and (changed := difference(settings, shard_settings)):
             raise CheckpointError(f"{path} is of another set than the shards before it: {changed}")
-        settings, shape = made_with, images.shape[1:]
+        settings, shape = shard_settings, images.shape[1:]
         pixels.update(np.ascontiguousarray(images).data)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         shards.append({"name": path.name, "first": num, "count": len(images), "sha256": digest})

@@ -1,4 +1,7 @@
-"""Images as arrays: folders with a sub-folder a class, read as centre-cropped squares of uint8."""
+"""Images as arrays of uint8, from files and from folders.
+
+Training reads them as centre-cropped squares. A folder of classes has one sub-folder per class.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from PIL import Image
 from .files import CheckpointError, open_npz
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# The content decides how a file is read, whatever its name says, but never by pillow's other
-# readers (one calls ghostscript).
+# pillow decides by a file's content, not by its name. Its other readers are not used: one of them
+# calls ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -35,8 +38,9 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image i is root / names[i], of class classes[labels[i]]. names are "class/file"; labels (N,)
-    int64.
+    """Images with class labels: image i is root / names[i], of class classes[labels[i]].
+
+    names: "class/file". labels: (N,) int64.
     """
 
     root: Path
@@ -48,21 +52,21 @@ class ImageFiles:
         return len(self.names)
 
     def read(self, indices: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
-        """(N, size, size, 3) uint8."""
+        """Images of these numbers, (N, size, size, 3) uint8, as `read_image` reads them."""
         return _read_all([self.root / self.names[i] for i in indices], size)
 
 
 def scan(folder: str | os.PathLike[str]) -> ImageFiles:
-    """The images of a folder with a sub-folder a class: classes and files in the order of their
-    names, hidden ones left out.
+    """The images of a folder with one sub-folder per class.
 
-    Only images directly in a class's folder count (png, jpg, jpeg, webp, bmp). ValueError for a
-    folder without classes, or a class without images.
+    Classes and files are in the order of their names. Hidden files are left out, and so are images
+    in deeper folders. Formats: png, jpg, jpeg, webp, bmp. Raises ValueError for a folder without
+    classes, and for a class without images.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(
-            f"images must be a folder with a sub-folder for each class, but {root} {_what(root)}"
+            f"images must be a folder with a sub-folder for each class, but {root} {_problem(root)}"
         )
     with os.scandir(root) as entries:
         classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
@@ -87,7 +91,7 @@ def scan(folder: str | os.PathLike[str]) -> ImageFiles:
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Image i is root / names[i], and captions[i] says what it shows."""
+    """Images with captions: image i is root / names[i], with text captions[i]."""
 
     root: Path
     names: list[str]
@@ -97,20 +101,21 @@ class CaptionedImages:
         return len(self.names)
 
     def read(self, indices: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
-        """(N, size, size, 3) uint8."""
+        """Images of these numbers, (N, size, size, 3) uint8, as `read_image` reads them."""
         return _read_all([self.root / self.names[i] for i in indices], size)
 
 
 def scan_captions(folder: str | os.PathLike[str]) -> CaptionedImages:
-    """The images of a folder with captions: a line each of metadata.jsonl ("file_name", "text"), or
-    a .txt beside each image.
+    """The images of a folder with captions.
 
-    ValueError naming the file where there are none, or an image has no caption.
+    Captions are the lines of metadata.jsonl ("file_name", "text"), or a .txt file beside each
+    image.
+    Raises ValueError, naming the file, if there are no images or a caption is missing.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(
-            f"images must be a folder of images with captions, but {root} {_what(root)}"
+            f"images must be a folder of images with captions, but {root} {_problem(root)}"
         )
     table = root / "metadata.jsonl"
     if table.is_file():
@@ -132,13 +137,14 @@ def scan_captions(folder: str | os.PathLike[str]) -> CaptionedImages:
 
 
 def _caption_of(table: Path, number: int, line: str) -> tuple[str, str]:
+    """File name and caption of one line of metadata.jsonl."""
     try:
         row = json.loads(line)
         name, text = row["file_name"], row["text"]
-        known = isinstance(name, str) and isinstance(text, str)
+        valid = isinstance(name, str) and isinstance(text, str)
     except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
+        valid = False
+    if not valid:
         raise ValueError(
             f"{table}, line {number}, must be JSON with file_name and text, got {line[:80]!r}"
         )
@@ -156,12 +162,15 @@ def _text_beside(image: Path) -> str:
     return path.read_text().strip()
 
 
-def _what(path: Path) -> str:
+def _problem(path: Path) -> str:
     return "is a file" if path.exists() else "does not exist"
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    """Links that lead nowhere count: better an error that names the file than an image fewer."""
+    """Whether a folder's entry is an image, by its name.
+
+    Broken links count: an error that names the file is better than a missing image.
+    """
     return (
         not entry.name.startswith(".")
         and entry.name.lower().endswith(EXTENSIONS)
@@ -170,15 +179,13 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def _read_all(paths: Sequence[Path], size: int) -> np.ndarray:
-    # Pillow decodes and resizes without the interpreter's lock.
+    # pillow releases the GIL while it decodes and resizes.
     with ThreadPoolExecutor(_THREADS) as pool:
         return np.stack(list(pool.map(lambda path: read_image(path, size), paths)))
 
 
 def read_whole(paths: Sequence[Path]) -> list[np.ndarray]:
-    """Files -> (height, width, 3) uint8 each, of their own sizes: as `read_image`, but not
-    cropped.
-    """
+    """Files -> arrays (height, width, 3) uint8 of their own sizes, not cropped."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(_whole, paths))
 
@@ -189,10 +196,10 @@ def _whole(path: Path) -> np.ndarray:
 
 
 def read_image(path: str | os.PathLike[str], size: int) -> np.ndarray:
-    """A file -> (size, size, 3) uint8: upright by its EXIF orientation, on white where it is
-    transparent, cropped by `square`.
+    """A file -> (size, size, 3) uint8, centre-cropped by `square`.
 
-    Raises CheckpointError naming the file if it is missing, damaged or no image.
+    The EXIF orientation is applied, and transparent pixels are blended onto white. Raises
+    CheckpointError, naming the file, if it is missing, damaged or no image.
     """
     with _opened(path) as image:
         try:
@@ -204,16 +211,15 @@ def read_image(path: str | os.PathLike[str], size: int) -> np.ndarray:
 
 
 def fitted(image: Image.Image, size: int) -> np.ndarray:
-    """An image of any kind and size -> (size, size, 3) uint8, as `read_image` makes it."""
+    """An image of any mode and size -> (size, size, 3) uint8, as `read_image` does."""
     return square(_rgb(_upright(image)), size)
 
 
 def read_mask(path: str | os.PathLike[str], size: int, of: str | os.PathLike[str]) -> np.ndarray:
-    """A file -> (size, size) bool, where it is bright, cropped as `read_image` crops the image `of`
-    which it is the mask.
+    """A mask's file -> (size, size) bool, cropped as `read_image` crops its image `of`.
 
-    A mask with transparency is read by it alone: where it is transparent. ValueError unless it has
-    the image's size.
+    The mask is True where it is bright, or, if it has transparency, where it is transparent. Raises
+    ValueError unless mask and image have the same size.
     """
     with _opened(path) as mask, _opened(of) as image:
         mask, image = _upright(mask), _upright(image)
@@ -221,14 +227,16 @@ def read_mask(path: str | os.PathLike[str], size: int, of: str | os.PathLike[str
             raise ValueError(
                 f"mask {path} must have the size of {of}, {image.size}, got {mask.size}"
             )
-        clear = transparency(mask)
-        grey = Image.fromarray(clear) if clear is not None else mask.convert("L")
+        transparent = transparency(mask)
+        grey = Image.fromarray(transparent) if transparent is not None else mask.convert("L")
         return square(grey.convert("RGB"), size)[..., 0] > 127
 
 
 def box_mask(box: Sequence[float], height: int, width: int) -> np.ndarray:
-    """(left, top, right, bottom), shares of width and height -> (height, width) bool: pixels whose
-    centre is inside.
+    """A box -> (height, width) bool: the pixels whose centres are inside.
+
+    box: (left, top, right, bottom), as shares of width and height.
+    Raises ValueError for a box that is empty or not inside the image.
     """
     left, top, right, bottom = box
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
@@ -241,8 +249,9 @@ def box_mask(box: Sequence[float], height: int, width: int) -> np.ndarray:
 
 
 def read_npz(path: str | os.PathLike[str]) -> np.ndarray:
-    """An .npz -> its arr_0, (N, height, width, 3) uint8. CheckpointError naming the file if it
-    can't be read or holds others.
+    """The array arr_0 of an .npz, (N, height, width, 3) uint8.
+
+    Raises CheckpointError, naming the file, if it can't be read or has another content.
     """
     with open_npz(path) as arrays:
         if "arr_0" not in arrays:
@@ -256,37 +265,34 @@ def read_npz(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def read_transparency(path: str | os.PathLike[str], size: int) -> np.ndarray | None:
-    """A file -> (size, size) bool, where it is transparent, cropped as `read_image` does, or None
-    if it is nowhere.
+    """A file -> (size, size) bool, True where it is transparent; None if it is opaque.
+
+    It is cropped as `read_image` does.
     """
     with _opened(path) as image:
-        clear = transparency(_upright(image))
-        return (
-            None
-            if clear is None
-            else square(Image.fromarray(clear).convert("RGB"), size)[..., 0] > 127
-        )
+        transparent = transparency(_upright(image))
+    if transparent is None:
+        return None
+    return square(Image.fromarray(transparent).convert("RGB"), size)[..., 0] > 127
 
 
 def transparency(image: Image.Image) -> np.ndarray | None:
-    """(height, width) uint8, 255 where the image is transparent, or None where it is opaque all
-    over.
-    """
+    """(height, width) uint8, 255 where the image is transparent; None if it is opaque."""
     if "transparency" not in image.info and not image.mode.lower().endswith("a"):
         return None
-    clear = 255 - np.asarray(image.convert("RGBA"))[..., 3]
-    return clear if clear.max() > 127 else None
+    transparent = 255 - np.asarray(image.convert("RGBA"))[..., 3]
+    return transparent if transparent.max() > 127 else None
 
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """An image in memory. CheckpointError naming the file if it is missing, damaged or no image."""
+    """An image in memory. CheckpointError if it is missing, damaged or no image."""
     try:
         with Image.open(path, formats=_FORMATS) as image:
             image.load()
     except MemoryError:
         raise
-    except Exception as error:  # pillow raises half a dozen kinds for damaged files
+    except Exception as error:  # pillow raises many types for damaged files
         raise CheckpointError(
             f"{path} is no whole image: {error or type(error).__name__}"
         ) from error
@@ -294,11 +300,10 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
-    """The centre of an RGB image, (size, size, 3) uint8, as ADM crops, by which ImageNet models are
-    trained and scored.
+    """The centre of an RGB image, (size, size, 3) uint8, cropped as ADM does.
 
-    Halved by a box filter while its shorter side is at least twice the size, then resized (bicubic)
-    so that this side fits.
+    ImageNet models are trained and scored with this crop. The image is halved by a box filter while
+    its shorter side is at least twice the size, then resized (bicubic) until that side fits.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -312,15 +317,15 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a photo with damaged EXIF data is still a whole photo
+    except Exception:  # damaged EXIF data, but the pixels may be fine
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16-bit grey: pillow's own conversion would cut all values above 255 off. Colour of 16 bits
-        # it narrows itself, just so.
+        # 16-bit grey: pillow's conversion would clip all values above 255. It does narrow 16-bit
+        # colour correctly.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode.lower().endswith("a"):
         image = image.convert("RGBA")

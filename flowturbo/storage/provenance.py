@@ -1,5 +1,6 @@
-"""What figures depend on besides their settings, to be named in a report and compared when an
-evaluation goes on.
+"""Provenance: what results depend on besides their settings.
+
+Reports name it, and a run that resumes compares it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..version import __version__
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What milliseconds, and last bits, depend on."""
+    """Machine and versions, on which timings and the last bits of results depend."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -28,7 +29,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def file_digest(path: str | os.PathLike[str] | None) -> str | None:
-    """SHA-256 of a file, read a piece at a time."""
+    """SHA-256 of a file, as hexadecimal digits; None for None."""
     if path is None:
         return None
     hashed = hashlib.sha256()

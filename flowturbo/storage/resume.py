@@ -1,5 +1,6 @@
-"""Work that resumes: results lie beside the settings they were made with, a later run goes on only
-with the same ones, and otherwise says what differs.
+"""Runs that resume: results are stored with their settings.
+
+A later run resumes only if its settings are the same. Otherwise the error names the differences.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ OTHER_FOLDER = "choose another folder as out"
 def difference(
     before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
 ) -> str:
-    """What differs, e.g. "seed was 0 and is now 1, model.depth was ..."; empty if nothing does.
+    """The differences in words, e.g. "seed was 0 and is now 1, model.depth was ..."; "" if none.
 
     free: keys that may differ.
     """
@@ -54,7 +55,12 @@ def check_same(
     free: Collection[str] = (),
     cure: str = OTHER_FOLDER,
 ) -> None:
-    """ValueError that says what differs, unless `what` was made with the settings of now."""
+    """Raise ValueError, naming the differences, unless the settings are the same.
+
+    what: the file or folder that `before` was read from.
+    free: keys that may differ.
+    cure: advice, for the end of the message.
+    """
     if text := difference(before, now, free):
         raise ValueError(f"{what} was made with other settings ({text}): {cure}")
 
@@ -64,40 +70,43 @@ def resumed_report(
 ) -> dict[str, Any]:
     """The results in a JSON file, or new ones: `identity` and `rest`.
 
-    identity: "format", and all that the results depend on. rest: what new results hold besides,
-    e.g. {"rows": []}. of: what these are results of, in words. ValueError for a file that holds no
-    such results, or results of another identity.
+    identity: "format", and everything that the results depend on.
+    rest: what new results hold besides, e.g. {"rows": []}.
+    of: what these are results of, in words, for messages.
+    Raises ValueError for a file that holds no such results, or results with another identity.
     """
     identity = json.loads(json.dumps(identity))
     fresh = {**identity, **rest}
     if not path.exists():
         return fresh
     try:
-        before = json.loads(path.read_text())
-        known = before["format"] == identity["format"]
-        known = known and all(isinstance(before[key], type(value)) for key, value in fresh.items())
+        stored = json.loads(path.read_text())
+        valid = stored["format"] == identity["format"]
+        valid = valid and all(isinstance(stored[key], type(value)) for key, value in fresh.items())
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no results of {of}: {error!r}") from None
-    if not known:
+    if not valid:
         raise ValueError(f"{path} holds no results of {of} of format {identity['format']}")
-    check_same(path, {key: before[key] for key in identity}, identity)
-    return before
+    check_same(path, {key: stored[key] for key in identity}, identity)
+    return stored
 
 
 def resumed_tensors(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The tensors in a file, or None where there is no file. ValueError for another identity,
-    CheckpointError for a damaged file.
+    """The tensors in a file, or None if it does not exist.
+
+    Raises ValueError for another identity, CheckpointError for a damaged file.
     """
     if not path.exists():
         return None
-    tensors, before = load_tensors(path)
-    check_same(path, before or {}, json.loads(json.dumps(identity)))
+    tensors, stored = load_tensors(path)
+    check_same(path, stored or {}, json.loads(json.dumps(identity)))
     return tensors
 
 
 def remove_partial_files(folder: Path, *names: str) -> None:
-    """Remove what killed runs were writing under these names, which may hold wildcards. None may
-    be writing now.
+    """Remove temporary files that killed runs left for these names.
+
+    names: may hold wildcards. No other process may be writing to the folder.
     """
     for name in names:
         for path in folder.glob(f".{name}.*.tmp"):
@@ -105,16 +114,18 @@ def remove_partial_files(folder: Path, *names: str) -> None:
 
 
 class Keep:
-    """Values of JSON's types in a report, each computed once, by name, even if the process is
-    killed in between.
+    """Values in a JSON report, each computed once, by name.
+
+    A run that is killed and started again computes only the missing ones. `make` returns values
+    that JSON can hold.
     """
 
     def __init__(self, path: Path, results: dict[str, Any]) -> None:
         self.path, self.results = path, results
 
     def __call__(self, name: str, make: Callable[[], Any]) -> Any:
-        kept = self.results["kept"]
-        if name not in kept:
-            kept[name] = json.loads(json.dumps(make()))
+        values = self.results["kept"]
+        if name not in values:
+            values[name] = json.loads(json.dumps(make()))
             write_text(self.path, json.dumps(self.results, indent=1) + "\n")
-        return kept[name]
+        return values[name]
