@@ -1,1 +1,1 @@
-"""The method: the path, the steps, plans. It knows no model."""
+"""The method: the path, the steps and the plans. It knows no model."""

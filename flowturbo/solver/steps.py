@@ -1,8 +1,7 @@
-"""The kinds of solver step. A step is a value: (field, state, t0, t1) -> state. Add one by adding a
-class to STEPS.
+"""The kinds of solver step. A step is a value: (field, state, t0, t1) -> state.
 
-Time runs from 0 (noise) to 1 (data), dx/dt = v(x, t). Numerics of H, P and R are those of
-FlowTurbo's public code.
+Time runs from 0 (noise) to 1 (data), and dx/dt = v(x, t). H, P and R have the numerics of
+FlowTurbo's public code. To add a kind, write a class and list it in STEPS.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ from flowturbo_kernels.velocity_update import MAX_VELOCITIES
 
 
 class Move(NamedTuple):
-    """How the state moves by a velocity v that is still to be evaluated: to origin + sum(weights *
-    velocities) + weight * v.
+    """An update of the state by a velocity v that is not evaluated yet.
 
-    origin (N, ...); of v and of each of velocities the first N rows are read; weights hold the step
-    size.
+    x becomes origin + sum(weights * velocities) + weight * v. The weights include the step size.
+    origin: (N, ...). Of v and of each of the velocities, the first N rows are read.
     """
 
     origin: Tensor
@@ -32,66 +30,69 @@ class Move(NamedTuple):
     weights: Sequence[float] = ()
 
     def by(self, v: Tensor) -> Tensor:
+        """The updated x, (N, ...)."""
         return velocity_update(self.origin, [*self.velocities, v], [*self.weights, self.weight])
 
 
 def euler(x: Tensor, dt: float) -> Move:
-    """x + dt * v."""
+    """Euler's update, x + dt * v."""
     return Move(x, dt)
 
 
 def trapezoid(x: Tensor, v0: Tensor, dt: float) -> Move:
-    """x + dt/2 * (v0 + v)."""
+    """The trapezoidal rule, x + dt/2 * (v0 + v)."""
     return Move(x, dt / 2, [v0], [dt / 2])
 
 
 class Field(ABC):
-    """What a step may ask of a model. Guidance, labels and dtypes are the field's business.
+    """What a step asks of a model. Guidance, labels and dtypes are handled by the field.
 
-    A model says what predict and refine are, or fuses each with the move that follows it by
-    overriding the other two.
+    A subclass defines `predict` and `refine`, or overrides the other two to fuse each evaluation
+    with the move that follows it.
     """
 
     @abstractmethod
     def predict(self, x: Tensor, t: float) -> Tensor:
-        """x (N, ...), t in [0, 1] -> the velocity at (x, t): N rows, or 2N with both guidance
-        halves, conditional first.
+        """The velocity at (x, t).
+
+        x: (N, ...). t: in [0, 1].
+        Returns N rows, or 2N with both halves of guidance, the conditional one first.
         """
 
     def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
-        """x (N, ...), t, v as `predict` gives it -> the refiner's offset, of v's shape, to be added
-        to a velocity.
+        """The refiner's offset at (x, t), to be added to a velocity; of v's shape.
+
+        x: (N, ...). t: in [0, 1]. v: as `predict` returns it.
         """
         raise ValueError("this plan has refiner steps, but the field has no refiner")
 
     def predict_and_move(self, x: Tensor, t: float, move: Move) -> tuple[Tensor, Tensor]:
-        """v = predict(x, t) -> (where the move by v ends, v)."""
+        """Evaluate v = predict(x, t) and move by it -> (the new x, v)."""
         v = self.predict(x, t)
         return move.by(v), v
 
     def refine_and_move(
         self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move
     ) -> tuple[Tensor, Tensor]:
-        """v = base + refine(x, t, read) -> (where the move by v ends, v)."""
+        """Evaluate v = base + refine(x, t, read), move by it -> (the new x, v)."""
         v = base + self.refine(x, t, read)
         return move.by(v), v
 
 
 class PastVelocity(NamedTuple):
-    """A velocity and the grid time of the state it was evaluated for."""
+    """A velocity, and the grid time of the state it was evaluated for."""
 
     t: float
     v: Tensor
 
 
 class State(NamedTuple):
-    """What passes between steps: x has N rows; under guidance every velocity has 2N, of which the
-    first N move x.
+    """What passes from step to step.
 
-    v: the velocity that stands for the present (x, t), although it was evaluated at the predictor's
-       x (H, P) or is the one that a refiner step started with (R); None when the last step left
-       none.
-    past: velocities at earlier grid times, the newest last, at most MAX_PAST.
+    x: (N, ...). Under guidance every velocity has 2N rows, of which the first N move x.
+    v: the cached velocity, or None if the last step left none. It stands for the velocity at the
+        present (x, t), but was evaluated at the predicted x (H, P) or at the start of the step (R).
+    past: velocities at earlier grid times, at most MAX_PAST, the newest last.
     """
 
     x: Tensor
@@ -107,20 +108,23 @@ class State(NamedTuple):
 
 
 MAX_PAST = 15
-"""Adams-Bashforth reads three at most; fitted steps may read all."""
+"""Past velocities that are kept: Adams-Bashforth reads up to three, fitted steps may read all."""
 
 
 class NoCachedVelocity(ValueError):
-    """A step needs a velocity of an earlier step and there is none."""
+    """A step needs a velocity of an earlier step, and there is none."""
 
 
 def remember(past: tuple[PastVelocity, ...], t: float, v: Tensor) -> tuple[PastVelocity, ...]:
+    """The past with one more velocity; the oldest is dropped if there are too many."""
     return (*past, PastVelocity(t, v))[-MAX_PAST:]
 
 
 class Step(ABC):
-    """One kind of step. letter: its sign in a plan; order: of convergence, with an exact field and
-    past; title: for tables.
+    """One kind of step.
+
+    letter: its name in a plan. title: its name in tables. order: its order of convergence, with an
+        exact field and an exact past.
     """
 
     letter: ClassVar[str]
@@ -132,8 +136,9 @@ class Step(ABC):
 
 
 class Heun(Step):
-    """Heun's method, second order: two predictor calls; caches the second velocity (public code;
-    paper section 3.1).
+    """Heun's method, of second order: two predictor calls (paper section 3.1).
+
+    The second velocity is cached, as in the public code.
     """
 
     letter, title, order = "H", "Heun", 2
@@ -146,11 +151,9 @@ class Heun(Step):
 
 
 class PseudoCorrector(Step):
-    """Heun's method whose first velocity is the cached one: one predictor call, still second order
-    (paper section 3.3).
+    """Heun's method with the cached velocity as its first (paper section 3.3).
 
-    Without a cache (as the first step, or after a step that leaves none) it evaluates the first
-    velocity too.
+    One predictor call, and still of second order. Without a cached velocity it is a Heun step.
     """
 
     letter, title, order = "P", "pseudo corrector", 2
@@ -164,13 +167,14 @@ class PseudoCorrector(Step):
 
 
 class Refiner(Step):
-    """A Heun step whose velocities are the cached one plus refiner offsets: two refiner calls
-    (paper section 3.2).
+    """A Heun step on refined velocities: two refiner calls (paper section 3.2).
 
-    As in the public code: both calls read the same cached velocity, the second offset is added to
-    the first refined velocity, and that first one is passed on. Because of the second point the
-    order is 1 even with an exact refiner: its second velocity is off by the difference between the
-    first one and the cache, which is of the size of a step.
+    As in the public code, both calls read the same cached velocity, the second offset is added to
+    the first refined velocity, and the first refined velocity is cached. The second point makes the
+    order 1
+    even with an exact refiner: the second velocity is off by the difference between the first
+        refined
+    velocity and the cached one, which is of the order of a step.
     """
 
     letter, title, order = "R", "refiner", 1
@@ -185,8 +189,9 @@ class Refiner(Step):
 
 
 class SingleRefiner(Step):
-    """The refiner step as the paper's equation 7 writes it: one call, reading the velocity of one
-    grid time before.
+    """The refiner step of the paper's equation 7.
+
+    One refiner call, which reads the velocity of the previous grid time.
     """
 
     letter, title, order = "S", "refiner, equation 7", 1
@@ -200,15 +205,16 @@ class SingleRefiner(Step):
 
 
 class Multistep(Step):
-    """x plus weighted velocities of this step and of steps before it: one call, of the predictor
-    or, where it refines, the refiner.
+    """A linear multistep method: x plus weighted velocities of this and earlier steps.
 
-    A refined velocity is the newest one of before plus the refiner's offset from it. weights: of
-    the step's own velocity and of those before it, newest first, with the step size in them: what
-    `flowturbo tune` fits. None: k-step Adams-Bashforth, which integrates the polynomial through the
-    last k velocities over the step, on uneven grids too; k = 1 is Euler's method. With fewer than k
-    velocities at hand it starts at the order they allow, which for a whole solution leaves order 2
-    at most unless other steps come first.
+    One call, of the predictor or, if `refines`, of the refiner. A refined velocity is the newest
+    earlier one plus the refiner's offset.
+    weights: for the step's own velocity and for earlier ones, newest first, times the step size, as
+        `flowturbo tune` fits them. None: Adams-Bashforth of order k, which integrates the
+        polynomial through the last k velocities over the step, on uneven grids too; k = 1 is
+        Euler's method.
+    With fewer than k velocities, Adams-Bashforth uses the order that they allow. A solution that
+    starts so has order 2 at most, unless other steps come first.
     """
 
     def __init__(
@@ -224,23 +230,23 @@ class Multistep(Step):
         self.refines, self.weights = refines, weights
 
     def weighted(self, weights: tuple[float, ...]) -> Multistep:
-        """The same with these weights."""
+        """The same step with these weights."""
         return Multistep(self.letter, self.title, self.order, refines=self.refines, weights=weights)
 
     def __call__(self, field: Field, state: State, t0: float, t1: float) -> State:
-        wanted = self.order if self.weights is None else len(self.weights)
-        earlier = state.past[max(0, len(state.past) + 1 - wanted) :]
+        count = self.order if self.weights is None else len(self.weights)
+        earlier = state.past[max(0, len(state.past) + 1 - count) :]
         if self.weights is None:
             *weights, weight = adams_bashforth_weights([*(s.t for s in earlier), t0], t0, t1)
-        elif len(earlier) < wanted - 1:
+        elif len(earlier) < count - 1:
             raise NoCachedVelocity(
-                f"{self.letter} has weights of {wanted - 1} earlier velocities, but there are "
+                f"{self.letter} has weights of {count - 1} earlier velocities, but there are "
                 f"{len(earlier)}"
             )
         else:
             *weights, weight = reversed(self.weights)
         origin, velocities = state.x, [s.v for s in earlier]
-        while len(velocities) > MAX_VELOCITIES:  # kernels take so many at a time
+        while len(velocities) > MAX_VELOCITIES:  # the limit of one kernel call
             origin = velocity_update(origin, velocities[:MAX_VELOCITIES], weights[:MAX_VELOCITIES])
             velocities, weights = velocities[MAX_VELOCITIES:], weights[MAX_VELOCITIES:]
         move = Move(origin, weight, velocities, weights)
@@ -255,11 +261,11 @@ class Multistep(Step):
 
 
 def adams_bashforth_weights(times: list[float], t0: float, t1: float) -> list[float]:
-    """Integrals over [t0, t1] of the Lagrange polynomials on `times` (distinct): the weight of each
-    velocity.
+    """The integrals over [t0, t1] of the Lagrange polynomials on `times`.
 
-    Exact in rational arithmetic, then rounded once: on the grid (0, 1) and the step [1, 2] they are
-    (-1/2, 3/2).
+    times: distinct. Returns the weight of each velocity. They are computed in rational arithmetic
+        and
+    rounded once: times (0, 1) and the step [1, 2] give (-1/2, 3/2).
     """
     nodes = [Fraction(t) for t in times]
     weights = []
@@ -298,4 +304,4 @@ STEPS: dict[str, Step] = {
 }
 
 FITTED = "LM"
-"""Letters of the steps that take their weights from the plan, if it has any."""
+"""The letters of steps that use the weights of a plan, if it has any."""
