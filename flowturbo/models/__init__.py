@@ -1,4 +1,4 @@
-"""Networks, the checkpoints they come from, and the flow models that are sampled."""
+"""Networks, checkpoints, autoencoders, and the flow models that are sampled."""
 
 from .flow_model import AdaptiveNetwork, FlowModel, Network, ReversedTime, VelocityFunction
 from .load import MODELS, load

@@ -1,5 +1,6 @@
-"""SiT checkpoints: published files (SiT, FlowTurbo, REPA; .pt or .safetensors) and our own, read
-and written.
+"""SiT checkpoints: read published files, and read and write our own.
+
+Published: SiT, FlowTurbo and REPA, as .pt or .safetensors. Ours: safetensors with a description.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ Role = Literal["predictor", "refiner"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 FORMAT = 1
 
-# Keys of training-only parts that a sampler does not need, by convention.
+# Prefixes of keys that are used in training only, by convention.
 _DROPPED = {"sit": (), "repa": ("projectors.",)}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A SiT's weights with what they mean. vae: the name that images are decoded by, if the file
-    knows it.
+    """A SiT with its weights, and what its file says of them.
+
+    vae: the name of the autoencoder that decodes its latents, if known.
+    provenance: where the weights come from, if known.
     """
 
     model: SiT
@@ -45,35 +48,35 @@ def load_sit(
     heads: int | None = None,
     convention: Literal["auto", "sit", "repa"] = "auto",
 ) -> Checkpoint:
-    """Read a SiT from a .pt, .pth or .safetensors file, sizes read off its tensors, on the CPU in
-    the file's dtype.
+    """Read a SiT from a .pt, .pth or .safetensors file, on the CPU, in the file's dtype.
 
-    The weights may be bare, or under "ema" (taken if there) or "model", as SiT's, FlowTurbo's and
-    REPA's trainers write them. Files are never unpickled beyond plain tensors and
-    argparse.Namespace. convention "auto": our own files say theirs; files with REPA's projectors
-    are "repa"; all others "sit". Raises CheckpointError naming the file and what is wrong with it.
+    Sizes are inferred from the tensors. The weights may be at the top level, or under "ema"
+    (preferred) or "model", as the trainers of SiT, FlowTurbo and REPA write them. Only plain
+    tensors and argparse.Namespace are unpickled.
+    convention: "auto": as our own files say; "repa" for files with REPA's projectors; else "sit".
+    Raises CheckpointError, naming the file and what is wrong with it.
     """
     if convention not in ("auto", *CONVENTIONS):
         raise ValueError(f"convention must be 'auto', 'sit' or 'repa', got {convention!r}")
-    state, described = read_state(path)
-    if described is not None:
-        _check_description(path, described, role)
-    found: Convention = described["convention"] if described else _guess_convention(state)
-    if convention not in ("auto", found) and (described or found == "repa"):
+    state, description = read_state(path)
+    if description is not None:
+        _check_description(path, description, role)
+    detected: Convention = description["convention"] if description else _guess_convention(state)
+    if convention not in ("auto", detected) and (description or detected == "repa"):
         raise CheckpointError(
-            f"{path}: convention {convention!r} was asked for, but the file is of {found!r}"
+            f"{path}: convention {convention!r} was asked for, but the file is of {detected!r}"
         )
-    chosen = found if convention == "auto" else convention
-    state = {k: v for k, v in state.items() if not k.startswith(_DROPPED[chosen])}
+    used = detected if convention == "auto" else convention
+    state = {k: v for k, v in state.items() if not k.startswith(_DROPPED[used])}
     try:
-        config = _config(state, described, role, heads)
+        config = _config(state, description, role, heads)
         model = build(config, state)
     except KeyError as error:
         raise CheckpointError(f"{path} is no SiT checkpoint: it has no {error.args[0]!r}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if (
-        not described
+        not description
         and role == "predictor"
         and config.depth == 1
         and not config.learned_sigma
@@ -82,8 +85,8 @@ def load_sit(
         raise CheckpointError(
             f"{path} is a refiner (one block, x and v as input): give it as refiner="
         )
-    described = described or {}
-    return Checkpoint(model, chosen, described.get("vae"), described.get("provenance"))
+    description = description or {}
+    return Checkpoint(model, used, description.get("vae"), description.get("provenance"))
 
 
 def save_sit(
@@ -94,10 +97,10 @@ def save_sit(
     vae: str | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a SiT as safetensors, atomically, with its sizes, convention, and a digest over the
-    whole file.
+    """Write a SiT as safetensors, atomically, with its description and a digest of the file.
 
-    ValueError for one that is quantised: files hold the weights that it was quantised from.
+    provenance: where the weights come from, in values that JSON can hold.
+    Raises ValueError for a quantised model: files hold the weights before quantisation.
     """
     if any(isinstance(module, Fp8Linear) for module in model.modules()):
         raise ValueError(
@@ -125,8 +128,10 @@ def convert(
     vae: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Turn a published checkpoint into our safetensors file: only the weights that sample, checked,
-    with a digest.
+    """Write a published checkpoint as our safetensors file, checked and with a digest.
+
+    Only the weights that sampling needs are written. dtype: None: that of the source. Raises
+    CheckpointError for a source that can't be used, ValueError for a target with another suffix.
     """
     if Path(target).suffix != ".safetensors":
         raise ValueError(f"target must end in .safetensors, got {str(target)!r}")
@@ -141,14 +146,15 @@ def convert(
 
 
 def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The weights of a file, unwrapped from "ema" or "model", and its description if it is one of
-    ours.
+    """The weights of a file, unwrapped from "ema" or "model", and its description.
+
+    The description is None unless the file is one of ours. Raises CheckpointError.
     """
     suffix = Path(path).suffix.lower()
     state: Any
-    described: dict[str, Any] | None = None
+    description: dict[str, Any] | None = None
     if suffix == ".safetensors":
-        state, described = load_tensors(path)
+        state, description = load_tensors(path)
     elif suffix in (".pt", ".pth"):
         state = load_torch_file(path)
     else:
@@ -169,12 +175,13 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
                 f"{path}: expected a dense tensor with its numbers under {name!r}, got "
                 f"{value.layout}, {value.device}"
             )
-    return dict(state), described
+    return dict(state), description
 
 
 def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
-    """A SiT that holds exactly these tensors, not copies. ValueError naming missing, extra or
-    misshapen keys.
+    """A SiT with exactly these tensors, which are not copied.
+
+    Raises ValueError naming missing, unexpected and misshapen tensors.
     """
     with torch.device("meta"):
         model = SiT(config)
@@ -206,12 +213,16 @@ def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
 
 
 def _config(
-    state: Mapping[str, Tensor], described: Mapping[str, Any] | None, role: Role, heads: int | None
+    state: Mapping[str, Tensor],
+    description: Mapping[str, Any] | None,
+    role: Role,
+    heads: int | None,
 ) -> SiTConfig:
-    if described is None:
+    """The sizes that the description has, or else those inferred from the tensors."""
+    if description is None:
         return config_from_state(state, reads_velocity=role == "refiner", heads=heads)
     try:
-        config = SiTConfig(**described["config"])
+        config = SiTConfig(**description["config"])
     except TypeError as error:
         raise ValueError(f"its config is none of a SiT: {error}") from None
     if heads not in (None, config.heads):
@@ -220,18 +231,19 @@ def _config(
 
 
 def _check_description(
-    path: str | os.PathLike[str], described: Mapping[str, Any], role: Role
+    path: str | os.PathLike[str], description: Mapping[str, Any], role: Role
 ) -> None:
-    if described.get("format") != FORMAT or "config" not in described:
+    """Raise CheckpointError unless the description fits role and format."""
+    if description.get("format") != FORMAT or "config" not in description:
         raise CheckpointError(
             f"{path} is no model file of format {FORMAT} (it says "
-            f"{described.get('kind', described.get('format'))!r})"
+            f"{description.get('kind', description.get('format'))!r})"
         )
-    if described.get("role") != role:
-        raise CheckpointError(f"{path} is a {described.get('role')}, but was given as {role}=")
-    if described.get("convention") not in CONVENTIONS:
+    if description.get("role") != role:
+        raise CheckpointError(f"{path} is a {description.get('role')}, but was given as {role}=")
+    if description.get("convention") not in CONVENTIONS:
         raise CheckpointError(
-            f"{path} is of convention {described.get('convention')!r}; known are "
+            f"{path} is of convention {description.get('convention')!r}; known are "
             f"{', '.join(CONVENTIONS)}"
         )
 
@@ -244,6 +256,7 @@ def _kind(value: object) -> str:
     return f"a {type(value).__name__}" + (" with nothing in it" if value in ({}, []) else "")
 
 
-def _some(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _some(names: list[str], limit: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,5 +1,6 @@
-"""Networks as diffusers' save_pretrained writes them: folders or hub names, safetensors only, with
-every weight there.
+"""Networks as diffusers' save_pretrained writes them: folders or hub names.
+
+Only safetensors are read, and every weight must be in the file.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def is_path(name: str | os.PathLike[str]) -> bool:
-    """Whether a name means a place here rather than one on the hub: a mistyped path must not become
-    a question to the network.
+    """Whether a name is a path rather than a name on the hub.
+
+    A mistyped path must not become a request to the hub.
     """
     path = Path(name)
     if (
@@ -33,41 +35,40 @@ def is_path(name: str | os.PathLike[str]) -> bool:
 
 
 def read_pretrained(
-    role: str, kinds: Mapping[str, Any], name: str | os.PathLike[str], source: str, **where: Any
+    role: str, kinds: Mapping[str, Any], name: str | os.PathLike[str], source: str, **options: Any
 ) -> Any:
-    """A network in float32, of the one of `kinds` that its configuration names, all of whose
-    weights come from its file.
+    """A network in float32, all of whose weights come from its file.
 
-    role: what messages call it. kinds: classes by name; a configuration that names none is of the
-        first. Raises CheckpointError.
+    role: what error messages call it.
+    kinds: classes by name, of which the configuration names one; the first if it names none.
+    name: what the user gave, for error messages.
+    source, options: what from_pretrained takes.
+    Raises CheckpointError.
     """
-    default = next(iter(kinds))
+    first = next(iter(kinds))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # diffusers asks the hub's library in a way that this calls outdated
-            what = kinds[default].load_config(source, **where).get("_class_name", default)
-        if what not in kinds:
-            raise ValueError(f"it is a model of the kind {what}, not one of {', '.join(kinds)}")
-        network, found = kinds[what].from_pretrained(
+            # diffusers calls the hub's library in a deprecated way.
+            warnings.simplefilter("ignore")
+            kind = kinds[first].load_config(source, **options).get("_class_name", first)
+        if kind not in kinds:
+            raise ValueError(f"it is a model of the kind {kind}, not one of {', '.join(kinds)}")
+        network, info = kinds[kind].from_pretrained(
             source,
             use_safetensors=True,
             torch_dtype=torch.float32,
             low_cpu_mem_usage=False,
             output_loading_info=True,
-            **where,
+            **options,
         )
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # OSError, ValueError, RuntimeError, KeyError: whatever its readers stumble on
+    except Exception as error:  # OSError, ValueError, RuntimeError, KeyError and others
         raise CheckpointError(f"{role} {str(name)!r} can't be read: {first_line(error)}") from error
-    # Weights that the file lacks would stay random, with no more than a line in the log.
+    # diffusers would leave missing weights random, and only log it.
     for verb, keys in (
-        ("lacks", found["missing_keys"]),
-        ("has no place for", found["unexpected_keys"]),
+        ("lacks", info["missing_keys"]),
+        ("has no place for", info["unexpected_keys"]),
     ):
         if keys:
             some = ", ".join(sorted(keys)[:4])
@@ -79,8 +80,10 @@ def read_pretrained(
 
 
 def write_pretrained(folder: Path, network: Any, provenance: Mapping[str, Any]) -> Path:
-    """What read_pretrained and from_pretrained read: config.json and the weights, each whole or
-    absent -> path of the weights.
+    """Write a network as read_pretrained and from_pretrained read it -> path of the weights.
+
+    config.json and the weights are each written atomically.
+    provenance: where the weights come from, in values that JSON can hold.
     """
     weights = folder / WEIGHTS
     write_text(folder / "config.json", network.to_json_string())
@@ -92,14 +95,16 @@ _HUB_TIMEOUT = 10.0
 
 
 def ask_hub(role: str, name: str, repository: str) -> None:
-    """One question with a time limit: diffusers itself would try for half a minute before it said,
-    in other words, that there is no network. ValueError where there is none, or no such repository
-    that may be read."""
+    """Ask the hub once, with a time limit, whether a repository can be read.
+
+    diffusers itself would try for half a minute before it reported a missing network. Raises
+    ValueError if there is no network, or no such repository that may be read.
+    """
     import huggingface_hub
 
     try:
         huggingface_hub.model_info(repository, timeout=_HUB_TIMEOUT)
-    except Exception as error:  # of the network, of the name, or of the right to read it
+    except Exception as error:  # no network, no such name, or no access
         raise ValueError(
             f"{role} {name!r} is no folder here, was not downloaded before, and can't be had from "
             f"the hub: {first_line(error)}"
@@ -107,4 +112,5 @@ def ask_hub(role: str, name: str, repository: str) -> None:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""What is sampled: a predictor with its refiner, and what they expect."""
+"""The flow model: a predictor, its refiner and its autoencoder, with what they expect."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from .vae import VAE
 
 
 class Network(Protocol):
-    """A predictor, called without v, or a refiner, called with it. x (N, C, H, W), t (N,), y (N,),
-    v like x -> like x.
+    """A predictor, called without v, or a refiner, called with it.
+
+    x (N, C, H, W), t (N,), y (N,), v like x -> like x.
     """
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor: ...
@@ -26,8 +27,9 @@ class Network(Protocol):
 
 @runtime_checkable
 class AdaptiveNetwork(Network, Protocol):
-    """A network that time and label enter only by modulations of its layers, so that these can be
-    made apart from x.
+    """A network in which time and label enter only by modulations of its layers (adaLN).
+
+    So the modulations can be computed without x.
     """
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
@@ -35,24 +37,25 @@ class AdaptiveNetwork(Network, Protocol):
         ...
 
     def modulations(self, c: Tensor) -> list[Tensor]:
-        """c (..., D) -> for every layer that is modulated (..., chunks * D)."""
+        """c (..., D) -> (..., chunks * D) for each modulated layer."""
         ...
 
     def evaluate(self, x: Tensor, modulations: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
-        """The network on given modulations, whose R rows may be twice those of x: both halves of
-        guidance -> R rows.
+        """The network with modulations of R rows -> R rows.
+
+        R may be twice the rows of x, for both halves of guidance.
         """
         ...
 
 
 @dataclass
 class FlowModel:
-    """What `sample` needs to know of a class-conditional flow model, in our convention: t = 0 is
-    noise, v = data - noise.
+    """A class-conditional flow model with t = 0 for noise and v = data - noise.
 
-    latent_shape: (C, H, W). null_class: the label of the unconditional half, None if the model has
-        none, which rules guidance out.
-    guidance_channels: how many channels guidance acts on unless a call says otherwise.
+    latent_shape: (C, H, W).
+    null_class: the label of the unconditional half; None if the model has none and can't be guided.
+    guidance_channels: how many channels guidance acts on by default.
+    device, dtype: of the networks' weights.
     """
 
     predictor: Network
@@ -65,20 +68,21 @@ class FlowModel:
     refiner: Network | None = None
     vae: VAE | None = None
     backend: str = "auto"
-    """Which kernels `sample` and `decode` run: see flowturbo_kernels.use_backend."""
+    """Which kernels `sample` and `decode` run; see flowturbo_kernels.use_backend."""
     macs: tuple[int, int] | None = None
-    """Multiply-accumulates of one predictor and one refiner forward of one sample, where they are
-    known.
-    """
+    """Multiply-accumulates of one predictor and one refiner forward of one sample, if known."""
     shift: float = 1.0
-    """Of the time grid on which plans given as text run: see Plan.parse."""
+    """Shift of the time grid of plans given as text; see Plan.parse."""
     captures: Captures = field(default_factory=Captures, init=False, repr=False, compare=False)
-    """CUDA graphs of whole runs; `captures.limit` bounds them, `captures.clear()` gives up their
-    memory. See flowturbo.summary.
+    """CUDA graphs of whole runs: `captures.limit` is their largest number, `captures.clear()`
+    releases their memory. See flowturbo.summary.
     """
 
     def guided(self, guidance: float) -> bool:
-        """Whether this scale runs both halves. ValueError where the model can't be guided."""
+        """Whether guidance at this scale evaluates both halves, which it does unless it is 1.
+
+        Raises ValueError if the model can't be guided.
+        """
         if guidance != 1 and self.null_class is None:
             raise ValueError(
                 f"guidance={guidance} needs a model with a null class, and this one has none"
@@ -87,8 +91,9 @@ class FlowModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (N, C, H, W) -> images (N, height, width, 3), uint8, on the model's device.
-        ValueError without a vae.
+        """Latents (N, C, H, W) -> images (N, height, width, 3), uint8, on the model's device.
+
+        Raises ValueError if the model has no vae.
         """
         if self.vae is None:
             raise ValueError(
@@ -99,8 +104,9 @@ class FlowModel:
 
 
 class ReversedTime(nn.Module):
-    """A predictor whose time runs from data (0) to noise (1), as REPA's, in our convention: -v(x, 1
-    - t).
+    """A predictor whose time runs from data (0) to noise (1), such as REPA's.
+
+    In our convention its velocity is -v(x, 1 - t).
     """
 
     def __init__(self, network: SiT) -> None:

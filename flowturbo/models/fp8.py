@@ -1,4 +1,4 @@
-"""A linear layer in fp8, which casts of its model leave in fp8."""
+"""A linear layer in fp8 that stays in fp8 when its model is cast."""
 
 from __future__ import annotations
 
@@ -12,18 +12,15 @@ from flowturbo_kernels import linear_fp8, quantize_rows
 from flowturbo_kernels.linear import Activation
 
 KINDS = {"weight": torch.float8_e4m3fn, "weight_scale": torch.float32}
-"""dtypes that mean something together only: a weight without its scale's whole precision is another
-weight.
-"""
+"""The dtypes of a layer's buffers. A scale of lower precision would change the weight."""
 _BITS = {torch.float8_e4m3fn: torch.uint8, torch.float32: torch.int32}
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer whose weight is kept in fp8 (e4m3), with one scale an output, and whose input
-    is quantised row by row.
+    """A linear layer with its weight in fp8 (e4m3) and one scale per output.
 
-    It moves as other layers do. Casts of a model that holds it, `to(dtype)` and the like, reach its
-    bias alone.
+    The input is quantised row by row. The layer moves between devices like others, but casts such
+    as to(dtype) change only its bias.
     """
 
     weight: Tensor
@@ -37,12 +34,12 @@ class Fp8Linear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
-        """x (..., K) -> (..., N) in x's dtype. TypeError where weight or scale were cast, past this
-        class, to another dtype.
+        """x (..., K) -> (..., N), in x's dtype.
+
+        Raises TypeError if weight or scale were cast to another dtype in spite of `_apply`.
         """
         if self.weight.dtype != KINDS["weight"] or self.weight_scale.dtype != KINDS["weight_scale"]:
-            # Asked here, not only by the operation's own checks: whoever trusts its arguments
-            # leaves those out.
+            # Checked here too, since skip_checks() leaves out the checks of the operation.
             raise TypeError(
                 f"a layer in fp8 must have {_described(KINDS)}, got {_described(self._kinds())}: "
                 "was it cast?"
@@ -53,8 +50,9 @@ class Fp8Linear(nn.Module):
         return {name: getattr(self, name).dtype for name in KINDS}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
-        """What to(), half(), cuda() and all others go through. They cast no integers, so weight and
-        scale are shown as such.
+        """The function behind to(), half(), cuda() and the like.
+
+        Those cast no integers, so weight and scale are passed to them as integers.
         """
 
         def moved(t: Tensor) -> Tensor:
@@ -71,18 +69,19 @@ class Fp8Linear(nn.Module):
         return super()._apply(moved, recurse)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Refuses other dtypes, which would be copied in silently, weights without their scales
-        among them.
+        """Refuse weights and scales of other dtypes.
+
+        torch would cast them silently, and a weight is meaningless without its own scale.
         """
         errors: list[str] = rest[-1]
         for name, kind in KINDS.items():
-            given = state.get(prefix + name)
-            if given is not None and given.dtype != kind:
+            value = state.get(prefix + name)
+            if value is not None and value.dtype != kind:
                 errors.append(
-                    f"{prefix}{name} must be {kind}, of a layer in fp8, got {given.dtype}"
+                    f"{prefix}{name} must be {kind}, of a layer in fp8, got {value.dtype}"
                 )
         super()._load_from_state_dict(state, prefix, *rest)
 
 
-def _described(kinds: dict[str, torch.dtype]) -> str:
-    return ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+def _described(dtypes: dict[str, torch.dtype]) -> str:
+    return ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())

@@ -1,4 +1,4 @@
-"""Loading a flow model from files, modules or by a bundled name."""
+"""Flow models from files, from modules, and by the name of a bundled model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from .vae import VAE, load_vae
 def model_digests(
     model: str | os.PathLike[str], refiner: str | os.PathLike[str] | None
 ) -> dict[str, str | None]:
-    """SHA-256 of a model's files; a bundled model brings its own refiner."""
+    """SHA-256 of the files of a model and its refiner.
+
+    A bundled model brings its own refiner.
+    """
     bundled = MODELS.get(str(model))
     return {
         "predictor_sha256": file_digest(bundled.predictor if bundled else model),
@@ -37,7 +40,7 @@ _BUNDLED = Path(__file__).parent.parent / "bundled"
 
 @dataclass(frozen=True)
 class Bundled:
-    """A model that ships in the package."""
+    """The files of a model that ships with the package."""
 
     predictor: Path
     refiner: Path
@@ -49,6 +52,7 @@ MODELS: dict[str, Bundled] = {
 
 
 Source = str | os.PathLike[str] | SiT
+"""A checkpoint file, the name of a bundled model, or a network."""
 
 
 def load(
@@ -69,67 +73,79 @@ def load(
         a bundled name ("digits", which brings its refiner), or a SiT, which is moved and cast in
         place. The refiner must read and return latents of the predictor's shape.
     vae: a folder or hub name of a diffusers AutoencoderKL (needs the extra "diffusers"), "pixels",
-        or an object with decode and encode; None: what the predictor's file names, else no
+        or an object with decode and encode. None: the one that the predictor's file names, else no
         decoding.
-    heads: attention heads, where the width does not tell (the published widths do).
-    device, dtype: None: cuda and bfloat16 where there is a GPU, else cpu and float32.
-    backend: which kernels run: "triton", "cuda" (csrc's), "reference" (plain torch), or "auto": the
-        environment's FLOWTURBO_BACKEND, else on CUDA the first that can, on the CPU plain torch.
-    convention: "repa" for checkpoints with time reversed; "auto" when the file tells.
-    quantize: "fp8" for the predictor's products in e4m3, with one scale a row: faster on sm_89 and
-        later, and another velocity, by some percent, which `flowturbo bench --quantize fp8`
-        measures. A SiT that was given is changed in place.
+    heads: number of attention heads, for widths that were not published.
+    device, dtype: None: cuda and bfloat16 if there is a GPU, else cpu and float32.
+    backend: which kernels run: "triton", "cuda" (those of csrc), "reference" (plain torch), or
+        "auto": the environment variable FLOWTURBO_BACKEND, else the first that can run on a GPU,
+        and plain torch on the CPU.
+    convention: "repa" for checkpoints with reversed time; "auto": as the file says.
+    quantize: "fp8" runs the predictor's matrix products in e4m3 with one scale per row. That is
+        faster on sm_89 and later, and changes the velocity by some percent, as `flowturbo bench
+        --quantize fp8` measures. A SiT is changed in place.
     Raises CheckpointError for a file that can't be used, ValueError or TypeError for arguments that
-    don't fit together, BackendError where the backend asked for can't run on the device.
+    don't fit together, BackendError if the device can't run the requested backend.
     """
+    target, dtype = _device_and_dtype(device, dtype, backend, convention, quantize)
+    if isinstance(predictor, str) and predictor in MODELS:
+        bundled = MODELS[predictor]
+        predictor, refiner = bundled.predictor, refiner or bundled.refiner
+    checkpoint = _checkpoint(predictor, "predictor", heads, convention)
+    config = checkpoint.model.config
+    refiner_model = None
+    if refiner is not None:
+        refiner_model = _checkpoint(refiner, "refiner", heads, "auto").model
+        _check_pair(checkpoint.model, refiner_model)
+    sit = _aligned(checkpoint.model.to(target, dtype))
+    if quantize:
+        sit.quantize_()
+    network: nn.Module = ReversedTime(sit) if checkpoint.convention == "repa" else sit
+    autoencoder = vae if vae is not None else checkpoint.vae
+    if isinstance(autoencoder, str | os.PathLike):
+        autoencoder = load_vae(autoencoder, target, dtype)
+    # SiT's public code guides 3 of 4 channels, as the published scores do. All others guide all.
+    guides_three = config.channels == 4 and checkpoint.convention == "sit"
+    return FlowModel(
+        predictor=cast(Network, network),
+        refiner=None
+        if refiner_model is None
+        else cast(Network, _aligned(refiner_model.to(target, dtype))),
+        latent_shape=(config.channels, config.side, config.side),
+        num_classes=config.num_classes,
+        null_class=config.null_class,
+        guidance_channels=3 if guides_three else config.channels,
+        device=target,
+        dtype=dtype,
+        vae=autoencoder,
+        backend=backend,
+        macs=(config.macs(), 0 if refiner_model is None else refiner_model.config.macs()),
+    )
+
+
+def _device_and_dtype(
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    backend: str,
+    convention: str,
+    quantize: str | None,
+) -> tuple[torch.device, torch.dtype]:
+    """Check the options of `load` -> the device and dtype of the model."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if convention not in ("auto", *CONVENTIONS):
         raise ValueError(f"convention must be 'auto', 'sit' or 'repa', got {convention!r}")
     if quantize not in (None, "fp8"):
         raise ValueError(f"quantize must be 'fp8' or None, got {quantize!r}")
-    place = choose_device(device)
-    if quantize and place.type == "cuda" and torch.cuda.get_device_capability(place) < (8, 9):
+    target = choose_device(device)
+    if quantize and target.type == "cuda" and torch.cuda.get_device_capability(target) < (8, 9):
         raise ValueError("quantize='fp8' needs a GPU of sm_89 or later")
-    if backend in ("triton", "cuda") and (reason := unavailable(backend, place)):
+    if backend in ("triton", "cuda") and (reason := unavailable(backend, target)):
         raise BackendError(f"backend {backend!r} was asked for, but: {reason}")
-    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating point type, got {dtype!r}")
-    if isinstance(predictor, str) and predictor in MODELS:
-        bundled = MODELS[predictor]
-        predictor, refiner = bundled.predictor, refiner or bundled.refiner
-    main = _checkpoint(predictor, "predictor", heads, convention)
-    config = main.model.config
-    refiner_model = None
-    if refiner is not None:
-        refiner_model = _checkpoint(refiner, "refiner", heads, "auto").model
-        _check_pair(main.model, refiner_model)
-    sit = _aligned(main.model.to(place, dtype))
-    if quantize:
-        sit.quantize_()
-    network: nn.Module = ReversedTime(sit) if main.convention == "repa" else sit
-    chosen_vae = vae if vae is not None else main.vae
-    if isinstance(chosen_vae, str | os.PathLike):
-        chosen_vae = load_vae(chosen_vae, place, dtype)
-    # Published scores of SiT guide 3 of 4 channels (public code); REPA's and everyone else's guide
-    # all.
-    three = config.channels == 4 and main.convention == "sit"
-    return FlowModel(
-        predictor=cast(Network, network),
-        refiner=None
-        if refiner_model is None
-        else cast(Network, _aligned(refiner_model.to(place, dtype))),
-        latent_shape=(config.channels, config.side, config.side),
-        num_classes=config.num_classes,
-        null_class=config.null_class,
-        guidance_channels=3 if three else config.channels,
-        device=place,
-        dtype=dtype,
-        vae=chosen_vae,
-        backend=backend,
-        macs=(config.macs(), 0 if refiner_model is None else refiner_model.config.macs()),
-    )
+    return target, dtype
 
 
 def _checkpoint(
@@ -138,6 +154,7 @@ def _checkpoint(
     heads: int | None,
     convention: Literal["auto", "sit", "repa"],
 ) -> Checkpoint:
+    """The checkpoint of a file, a bundled name or a network; checked for its role."""
     if isinstance(source, SiT):
         if source.config.reads_velocity != (role == "refiner"):
             raise ValueError(f"{role} must be a SiT with config.reads_velocity={role == 'refiner'}")
@@ -157,10 +174,10 @@ def _checkpoint(
 
 
 def _aligned(sit: SiT) -> SiT:
-    """The network, with weights on the CPU where torch would put them, at multiples of 64 bytes.
+    """The network, with weights on the CPU moved to multiples of 64 bytes, where torch puts them.
 
-    safetensors leaves them where they stand in the file, and there products round otherwise (5e-7
-    was measured): the same weights from two files would give two images.
+    safetensors leaves weights where they are in the file. Products of unaligned weights round
+    differently (5e-7 was measured), so the same weights from two files would give two images.
     """
     for tensor in [*sit.parameters(), *sit.buffers()]:
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
@@ -169,6 +186,7 @@ def _aligned(sit: SiT) -> SiT:
 
 
 def _check_pair(predictor: SiT, refiner: SiT) -> None:
+    """Raise ValueError unless predictor and refiner have the same latents and classes."""
     p, r = predictor.config, refiner.config
     for what, ours, theirs in (
         ("latent channels", p.channels, r.channels),

@@ -1,5 +1,6 @@
-"""Text-to-image models from diffusers' pipelines: which parts of them are loaded, and what the
-pipeline says of the model.
+"""Text-to-image models from diffusers pipelines.
+
+Which parts of a pipeline are loaded, and what it says of the model.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ def from_pipeline(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> PromptModel:
-    """A text-to-image flow model from a diffusers pipeline: SD3, FLUX, or a Stable Diffusion 1.5
-    pipeline that holds 2-RF's UNet.
+    """A text-to-image flow model from a diffusers pipeline.
 
-    pipe: a pipeline, or its folder or hub name. refiner: as `refiner_for` makes and `flowturbo
-        distill` trains it: a module, or the folder it was saved to.
-    vae: as for `load`, in the place of the pipeline's own.
-    convention: "2-rf" must be said for a UNet: those of Stable Diffusion itself look just the same,
-        and are no flow models.
-    image_size: height and width in pixels, or both in one; None: the network's own.
-    device, dtype: None: where the pipeline is, and in what; for a folder or hub name as for `load`.
-        The whole pipeline is moved, and cast but for parts that are quantised.
-    Raises ValueError or TypeError for what is no flow model, or does not fit.
+    pipe: an SD3 or FLUX pipeline, or a Stable Diffusion 1.5 pipeline that holds 2-RF's UNet; or the
+        folder or hub name of one.
+    refiner: a network as `refiner_for` makes it and `flowturbo distill` trains it, or its folder.
+    vae: as for `load`, instead of the pipeline's own.
+    convention: "2-rf" is required for a UNet, since Stable Diffusion's own look the same and are no
+        flow models.
+    image_size: height and width in pixels, or one number for both; None: the network's default.
+    device, dtype: None: those of the pipeline; for a folder or hub name as for `load`. The whole
+        pipeline is moved and cast, but quantised parts are not cast.
+    Raises ValueError or TypeError for what is no flow model or does not fit, CheckpointError for
+    files that can't be read.
     """
     named = isinstance(pipe, str | os.PathLike)
     if named:
@@ -52,35 +54,28 @@ def from_pipeline(
         )
     module: Any = network_of(pipe, convention)
     network = PromptNetwork(module)
-    place = torch.device(module.device) if device is None and not named else choose_device(device)
+    target = torch.device(module.device) if device is None and not named else choose_device(device)
     if dtype is None:
-        loaded = torch.bfloat16 if place.type == "cuda" else torch.float32
+        loaded = torch.bfloat16 if target.type == "cuda" else torch.float32
         dtype = loaded if named and not _quantised(module) else module.dtype
     refiner_network = None if refiner is None else PromptNetwork(check_refiner(refiner, module))
     if vae is None and getattr(pipe, "vae", None) is not None:
         codec: VAE | None = DiffusersVAE(pipe.vae)
     else:
-        codec = load_vae(vae, place, dtype) if isinstance(vae, str | os.PathLike) else vae
+        codec = load_vae(vae, target, dtype) if isinstance(vae, str | os.PathLike) else vae
     factor = codec.factor if codec else 8
     height, width = _size(network, factor, image_size)
-    parts = [
-        module,
-        *(
-            part
-            for part in getattr(pipe, "components", {}).values()
-            if isinstance(part, nn.Module) and part is not module
-        ),
-    ]
     if _quantised(module) and dtype != module.dtype:
         raise ValueError(
             f"dtype must be left out for a quantised {type(module).__name__} of {module.dtype}, "
             f"got {dtype}"
         )
+    parts = _modules(pipe, module)
     if named or device is not None or dtype != module.dtype:
         for part in parts:
-            move_part(part, place, dtype)
+            move_part(part, target, dtype)
     if refiner_network is not None:
-        move_part(refiner_network, place, dtype)
+        move_part(refiner_network, target, dtype)
         parts.append(refiner_network)
     for part in parts:
         part.eval().requires_grad_(False)
@@ -93,7 +88,7 @@ def from_pipeline(
         num_classes=0,
         null_class=None,
         guidance_channels=network.channels,
-        device=place,
+        device=target,
         dtype=dtype,
         vae=codec,
         guidance_style=guidance_style(module),
@@ -104,19 +99,30 @@ def from_pipeline(
     )
 
 
-def move_part(part: nn.Module, place: torch.device, dtype: torch.dtype) -> None:
-    """By nn.Module's own way, which also casts what diffusers' refuses to; what is quantised is
-    moved and stays what it is.
+def _modules(pipe: Any, network: nn.Module) -> list[nn.Module]:
+    """All modules of a pipeline, its velocity network first."""
+    components = getattr(pipe, "components", {}).values()
+    others = [part for part in components if isinstance(part, nn.Module) and part is not network]
+    return [network, *others]
+
+
+def move_part(part: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move and cast a part of a pipeline, in place; quantised parts are only moved.
+
+    nn.Module.to itself: diffusers' own refuses some casts.
     """
     if _quantised(part):
-        nn.Module.to(part, place)
+        nn.Module.to(part, device)
     else:
-        nn.Module.to(part, place, dtype)
+        nn.Module.to(part, device, dtype)
 
 
 def _quantised(part: nn.Module) -> bool:
-    """Whether its weights are no plain numbers: by diffusers' and transformers' quantisers, or kept
-    in 8 bits and widened layer by layer (enable_layerwise_casting)."""
+    """Whether the weights are quantised.
+
+    By the quantisers of diffusers and transformers, or kept in 8 bits and cast layer by layer
+    (enable_layerwise_casting).
+    """
     if any(getattr(module, "is_quantized", False) for module in part.modules()):
         return True
     return any(
@@ -128,23 +134,26 @@ def _quantised(part: nn.Module) -> bool:
 def _size(
     network: PromptNetwork, factor: int, image_size: int | tuple[int, int] | None
 ) -> tuple[int, int]:
-    """Height and width in pixels that the network can make."""
-    own = network.side * factor
+    """Height and width in pixels. ValueError for sizes that the network can't generate."""
+    default = network.side * factor
     height, width = (
-        (image_size, image_size) if isinstance(image_size, int) else image_size or (own, own)
+        (image_size, image_size)
+        if isinstance(image_size, int)
+        else image_size or (default, default)
     )
-    step, most = network.multiple * factor, network.longest * factor
-    if any(positive("image_size", side) % step or side > most for side in (height, width)):
+    step, longest = network.multiple * factor, network.longest * factor
+    if any(positive("image_size", side) % step or side > longest for side in (height, width)):
         raise ValueError(
-            f"image_size must be multiples of {step}, at most {most}, for this model, got "
+            f"image_size must be multiples of {step}, at most {longest}, for this model, got "
             f"{height} x {width}"
         )
     return height, width
 
 
 def _shift(scheduler: Any, tokens: int) -> float:
-    """The shift of the time grid that a pipeline's scheduler applies, for images of so many tokens
-    (SD3: fixed; FLUX: by size).
+    """The shift of the time grid that a pipeline's scheduler applies.
+
+    tokens: of an image. SD3's shift is fixed, FLUX's depends on them.
     """
     config = getattr(scheduler, "config", {})
     if not str(config.get("_class_name", type(scheduler).__name__)).startswith("FlowMatch"):
@@ -158,8 +167,9 @@ def _shift(scheduler: Any, tokens: int) -> float:
 
 
 def network_of(pipe: Any, convention: str) -> nn.Module:
-    """The velocity network of a pipeline. TypeError and ValueError for what is no flow model, or
-    may be none.
+    """The velocity network of a pipeline.
+
+    Raises TypeError if there is none, ValueError for a UNet without convention "2-rf".
     """
     module = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     if module is None:
@@ -180,10 +190,11 @@ Part = Literal["network", "text", "vae"]
 def load_pipeline(
     name: str | os.PathLike[str], parts: Sequence[Part] = ("network", "text", "vae")
 ) -> Any:
-    """A diffusers pipeline of which only these parts are loaded, in float32 on the CPU.
+    """A diffusers pipeline with only these parts, in float32 on the CPU.
 
-    ValueError where it can't be had, of the kind CheckpointError where its files can't be used.
     name: a folder as save_pretrained writes it, or a hub name.
+    Raises ValueError if it can't be found, and CheckpointError, a ValueError too, if its files
+    can't be used.
     """
     try:
         import diffusers
@@ -191,36 +202,36 @@ def load_pipeline(
         raise ValueError(
             f"model {str(name)!r} needs diffusers: pip install 'flowturbo[diffusers]' ({error})"
         ) from None
-    where = str(Path(name).expanduser()) if is_path(name) else str(name)
-    if is_path(name) and not (Path(where) / "model_index.json").is_file():
+    source = str(Path(name).expanduser()) if is_path(name) else str(name)
+    if is_path(name) and not (Path(source) / "model_index.json").is_file():
         raise CheckpointError(
             f"model {str(name)!r} is no folder of a diffusers pipeline: it has no model_index.json"
         )
     if not is_path(name):
         try:
-            diffusers.DiffusionPipeline.load_config(where, local_files_only=True)
+            diffusers.DiffusionPipeline.load_config(source, local_files_only=True)
         except OSError:  # not downloaded before
-            ask_hub("model", str(name), where)
+            ask_hub("model", str(name), source)
     try:
-        config = diffusers.DiffusionPipeline.load_config(where)
-        # A pipeline saved without one of its text encoders wants to be told so again.
+        config = diffusers.DiffusionPipeline.load_config(source)
+        # from_pretrained must be told again of components that were left out when it was saved.
         left_out = {
             key: None
             for key, kind in config.items()
             if _part(key) not in (None, *parts) or kind == [None, None]
         }
-        for key in left_out.keys() & {"transformer"}:  # encoding asks for its configuration
+        for key in left_out.keys() & {"transformer"}:  # encoding reads its configuration
             kind: Any = getattr(diffusers, config[key][1])
             with torch.device("meta"):
-                left_out[key] = kind.from_config(kind.load_config(where, subfolder=key))
-        # 2-RF was published as a pipeline of a class of its own, with the parts of this one.
+                left_out[key] = kind.from_config(kind.load_config(source, subfolder=key))
+        # 2-RF was published with a pipeline class of its own, with the components of this one.
         base = (
             diffusers.StableDiffusionPipeline if "unet" in config else diffusers.DiffusionPipeline
         )
-        return base.from_pretrained(where, use_safetensors=True, **left_out)
+        return base.from_pretrained(source, use_safetensors=True, **left_out)
     except MemoryError:
         raise
-    except Exception as error:  # whatever its readers stumble on
+    except Exception as error:  # its readers raise many types
         hint = ""
         if "safetensors" in str(error):
             hint = (
@@ -233,7 +244,7 @@ def load_pipeline(
 
 
 def _part(component: str) -> Part | Literal["unused"] | None:
-    """Which part a component of a pipeline belongs to; None: it is small, and always loaded."""
+    """The part that a component belongs to; None: it is small, and always loaded."""
     if component in ("transformer", "unet"):
         return "network"
     if component.startswith(("text_encoder", "tokenizer")):
@@ -244,7 +255,7 @@ def _part(component: str) -> Part | Literal["unused"] | None:
 
 
 def is_pipeline(name: str | os.PathLike[str]) -> bool:
-    """Whether a model's name means a pipeline: a folder, or a hub name such as "org/name"."""
+    """Whether a model's name is that of a pipeline: a folder, or a hub name such as "org/name"."""
     if Path(name).expanduser().is_dir():
         return True
     checkpoint = Path(name).suffix in (".pt", ".pth", ".safetensors")

@@ -11,8 +11,11 @@ from .sit import SIT_CONFIGS, SiT, SiTConfig
 
 
 def untrained(name: str, image_size: int, device: torch.device) -> tuple[SiT, SiT]:
-    """A predictor of that size and its refiner, with random weights: none is zero, which would be
-    multiplied faster.
+    """A predictor of a published size, and its refiner, with random weights.
+
+    name: such as "SiT-XL/2". image_size: in pixels.
+    No weight is zero, since products with zeros may take less power and time. Raises ValueError for
+    an image size that the patches do not divide.
     """
     config = SIT_CONFIGS[name]
     if image_size < 8 * config.patch or image_size % (8 * config.patch):
@@ -24,7 +27,7 @@ def untrained(name: str, image_size: int, device: torch.device) -> tuple[SiT, Si
 
 
 def filled(config: SiTConfig, device: torch.device, seed: int) -> SiT:
-    """A SiT with seeded random weights of the size that keeps activations bounded."""
+    """A SiT with seeded random weights, small enough to keep activations bounded."""
     with torch.device(device):
         model = SiT(config)
     generator = torch.Generator(device).manual_seed(seed)

@@ -1,5 +1,6 @@
-"""Between images and latents: an interface, the Stable Diffusion VAE through diffusers, and plain
-pixels.
+"""Autoencoders between images and latents.
+
+An interface, and two implementations: the autoencoders of diffusers, and plain pixels.
 """
 
 from __future__ import annotations
@@ -19,32 +20,34 @@ from .vae_fusion import fuse
 
 SD_LATENT_SCALE = 0.18215
 DECODE_BYTES = 2 << 30
-"""What decoding takes at most, so that sampling large batches does not fail at their end: slices of
-this size fill any device.
+"""The most memory that decoding takes at once. Larger batches are decoded in slices of this size,
+which keep any device busy, so that sampling does not run out of memory at its end.
 """
 
 
 @runtime_checkable
 class VAE(Protocol):
-    """What sampling, training, encoding and editing ask of an autoencoder. factor: pixels of an
-    image to a side of a latent.
+    """The interface of an autoencoder.
+
+    factor: pixels of an image side per unit of a latent side.
     """
 
     factor: int
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (N, C, H, W) -> images (N, height, width, 3), uint8."""
+        """Latents (N, C, H, W) -> images (N, height, width, 3), uint8."""
         ...
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """images (N, height, width, 3), uint8 -> mean and standard deviation (None: exact) of the
-        latents, (N, C, H, W) float32.
+        """Images (N, height, width, 3), uint8 -> mean and standard deviation of the latents.
+
+        Both are (N, C, H, W) float32; the second is None if the encoding is exact.
         """
         ...
 
 
 class Pixels:
-    """Grey images as their own latents: one channel, -1 black, 1 white."""
+    """Grey images as their own latents: one channel, from -1 for black to 1 for white."""
 
     scale, shift, factor = 1.0, 0.0, 1
 
@@ -56,11 +59,10 @@ class Pixels:
 
 
 class DiffusersVAE:
-    """An AutoencoderKL or AutoencoderTiny of diffusers. Its latents z become (z - shift) * scale,
-    by its own factors.
+    """An AutoencoderKL or AutoencoderTiny of diffusers.
 
-    They are 0 and 0.18215 for SD's. The tiny ones (TAESD) read and write latents as they are after
-    that: 0 and 1.
+    Its latents z become (z - shift) * scale, with the factors of its configuration: 0 and 0.18215
+    for SD. Tiny autoencoders (TAESD) read and write latents that are scaled already: 0 and 1.
     """
 
     def __init__(self, network: Any) -> None:
@@ -75,7 +77,6 @@ class DiffusersVAE:
         self.shift = float(getattr(config, "shift_factor", None) or 0.0)
         self.channels = int(config.latent_channels)
         self.factor = 2 ** (len(config.block_out_channels) - 1)
-        """Pixels of an image to a side of a latent."""
 
     def decode(self, latents: Tensor) -> Tensor:
         if latents.ndim != 4 or latents.shape[1] != self.channels:
@@ -95,8 +96,10 @@ class DiffusersVAE:
         return to_uint8(self.network.decode(z).sample).permute(0, 2, 3, 1)
 
     def _decode_bytes(self, height: int, width: int) -> int:
-        """About what decoding one image takes: input, normalised input and output of the widest
-        layer at full size.
+        """About the bytes that decoding one image takes.
+
+        Input, normalised input and output of the widest layer at full size. height, width: of the
+        latent.
         """
         widest = max(self.network.config.block_out_channels[:2])
         return int(3 * widest * height * width * self.factor**2 * self.network.dtype.itemsize)
@@ -110,7 +113,7 @@ class DiffusersVAE:
             )
         pixels = to_float(images.to(self.network.device)).to(self.network.dtype)
         encoded = self.network.encode(pixels.contiguous(memory_format=torch.channels_last))
-        if not hasattr(encoded, "latent_dist"):  # a tiny one knows no spread
+        if not hasattr(encoded, "latent_dist"):  # tiny autoencoders are deterministic
             return self.scale * (encoded.latents.float() - self.shift), None
         posterior = encoded.latent_dist
         return self.scale * (
@@ -119,14 +122,16 @@ class DiffusersVAE:
 
 
 def in_slices(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
-    """run(x) in slices of at most `size` rows, of half as many wherever memory does not suffice."""
+    """run(x) in slices of at most `size` rows; half as many whenever memory runs out.
+
+    x: (N, ...). The results are concatenated along the first axis.
+    """
     done: list[Tensor] = []
     while (first := sum(map(len, done))) < len(x):
         try:
             done.append(run(x[first : first + size]))
         except torch.OutOfMemoryError:
-            # A capture that fails must fail as a whole: whoever captures gives up memory and tries
-            # again.
+            # A failed capture can't continue: the cache of captures frees memory and tries again.
             if size == 1 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
                 raise
             size = (min(size, len(x) - first) + 1) // 2
@@ -134,14 +139,15 @@ def in_slices(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
 
 
 def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> VAE:
-    """ "pixels", or an AutoencoderKL or AutoencoderTiny of diffusers (safetensors only): a folder,
-    or a hub name, "org/name" or "org/name/folder".
+    """An autoencoder: "pixels", or one of diffusers, read from safetensors only.
 
-    A folder may also be that of a whole pipeline, with the VAE in its sub-folder vae. It runs in
-    dtype, but in float32 on the CPU and where its configuration says that float16 overflows. Its
-    convolutions of float32 are in TF32 on a GPU, as torch's are by default
-    (torch.backends.cudnn.allow_tf32). Raises ValueError if it can't be had, of the kind
-    CheckpointError if its files are damaged or those of another model.
+    name: "pixels"; the folder of an AutoencoderKL or AutoencoderTiny, or of a pipeline with a
+        sub-folder vae; or a hub name, "org/name" or "org/name/folder".
+    dtype: float32 is used instead on the CPU, and where the configuration says that float16
+        overflows. float32 convolutions run in TF32 on a GPU, as is torch's default
+        (torch.backends.cudnn.allow_tf32).
+    Raises ValueError if it can't be found, and CheckpointError, a ValueError too, if its files are
+    damaged or belong to another model.
     """
     if name == "pixels":
         return Pixels()
@@ -160,8 +166,8 @@ def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dt
         network = _from_hub(kinds, str(name))
     too_narrow = device.type == "cpu" and dtype.itemsize < 4
     overflows = dtype == torch.float16 and getattr(network.config, "force_upcast", False)
-    # nn.Module's own way: diffusers' warns of parts to be kept in float32, even where there are
-    # none.
+    # nn.Module.to itself: diffusers' method warns of parts that must stay in float32 even if there
+    # are none.
     nn.Module.to(network, device, torch.float32 if too_narrow or overflows else dtype)
     fuse(network)
     return DiffusersVAE(network.eval().requires_grad_(False))
@@ -201,7 +207,7 @@ def _vae_folder(path: Path) -> Path:
 
 
 def _from_hub(kinds: Mapping[str, Any], name: str) -> Any:
-    """What was downloaded before is used without asking the hub."""
+    """An autoencoder of the hub; one that was downloaded before needs no network."""
     parts = name.split("/")
     repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:]) or None
     with contextlib.suppress(CheckpointError):
@@ -213,8 +219,9 @@ def _from_hub(kinds: Mapping[str, Any], name: str) -> Any:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> 0 to 255 by 127.5 x + 128, cut off: the rounding that the published SiT scores
-    used.
+    """Images in [-1, 1] -> 0 to 255, by 127.5 x + 128, clamped.
+
+    The published SiT scores were computed with this rounding.
     """
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
 

@@ -1,5 +1,6 @@
-"""The library's kernels inside a diffusers autoencoder, without forking it: modules of one instance
-are exchanged.
+"""Fused kernels inside a diffusers autoencoder.
+
+Modules of one instance are exchanged; no class is changed.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from flowturbo_kernels import group_norm_silu
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """silu(GroupNorm(x)) in one operation, with the parameters of the GroupNorm whose place it
-    takes.
-    """
+    """silu(GroupNorm(x)) in one operation, with the parameters of a GroupNorm."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__(norm.num_groups, norm.num_channels, norm.eps, device="meta")
@@ -26,16 +25,16 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 def fuse(network: nn.Module) -> int:
-    """Exchange, in this instance of AutoencoderKL, every GroupNorm that a SiLU follows -> how many.
-    Its state keeps its names.
+    """Fuse every GroupNorm of an AutoencoderKL that a SiLU follows -> how many.
+
+    The network is changed in place, to channels_last; its state dict keeps its keys.
     """
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     count = 0
     for module in network.modules():
         block: Any = module
-        if (
-            getattr(block, "time_emb_proj", block) is not None
-        ):  # only residual blocks have it, and an autoencoder's know no time
+        # Residual blocks have this attribute, and in an autoencoder it is None.
+        if getattr(block, "time_emb_proj", block) is not None:
             continue
         if _are_fit(block.nonlinearity, block.norm1, block.norm2):
             block.norm1, block.norm2, block.nonlinearity = (
