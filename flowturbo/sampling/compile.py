@@ -1,6 +1,4 @@
-"""compile() captures runs before they are needed; summary() tells what is captured and what it
-costs.
-"""
+"""compile(): capture runs before they are needed."""
 
 from __future__ import annotations
 
@@ -32,32 +30,33 @@ def compile(
     progress: bool = False,
     prompts: Any = "",
 ) -> list[Capture]:
-    """Capture as CUDA graphs, ahead of time, what `sample` will ask for: every plan with every
-    batch size.
+    """Capture in advance, as CUDA graphs, every plan with every batch size.
 
-    guided: whether guidance will be asked for (any scale but 1). guidance_channels, output: as in
-        `sample`. progress: show a bar.
-    prompts: for text-to-image models, one prompt as in `sample`: the shapes of its encoding are the
-    graph's, and no more of it is. Afterwards a `sample` of as many images, or of fewer, replays the
-    capture of the smallest batch size that holds them, for any labels, seed or noise and guidance
-    scale. At most `model.captures.limit` are kept. Returns the captures, with their times and
-    memory. On a device without CUDA graphs every run is executed once, which loads and compiles
-    what it needs, and none is captured. Raises ValueError or TypeError for what does not fit the
-    model, CaptureError for what can't be captured, for want of memory for example; the model and
-    earlier captures then stay usable.
+    Afterwards `sample` on that many images, or fewer, replays the capture of the smallest batch
+    size that holds them, for any labels, noise and guidance scale.
+    guided: whether `sample` will be called with guidance (any scale but 1).
+    guidance_channels, output: as in `sample`.
+    progress: show a bar of captures.
+    prompts: for text-to-image models, one prompt as in `sample`. Only the shapes of its encoding
+        matter.
+    Returns the captures, with their times and memory; at most `model.captures.limit` are kept. On a
+    device without CUDA graphs every run is executed once, which compiles what it needs, and the
+    list is empty.
+    Raises ValueError or TypeError for what does not fit the model, and CaptureError for what can't
+    be captured, for example for lack of memory. The model and earlier captures stay usable.
     """
-    given = [plans] if isinstance(plans, str | Plan) else list(plans)
+    plan_list = [plans] if isinstance(plans, str | Plan) else list(plans)
     sizes = [batch_sizes] if isinstance(batch_sizes, int) else list(batch_sizes)
-    if not given or not sizes:
+    if not plan_list or not sizes:
         raise ValueError("plans and batch_sizes must name at least one each")
     guidable = not (isinstance(model, PromptModel) and model.guidance_style == "none")
     scale = 1.5 if guided and guidable else 1.0  # any scale: it is an input of the graph
     jobs = [
         Job.of(model, as_plan(p, model.shift), scale, guidance_channels, output, torch.float32)
-        for p in given
+        for p in plan_list
     ]
     work = list(itertools.product(jobs, [positive("batch_sizes", size) for size in sizes]))
-    made = []
+    captures = []
     for job, size in tqdm(work, disable=not progress, unit="capture", leave=False):
         noise = torch.zeros(size, *model.latent_shape)
         inputs = inputs_of(
@@ -69,7 +68,7 @@ def compile(
             count=size,
         )
         if job.can_be_captured(model):
-            made.append(model.captures.precapture(*job.capture(model, inputs, scale)))
+            captures.append(model.captures.precapture(*job.capture(model, inputs, scale)))
         elif model.device.type == "cuda":
             raise CaptureError(
                 f"{job} can't be captured: of this model, under autocast, "
@@ -77,4 +76,4 @@ def compile(
             )
         else:
             job.execute(model, guidance=scale, **inputs)
-    return made
+    return captures

@@ -1,6 +1,4 @@
-"""Editing and inpainting by a flow model (SDEdit, arXiv 2108.01073): a plan's steps from a source
-image on.
-"""
+"""Editing (SDEdit, arXiv 2108.01073) and inpainting, with the steps of any plan."""
 
 from __future__ import annotations
 
@@ -43,22 +41,25 @@ def edit(
 ) -> Tensor:
     """Change images towards labels: mix each with noise, and integrate from there.
 
-    images: (N, height, width, 3) uint8, of the model's size, or latents (N, C, H, W) floating
-        point; one image serves all labels, and one label all images.
-    labels: class numbers, or prompts for a text-to-image model; negative: as in `sample`.
-    strength: above 0, at most 1. The integration starts at t = 1 - strength: small keeps the image,
-        1 forgets it. All of the plan's steps run, on its grid squeezed into [1 - strength, 1].
-    The rest is as in `sample`. Returns images (N, height, width, 3) uint8, or latents (N, C, H, W)
-    float32. Raises ValueError or TypeError, naming the argument, for input that does not fit.
+    images: (N, height, width, 3) uint8, of the model's size, or latents (N, C, H, W), floating
+        point. One image serves all labels, and one label all images.
+    labels: class numbers, or prompts for a text-to-image model.
+    strength: above 0, at most 1. Integration starts at t = 1 - strength: a small strength keeps the
+        image, 1 ignores it. All steps of the plan run, on its grid compressed into [1 - strength,
+        1].
+    The other arguments are those of `sample`.
+    Returns images (N, height, width, 3) uint8, or latents (N, C, H, W) float32, on the model's
+    device.
+    Raises ValueError or TypeError, naming the argument, for input that does not fit.
     """
-    begun = _begun(model, plan, strength)
+    remaining = _plan_from_strength(model, plan, strength)
     inputs, job = edit_job(
-        model, begun, images, labels, guidance, guidance_channels, noise, seed, output, negative
+        model, remaining, images, labels, guidance, guidance_channels, noise, seed, output, negative
     )
     return in_batches(
         ModelBatches(model, job, inputs, guidance),
         len(inputs["noise"]),
-        begun,
+        remaining,
         batch_size,
         progress,
         callback,
@@ -84,44 +85,42 @@ def inpaint(
     output: Output = "uint8",
     negative: str | Sequence[str] | None = None,
 ) -> Tensor:
-    """Make the masked part of images anew, and keep the rest; an object is removed by its mask and
-    the label of what lies behind.
+    """Generate the masked part of images anew, and keep the rest.
 
-    mask: (height, width) or (N, height, width), of the images' size (or of the latents', if latents
-        are given): bool, or floating point or uint8, of which what is above half is to be made anew
-        (of 255, or of 1 where nothing is larger).
-    strength: below 1 the masked part is edited instead of made from noise alone.
-    After every step, x outside the mask is the source on its path to the noise that was drawn
-    (paper section 4.4), so that latents outside are the source's own in the end; a latent is inside
-    as soon as one of its pixels is. Images are those latents decoded, with the source's own pixels
-    outside the mask. The rest is as in `edit`. ValueError also for a mask of another size, and for
-    one that covers nothing.
+    To remove an object, mask it and give the label of the background.
+    mask: (height, width) or (N, height, width), of the size of the images (or of the latents, if
+        images are latents): bool, or floating point above 0.5, or uint8 above 127 (above 0 if no
+        value is larger than 1), for the part to generate.
+    strength: below 1 the masked part is edited rather than generated from noise alone.
+    After each step, x outside the mask is set to the source on its path to the noise (paper section
+    4.4). So the latents outside are those of the source in the end. A latent is inside the mask if
+    any of its pixels is. Outside the mask, images keep the pixels of the source. Arguments, results
+    and errors are otherwise those of `edit`. ValueError also for a mask of another size, and for an
+    empty one.
     """
-    begun = _begun(model, plan, strength)
+    remaining = _plan_from_strength(model, plan, strength)
     inputs, job = edit_job(
-        model, begun, images, labels, guidance, guidance_channels, noise, seed, output, negative
+        model, remaining, images, labels, guidance, guidance_channels, noise, seed, output, negative
     )
     N, (H, W) = len(inputs["noise"]), model.latent_shape[1:]
     pixels = torch.as_tensor(images)
     size = (H, W) if pixels.is_floating_point() else tuple(pixels.shape[1:3])
-    chosen = _mask(mask, N, size).to(model.device)
-    inputs["mask"] = F.max_pool2d(chosen[:, None].float(), (size[0] // H, size[1] // W)) > 0
-    made = in_batches(
-        ModelBatches(model, job, inputs, guidance), N, begun, batch_size, progress, callback
+    masked = _mask(mask, N, size).to(model.device)
+    inputs["mask"] = F.max_pool2d(masked[:, None].float(), (size[0] // H, size[1] // W)) > 0
+    generated = in_batches(
+        ModelBatches(model, job, inputs, guidance), N, remaining, batch_size, progress, callback
     )
     if output == "latents" or pixels.is_floating_point():
-        return made
+        return generated
     return torch.where(
-        chosen[: len(made), ..., None],
-        made,
-        pixels.to(made.device).expand(N, -1, -1, -1)[: len(made)],
+        masked[: len(generated), ..., None],
+        generated,
+        pixels.to(generated.device).expand(N, -1, -1, -1)[: len(generated)],
     )
 
 
-def _begun(model: FlowModel, plan: str | Plan, strength: float) -> Plan:
-    """The plan, on the model's own grid where it is text, squeezed into what strength leaves of the
-    way.
-    """
+def _plan_from_strength(model: FlowModel, plan: str | Plan, strength: float) -> Plan:
+    """The plan on the part of the time grid that strength leaves."""
     if not isinstance(model, FlowModel):
         raise TypeError(f"model must be a FlowModel, got {type(model).__name__}")
     if not 0 < finite("strength", strength) <= 1:
@@ -141,7 +140,10 @@ def edit_job(
     output: str,
     negative: Any = None,
 ) -> tuple[dict[str, Tensor], Job]:
-    """Check the arguments -> (inputs of a job for all images, the job)."""
+    """Check the arguments -> (the inputs of a job, for all images; the job).
+
+    The inputs are noise and source, (N, C, H, W) float32, and the conditions.
+    """
     job = Job.of(model, plan, guidance, guidance_channels, output, torch.float32)
     source = _source(model, images)
     if labels is None:
@@ -167,33 +169,33 @@ def _source(model: FlowModel, images: Images) -> Tensor:
     """Latents (N, C, H, W) float32 of images, on the model's device."""
     if not isinstance(images, np.ndarray | Tensor):
         raise TypeError(f"images must be an array or a tensor, got {type(images).__name__}")
-    given = torch.as_tensor(images)
-    if given.is_floating_point():
-        if given.ndim != 4 or tuple(given.shape[1:]) != model.latent_shape or not len(given):
+    source = torch.as_tensor(images)
+    if source.is_floating_point():
+        if source.ndim != 4 or tuple(source.shape[1:]) != model.latent_shape or not len(source):
             raise ValueError(
                 f"images given as latents must have shape (N, {_shape(model)}), got "
-                f"{tuple(given.shape)}"
+                f"{tuple(source.shape)}"
             )
-        if not given.isfinite().all():
+        if not source.isfinite().all():
             raise ValueError("images must be finite, got NaN or infinity in them")
-        return given.to(model.device, torch.float32)
-    if given.dtype != torch.uint8 or given.ndim != 4 or given.shape[-1] != 3 or not len(given):
+        return source.to(model.device, torch.float32)
+    if source.dtype != torch.uint8 or source.ndim != 4 or source.shape[-1] != 3 or not len(source):
         raise ValueError(
-            f"images must be uint8 of shape (N, height, width, 3), got {given.dtype} of "
-            f"{tuple(given.shape)}"
+            f"images must be uint8 of shape (N, height, width, 3), got {source.dtype} of "
+            f"{tuple(source.shape)}"
         )
     height, width = image_size(model)
     assert model.vae is not None
-    if tuple(given.shape[1:3]) != (height, width):
+    if tuple(source.shape[1:3]) != (height, width):
         raise ValueError(
-            f"images must be {height} x {width} for this model, got {given.shape[1]} x "
-            f"{given.shape[2]}"
+            f"images must be {height} x {width} for this model, got {source.shape[1]} x "
+            f"{source.shape[2]}"
         )
-    return model.vae.encode(given.to(model.device))[0].to(model.device, torch.float32)
+    return model.vae.encode(source.to(model.device))[0].to(model.device, torch.float32)
 
 
 def image_size(model: FlowModel) -> tuple[int, int]:
-    """(height, width) in pixels. ValueError without a vae."""
+    """(height, width) in pixels. ValueError for a model without a vae."""
     if model.vae is None:
         raise ValueError("images need a model that was loaded with a vae; latents do not")
     height, width = (side * model.vae.factor for side in model.latent_shape[1:])
@@ -205,24 +207,24 @@ def _shape(model: FlowModel) -> str:
 
 
 def _mask(mask: Images, count: int, size: tuple[int, ...]) -> Tensor:
-    """-> (count, height, width) bool: what is to be made anew."""
+    """The mask as (count, height, width) bool, checked."""
     if not isinstance(mask, np.ndarray | Tensor):
         raise TypeError(f"mask must be an array or a tensor, got {type(mask).__name__}")
-    given = torch.as_tensor(mask)
-    given = given[None] if given.ndim == 2 else given
-    if given.ndim != 3 or tuple(given.shape[1:]) != size or len(given) not in (1, count):
+    masked = torch.as_tensor(mask)
+    masked = masked[None] if masked.ndim == 2 else masked
+    if masked.ndim != 3 or tuple(masked.shape[1:]) != size or len(masked) not in (1, count):
         raise ValueError(
             f"mask must have the images' size, shape {size} or {(count, *size)}, got "
             f"{tuple(torch.as_tensor(mask).shape)}"
         )
-    if given.is_floating_point():
-        given = given > 0.5
-    elif given.dtype == torch.uint8:
-        given = given > (127 if given.max() > 1 else 0)
-    elif given.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, uint8 or floating point, got {given.dtype}")
-    if not given.flatten(1).any(dim=1).all():
+    if masked.is_floating_point():
+        masked = masked > 0.5
+    elif masked.dtype == torch.uint8:
+        masked = masked > (127 if masked.max() > 1 else 0)
+    elif masked.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, uint8 or floating point, got {masked.dtype}")
+    if not masked.flatten(1).any(dim=1).all():
         raise ValueError(
             "mask must choose at least one pixel of every image, got one that chooses nothing"
         )
-    return given.expand(count, -1, -1)
+    return masked.expand(count, -1, -1)

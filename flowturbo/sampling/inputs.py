@@ -1,4 +1,4 @@
-"""Checks of what a sampler is given: labels, noise, guidance."""
+"""The inputs of a run: checks of labels, prompts and noise."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ def inputs_of(
     negative: Any = None,
     count: int = 1,
 ) -> dict[str, Tensor]:
-    """Check the arguments against the model -> a job's noise and conditions, on the model's device.
-    One label serves `count`.
+    """Check the arguments against the model -> noise and conditions, on the model's device.
+
+    noise: (N, C, H, W). Conditions: "labels" (N,) int64, or those of prompts.
+    count: the number of images that a single label serves.
+    Raises ValueError or TypeError, naming the argument, for input that does not fit.
     """
     if isinstance(model, PromptModel):
         if labels is None:
@@ -31,17 +34,20 @@ def inputs_of(
                 "labels must be prompts for a text-to-image model: texts, or what encode makes of "
                 "them"
             )
-        found = model.conditions(labels, guidance, negative)
+        conditions = model.conditions(labels, guidance, negative)
     else:
-        found = {"labels": _class_numbers(model, labels, guidance, noise).to(model.device)}
-    rows = len(next(iter(found.values())))
+        conditions = {"labels": _class_numbers(model, labels, guidance, noise).to(model.device)}
+    rows = len(next(iter(conditions.values())))
     if rows == 1 != count:
-        found = {name: value.expand(count, *value.shape[1:]) for name, value in found.items()}
-    start = _noise(noise, seed, (max(rows, count), *model.latent_shape)).to(model.device)
-    return {"noise": start, **found}
+        conditions = {
+            name: value.expand(count, *value.shape[1:]) for name, value in conditions.items()
+        }
+    start = starting_noise(noise, seed, (max(rows, count), *model.latent_shape)).to(model.device)
+    return {"noise": start, **conditions}
 
 
 def _class_numbers(model: FlowModel, labels: Any, guidance: float, noise: Tensor | None) -> Tensor:
+    """Class numbers (N,) int64; the null class if there are no labels."""
     if labels is None:
         if noise is None:
             raise ValueError("give labels (class numbers) or, for unconditional images, noise")
@@ -54,6 +60,7 @@ def _class_numbers(model: FlowModel, labels: Any, guidance: float, noise: Tensor
 
 
 def _labels(labels: Any, num_classes: int) -> Tensor:
+    """Class numbers as (N,) int64, checked."""
     if isinstance(labels, list | tuple | range) and not len(labels):
         raise ValueError("labels must be a list of at least one class number, got an empty one")
     try:
@@ -70,29 +77,32 @@ def _labels(labels: Any, num_classes: int) -> Tensor:
             f"labels must be a list of at least one class number, got shape {tuple(classes.shape)}"
         )
     classes = classes.to(torch.int64)
-    bad = classes[
-        (classes < 0) | (classes >= num_classes)
-    ]  # one synchronisation, wherever they lie
-    if len(bad):
-        raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {int(bad[0])}")
+    outside = classes[(classes < 0) | (classes >= num_classes)]  # synchronises once
+    if len(outside):
+        raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {int(outside[0])}")
     return classes
 
 
-def _noise(given: Tensor | None, seed: int | None, shape: tuple[int, ...] | None) -> Tensor:
-    if given is None:
+def starting_noise(noise: Tensor | None, seed: int | None, shape: tuple[int, ...] | None) -> Tensor:
+    """The noise that a run starts from, checked, in float32 or wider.
+
+    noise: (N, ...), or None: drawn from the seed.
+    shape: None: any.
+    """
+    if noise is None:
         assert shape is not None
         return rng.noise(shape[1:], secrets.randbits(63) if seed is None else seed, range(shape[0]))
-    if not isinstance(given, Tensor):
-        raise TypeError(f"noise must be a tensor, got {type(given).__name__}")
-    if not given.is_floating_point():
-        raise TypeError(f"noise must be floating point, got {given.dtype}")
-    if shape is not None and tuple(given.shape) != shape:
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"noise must be a tensor, got {type(noise).__name__}")
+    if not noise.is_floating_point():
+        raise TypeError(f"noise must be floating point, got {noise.dtype}")
+    if shape is not None and tuple(noise.shape) != shape:
         raise ValueError(
             f"noise must have shape {shape} (images, channels, height, width), got "
-            f"{tuple(given.shape)}"
+            f"{tuple(noise.shape)}"
         )
-    if given.ndim < 1 or not len(given):
-        raise ValueError(f"noise must hold at least one image, got shape {tuple(given.shape)}")
-    if not given.isfinite().all():
+    if noise.ndim < 1 or not len(noise):
+        raise ValueError(f"noise must hold at least one image, got shape {tuple(noise.shape)}")
+    if not noise.isfinite().all():
         raise ValueError("noise must be finite, got NaN or infinity in it")
-    return given.to(torch.promote_types(given.dtype, torch.float32))
+    return noise.to(torch.promote_types(noise.dtype, torch.float32))

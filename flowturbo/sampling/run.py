@@ -1,5 +1,6 @@
-"""A job: what every batch of a FlowModel goes through, step by step or replayed from a capture. The
-only loop over steps.
+"""The run of one batch: all steps of a plan, eager or replayed from a capture.
+
+`integrate` is the only loop over steps.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from .velocity_field import field_of
 
 
 class StepInfo(NamedTuple):
-    """What a callback sees after each step.
+    """What a callback gets after each step.
 
-    step: how many steps are done, of `steps`. t: the time reached. x: latents (n, C, H, W) of the
-        images from number `first` on.
-    denoised: the data that x heads for, x + (1 - t) * v, a preview that costs nothing.
+    step: the number of steps done, of `steps`.
+    t: the time reached.
+    first: the number of the first image of this batch.
+    x: its latents (n, C, H, W).
+    denoised: x + (1 - t) * v, like x: the data that x is heading for, a preview that costs no call.
     """
 
     step: int
@@ -47,7 +50,10 @@ Callback = Callable[[StepInfo], object]
 
 @dataclass
 class StepMonitor:
-    """What sees a batch go from step to step."""
+    """Progress bar and callback of one batch.
+
+    first, count: the number of its first image, and how many images it has.
+    """
 
     plan: Plan
     first: int
@@ -57,15 +63,15 @@ class StepMonitor:
     stopped: bool = False
 
     def step(self, done: int, state: State, t: float) -> bool:
-        """Whether to go on."""
+        """Report a step -> whether to continue."""
         self.bar.update()
         if self.callback is None:
             return True
         v = state.newest_velocity
         assert v is not None
-        x, ahead = state.x[: self.count], denoised(state.x, v, t)[: self.count]
+        x, preview = state.x[: self.count], denoised(state.x, v, t)[: self.count]
         self.stopped = (
-            self.callback(StepInfo(done, len(self.plan), t, self.first, x, ahead)) is False
+            self.callback(StepInfo(done, len(self.plan), t, self.first, x, preview)) is False
         )
         return not self.stopped
 
@@ -77,8 +83,10 @@ def integrate(
     monitor: StepMonitor | None = None,
     after: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
-    """The loop: one batch from noise to latents, or to where the watch ended it. after: (x, t) ->
-    what x becomes after a step.
+    """Integrate one batch along a plan: x (N, ...) at the plan's start -> x at its end.
+
+    monitor: is called after each step, and may end the run.
+    after: (x, t) -> x, applied after each step.
     """
     state = State(x)
     for i, (step, t0, t1) in enumerate(plan.schedule()):
@@ -92,14 +100,15 @@ def integrate(
 
 @dataclass(frozen=True)
 class Job:
-    """All that decides the work of a batch of a FlowModel but the number of its images: what
-    captures of the model are kept under.
+    """Everything that determines the work of a batch, except the number of its images.
 
-    guided: whether both halves run. guidance_channels: 0 where they don't. dtype: of the noise.
-    null_class, backend, precision (of float32 products), deterministic (operations only): as they
-    are now, since they may change between calls. taken: names and shapes of a row of the inputs
-    beside the noise: source, mask, and what text-to-image networks are told, which may be longer or
-    shorter.
+    It is the key under which runs are captured.
+    guided: whether both halves are evaluated. guidance_channels: 0 if they are not.
+    dtype: of the noise.
+    null_class, backend, precision, deterministic: as they are now; they may change between calls.
+        precision is that of float32 products; deterministic means deterministic operations only.
+    taken: names and row shapes of all inputs besides noise: source, mask and conditions. Those of
+        prompts may have any length.
     """
 
     plan: Plan
@@ -123,7 +132,10 @@ class Job:
         output: str,
         dtype: torch.dtype,
     ) -> Job:
-        """Raises ValueError or TypeError, naming the argument, for what does not fit the model."""
+        """The job of these arguments, checked against the model.
+
+        Raises ValueError or TypeError, naming the argument, for what does not fit.
+        """
         if output not in ("latents", "uint8"):
             raise ValueError(f"output must be 'latents' or 'uint8', got {output!r}")
         if output == "uint8" and model.vae is None:
@@ -167,7 +179,7 @@ class Job:
         )
 
     def taking(self, inputs: Mapping[str, Tensor]) -> Job:
-        """The same for inputs of these shapes."""
+        """The same job for inputs of these shapes."""
         rows = (
             (name, tuple(value.shape[1:]))
             for name, value in inputs.items()
@@ -176,8 +188,9 @@ class Job:
         return replace(self, taken=tuple(sorted(rows)))
 
     def can_be_captured(self, model: FlowModel) -> bool:
-        """Whether the device can, and the model's parts are known to do the same work whatever the
-        images.
+        """Whether this job can be captured now.
+
+        The device must allow it, and the work of the model's parts must not depend on the images.
         """
         parts = model.predictor, model.refiner, model.vae if self.output == "uint8" else None
         known = all(
@@ -190,18 +203,18 @@ class Job:
     def run(
         self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, monitor: StepMonitor
     ) -> Tensor:
-        """One batch -> latents (N, C, H, W), or images of the job's output.
+        """Run one batch -> latents (N, C, H, W), or images, as `output` says.
 
-        inputs, all on the model's device: noise (N, C, H, W); conditions, such as labels (N,); and
-        perhaps source (N, C, H, W), latents to start from at the plan's start, on the path between
-        noise and them; mask (N, 1, H, W) bool, where they may change.
+        inputs: all on the model's device: noise (N, C, H, W); conditions, such as labels (N,);
+            optionally source (N, C, H, W), latents that are mixed with the noise at the plan's
+            start; and mask (N, 1, H, W) bool, True where the latents may change.
         """
         try:
             return self._run(model, inputs, guidance, monitor)
         except torch.OutOfMemoryError:
             if monitor.callback is not None or not model.captures.report():
                 raise
-        model.captures.clear()  # what they hold may be what is missing
+        model.captures.clear()  # their memory may be enough
         return self._run(model, inputs, guidance, monitor)
 
     def _run(
@@ -221,7 +234,10 @@ class Job:
     def capture(
         self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float
     ) -> tuple[Key, Callable[..., Tensor], Mapping[str, Tensor], list[nn.Module]]:
-        """What `Captures` asks for. inputs: those of `execute` but guidance."""
+        """The arguments of `Captures.run`: key, body, inputs and modules.
+
+        inputs: those of `execute`, without guidance.
+        """
         size = len(inputs["noise"])
         if self.guided:
             inputs = {**inputs, "guidance": self._scales(model, size, guidance)}
@@ -248,7 +264,7 @@ class Job:
         mask: Tensor | None = None,
         **conditions: Tensor,
     ) -> Tensor:
-        """`run` as it is, without captures."""
+        """`run`, always eager."""
         field = field_of(
             model, self.plan, conditions, guidance if self.guided else None, self.guidance_channels
         )
@@ -263,6 +279,6 @@ class Job:
 
     @staticmethod
     def _scales(model: FlowModel, count: int, guidance: float) -> Tensor:
-        """(count, 1, 1, 1): guidance as a tensor, which no capture bakes in."""
+        """Guidance as a tensor (count, 1, 1, 1), so that it is an input of a captured graph."""
         dtype = torch.promote_types(model.dtype, torch.float32)
         return torch.full((count, 1, 1, 1), guidance, dtype=dtype, device=model.device)

@@ -1,4 +1,4 @@
-"""sample(): from noise to latents or images by a plan: arguments, seeds and batches."""
+"""sample(): from noise to latents or images along a plan, batch by batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..checks import positive
 from ..models.flow_model import FlowModel, VelocityFunction
 from ..models.text_to_image import PromptModel
 from ..solver.plan import Plan, as_plan
-from .inputs import _noise, inputs_of
+from .inputs import inputs_of, starting_noise
 from .run import Callback, Job, StepMonitor, integrate
 from .velocity_field import FunctionField
 
@@ -36,34 +36,35 @@ def sample(
     output: Literal["latents", "uint8"] = "latents",
     **cond: Any,
 ) -> Tensor:
-    """Integrate dx/dt = v(x, t) from noise at t = 0 to data at t = 1 by a plan.
+    """Integrate dx/dt = v(x, t) from noise at t = 0 to data at t = 1 along a plan.
 
     model: a FlowModel (from `load`), or any callable v(x, t, **cond) with t a scalar tensor, which
         needs `noise`.
-    plan: a Plan, or text such as "H1P5R3", whose grid is uniform but for models with a shift of
-        their own (SD3, FLUX).
-    labels: N class numbers; None: unconditional, as many images as `noise` has. For a text-to-image
-        model N prompts, or what its `encode` made of them. A callable gets them as cond "labels",
-        if given.
-    guidance: the scale s of u + s * (c - u) (classifier-free guidance), 1: none. Needs labels and a
-        null class.
-    guidance_channels: guide the first so many channels; None: the checkpoint's convention (3 of 4
-        for SiT's, else all).
-    noise: (N, C, H, W); overrides seed. seed: image i draws its noise from (seed, i) alone; None: a
-        new one every call.
-    batch_size: images at a time; None: the smallest batch size that `compile` captured and that
-        holds all, else all. The last batch is filled up to it, so that for one batch_size, device
-        and machine an image does not depend on which others are made with it; between batch sizes
-        it agrees to rounding.
-    progress: show a bar of steps. callback: called with a StepInfo after each step; returning False
-        ends sampling at once, with the latents as they are then, of the batches begun.
-    output: "latents", or "uint8" to decode each batch as it is done.
-    cond: further arguments for a callable; tensors whose first size is N are cut into batches. For
+    plan: a Plan, or text such as "H1P5R3". The grid of a text is uniform, except for models with a
+        shift of their own (SD3, FLUX).
+    labels: N class numbers; None: unconditional, one image per row of `noise`. For a text-to-image
+        model N prompts, or what its `encode` returns for them. A callable gets them as cond
+        "labels".
+    guidance: the scale s of classifier-free guidance, u + s * (c - u); 1: none. Other scales need
+        labels and a null class.
+    guidance_channels: how many channels, from the first, are guided; None: as the checkpoint's
+        convention says (3 of 4 for SiT, else all).
+    noise: (N, C, H, W), finite, floating point. It overrides seed.
+    seed: the noise of image i depends on (seed, i) alone; None: another seed in every call.
+    batch_size: images per batch; None: the smallest batch size that `compile` captured and that
+        holds all images, else all at once. The last batch is padded to this size. So for one batch
+        size, device and machine an image does not depend on the others in its batch; between batch
+        sizes it agrees up to rounding.
+    progress: show a bar of steps.
+    callback: called with a StepInfo after each step. If it returns False, sampling ends at once and
+        returns the latents as they are, of the batches that were started.
+    output: "latents", or "uint8" to decode each batch.
+    cond: further arguments of a callable; tensors and lists of N entries are cut into batches. For
         a text-to-image model `negative`: the prompts to guide away from.
 
     On CUDA the second batch of a kind is captured as a CUDA graph, from noise to decoded images,
-    and replayed from then on, whatever the labels, seed and guidance scale; a callback turns that
-    off. Threads may sample from one model at once.
+    and replayed from then on, for any labels, seed and guidance scale. A callback prevents that.
+    Several threads may sample from one model.
 
     Returns latents (N, C, H, W), float32 (float64 for float64 noise), or images (N, height, width,
     3), uint8, on the model's device.
@@ -101,11 +102,13 @@ def sample(
 
 
 class Batches(Protocol):
+    """What `in_batches` runs, batch by batch."""
+
     size: int
-    """Images at a time unless the caller says."""
+    """The default number of images per batch."""
 
     def run(self, rows: Tensor, monitor: StepMonitor) -> Tensor:
-        """The images of these numbers."""
+        """The latents or images of these numbers, (len(rows), ...)."""
         ...
 
 
@@ -117,25 +120,24 @@ def in_batches(
     progress: bool,
     callback: Callback | None,
 ) -> Tensor:
-    """N images, batch by batch."""
+    """Run N images in batches -> (N, ...), or fewer if the callback ended it."""
     size = batches.size if batch_size is None else positive("batch_size", batch_size)
-    done = []
+    parts = []
     with tqdm(
         total=math.ceil(N / size) * len(plan), disable=not progress, unit="step", leave=False
     ) as bar:
         for first in range(0, N, size):
-            rows = torch.arange(first, first + size).clamp(
-                max=N - 1
-            )  # the last batch repeats the last image
+            # The last batch is padded with its last image.
+            rows = torch.arange(first, first + size).clamp(max=N - 1)
             monitor = StepMonitor(plan, first, min(size, N - first), bar, callback)
-            done.append(batches.run(rows, monitor)[: monitor.count])
+            parts.append(batches.run(rows, monitor)[: monitor.count])
             if monitor.stopped:
                 break
-    return torch.cat(done)
+    return torch.cat(parts)
 
 
 class ModelBatches:
-    """Batches of a FlowModel. inputs: what its job takes, of all images."""
+    """Batches of a FlowModel. inputs: those of its job, for all images."""
 
     def __init__(
         self, model: FlowModel, job: Job, inputs: dict[str, Tensor], guidance: float
@@ -154,7 +156,7 @@ class ModelBatches:
 
 
 class _FunctionBatches:
-    """Batches of a plain function."""
+    """Batches of a plain function. start: the noise of all images."""
 
     def __init__(
         self, function: VelocityFunction, plan: Plan, start: Tensor, cond: dict[str, Any]
@@ -183,7 +185,7 @@ def _plain_function(
     seed: int | None,
     output: str,
 ) -> Tensor:
-    """Check the arguments -> the noise."""
+    """Check the arguments for a plain function -> the noise, (N, ...)."""
     if not callable(function):
         raise TypeError(
             "model must be a FlowModel or a callable v(x, t, **cond), got "
@@ -200,4 +202,4 @@ def _plain_function(
         raise ValueError(f"plan {plan} has refiner steps, but a plain function has no refiner")
     if noise is None:
         raise ValueError("a plain function needs noise: the shape of x is not known")
-    return _noise(noise, seed, None)
+    return starting_noise(noise, seed, None)

@@ -1,4 +1,7 @@
-"""Fields: what the steps ask, answered by a model. Guidance is applied here and nowhere else."""
+"""Velocity fields: models as the steps see them.
+
+Guidance is applied here and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,17 @@ from ..solver.plan import Plan
 from ..solver.steps import Field, Move
 
 _HOISTED_BYTES = 256 << 20
-"""Modulations of so many times at once as fit in this; a later stretch of times takes the place of
-the one before.
-"""
+"""Memory for modulations: they are computed for as many times at once as fit in it."""
 
 
 class GuidedField(Field):
-    """A class-conditional model for one batch of labels, evaluated call by call: the plain path,
-    for any network.
+    """A class-conditional model on one batch of labels, for any network, call by call.
 
-    guidance: a number, a tensor (N, 1, 1, 1), or None for none. Under guidance every velocity has
-    2N rows, the conditional half first, each half with its own cache (public code). Outside the
-    plan's guidance interval only the conditional half is evaluated and stands for both.
+    guidance: the scale, as a number or a tensor (N, 1, 1, 1); None: none.
+    channels: how many channels guidance acts on.
+    Under guidance every velocity has 2N rows, the conditional half first, and each half has its own
+    cached velocity (public code). Outside the plan's guidance interval only the conditional half is
+    evaluated, and is used for both.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class GuidedField(Field):
         return self.model.refiner
 
     def _scale(self, t: float) -> float | Tensor | None:
-        """Guidance at time t."""
+        """The guidance scale at time t; None outside the guidance interval."""
         return self.guidance if self.plan.is_guided(t) else None
 
     def _read(self, x: Tensor, t: float, v: Tensor) -> Tensor:
@@ -80,13 +82,16 @@ class GuidedField(Field):
         return raw if scale is None else guide(raw, scale, self.channels)
 
     def _whole(self, x: Tensor, v: Tensor) -> Tensor:
-        """v with both halves, where guidance is asked and only one was evaluated."""
+        """v with both halves, if guidance is on but only one was evaluated."""
         return torch.cat([v, v]) if self.guidance is not None and len(v) == len(x) else v
 
     def _move(
         self, raw: Tensor, x: Tensor, t: float, base: Tensor | None, move: Move
     ) -> tuple[Tensor, Tensor]:
-        """Guidance, base and move in one operation."""
+        """Apply guidance, add `base` and move, in one operation -> (the new x, v).
+
+        raw: the output of a network.
+        """
         base = None if base is None else self._read(x, t, base)
         scale = self._scale(t)
         moved, v = guided_update(
@@ -95,25 +100,26 @@ class GuidedField(Field):
         return moved, self._whole(x, v)
 
     def _run(self, network: Network, x: Tensor, t: float, v: Tensor | None) -> Tensor:
-        """The network's output, with as many rows as it has labels, in the solver's dtype, which is
-        float32 or wider.
+        """The output of a network, N rows, or 2N with guidance, in float32 or wider.
+
+        x: (N, C, H, W). v: as many rows as the output; for a refiner.
         """
         dtype, wide = self.model.dtype, torch.promote_types(self.model.dtype, torch.float32)
         guided = self._scale(t) is not None
         labels = self.both_labels if guided else self.labels
-        both = torch.cat([x, x]) if guided else x
-        times = torch.full((len(both),), t, dtype=wide, device=x.device)
-        out = network(both.to(dtype), times, labels, None if v is None else v.to(dtype))
+        rows = torch.cat([x, x]) if guided else x
+        times = torch.full((len(rows),), t, dtype=wide, device=x.device)
+        out = network(rows.to(dtype), times, labels, None if v is None else v.to(dtype))
         return out.to(torch.promote_types(x.dtype, wide))
 
 
 class HoistedField(GuidedField):
-    """The same for SiTs, with what does not depend on x taken out of the steps.
+    """GuidedField for SiTs, with everything that does not depend on x hoisted out of the steps.
 
-    adaLN's modulations depend on time and label alone, and a plan fixes all times: they are made
-    before they are needed, by one product a layer for all times at once, and the null class's once
-    for all images. x is embedded once for both halves of guidance. Where kernels run, a refiner
-    call is flowturbo_kernels.refiner_forward.
+    adaLN's modulations depend only on time and label, and a plan fixes all times. So they are
+    computed in advance, by one product per layer for many times, and once for all images for the
+    null class. x is embedded once for both halves of guidance. On a GPU a refiner call is
+    flowturbo_kernels.refiner_forward.
     """
 
     def __init__(
@@ -142,9 +148,8 @@ class HoistedField(GuidedField):
     def refine_and_move(
         self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move
     ) -> tuple[Tensor, Tensor]:
-        if (
-            self._weights is None or not x.is_cuda
-        ):  # the CPU's references would only take longer in one piece
+        # On the CPU one fused call would only be slower.
+        if self._weights is None or not x.is_cuda:
             return super().refine_and_move(x, t, read, base, move)
         modulations = self._modulations[id(self.model.refiner)].at(t, self._scale(t) is not None)
         moved, v = refiner_forward(
@@ -157,7 +162,7 @@ class HoistedField(GuidedField):
     def _run(self, network: Network, x: Tensor, t: float, v: Tensor | None) -> Tensor:
         assert isinstance(network, AdaptiveNetwork)
         modulations = self._modulations[id(network)].at(t, self._scale(t) is not None)
-        with skip_checks():  # x is of the model's shape: `sample` has seen to that
+        with skip_checks():  # `sample` has checked the shape of x
             out = network.evaluate(x, modulations, v)
         return out.to(
             torch.promote_types(x.dtype, torch.promote_types(self.model.dtype, torch.float32))
@@ -165,8 +170,9 @@ class HoistedField(GuidedField):
 
 
 class PromptField(GuidedField):
-    """The same for text-to-image models, whose labels are conditions by name; those of the second
-    half are named negative_...
+    """GuidedField for text-to-image models, whose labels are conditions by name.
+
+    Those of the second half are named negative_...
     """
 
     def __init__(
@@ -194,8 +200,9 @@ def field_of(
     guidance: float | Tensor | None,
     channels: int,
 ) -> GuidedField:
-    """The fastest field that the model's networks allow. conditions: labels (N,), or those of a
-    text-to-image model.
+    """The fastest field for the model's networks.
+
+    conditions: labels (N,), or those of a text-to-image model. The rest: as for GuidedField.
     """
     if isinstance(model, PromptModel):
         return PromptField(model, plan, conditions, guidance, channels)
@@ -206,11 +213,10 @@ def field_of(
 
 
 class _Modulations:
-    """Modulations of one network for a batch of labels at all times of a plan, a stretch of times
-    at once.
+    """The modulations of one network for a batch of labels, at the times of a plan.
 
-    labels (N,); null: the class of the second half of guidance, whose rows follow those of the
-    labels, or None.
+    labels: (N,).
+    null: the class of the second half of guidance, whose rows follow those of the labels, or None.
     """
 
     def __init__(
@@ -224,27 +230,30 @@ class _Modulations:
         self.network, self.labels, self.null = network, labels, null
         self.wide = torch.promote_types(dtype, torch.float32)
         self.times = list(dict.fromkeys(times))
-        self._made: dict[float, list[Tensor]] = {}
-        self._stretch = 0  # times made at once; the first one tells how large it is
+        self._by_time: dict[float, list[Tensor]] = {}
+        self._chunk = 0  # how many times are computed at once; known after the first
 
     def at(self, t: float, guided: bool) -> list[Tensor]:
-        """(N, 6D) for each block and (N, 2D) for the final layer, or with guidance 2N rows."""
-        if t not in self._made:
-            first, known = self.times.index(t), self._stretch > 0
-            self._made = {}  # before the next ones take memory
-            self._make(first, max(1, self._stretch))
+        """The modulations at time t: (N, 6D) per block, (N, 2D) for the final layer.
+
+        With guidance 2N rows.
+        """
+        if t not in self._by_time:
+            first, known = self.times.index(t), self._chunk > 0
+            self._by_time = {}  # freed before the next ones are computed
+            self._compute(first, max(1, self._chunk))
             if not known:
-                size = sum(m.numel() * m.element_size() for m in self._made[t])
-                self._stretch = max(1, _HOISTED_BYTES // max(1, size))
-                self._make(first + 1, self._stretch - 1)
-        both = self._made[t]
+                size = sum(m.numel() * m.element_size() for m in self._by_time[t])
+                self._chunk = max(1, _HOISTED_BYTES // max(1, size))
+                self._compute(first + 1, self._chunk - 1)
+        both = self._by_time[t]
         return both if guided or self.null is None else [m[: len(self.labels)] for m in both]
 
-    def _make(self, first: int, count: int) -> None:
+    def _compute(self, first: int, count: int) -> None:
         times, N = self.times[first : first + count], len(self.labels)
         if not times:
             return
-        # Filled on the device: a copy from the host would end a capture.
+        # Filled on the device: a copy from the host can't be captured.
         t = torch.cat(
             [torch.full((1,), time, dtype=self.wide, device=self.labels.device) for time in times]
         )
@@ -256,11 +265,11 @@ class _Modulations:
         layers = self.network.modulations(self.network.condition(t, y))
         if self.null is not None:
             layers = [torch.cat([m[:, :N], m[:, N:].expand(-1, N, -1)], dim=1) for m in layers]
-        self._made |= {time: [m[s] for m in layers] for s, time in enumerate(times)}
+        self._by_time |= {time: [m[s] for m in layers] for s, time in enumerate(times)}
 
 
 class FunctionField(Field):
-    """Any callable v(x, t, **cond) as a field: no guidance, no refiner."""
+    """A callable v(x, t, **cond) as a field, without guidance and refiner."""
 
     def __init__(self, function: VelocityFunction, cond: dict[str, Any]) -> None:
         self.function, self.cond = function, cond
