@@ -1,1 +1,1 @@
-"""The library inside other people's tools."""
+"""Plans, refiners and fused kernels inside diffusers pipelines."""

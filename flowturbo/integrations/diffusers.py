@@ -1,7 +1,7 @@
-"""accelerate(): a plan, and if wanted a refiner, fused kernels and CUDA graphs, inside a diffusers
-pipeline; restore() undoes it.
+"""accelerate() and restore(): plans inside diffusers pipelines.
 
-Only this pipeline's own objects are touched, never a class.
+With a plan come, if asked for, a refiner, fused kernels and CUDA graphs. Only the objects of this
+pipeline are changed, never a class.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..models.pipelines import move_part
 from ..models.text_to_image import KINDS, check_refiner
 from ..runtime.cuda_graphs import Captures
 from ..solver.plan import Plan, as_plan
-from .transformer import Graphed, Refining, Undo, fuse_adaln, patch
+from .transformer import AttachedRefiner, Graphed, Undo, fuse_adaln, patch
 
 if TYPE_CHECKING:
     from .scheduler import Grid, PlanScheduler
@@ -33,8 +33,11 @@ _STOCK = ("diffusers", "FlowMatchEulerDiscreteScheduler")
 
 @dataclass
 class Accelerated:
-    """What was done to a pipeline, and what it has done since. seconds: on the host, of the
-    predictor's calls.
+    """The changes to a pipeline, and statistics since then.
+
+    before: the pipeline's own scheduler.
+    undo: functions that undo the changes, in the order they were made.
+    calls, seconds: of the predictor; seconds on the host.
     """
 
     plan: Plan
@@ -54,20 +57,22 @@ def accelerate(
     graph: bool = False,
     grid: Grid = "auto",
 ) -> Any:
-    """Let a diffusers flow-matching pipeline (SD3, FLUX, ...) sample by a plan: called as before,
-    it makes the plan's calls.
+    """Make a diffusers flow-matching pipeline (SD3, FLUX, ...) sample by a plan.
 
-    plan: a Plan, or text such as "H1P5". num_inference_steps then means nothing.
+    The pipeline is called as before and makes the predictor calls of the plan; num_inference_steps
+    is ignored.
+    plan: a Plan, or text such as "H1P5".
     refiner: for plans with R or S steps, a network as `refiner_for` makes it, or the folder it was
-        saved to; prompts, guidance and whatever else the transformer is told are taken from its
-        last call.
-    graph: run the transformer with fused adaLN kernels, and on CUDA as a graph for each shape of
-        its inputs, at most eight. What is changed in a LoRA later, other than its weights
-        (set_adapters), is not noticed: restore, and accelerate again.
-    grid: which noise levels: see integrations.scheduler.PlanScheduler.
-    LoRAs, ControlNets, callbacks, generators, image-to-image and inpainting work as before; threads
-    may share the pipeline. Returns the pipeline. Raises ValueError where it is accelerated already,
-    TypeError where its scheduler is no flow matching's.
+        saved to. It gets the prompts, guidance and other arguments of the transformer's last call.
+    graph: fuse the transformer's adaLN, and on CUDA replay it as a CUDA graph, at most eight, one
+        per shape of its inputs. Changes of a LoRA other than of its weights (set_adapters) are not
+        noticed: restore, and accelerate again.
+    grid: the noise levels; see integrations.scheduler.PlanScheduler.
+    LoRAs, ControlNets, callbacks, generators, image-to-image and inpainting work as before. Several
+    threads may share the pipeline.
+    Returns the pipeline. Raises ValueError if it is accelerated already or the refiner does not fit
+    the plan, TypeError if its scheduler is not FlowMatchEulerDiscreteScheduler or its network is
+    unknown.
     """
     if not hasattr(pipe, "scheduler"):
         raise TypeError(
@@ -81,12 +86,12 @@ def accelerate(
         )
     plan = as_plan(plan)
     if bool(plan.cost.refiner) != (refiner is not None):
-        what = (
+        problem = (
             "has refiner steps: give a refiner"
             if plan.cost.refiner
             else "has no refiner steps, but a refiner was given"
         )
-        raise ValueError(f"plan {plan} {what}")
+        raise ValueError(f"plan {plan} {problem}")
     scheduler = PlanScheduler.of(pipe.scheduler, plan, grid)
     network = getattr(pipe, "transformer", None)
     if (refiner is not None or graph) and type(network).__name__ not in KINDS:
@@ -94,46 +99,48 @@ def accelerate(
             f"refiner and graph know the transformers {', '.join(KINDS)}, not "
             f"{type(network).__name__}"
         )
-    module = None if refiner is None else check_refiner(refiner, network)
+    refiner_network = None if refiner is None else check_refiner(refiner, network)
 
-    done = Accelerated(plan, pipe.scheduler, scheduler)
-    if module is not None:
+    state = Accelerated(plan, pipe.scheduler, scheduler)
+    if refiner_network is not None:
         assert network is not None
-        move_part(module, network.device, network.dtype)
-        scheduler.refiner = Refining(pipe, network, module.eval())
-        done.undo.append(scheduler.refiner.remove)
+        move_part(refiner_network, network.device, network.dtype)
+        scheduler.refiner = AttachedRefiner(pipe, network, refiner_network.eval())
+        state.undo.append(scheduler.refiner.remove)
     if graph:
         assert network is not None
-        done.undo += fuse_adaln(network)
-        done.captures = Captures()
-        done.undo.append(Graphed(network, done.captures).remove)
+        state.undo += fuse_adaln(network)
+        state.captures = Captures()
+        state.undo.append(Graphed(network, state.captures).remove)
     if callable(getattr(pipe, "get_timesteps", None)):
         ours = functools.partial(_timesteps_of_the_plan, pipe.get_timesteps, scheduler)
-        done.undo.append(patch(pipe, "get_timesteps", ours))
+        state.undo.append(patch(pipe, "get_timesteps", ours))
     if isinstance(network, nn.Module):
-        done.undo += _counted(network, done)
+        state.undo += _counted(network, state)
     pipe.scheduler = scheduler
-    # A pipeline is saved with the class of each of its parts: with ours it could not be loaded
-    # again.
+    # A pipeline is saved with the classes of its components, and could not be loaded with ours.
     pipe.register_to_config(scheduler=_STOCK)
-    done.undo.append(patch(pipe, _MARK, done))
+    state.undo.append(patch(pipe, _MARK, state))
     return pipe
 
 
 def restore(pipe: Any) -> Any:
-    """Undo accelerate, to the bit -> the pipeline. ValueError where it is not accelerated."""
-    done = _done(pipe)
-    for undo in reversed(done.undo):
+    """Undo accelerate, to the bit -> the pipeline.
+
+    Raises ValueError if it is not accelerated.
+    """
+    state = _state_of(pipe)
+    for undo in reversed(state.undo):
         undo()
-    pipe.scheduler = done.before
-    if done.captures is not None:
-        done.captures.clear()
+    pipe.scheduler = state.before
+    if state.captures is not None:
+        state.captures.clear()
     return pipe
 
 
 @contextmanager
 def accelerated(pipe: Any, plan: str | Plan, *args: Any, **options: Any) -> Iterator[Any]:
-    """accelerate inside, restore after."""
+    """Accelerate the pipeline inside a `with` block. Arguments: those of `accelerate`."""
     accelerate(pipe, plan, *args, **options)
     try:
         yield pipe
@@ -142,35 +149,38 @@ def accelerated(pipe: Any, plan: str | Plan, *args: Any, **options: Any) -> Iter
 
 
 def summary(model: Any) -> str:
-    """A line a capture: what it runs, milliseconds with and without the graph, memory, how often;
-    and what failed, and why.
+    """What is captured and what it costs, as text, and what could not be captured.
 
-    model: a FlowModel, or a diffusers pipeline that `accelerate` was called on, of which it tells
-    plan, calls and milliseconds too. ValueError where the pipeline is not accelerated.
+    One line per capture: what it runs, milliseconds with and without the graph, memory and replays.
+    model: a FlowModel, or a diffusers pipeline that is accelerated, for which plan, calls and
+        milliseconds per call are listed too.
+    Raises ValueError if the pipeline is not accelerated.
     """
     if isinstance(model, FlowModel):
         return str(model.captures)
-    done = _done(model)
+    state = _state_of(model)
     lines = [
-        f"plan {done.plan}: {done.plan.cost.predictor} predictor and {done.plan.cost.refiner} "
+        f"plan {state.plan}: {state.plan.cost.predictor} predictor and {state.plan.cost.refiner} "
         "refiner calls a run"
     ]
-    each = f", {1e3 * done.seconds / done.calls:.2f} ms each on the host" if done.calls else ""
-    lines.append(f"{done.calls} predictor calls so far{each}")
-    if done.captures is not None:
+    per_call = ""
+    if state.calls:
+        per_call = f", {1e3 * state.seconds / state.calls:.2f} ms each on the host"
+    lines.append(f"{state.calls} predictor calls so far{per_call}")
+    if state.captures is not None:
         lines += [
             f"captured for {c.key.size} rows: {c.memory / 2**20:.0f} MiB, replayed {c.hits} times"
-            for c in done.captures.report()
+            for c in state.captures.report()
         ]
-        lines += [f"not captured: {why}" for why in done.captures.refused().values()]
+        lines += [f"not captured: {why}" for why in state.captures.refused().values()]
     return "\n".join(lines)
 
 
-def _done(pipe: Any) -> Accelerated:
-    done = vars(pipe).get(_MARK) if hasattr(pipe, "__dict__") else None
-    if done is None:
+def _state_of(pipe: Any) -> Accelerated:
+    state = vars(pipe).get(_MARK) if hasattr(pipe, "__dict__") else None
+    if state is None:
         raise ValueError("this pipeline is not accelerated")
-    return done
+    return state
 
 
 def _timesteps_of_the_plan(
@@ -180,23 +190,24 @@ def _timesteps_of_the_plan(
     *rest: Any,
     **more: Any,
 ) -> Any:
-    """Image-to-image pipelines count from the number of steps they asked for; the plan has as many
-    as it makes calls.
+    """The get_timesteps of image-to-image pipelines, with the number of the plan's calls.
+
+    They would count from num_inference_steps.
     """
     return original(len(scheduler.timesteps), *rest, **more)
 
 
-def _counted(network: nn.Module, done: Accelerated) -> list[Undo]:
-    """Count the network's calls and their time on the host."""
-    began, lock = threading.local(), threading.Lock()
+def _counted(network: nn.Module, state: Accelerated) -> list[Undo]:
+    """Count the network's calls, and time them on the host -> functions that undo it."""
+    clock, lock = threading.local(), threading.Lock()
 
     def before(*_: Any) -> None:
-        began.at = time.perf_counter()
+        clock.start = time.perf_counter()
 
     def after(*_: Any) -> None:
         with lock:
-            done.calls += 1
-            done.seconds += time.perf_counter() - began.at
+            state.calls += 1
+            state.seconds += time.perf_counter() - clock.start
 
     return [
         network.register_forward_pre_hook(before).remove,

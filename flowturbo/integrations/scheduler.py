@@ -1,8 +1,8 @@
-"""A plan as a diffusers scheduler: one "timestep" is one predictor call, so that any flow-matching
-pipeline runs the plan's steps.
+"""A plan as a diffusers scheduler: one "timestep" is one predictor call.
 
-Time here is minus the noise level sigma of diffusers, from -1 to 0: it rises as ours does, a step's
-length is the difference of two sigmas, and the velocity, data - noise, is minus the model's output.
+So any flow-matching pipeline can run the steps of a plan. Time here is minus diffusers' noise level
+sigma, from -1 to 0. It rises as our time does, the length of a step is the difference of two
+sigmas, and the velocity, data - noise, is minus the model's output.
 """
 
 from __future__ import annotations
@@ -29,44 +29,42 @@ Grid = Literal["auto", "pipeline", "corrected", "plan"]
 
 
 class Refine(Protocol):
-    """A refiner that knows what the predictor was told."""
+    """A refiner that knows the arguments of the predictor's last call."""
 
     def __call__(self, x: Tensor, noise_level: float, v: Tensor) -> Tensor:
-        """x (N, ...), velocity like x -> its offset."""
+        """x (N, ...), velocity v like x -> the refiner's offset, like x."""
         ...
 
     def stepped(self) -> None:
-        """The scheduler has made a step."""
+        """The scheduler has finished a step."""
         ...
 
 
 class Point(NamedTuple):
-    """A predictor call: which step makes it, and at which time."""
+    """A predictor call: the number of its step, and its time."""
 
     step: int
     time: float
 
 
-class _Wanted(Exception):
-    """A step asks for the predictor's velocity at x."""
+class _VelocityNeeded(Exception):
+    """A step needs the predictor's velocity at x and t."""
 
     def __init__(self, x: Tensor, t: float) -> None:
         super().__init__()
         self.x, self.t = x, t
 
 
-class _Known(Field):
-    """A field that answers the predictor calls of one step with velocities that are known
-    already.
-    """
+class _KnownVelocities(Field):
+    """A field that answers predictor calls with velocities that are known already."""
 
     def __init__(self, velocities: Sequence[Tensor], refine: Refine | None) -> None:
-        self._left, self._refine = list(velocities), refine
+        self._unread, self._refine = list(velocities), refine
 
     def predict(self, x: Tensor, t: float) -> Tensor:
-        if not self._left:
-            raise _Wanted(x, t)
-        return self._left.pop(0)
+        if not self._unread:
+            raise _VelocityNeeded(x, t)
+        return self._unread.pop(0)
 
     def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
         if self._refine is None:
@@ -76,11 +74,11 @@ class _Known(Field):
 
 def predictor_calls(steps: Sequence[Step], times: Sequence[float]) -> list[Point]:
     """Every predictor call of the steps on this grid, in order."""
-    found: list[Point] = []
+    points: list[Point] = []
 
-    class Noting(Field):
+    class CallRecorder(Field):
         def predict(self, x: Tensor, t: float) -> Tensor:
-            found.append(Point(number, t))
+            points.append(Point(number, t))
             return x
 
         def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
@@ -88,13 +86,14 @@ def predictor_calls(steps: Sequence[Step], times: Sequence[float]) -> list[Point
 
     state = State(torch.zeros(1))
     for number, step in enumerate(steps):
-        state = step(Noting(), state, times[number], times[number + 1])
-    return found
+        state = step(CallRecorder(), state, times[number], times[number + 1])
+    return points
 
 
 class Run:
-    """One pass through the plan, or through its rest: it takes velocities, and says where the next
-    one is wanted.
+    """One pass through a plan, from its call `first` on.
+
+    It takes velocities one by one, and says where the next one must be evaluated: at `position`.
     """
 
     def __init__(
@@ -107,22 +106,23 @@ class Run:
     ) -> None:
         self.steps, self.times = steps, times
         self.step, time = calls[first]
-        # In the middle of a step there is no earlier velocity; the one that comes is that of the
-        # state where the next step starts.
+        # A run that starts within a step has no earlier velocity of it. The velocity that comes is
+        # used as the cached one of the next step.
         self._between = time != times[self.step]
-        self.state, self.wanted, self._known = State(x), x, list[Tensor]()
+        self.state, self.position, self._known = State(x), x, list[Tensor]()
         self.returned: Tensor | None = None
 
     def adopt(self, sample: Tensor) -> None:
-        """What a pipeline or callback has done to the latents since they were returned is done to
-        the state.
+        """Apply to the state what the pipeline or a callback has changed in the latents.
+
+        sample: the latents as the pipeline passes them to the next step.
         """
         if sample is not self.returned:
-            change = sample.to(self.wanted.dtype) - self.wanted
+            change = sample.to(self.position.dtype) - self.position
             self.state = self.state._replace(x=self.state.x + change)
 
     def take(self, v: Tensor, refine: Refine | None) -> Tensor:
-        """The velocity that was wanted -> where the next one is, or the result."""
+        """Take the velocity at `position` -> the next position, or the result."""
         if self._between:
             self.state, self.step, self._between = State(self.state.x, v), self.step + 1, False
         else:
@@ -130,18 +130,21 @@ class Run:
         while self.step < len(self.steps):
             t0, t1 = self.times[self.step], self.times[self.step + 1]
             try:
-                self.state = self.steps[self.step](_Known(self._known, refine), self.state, t0, t1)
-            except _Wanted as call:
-                self.wanted = call.x
-                return call.x
+                self.state = self.steps[self.step](
+                    _KnownVelocities(self._known, refine), self.state, t0, t1
+                )
+            except _VelocityNeeded as request:
+                self.position = request.x
+                return request.x
             self.step, self._known = self.step + 1, []
-        self.wanted = self.state.x
+        self.position = self.state.x
         return self.state.x
 
 
 class _Threads:
-    """Values that every thread has for itself, and those that the first one set before any other
-    came.
+    """Values that each thread has of its own.
+
+    A thread that has set none reads those of the first thread.
     """
 
     def __init__(self) -> None:
@@ -155,23 +158,24 @@ class _Threads:
         return self.mine()[name] if name in self.mine() else self.first.get(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Threads:
-        made = _Threads()
-        made.first = copy.deepcopy({**self.first, **self.mine()}, memo)
-        return made
+        threads = _Threads()
+        threads.first = copy.deepcopy({**self.first, **self.mine()}, memo)
+        return threads
 
     def __reduce__(self) -> Any:
         return _restored, ({**self.first, **self.mine()},)
 
 
 def _restored(values: dict[str, Any]) -> _Threads:
-    made = _Threads()
-    made.first = values
-    return made
+    threads = _Threads()
+    threads.first = values
+    return threads
 
 
 class _PerThread:
-    """An attribute of which every thread has its own value: stock schedulers share theirs, and
-    threads on a pipeline collide.
+    """An attribute with a value for each thread.
+
+    The stock scheduler has one value, so threads that share a pipeline would collide.
     """
 
     def __init__(self, name: str) -> None:
@@ -187,14 +191,15 @@ class _PerThread:
 
 
 class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
-    """FlowMatchEulerDiscreteScheduler whose timesteps are the predictor calls of a plan.
+    """FlowMatchEulerDiscreteScheduler with the predictor calls of a plan as its timesteps.
 
-    plan: a Plan, or text such as "H1P5", whose own grid plan_grid then is. stock: the configuration
-        of the scheduler whose place it takes.
+    plan: a Plan, or text such as "H1P5". plan_grid: the grid of a plan given as text.
     grid: "pipeline": the noise levels that the pipeline would use for as many Euler steps as the
-        plan has steps, its shift included; "corrected": the same with the shift applied once, where
-        a pipeline that gives no sigmas has it applied twice (diffusers' open issue 13243); "plan":
-        the plan's own grid; "auto": the plan's where it is not uniform, else the pipeline's.
+        plan has steps, with its shift; "corrected": the same, but with the shift applied once,
+        where pipelines that give no sigmas apply it twice (diffusers' issue 13243); "plan": the
+        plan's own grid; "auto": the plan's if it is not uniform, else the pipeline's.
+    stock: the configuration of the scheduler that it replaces.
+    Raises ValueError for plans and configurations that a pipeline can't run.
     """
 
     timesteps, sigmas, num_inference_steps = (
@@ -242,22 +247,20 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
                 "grid must be 'plan' for a plan with fitted weights, which hold on its own grid "
                 f"alone, got {grid!r}"
             )
-        self.grid = (
-            "plan"
-            if self.plan.weights
-            else grid
-            if grid != "auto"
-            else "pipeline"
-            if uniform
-            else "plan"
-        )
+        if self.plan.weights or (grid == "auto" and not uniform):
+            self.grid = "plan"
+        else:
+            self.grid = "pipeline" if grid == "auto" else grid
         self.refiner: Refine | None = None
         self._warned = False
         self.register_to_config(plan=str(self.plan), plan_grid=list(self.plan.grid), grid=grid)
 
     @classmethod
     def of(cls, scheduler: Any, plan: str | Plan, grid: Grid = "auto") -> PlanScheduler:
-        """In the place of that scheduler. TypeError for a scheduler of another kind."""
+        """A PlanScheduler with the configuration of a stock scheduler.
+
+        Raises TypeError for a scheduler of another kind.
+        """
         if type(scheduler) is not FlowMatchEulerDiscreteScheduler:
             raise TypeError(
                 "plans take the place of FlowMatchEulerDiscreteScheduler, not of "
@@ -269,7 +272,7 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
 
     @property
     def calls(self) -> int:
-        """Predictor calls of a whole run."""
+        """Predictor calls of a whole run (NFE)."""
         return self.plan.cost.predictor
 
     def set_timesteps(
@@ -280,20 +283,20 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         mu: float | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Noise levels as for `len(plan)` Euler steps of the stock scheduler: given ones are
-        resampled to that number.
+        """Set the noise levels, as for `len(plan)` Euler steps of the stock scheduler.
+
+        sigmas or timesteps of another number are interpolated to that number.
         """
-        asked = (
+        requested = (
             num_inference_steps
             if num_inference_steps is not None
             else len(sigmas if sigmas is not None else timesteps or ())
         )
-        if asked not in (len(self.plan), self.calls) and not self._warned:
+        if requested not in (len(self.plan), self.calls) and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{asked} steps were asked for: plan {self.plan} has {len(self.plan)} and makes "
-                f"{self.calls} predictor calls, "
-                "whatever num_inference_steps says",
+                f"{requested} steps were asked for: plan {self.plan} has {len(self.plan)} and "
+                f"makes {self.calls} predictor calls, whatever num_inference_steps says",
                 stacklevel=2,
             )
         if self.grid == "plan":
@@ -313,9 +316,9 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
                 super().set_timesteps(count, device=device, mu=mu)
         levels = self.sigmas
         self._times = [-s for s in levels.tolist()]
-        at = [p.time for p in predictor_calls(self.plan.steps, self._times)]
+        times = [p.time for p in predictor_calls(self.plan.steps, self._times)]
         self.sigmas = torch.tensor(
-            [*(-t for t in at), float(levels[-1])], dtype=torch.float32, device=levels.device
+            [*(-t for t in times), float(levels[-1])], dtype=torch.float32, device=levels.device
         )
         self.timesteps = self.sigmas[:-1] * self.config["num_train_timesteps"]
         self.num_inference_steps = len(self.timesteps)
@@ -330,8 +333,9 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         return_dict: bool = True,
         **options: Any,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
-        """Take the output of one predictor call -> where the next one is to be made; after the
-        last, the result.
+        """Take the output of a predictor call -> where to make the next one.
+
+        After the last call it returns the result. sample: the latents, (N, ...).
         """
         unused = {"generator", "s_churn", "s_tmin", "s_tmax", "s_noise"}
         if args or any(value is not None for name, value in options.items() if name not in unused):
@@ -358,7 +362,7 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         )
 
 
-# By the names in a signature diffusers tells what of a saved configuration is an argument.
+# diffusers reads from the signature which entries of a saved configuration are arguments.
 _OURS, _STOCK = (
     inspect.signature(kind.__init__).parameters
     for kind in (PlanScheduler, FlowMatchEulerDiscreteScheduler)
@@ -372,15 +376,16 @@ PlanScheduler.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-d
 
 
 def _resampled(levels: Sequence[float], count: int) -> list[float]:
-    """Noise levels or timesteps of any number of steps, which end at 0, as those of `count`
-    steps.
+    """Noise levels or timesteps, interpolated to `count` steps.
+
+    They end before 0, which is added for the interpolation and left out of the result.
     """
-    given = np.append(np.asarray(levels, dtype=np.float64), 0.0)
-    if len(given) == count + 1:
-        return [float(level) for level in given[:-1]]
+    knots = np.append(np.asarray(levels, dtype=np.float64), 0.0)
+    if len(knots) == count + 1:
+        return [float(level) for level in knots[:-1]]
     return [
         float(level)
         for level in np.interp(
-            np.linspace(0, len(given) - 1, count + 1), np.arange(len(given)), given
+            np.linspace(0, len(knots) - 1, count + 1), np.arange(len(knots)), knots
         )[:-1]
     ]

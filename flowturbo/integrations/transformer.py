@@ -1,7 +1,6 @@
-"""What accelerate sets on the instance of a pipeline's transformer: fused adaLN, CUDA graphs, and a
-refiner beside it.
+"""Changes of a pipeline's transformer: fused adaLN, CUDA graphs, and a refiner beside it.
 
-Every function returns, or every object has, what takes it away again.
+Only the instance is changed. Each change can be undone.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from ..models.text_to_image import KINDS
 from ..runtime.cuda_graphs import Captures, Key
 
 Undo = Callable[[], object]
+"""Undoes a change."""
 _NOT_FOR_REFINERS = (
     "block_controlnet_hidden_states",
     "controlnet_block_samples",
@@ -29,23 +29,24 @@ _NOT_FOR_REFINERS = (
 )
 
 
-def patch(thing: Any, name: str, value: Any) -> Undo:
-    """Set an attribute of an instance -> what takes it away again."""
-    had, before = name in vars(thing), vars(thing).get(name)
-    object.__setattr__(thing, name, value)
+def patch(target: Any, name: str, value: Any) -> Undo:
+    """Set an attribute of an instance -> a function that undoes it."""
+    existed, before = name in vars(target), vars(target).get(name)
+    object.__setattr__(target, name, value)
 
     def undo() -> None:
-        if had:
-            object.__setattr__(thing, name, before)
+        if existed:
+            object.__setattr__(target, name, before)
         else:
-            object.__delattr__(thing, name)
+            object.__delattr__(target, name)
 
     return undo
 
 
 def fuse_adaln(network: nn.Module) -> list[Undo]:
-    """Run LayerNorm and modulation of every adaLN layer in one operation. The layers' own products
-    stay, with their LoRAs.
+    """Fuse LayerNorm and modulation of every adaLN layer -> functions that undo it.
+
+    The layers' own linear layers stay, with their LoRAs.
     """
     undo = []
     for module in network.modules():
@@ -87,8 +88,9 @@ _FUSED: dict[str, Callable[..., Any]] = {
 
 
 class Graphed:
-    """Calls of a network replayed from captures, one for every structure, shape and dtype of its
-    arguments.
+    """Calls of a network that are replayed from captures.
+
+    There is one capture for each structure, shape and dtype of the arguments.
     """
 
     def __init__(self, network: nn.Module, captures: Captures) -> None:
@@ -100,20 +102,19 @@ class Graphed:
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = {f"input{i}": leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
-        one_result = kwargs.get("return_dict") is False
-        offloaded = hasattr(
-            self.network, "_hf_hook"
-        )  # weights come and go: every call would be another capture
-        here = all(tensor.device == device for tensor in tensors.values())
+        returns_tuple = kwargs.get("return_dict") is False
+        # With offloading the weights move, so that every call would be captured again.
+        offloaded = hasattr(self.network, "_hf_hook")
+        on_device = all(tensor.device == device for tensor in tensors.values())
         if (
-            not one_result
+            not returns_tuple
             or offloaded
-            or not here
+            or not on_device
             or torch.is_grad_enabled()
             or not self.captures.possible(device)
         ):
             return self._original(*args, **kwargs)
-        fixed = repr([None if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        constants = repr([None if isinstance(leaf, Tensor) else leaf for leaf in leaves])
         settings = (
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
@@ -121,24 +122,26 @@ class Graphed:
         shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in tensors.items())
 
         def body(**inputs: Tensor) -> Tensor:
-            given = [inputs.get(f"input{i}", leaf) for i, leaf in enumerate(leaves)]
-            again, options = pytree.tree_unflatten(given, structure)
-            return self._original(*again, **options)[0]
+            arguments = [inputs.get(f"input{i}", leaf) for i, leaf in enumerate(leaves)]
+            positional, named = pytree.tree_unflatten(arguments, structure)
+            return self._original(*positional, **named)[0]
 
         rows = next(iter(tensors.values())).shape[0]
         return (
             self.captures.run(
-                Key((str(structure), fixed, shapes, settings), rows), body, tensors, [self.network]
+                Key((str(structure), constants, shapes, settings), rows),
+                body,
+                tensors,
+                [self.network],
             ),
         )
 
 
-class Refining:
-    """The refiner beside a transformer: told what this was told in its last call, it gives the
-    offset of a velocity.
+class AttachedRefiner:
+    """A refiner that gets the arguments of the transformer's last call, and returns its offset.
 
-    Where the call had both halves, unconditional first, as SD3's pipelines make it, the offset is
-    guided by the pipeline's scale.
+    If that call had both halves, unconditional first, as in SD3's pipelines, the offset is guided
+    with the pipeline's scale.
     """
 
     def __init__(self, pipe: Any, network: nn.Module, refiner: nn.Module) -> None:
@@ -151,28 +154,32 @@ class Refining:
         self._local.calls = [*getattr(self._local, "calls", []), kwargs]
 
     def stepped(self) -> None:
-        """The scheduler has taken what was noted."""
+        """Forget the recorded calls: the scheduler has finished a step."""
         self._local.calls = []
 
     @torch.no_grad()
     def __call__(self, x: Tensor, noise_level: float, v: Tensor) -> Tensor:
+        """The offset of v, like x. x, v: of the pipeline's latents, packed for FLUX."""
         calls = getattr(self._local, "calls", [])
         if len(calls) != 1 or "hidden_states" not in calls[0]:
             raise ValueError(
                 "a refiner follows one call of the transformer a step, by keyword, got "
                 f"{len(calls)}: is true_cfg_scale in use?"
             )
-        told = {name: value for name, value in calls[0].items() if name not in _NOT_FOR_REFINERS}
-        last, halves = told["hidden_states"], len(told["hidden_states"]) // len(x)
-        told["hidden_states"] = (
+        arguments = {
+            name: value for name, value in calls[0].items() if name not in _NOT_FOR_REFINERS
+        }
+        predictor_input = arguments["hidden_states"]
+        halves = len(predictor_input) // len(x)
+        arguments["hidden_states"] = (
             torch.cat([x, v], dim=-1 if self._packed else 1)
             .repeat(halves, *[1] * (x.ndim - 1))
-            .to(last.dtype)
+            .to(predictor_input.dtype)
         )
-        told["timestep"] = torch.full_like(
-            told["timestep"], noise_level * (1 if self._packed else 1000)
+        arguments["timestep"] = torch.full_like(
+            arguments["timestep"], noise_level * (1 if self._packed else 1000)
         )
-        offset = self.kind.sign * self.refiner(**told | {"return_dict": False})[0].to(x.dtype)
+        offset = self.kind.sign * self.refiner(**arguments | {"return_dict": False})[0].to(x.dtype)
         if halves == 2:
             unconditional, conditional = offset.chunk(2)
             offset = unconditional + self.pipe.guidance_scale * (conditional - unconditional)
