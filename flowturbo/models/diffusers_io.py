@@ -68,7 +68,7 @@ def read_pretrained(
     # diffusers would leave missing weights random, and only log it.
     for verb, keys in (
         ("lacks", info["missing_keys"]),
-        ("has no place for", info["unexpected_keys"]),
+        ("has unexpected", info["unexpected_keys"]),
     ):
         if keys:
             some = ", ".join(sorted(keys)[:4])

@@ -48,6 +48,8 @@ def affine(layer: nn.Linear | Fp8Linear, x: Tensor, activation: Activation | Non
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention: x (B, T, D) -> (B, T, D)."""
+
     qkv: nn.Linear | Fp8Linear
     proj: nn.Linear | Fp8Linear
 
@@ -64,6 +66,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """A two-layer perceptron with tanh-GELU and four times the width: x (B, T, D) -> (B, T, D)."""
+
     fc1: nn.Linear | Fp8Linear
     fc2: nn.Linear | Fp8Linear
 
@@ -77,6 +81,8 @@ class MLP(nn.Module):
 
 
 class SiLU(nn.Module):
+    """x * sigmoid(x), the same for a sample in any batch."""
+
     def forward(self, x: Tensor) -> Tensor:
         return silu(x)
 
@@ -107,6 +113,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """The parameters of the final layer: adaLN and a projection to patches."""
+
     def __init__(self, hidden: int, out_features: int) -> None:
         super().__init__()
         self.linear = nn.Linear(hidden, out_features)
@@ -137,6 +145,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
+    """y (N,) int64 -> (N, D); the last row of the table is the null class."""
+
     def __init__(self, num_classes: int, hidden: int) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, hidden)
@@ -146,6 +156,8 @@ class LabelEmbedder(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
+    """x (N, C, H, W), for a refiner with v -> tokens (N, T, D), position embedding included."""
+
     def __init__(self, in_channels: int, hidden: int, patch: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden, patch, stride=patch)

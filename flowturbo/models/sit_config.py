@@ -51,14 +51,17 @@ class SiTConfig:
 
     @property
     def in_channels(self) -> int:
+        """Channels of the input: those of x, and of v for a refiner."""
         return self.channels * (2 if self.reads_velocity else 1)
 
     @property
     def out_channels(self) -> int:
+        """Channels of the final layer, with those of a learned sigma."""
         return self.channels * (2 if self.learned_sigma else 1)
 
     @property
     def tokens(self) -> int:
+        """T, the number of patches."""
         return (self.side // self.patch) ** 2
 
     @property

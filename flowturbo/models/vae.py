@@ -126,16 +126,16 @@ def in_slices(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
 
     x: (N, ...). The results are concatenated along the first axis.
     """
-    done: list[Tensor] = []
-    while (first := sum(map(len, done))) < len(x):
+    parts: list[Tensor] = []
+    while (start := sum(map(len, parts))) < len(x):
         try:
-            done.append(run(x[first : first + size]))
+            parts.append(run(x[start : start + size]))
         except torch.OutOfMemoryError:
             # A failed capture can't continue: the cache of captures frees memory and tries again.
             if size == 1 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
                 raise
-            size = (min(size, len(x) - first) + 1) // 2
-    return done[0] if len(done) == 1 else torch.cat(done)
+            size = (min(size, len(x) - start) + 1) // 2
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> VAE:

@@ -103,6 +103,7 @@ class Fingerprint:
         return fingerprint
 
     def fits(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether the weights of the modules are still where they were."""
         return self.addresses == addresses(modules)
 
 

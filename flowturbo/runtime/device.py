@@ -28,6 +28,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def dtype_of(name: Dtype | None) -> torch.dtype | None:
+    """The torch dtype of that name; None for None."""
     return getattr(torch, name) if name else None
 
 
@@ -50,14 +51,14 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(device)
+        resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(
             f"device must be a device of torch such as 'cuda' or 'cpu', got {device!r}: {error}"
         ) from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) sees no "
             "CUDA device"
         )
-    return chosen
+    return resolved

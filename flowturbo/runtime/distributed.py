@@ -34,17 +34,17 @@ def workers(device: str | None) -> Iterator[torch.device]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield choose_device(device)
         return
-    chosen = choose_device(device)
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
+    target = choose_device(device)
+    if target.type == "cuda":
+        target = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(target)
     if dist.is_initialized():
         # The caller's group. A second one in the same process may hang on the first one's ports.
-        yield chosen
+        yield target
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
     try:
-        yield chosen
+        yield target
     finally:
         dist.destroy_process_group()
 

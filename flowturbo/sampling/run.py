@@ -62,8 +62,11 @@ class StepMonitor:
     callback: Callback | None
     stopped: bool = False
 
-    def step(self, done: int, state: State, t: float) -> bool:
-        """Report a step -> whether to continue."""
+    def step(self, step: int, state: State, t: float) -> bool:
+        """Report a finished step -> whether to continue.
+
+        step: how many steps are finished. t: the time reached.
+        """
         self.bar.update()
         if self.callback is None:
             return True
@@ -71,7 +74,7 @@ class StepMonitor:
         assert v is not None
         x, preview = state.x[: self.count], denoised(state.x, v, t)[: self.count]
         self.stopped = (
-            self.callback(StepInfo(done, len(self.plan), t, self.first, x, preview)) is False
+            self.callback(StepInfo(step, len(self.plan), t, self.first, x, preview)) is False
         )
         return not self.stopped
 

@@ -74,7 +74,7 @@ def sample(
     if plan.start:
         raise ValueError(
             f"plan must start at 0, got one that starts at {plan.start:g}: that is for edit, "
-            "which knows a source"
+            "which starts from a source"
         )
     if isinstance(model, FlowModel):
         negative = cond.pop("negative", None)

@@ -240,6 +240,7 @@ class Lock:
         return True
 
     def close(self) -> None:
+        """Release the lock."""
         self._file.close()
 
 
