@@ -214,7 +214,7 @@ def load_pipeline(
             ask_hub("model", str(name), source)
     try:
         config = diffusers.DiffusionPipeline.load_config(source)
-        # from_pretrained must be told again of components that were left out when it was saved.
+        # from_pretrained needs None again for components that were left out when it was saved.
         left_out = {
             key: None
             for key, kind in config.items()
