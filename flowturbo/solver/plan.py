@@ -71,7 +71,7 @@ class Plan:
         weights of Adams-Bashforth of order 4.
     calls: the evaluations that a run makes, in order.
     Raises ValueError for an unknown letter, for a step that needs a velocity that no earlier step
-    left, each with a mark under the place, and for a grid that does not rise from `start` to 1.
+    left, each with a mark under the letter, and for a grid that does not rise from `start` to 1.
     `Plan.parse` reads a plan from text, `Plan.load` from a file.
     """
 

@@ -14,7 +14,7 @@ _RUN = re.compile(r"([A-Z])([0-9]*)")
 def expand(text: str) -> str:
     """The letters of a plan without counts: "H1P2" -> "HPP".
 
-    Raises ValueError, with a mark under the place, for letters and counts that are not allowed.
+    Raises ValueError, with a mark under the character, for letters and counts that are not allowed.
     """
     letters, position = "", 0
     while position < len(text):
