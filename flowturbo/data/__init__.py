@@ -1,1 +1,1 @@
-"""Training data: latents, captions, and their encoding."""
+"""Training data: latents, encoded prompts, and the encoding of images into them."""

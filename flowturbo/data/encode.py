@@ -1,5 +1,6 @@
-"""Images to latents, once, for all trainings: shards of a VAE's posteriors, of those of the
-mirrored images, and of captions.
+"""`flowturbo encode`: images to latents, once, for all trainings.
+
+Shards hold the VAE's posteriors of the images, of the mirrored images, and encoded captions.
 """
 
 from __future__ import annotations
@@ -30,36 +31,37 @@ from ..storage.resume import check_same, remove_partial_files
 
 @dataclass(frozen=True)
 class Encode:
-    """Encode images, and captions if they have them, into shards of latents, once for all
-    trainings.
+    """Encode images, and their captions, into shards of latents for training.
+
+    The shards are written once and serve any number of trainings.
     """
 
     source: Path
-    """A folder of images with a sub-folder a class; or an .npz of images (N, height, width, 3)
-    uint8 in "arr_0", with their labels in "labels" or "arr_1" (without: all of class 0), which is
-    held in memory. With a model: a folder of images with captions, in metadata.jsonl (a line each
-    with "file_name" and "text") or in a .txt beside each image."""
+    """A folder of images with one sub-folder per class; or an .npz with images
+    in "arr_0" (N, height, width, 3) uint8 and labels in "labels" or "arr_1"; without labels, every
+    image is of class 0. An .npz is held in memory. With --model: a folder of captioned images,
+    whose captions are in metadata.jsonl (one line per image with "file_name" and "text") or in
+    a .txt file next to each image."""
     out: Path
-    """Folder for the shards. One that holds shards of the same encoding is gone on with."""
+    """Folder for the shards. If it already holds shards with the same settings, the run resumes."""
     vae: str = "stabilityai/sd-vae-ft-ema"
-    """Folder or hub name of a diffusers AutoencoderKL, or "pixels"; with a model, its own is
-    used.
-    """
+    """Folder or hub name of a diffusers AutoencoderKL, or "pixels". Ignored with --model, which
+    brings its own."""
     model: str | None = None
-    """Folder or hub name of a diffusers text-to-image pipeline, by whose VAE and text encoders
-    images and captions are encoded, for the training of its refiner."""
+    """Folder or hub name of a diffusers text-to-image pipeline. Its VAE and text encoders encode
+    the images and captions, to train a refiner for it."""
     image_size: int = 256
-    """Side of the square that images are cropped to."""
+    """Height and width that images are cropped and resized to."""
     batch_size: int = 32
-    """Images at a time."""
+    """Images encoded at a time."""
     flips: bool = True
-    """Encode the mirrored images too."""
+    """Also encode the mirrored images."""
     shard_size: int | None = None
-    """Images a shard; left out: 4096, with captions 256, since their encodings are large."""
+    """Images per shard. Default: 4096, or 256 with --model, since encoded captions are large."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Of the stored latents and captions."""
+    """Data type of the stored latents and captions."""
     device: str | None = None
-    """"cuda" or "cpu"; left out: a GPU if there is one."""
+    """"cuda" or "cpu". Default: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("source", "out"):
@@ -77,63 +79,67 @@ FORMAT = 1
 
 
 class _Source(Protocol):
-    """Images to encode, by number."""
+    """Images to encode, addressed by index."""
 
     @property
     def names(self) -> list[str]:
-        """What an image is known by when an encoding goes on."""
+        """One identifier per image; a resumed run compares their digest."""
         ...
 
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int], size: int) -> np.ndarray:
-        """(N, size, size, 3) uint8."""
+        """indices (N,) -> images (N, size, size, 3) uint8."""
         ...
 
 
 def encode(settings: Encode) -> Path:
-    """Write the shards that are not there yet; returns their folder, for load_data.
+    """Write the shards that are missing; returns their folder, for `load_data`.
 
-    Shard k is latents-0000k-of-0000n.safetensors, with latents, std (unless the VAE is exact),
-    labels and, with flips,
-    latents_flipped and std_flipped: latents (N, C, H, W) as a model sees them, labels (N,) int64.
-    Of captioned images it holds, in place of labels, what the pipeline's networks are told: embeds
-    (N, L, D), perhaps pooled (N, P), and the same of the empty caption, null_embeds (1, L, D) and
-    null_pooled, for load_prompts. Its description says which images and settings it was made from.
-    Shards appear whole or not at all, so that a stopped run can be started again; for one
-    batch_size and device they hold the same values as those of a run that was not stopped.
+    Shard k of n is latents-<k>-of-<n>.safetensors with five-digit numbers. It holds
+
+    - latents (N, C, H, W), as a model sees them, and std of the same shape unless the VAE is exact;
+    - with flips, latents_flipped and std_flipped, of the mirrored images;
+    - labels (N,) int64; or, for captioned images, the conditions of the pipeline's network: embeds
+      (N, L, D), pooled (N, P) if the network takes it, and null_embeds (1, L, D) and null_pooled
+      (1, P) of the empty caption. `load_prompts` reads these.
+
+    The description in its header names the images and settings it was encoded from. Each shard is
+    written atomically, so an interrupted run can be resumed. With the same batch_size and device a
+    resumed run gives the same bits as an uninterrupted one. ValueError for wrong settings, and for
+    a folder with shards of other settings or images.
     """
     device = choose_device(settings.device)
     if settings.out.exists() and not settings.out.is_dir():
         raise ValueError(f"out must be a folder, but {settings.out} is a file")
-    images, labels, vae = _opened(settings, device)
-    wanted = _shard_descriptions(settings, images, labels, vae)
-    there = _there(settings.out, wanted)
+    images, labels, vae = _load_source(settings, device)
+    expected = _shard_descriptions(settings, images, labels, vae)
+    complete = _complete_shards(settings.out, expected)
     settings.out.mkdir(parents=True, exist_ok=True)
     remove_partial_files(settings.out, "latents-*")
     with tqdm(total=len(images), disable=None, unit="image") as bar:
-        for name, description in wanted.items():
+        for name, description in expected.items():
             rows = _rows(description["shard"], settings, len(images))
-            if name not in there:
-                tensors = _encoded(images, rows, vae, settings, bar) | labels.encoded(rows)
-                save_tensors(settings.out / name, tensors, description)
-            else:
+            if name in complete:
                 bar.update(len(rows))
+                continue
+            tensors = _encode_images(images, rows, vae, settings, bar) | labels.tensors(rows)
+            save_tensors(settings.out / name, tensors, description)
     return settings.out
 
 
 class _Labels(Protocol):
-    """What is known of the images beside their pixels."""
+    """Class labels or captions of the images."""
 
     description: dict[str, Any]
-    """Of all shards; "settings" are those of its settings that decide the values."""
+    """Goes into every shard's description; its "settings" are those that decide the values."""
 
-    def known(self, image: int) -> str:
-        """What tells one label from another when an encoding goes on."""
+    def identifier(self, image: int) -> str:
+        """The image's label as text; a resumed run compares its digest."""
         ...
 
-    def encoded(self, rows: range) -> dict[str, Tensor]:
-        """The tensors of these images."""
+    def tensors(self, rows: range) -> dict[str, Tensor]:
+        """The tensors to store for these images."""
         ...
 
 
@@ -145,17 +151,15 @@ class _Classes:
             "settings": {"vae": settings.vae, "classes": names},
         }
 
-    def known(self, image: int) -> str:
+    def identifier(self, image: int) -> str:
         return str(self.numbers[image])
 
-    def encoded(self, rows: range) -> dict[str, Tensor]:
+    def tensors(self, rows: range) -> dict[str, Tensor]:
         return {"labels": torch.from_numpy(self.numbers[rows.start : rows.stop])}
 
 
 class _Captions:
-    """Prompts, encoded by a pipeline; and the empty one, as null_..., in the place of a class that
-    is no class.
-    """
+    """Captions encoded by a pipeline; the empty caption, null_..., stands for the null class."""
 
     def __init__(
         self, captions: list[str], pipe: Any, settings: Encode, device: torch.device
@@ -163,31 +167,32 @@ class _Captions:
         self.captions, self.pipe, self.settings, self.device = captions, pipe, settings, device
         self.description = {"settings": {"model": settings.model}}
 
-    def known(self, image: int) -> str:
+    def identifier(self, image: int) -> str:
         return repr(self.captions[image])
 
-    def encoded(self, rows: range) -> dict[str, Tensor]:
+    def tensors(self, rows: range) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {}
         for start in range(rows.start, rows.stop, self.settings.batch_size):
             texts = self.captions[start : min(start + self.settings.batch_size, rows.stop)]
-            for name, values in self._stored(texts).items():
+            for name, values in self._encode(texts).items():
                 parts.setdefault(name, []).append(values)
-        empty = {f"null_{name}": values for name, values in self._stored([""]).items()}
+        empty = {f"null_{name}": values for name, values in self._encode([""]).items()}
         return {**{name: torch.cat(values) for name, values in parts.items()}, **empty}
 
-    def _stored(self, texts: list[str]) -> dict[str, Tensor]:
-        found = encode_prompts(self.pipe, texts, None, self.device)
+    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
+        conditions = encode_prompts(self.pipe, texts, None, self.device)
         stored = {
-            name: values.to(_DTYPES[self.settings.dtype]).cpu() for name, values in found.items()
+            name: values.to(_DTYPES[self.settings.dtype]).cpu()
+            for name, values in conditions.items()
         }
         for values in stored.values():
             _check_finite(values, texts, f"model {self.settings.model!r}", self.settings)
         return stored
 
 
-def _opened(settings: Encode, device: torch.device) -> tuple[_Source, _Labels, VAE]:
+def _load_source(settings: Encode, device: torch.device) -> tuple[_Source, _Labels, VAE]:
     if settings.model is None:
-        source = _open(settings.source, settings.out)
+        source = _open_images(settings.source, settings.out)
         return (
             source,
             _Classes(source.labels, source.classes, settings),
@@ -199,13 +204,13 @@ def _opened(settings: Encode, device: torch.device) -> tuple[_Source, _Labels, V
     missing = [name for name in ("vae", "text_encoder") if getattr(pipe, name, None) is None]
     if missing:
         raise ValueError(
-            f"model {settings.model!r} must be a pipeline with {' and '.join(missing)} to encode "
-            "with"
+            f"model {settings.model!r} must be a pipeline with a {' and a '.join(missing)} to "
+            "encode images and captions"
         )
-    wide = torch.float32 if device.type == "cpu" else torch.bfloat16
+    text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and name != "transformer":  # it is a shell, without weights
-            move_part(part, device, torch.float32 if name == "vae" else wide)
+        if isinstance(part, nn.Module) and name != "transformer":  # loaded without its weights
+            move_part(part, device, torch.float32 if name == "vae" else text_dtype)
             part.eval().requires_grad_(False)
     return images, _Captions(images.captions, pipe, settings, device), DiffusersVAE(pipe.vae)
 
@@ -218,13 +223,13 @@ def _rows(shard: int, settings: Encode, count: int) -> range:
 def _shard_descriptions(
     settings: Encode, source: _Source, labels: _Labels, vae: VAE
 ) -> dict[str, dict[str, Any]]:
-    """File names of all shards, with their descriptions."""
+    """The file name of every shard, with its description."""
     shards = -(-len(source) // cast(int, settings.shard_size))
     shared = {
         "kind": "latents",
         "format": FORMAT,
         **labels.description,
-        # What decides the values. batch_size and device touch their last bits alone.
+        # What decides the values. batch_size and device change no more than their last bits.
         "settings": {
             "scale": getattr(vae, "scale", 1.0),
             "shift": getattr(vae, "shift", 0.0),
@@ -236,45 +241,46 @@ def _shard_descriptions(
         },
         "shards": shards,
     }
-    wanted = {}
+    descriptions = {}
     for k in range(shards):
-        known = "\n".join(
-            f"{labels.known(i)} {source.names[i]}" for i in _rows(k, settings, len(source))
+        images = "\n".join(
+            f"{labels.identifier(i)} {source.names[i]}" for i in _rows(k, settings, len(source))
         )
-        digest = hashlib.sha256(known.encode(errors="surrogateescape")).hexdigest()
-        wanted[f"latents-{k:05d}-of-{shards:05d}.safetensors"] = {
+        digest = hashlib.sha256(images.encode(errors="surrogateescape")).hexdigest()
+        descriptions[f"latents-{k:05d}-of-{shards:05d}.safetensors"] = {
             **shared,
             "shard": k,
             "images": digest,
         }
-    return json.loads(json.dumps(wanted))
+    return json.loads(json.dumps(descriptions))
 
 
-def _there(out: Path, wanted: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """The wanted shards that are there and whole. ValueError if the folder holds any others, which
-    must not be mixed with these.
+def _complete_shards(out: Path, expected: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The names of the expected shards that are in the folder and undamaged.
+
+    ValueError if the folder holds any other shard: the two sets must not be mixed.
     """
-    there = set()
+    complete = set()
     for path in sorted(out.glob("[!.]*.safetensors")):
-        if path.name not in wanted:
+        if path.name not in expected:
             raise ValueError(
-                f"out {out} holds {path.name}, which is none of the {len(wanted)} shards of these "
-                f"settings: {_CURE}"
+                f"out {out} holds {path.name}, which is none of the {len(expected)} shards of "
+                f"these settings: {_CURE}"
             )
         try:
             _, description = load_tensors(path)
         except CheckpointError:
-            continue  # damaged: made again
-        _check_same(f"out {out}: {path.name}", description or {}, wanted[path.name])
-        there.add(path.name)
-    return there
+            continue  # damaged: encoded again
+        _check_same(f"out {out}: {path.name}", description or {}, expected[path.name])
+        complete.add(path.name)
+    return complete
 
 
 _CURE = "choose another folder, or delete its shards"
 
 
 def _check_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """ValueError, unless a shard is of the same settings, images and version."""
+    """ValueError unless a shard comes from the same settings, images and format version."""
     if before.get("kind") != now["kind"]:
         raise ValueError(f"{what} was made by something else: {_CURE}")
     check_same(what, before.get("settings", {}), now["settings"], cure=_CURE)
@@ -284,11 +290,13 @@ def _check_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 
 @torch.no_grad()
-def _encoded(
+def _encode_images(
     source: _Source, images: range, vae: VAE, settings: Encode, bar: Any
 ) -> dict[str, Tensor]:
-    """The tensors of one shard. Its batches begin with it, so that they are the same whichever
-    shards were there before.
+    """The latents of one shard.
+
+    Batches start anew with each shard, so their values do not depend on which shards a resumed run
+    skips.
     """
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(images), settings.batch_size):
@@ -307,19 +315,20 @@ def _encoded(
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def _check_finite(values: Tensor, names: list[str], who: str, settings: Encode) -> None:
+def _check_finite(values: Tensor, names: list[str], encoder: str, settings: Encode) -> None:
     bad = ~values.flatten(1).isfinite().all(dim=1)
     if bad.any():
         name = names[int(bad.nonzero()[0])]
-        raise ValueError(f"{who} gives NaN, or values beyond {settings.dtype}, for {name}")
+        raise ValueError(f"{encoder} gives NaN, or values beyond {settings.dtype}, for {name}")
 
 
-def _open(path: Path, out: Path) -> _Arrays | ImageFiles:
-    """The images of a folder or an .npz. ValueError for anything else, or where `out` would become
-    one of its classes.
+def _open_images(path: Path, out: Path) -> _NpzImages | ImageFiles:
+    """The images of a folder or an .npz.
+
+    ValueError for anything else, and if `out` lies in the folder, where it would become a class.
     """
     if path.suffix == ".npz":
-        return _Arrays(path)
+        return _NpzImages(path)
     _check_outside(path, out)
     return scan(path)
 
@@ -329,8 +338,11 @@ def _check_outside(path: Path, out: Path) -> None:
         raise ValueError(f"out must lie outside the folder of images {path}, got {out}")
 
 
-class _Arrays:
-    """The images of an .npz, as evaluation suites publish them."""
+class _NpzImages:
+    """The images of an .npz, in the layout in which evaluation suites publish them.
+
+    ValueError for a file without such images, or with labels that do not fit them.
+    """
 
     classes: list[str] | None = None
 
@@ -354,7 +366,7 @@ class _Arrays:
                 else f"only {', '.join(names) or 'nothing'}"
             )
             raise ValueError(
-                f"{path} must hold images (N, height, width, 3) of uint8 in arr_0, got {got}"
+                f"{path} must hold images (N, height, width, 3) uint8 in arr_0, got {got}"
             )
         if labels.shape != (len(self.images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
             raise ValueError(

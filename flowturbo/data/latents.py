@@ -1,5 +1,6 @@
-"""Training data: latents with labels, from scikit-learn's digits, from files of latents, or from
-folders of images.
+"""Training data: latents with class labels.
+
+They come from scikit-learn's digits, from files of latents, or from folders of images.
 """
 
 from __future__ import annotations
@@ -22,29 +23,31 @@ from ..storage.images import scan
 
 
 class Data(Protocol):
-    """What a trainer asks of data."""
+    """The interface of training data."""
 
     shape: tuple[int, int, int]
-    """Of one latent: (C, H, W)."""
+    """(C, H, W) of one latent."""
     num_classes: int
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: np.ndarray, draws: StepRandom) -> tuple[Tensor, Labels]:
-        """indices (N,) -> latents (N, C, H, W) float32 and labels (N,) int64. Anything random comes
-        from draws.
+        """indices (N,) -> latents (N, C, H, W) float32, labels (N,) int64 or conditions (N, ...).
+
+        All randomness comes from `draws`.
         """
         ...
 
 
 class Latents:
-    """Latents held in memory, in the type they come in.
+    """Latents held in memory, in the dtype they are given in.
 
-    mean (N, C, H, W); labels (N,) whole numbers from 0.
-    std: of the encoder's posterior, from which each use draws anew; None: the latents are exact.
-    latents_flipped, std_flipped: of the mirrored images; each use takes these or the others with
-        equal chance.
-    num_classes: None: one more than the largest label.
+    mean (N, C, H, W): latents, or the mean of the encoder's posterior.
+    labels (N,): integers from 0.
+    std (N, C, H, W): of the posterior, which is sampled anew at each use; None for exact latents.
+    latents_flipped, std_flipped: of the mirrored images, taken with probability 1/2 at each use.
+    num_classes: by default the largest label plus one.
+    ValueError for tensors whose shapes or values do not fit.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class Latents:
                     f"{tuple(values.shape)}"
                 )
         for name, values in ({"latents": mean} | others).items():
-            # In pieces: the mask of all would be half as large as float16 latents are.
+            # In pieces: one mask for everything would take half the memory of float16 latents.
             if values is not None and not all(
                 piece.isfinite().all() for piece in values.split(4096)
             ):
@@ -94,23 +97,23 @@ class Latents:
         return len(self.mean)
 
     def batch(self, indices: np.ndarray, draws: StepRandom) -> tuple[Tensor, Tensor]:
-        chosen = torch.from_numpy(indices)
-        mean = self.mean[chosen]
-        std = None if self.std is None else self.std[chosen]
+        rows = torch.from_numpy(indices)
+        mean = self.mean[rows]
+        std = None if self.std is None else self.std[rows]
         if self.latents_flipped is not None:
             flip = flips(draws)
-            mean = torch.where(flip, self.latents_flipped[chosen], mean)
+            mean = torch.where(flip, self.latents_flipped[rows], mean)
             if std is not None and self.std_flipped is not None:
-                std = torch.where(flip, self.std_flipped[chosen], std)
-        return drawn(mean, std, draws), self.labels[chosen]
+                std = torch.where(flip, self.std_flipped[rows], std)
+        return sample_posterior(mean, std, draws), self.labels[rows]
 
 
 class ImageFolder:
-    """A folder of images with a sub-folder a class: each use reads a file, mirrors every other one,
-    and encodes it anew.
+    """A folder of images with one sub-folder per class, read and encoded at each use.
 
-    Convenient, but the encoder runs at every step: for a long training, encode once
-    (flowturbo.encode) and train on its latents, which give the same batches up to their rounding.
+    Images are mirrored with probability 1/2. The encoder runs at every training step: for a long
+    training, run `flowturbo encode` once and train on its latents, which give the same batches up
+    to rounding.
     """
 
     def __init__(self, folder: str | os.PathLike[str], vae: VAE, image_size: int) -> None:
@@ -126,29 +129,30 @@ class ImageFolder:
 
     @torch.no_grad()
     def batch(self, indices: np.ndarray, draws: StepRandom) -> tuple[Tensor, Tensor]:
-        """As Data.batch; the latents are on the VAE's device."""
+        """As `Data.batch`; the latents are on the VAE's device."""
         images = torch.from_numpy(self.files.read(indices, self.image_size))
         images = torch.where(flips(draws), images.flip(2), images)
         mean, std = self.vae.encode(images)
-        return drawn(mean, std, draws), torch.from_numpy(self.files.labels[indices])
+        return sample_posterior(mean, std, draws), torch.from_numpy(self.files.labels[indices])
 
 
 def flips(draws: StepRandom) -> Tensor:
-    """Which rows are mirrored, (rows, 1, 1, 1)."""
+    """Which rows are mirrored, (N, 1, 1, 1) bool."""
     return (draws.uniform() < 0.5).view(-1, 1, 1, 1)
 
 
-def drawn(mean: Tensor, std: Tensor | None, draws: StepRandom) -> Tensor:
-    """One draw of the encoder's posterior, float32."""
+def sample_posterior(mean: Tensor, std: Tensor | None, draws: StepRandom) -> Tensor:
+    """mean, std (N, C, H, W) -> a sample of the posterior, float32; the mean where std is None."""
     if std is None:
         return mean.float()
     return mean.float() + std.float() * draws.normal(mean.shape[1:]).to(mean.device)
 
 
 def digits(part: str = "train") -> Latents:
-    """scikit-learn's 1797 handwritten digits, 8 x 8, as one-channel latents in [-1, 1].
+    """scikit-learn's 1797 handwritten digits as latents (1, 8, 8) in [-1, 1].
 
-    part: "train", four of five; "test", the fifth.
+    part: "train" (four fifths) or "test" (every fifth image).
+    ValueError for another part, and without scikit-learn.
     """
     try:
         from sklearn.datasets import load_digits
@@ -158,28 +162,31 @@ def digits(part: str = "train") -> Latents:
     held_out = np.arange(len(images)) % 5 == 4
     if part not in ("train", "test"):
         raise ValueError(f"part must be 'train' or 'test', got {part!r}")
-    chosen = held_out if part == "test" else ~held_out
-    pixels = torch.from_numpy(images[chosen]).float().view(-1, 1, 8, 8) / 8 - 1
-    return Latents(pixels, torch.from_numpy(labels[chosen]), num_classes=10)
+    rows = held_out if part == "test" else ~held_out
+    pixels = torch.from_numpy(images[rows]).float().view(-1, 1, 8, 8) / 8 - 1
+    return Latents(pixels, torch.from_numpy(labels[rows]), num_classes=10)
 
 
 def load_data(
     source: str | os.PathLike[str], vae: VAE | None = None, image_size: int | None = None
 ) -> Data:
-    """Training data, one of:
+    """Open training data with class labels.
 
-    - "digits".
-    - An .npz with arrays "latents" (N, C, H, W) and "labels" (N,); perhaps "std", of the encoder's
-      posterior, so that each use draws anew; perhaps "latents_flipped" (with "std_flipped" if there
-      is "std"), of the mirrored images.
-    - A folder of .safetensors shards with the same names, all of them with the same ones. Of shards
-      that flowturbo.encode wrote, a set must be whole; their number of classes counts, otherwise it
-      is one more than the largest label.
-    - A folder of images with a sub-folder a class; it alone uses vae and image_size, and needs
-        both.
+    source is one of
+
+    - "digits";
+    - an .npz with arrays "latents" (N, C, H, W) and "labels" (N,). Optional: "std", of the
+      encoder's posterior, which is then sampled anew at each use; "latents_flipped", of the
+      mirrored images, with "std_flipped" if there is "std";
+    - a folder of .safetensors shards, each with these same names. Shards from `flowturbo encode`
+      must be a complete set and state the number of classes; without that statement it is the
+      largest label plus one;
+    - a folder of images with one sub-folder per class, the only source that needs vae and
+      image_size.
 
     Latents are as the model sees them, scaled by the VAE's factor, float16 or wider. Files of
-    latents are held in memory.
+    latents are held in memory. ValueError for any other source, CheckpointError for a damaged or
+    incomplete one.
     """
     if source == "digits":
         return digits()
@@ -208,16 +215,17 @@ def load_data(
 
 
 def needs_vae(source: str | os.PathLike[str]) -> bool:
-    """Whether load_data will take this for a folder of images."""
+    """Whether `load_data` treats this source as a folder of images."""
     path = Path(source)
     return source != "digits" and path.is_dir() and not shards_of(path)
 
 
 def shards_of(folder: Path) -> list[Path]:
+    """The .safetensors files of a folder, sorted by name, without hidden ones."""
     return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
 
 
-# What files of latents hold; other names in them are left alone.
+# The tensors that files of latents hold; any others are ignored.
 _NAMES = ("latents", "labels", "std", "latents_flipped", "std_flipped")
 
 Parts = dict[str, Tensor]
@@ -253,19 +261,22 @@ def _from_shards(paths: list[Path]) -> Latents:
             raise CheckpointError(
                 f"{path} holds {_contents(part)}, but {first.name} holds {_contents(parts[first])}"
             )
-    # Each name in turn, so that no more than one of them is held twice.
+    # One name at a time, so that at most one of them is in memory twice.
     joined = {
         name: torch.cat([part.pop(name) for part in parts.values()]) for name in list(parts[first])
     }
     return _latents(first.parent, joined, num_classes, list(joined))
 
 
-def _latents(path: Path, part: Parts, num_classes: int | None, found: list[str]) -> Latents:
-    """Latents of a file's tensors, or CheckpointError naming the file."""
+def _latents(path: Path, part: Parts, num_classes: int | None, names: list[str]) -> Latents:
+    """The latents in a file's tensors; CheckpointError, naming the file, if they do not fit.
+
+    names: of all tensors in the file, for the message.
+    """
     if "latents" not in part or "labels" not in part:
         raise CheckpointError(
             f"{path} must hold 'latents' and 'labels', got "
-            f"{', '.join(sorted(found)[:8]) or 'nothing'}"
+            f"{', '.join(sorted(names)[:8]) or 'nothing'}"
         )
     others = {name: part.get(name) for name in ("std", "latents_flipped", "std_flipped")}
     try:
@@ -275,8 +286,10 @@ def _latents(path: Path, part: Parts, num_classes: int | None, found: list[str])
 
 
 def check_set(descriptions: Mapping[Path, Mapping[str, Any] | None]) -> int | None:
-    """That shards with a description belong together and are all there -> their number of classes,
-    if they say.
+    """Check that shards form one complete set; returns its number of classes, None if not stated.
+
+    descriptions: path -> the description in the file's header, None where there is none.
+    CheckpointError for shards of different sets, and for missing or duplicate ones.
     """
     (first, described), *others = descriptions.items()
     for path, other in others:
@@ -288,17 +301,17 @@ def check_set(descriptions: Mapping[Path, Mapping[str, Any] | None]) -> int | No
     if described is None:
         return None
     if "shards" in described:
-        there = {int((d or {}).get("shard", -1)) for d in descriptions.values()}
-        missing = sorted(set(range(int(described["shards"]))) - there)
-        if missing or len(there) != len(descriptions):
-            what = (
+        numbers = {int((d or {}).get("shard", -1)) for d in descriptions.values()}
+        missing = sorted(set(range(int(described["shards"]))) - numbers)
+        if missing or len(numbers) != len(descriptions):
+            problem = (
                 f"shards {', '.join(map(str, missing[:8]))} of {described['shards']} are missing"
                 if missing
-                else "some shards are twice there"
+                else "some shards are there twice"
             )
             raise CheckpointError(
-                f"{first.parent} is no whole set of shards: {what} (encode goes on where it was "
-                "stopped)"
+                f"{first.parent} is not a complete set of shards: {problem} (run `flowturbo "
+                "encode` again to resume)"
             )
     classes = described.get("num_classes")
     return None if classes is None else int(classes)
@@ -312,17 +325,19 @@ def _contents(part: Parts) -> str:
 
 
 def order(length: int, seed: int, first: int, count: int) -> np.ndarray:
-    """The dataset indices of places first .. first + count in an endless series of shuffled epochs.
+    """Dataset indices (count,) int64 at positions first .. first + count - 1 of the training order.
 
-    A function of (seed, place) alone.
+    The order is an endless series of epochs of `length` rows, each with its own permutation. The
+    index at a position is a function of (seed, position) alone, so any process and any resumed run
+    computes it without state.
     """
-    places = np.arange(first, first + count)
+    positions = np.arange(first, first + count)
     indices = np.empty(count, dtype=np.int64)
-    for epoch in np.unique(places // length):
-        here = places // length == epoch
-        shuffled = stream(seed, int(epoch), lane=_ORDER_LANE).permutation(length)
-        indices[here] = shuffled[places[here] % length]
+    for epoch in np.unique(positions // length):
+        in_epoch = positions // length == epoch
+        permutation = stream(seed, int(epoch), lane=_ORDER_LANE).permutation(length)
+        indices[in_epoch] = permutation[positions[in_epoch] % length]
     return indices
 
 
-_ORDER_LANE = 2**62
+_ORDER_LANE = 2**62  # of the random streams: no other use draws from this lane

@@ -1,6 +1,4 @@
-"""Training data with prompts: latents, and what a text-to-image model's networks are told, as
-flowturbo.encode writes them.
-"""
+"""Training data with prompts: latents and encoded captions from `flowturbo encode --model`."""
 
 from __future__ import annotations
 
@@ -16,17 +14,19 @@ from torch import Tensor
 from ..models.text_to_image import Labels
 from ..runtime.rng import StepRandom
 from ..storage.files import CheckpointError, load_tensors
-from .latents import check_set, drawn, flips, shards_of
+from .latents import check_set, flips, sample_posterior, shards_of
 
 _LATENTS = ("latents", "std", "latents_flipped", "std_flipped")
-_TOLD = ("embeds", "pooled")
+_CONDITIONS = ("embeds", "pooled")
 
 
 class PromptLatents:
-    """Shards that are read where they are used: the encoded prompts of a training set may not fit
-    into memory (4 MB each for FLUX).
+    """Shards of latents and encoded prompts, whose rows are read from disk when a batch needs them.
 
-    null: the empty prompt's conditions, one row each.
+    The encoded prompts of a training set may not fit in memory: for FLUX each takes 4 MB.
+
+    null: the conditions of the empty prompt, one row each.
+    CheckpointError for shards that are damaged or do not form one complete set.
     """
 
     num_classes = 0
@@ -35,9 +35,8 @@ class PromptLatents:
         loaded = {}
         descriptions: dict[Path, dict[str, Any] | None] = {}
         for path in paths:
-            tensors, descriptions[path] = load_tensors(
-                path
-            )  # one at a time; this checks it against its digest
+            # One file in memory at a time; loading verifies its digest.
+            tensors, descriptions[path] = load_tensors(path)
             loaded[path] = _checked(path, tensors)
         check_set(descriptions)
         first = loaded[paths[0]]
@@ -59,13 +58,14 @@ class PromptLatents:
     def batch(self, indices: np.ndarray, draws: StepRandom) -> tuple[Tensor, Labels]:
         """indices (N,) -> latents (N, C, H, W) and conditions (N, ...), float32."""
         rows = [self._row(int(index)) for index in indices]
-        found = {name: torch.cat([row[name] for row in rows]).float() for name in self._names}
-        mean, std = found["latents"], found.get("std")
-        if "latents_flipped" in found:
+        tensors = {name: torch.cat([row[name] for row in rows]).float() for name in self._names}
+        mean, std = tensors["latents"], tensors.get("std")
+        if "latents_flipped" in tensors:
             flip = flips(draws)
-            mean = torch.where(flip, found["latents_flipped"], mean)
-            std = None if std is None else torch.where(flip, found["std_flipped"], std)
-        return drawn(mean, std, draws), {name: found[name] for name in _TOLD if name in found}
+            mean = torch.where(flip, tensors["latents_flipped"], mean)
+            std = None if std is None else torch.where(flip, tensors["std_flipped"], std)
+        conditions = {name: tensors[name] for name in _CONDITIONS if name in tensors}
+        return sample_posterior(mean, std, draws), conditions
 
     def _row(self, index: int) -> dict[str, Tensor]:
         shard = int(np.searchsorted(self._ends, index, side="right"))
@@ -76,17 +76,19 @@ class PromptLatents:
 
 
 class _Shard(NamedTuple):
+    """What is kept in memory of a shard. shapes: of one row of each tensor."""
+
     rows: int
     shapes: dict[str, tuple[int, ...]]
     null: dict[str, Tensor]
 
 
 def _checked(path: Path, tensors: dict[str, Tensor]) -> _Shard:
-    rows = {name: tensor for name, tensor in tensors.items() if name in (*_LATENTS, *_TOLD)}
-    told = [name for name in _TOLD if name in rows]
+    rows = {name: tensor for name, tensor in tensors.items() if name in (*_LATENTS, *_CONDITIONS)}
+    conditions = [name for name in _CONDITIONS if name in rows]
     missing = [
         name
-        for name in ("latents", "embeds", *(f"null_{name}" for name in told))
+        for name in ("latents", "embeds", *(f"null_{name}" for name in conditions))
         if name not in tensors
     ]
     if missing:
@@ -103,13 +105,14 @@ def _checked(path: Path, tensors: dict[str, Tensor]) -> _Shard:
             raise CheckpointError(f"{path}: {name} must be finite, got NaN or infinity in them")
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in rows.items()}
     return _Shard(
-        counts["latents"], shapes, {name: tensors[f"null_{name}"].float() for name in told}
+        counts["latents"], shapes, {name: tensors[f"null_{name}"].float() for name in conditions}
     )
 
 
 def load_prompts(folder: str | os.PathLike[str]) -> PromptLatents:
-    """The shards of a folder as flowturbo.encode writes them with a model; the set must be whole.
-    CheckpointError else.
+    """Open the folder of shards that `flowturbo encode --model` wrote.
+
+    ValueError for a folder without shards, CheckpointError for an incomplete or damaged set.
     """
     path = Path(folder)
     shards = shards_of(path) if path.is_dir() else []
