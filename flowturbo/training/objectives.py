@@ -1,6 +1,4 @@
-"""What is minimised: flow matching for a predictor, and the velocity refiner's objective for a
-refiner.
-"""
+"""Training objectives: flow matching for a predictor, and refinement for a velocity refiner."""
 
 from __future__ import annotations
 
@@ -20,29 +18,30 @@ from ..solver.path import on_path, path_velocity
 
 
 def drop_labels(y: Tensor, null_class: int, probability: float, draws: StepRandom) -> Tensor:
-    """Each label becomes the null class with this probability."""
+    """y (N,) -> the labels, each replaced by the null class with this probability."""
     return cast(Tensor, with_null(y, null_class, draws.uniform() < probability))
 
 
 def with_null(y: Labels, null: int | Conditions, rows: Tensor) -> Labels:
-    """y with the rows where `rows` (N,) bool says so being null: the null class, or one row of
-    every condition that has one.
+    """y with the null class, or the null conditions, in the rows that `rows` (N,) bool selects.
+
+    null: the class number, or one row of each condition; a condition without one stays as it is.
     """
     if isinstance(y, Tensor):
         return torch.where(rows.to(y.device), cast(int, null), y)
     empty = cast(Conditions, null)
-    made = {
+    replaced = {
         name: torch.where(
             rows.to(value.device).view(-1, *[1] * (value.ndim - 1)), empty[name].to(value), value
         )
         for name, value in y.items()
         if name in empty
     }
-    return {**y, **made}
+    return {**y, **replaced}
 
 
 def joined(first: Labels, second: Labels) -> Labels:
-    """The rows of both."""
+    """The rows of `first`, then those of `second`."""
     if isinstance(first, Tensor):
         return torch.cat([first, cast(Tensor, second)])
     return {
@@ -52,15 +51,16 @@ def joined(first: Labels, second: Labels) -> Labels:
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """mean ||v(x_t, t, y) - (x1 - x0)||^2 with t ~ U(0, 1), each label dropped with `label_drop`
-    (SiT, linear path).
+    """mean ||v(x_t, t, y) - (x1 - x0)||^2 on the linear path, with t ~ U(0, 1), as SiT trains.
+
+    label_drop: the probability with which a label becomes the null class, for guidance.
     """
 
     null_class: int
     label_drop: float = 0.1
 
     def __call__(self, network: Network, data: Tensor, y: Tensor, draws: StepRandom) -> Tensor:
-        """data (N, C, H, W), y (N,) -> the loss, a scalar."""
+        """data (N, C, H, W), y (N,) -> the loss, ()."""
         x0 = draws.normal(data.shape[1:]).to(data)
         t = draws.uniform().to(data)
         dropped = drop_labels(y, self.null_class, self.label_drop, draws)
@@ -70,22 +70,31 @@ class FlowMatching:
 
 @dataclass(frozen=True)
 class Refinement:
-    """The refiner's objective (paper section 3.2, in the public code's form).
+    """The refiner's objective (paper, section 3.2), in the form of FlowTurbo's public code.
 
-    A frozen predictor gives v at (x_t, t). After an Euler step of length D ~ U(0, delta_max) along
-    v, the refiner, reading v and the state x' = x_t + D v at t + D, learns the offset from v to the
-    predictor's velocity there.
+    A frozen predictor, the teacher, gives v at (x_t, t). An Euler step of length
+    D ~ U(0, delta_max) along v leads to x' = x_t + D v at t + D. From x' and v the refiner learns
+    the offset from v to the teacher's velocity at (x', t + D).
 
-    The defaults are the public code's. Three of its points look like slips, and each has an option:
-    inside: keep t + D <= 1, by t ~ U(0, 1 - D); the public code lets it pass 1.
-    delta_per_row: draw D for each row; the public code draws one for the whole batch.
-    drop_before: drop the label for v too, as the paper has it; the public code gives v the true
-    label always. Beyond both: guidance = (low, high) with high > 1 makes v, and the step, the
-    guided velocity with a scale s ~ U(low, high) for each row, which is what a refiner is fed when
-    sampling with guidance. The targets stay unguided, since guidance acts on the offsets too.
-    embedded: of a teacher whose guidance is an input (FLUX.1-dev), this scale, both networks are
-        told it instead.
     null: the null class, or the conditions of the empty prompt, one row each.
+    guidance_channels: how many channels guidance acts on.
+    label_drop: the probability with which refiner and target get the null class.
+
+    The defaults are those of the public code. Three of its choices look like slips; each has an
+    option:
+
+    inside: keep t + D <= 1, with t ~ U(0, 1 - D). The public code lets t + D exceed 1.
+    delta_per_row: draw D for each row. The public code draws one D for the whole batch.
+    drop_before: v also gets the dropped label, as in the paper. The public code always gives v the
+        true label.
+
+    Two options go beyond paper and code:
+
+    guidance: (low, high) with high > 1 makes v, and so the step, the guided velocity with a scale
+        drawn from U(low, high) for each row: that is what a refiner is fed in guided sampling. The
+        targets stay unguided, since sampling guides the offsets too.
+    embedded: for a teacher that takes the guidance scale as an input (FLUX.1-dev), both networks
+        get this scale instead.
     """
 
     teacher: Callable[[Tensor, Tensor, Any], Tensor]
@@ -100,7 +109,7 @@ class Refinement:
     embedded: bool = False
 
     def __call__(self, network: Network, data: Tensor, y: Labels, draws: StepRandom) -> Tensor:
-        """data (N, C, H, W), y (N,) -> the loss, a scalar."""
+        """data (N, C, H, W), y (N,) or conditions (N, ...) -> the loss, ()."""
         x0 = draws.normal(data.shape[1:]).to(data)
         t = draws.uniform().to(data)
         drop = draws.uniform() < self.label_drop
@@ -108,7 +117,7 @@ class Refinement:
             y = {**cast(Conditions, y), "embedded_guidance": self._scale(data, draws)}
         dropped = with_null(y, self.null, drop)
         if isinstance(y, Tensor):
-            drop = cast(Tensor, dropped == self.null)  # some may have no label from the start
+            drop = cast(Tensor, dropped == self.null)  # includes rows unlabelled from the start
         if self.delta_per_row:
             delta = self.delta_max * draws.uniform().to(data)
         else:
@@ -118,8 +127,8 @@ class Refinement:
         later = t + delta
         with torch.no_grad():
             x = on_path(data, x0, t)
-            moving, v = self._cached_velocity(x, t, y, dropped, drop, draws)
-            x = x + delta.view(-1, 1, 1, 1) * moving
+            step, v = self._cached_velocity(x, t, y, dropped, drop, draws)
+            x = x + delta.view(-1, 1, 1, 1) * step
             target = self.teacher(x, later, dropped)
         offset = network(x, later, cast(Any, dropped), v)
         return (offset + v - target).square().mean()
@@ -131,8 +140,10 @@ class Refinement:
     def _cached_velocity(
         self, x: Tensor, t: Tensor, y: Labels, dropped: Labels, drop: Tensor, draws: StepRandom
     ) -> tuple[Tensor, Tensor]:
-        """The velocity that moves x, and what the sampler's cache would hold for these rows, each
-        in the half it stands for.
+        """The velocity along which x steps, and the velocity that the refiner reads, both as x.
+
+        With guidance a sampler caches a conditional and an unconditional half, which differ in the
+        unguided channels; a row whose label is dropped stands for the unconditional half.
         """
         if self.guidance[1] == 1 or self.embedded:
             v = self.teacher(x, t, dropped if self.drop_before else y)
@@ -143,4 +154,4 @@ class Refinement:
         guided = guide(both, scale.view(-1, 1, 1, 1), self.guidance_channels)
         conditional, unconditional = guided.chunk(2)
         cached = torch.where(drop.to(x.device).view(-1, 1, 1, 1), unconditional, conditional)
-        return conditional, cached  # x always moves by the conditional half
+        return conditional, cached  # the sampler's state always follows the conditional half

@@ -1,4 +1,4 @@
-"""Training a predictor by flow matching, and a refiner by a predictor."""
+"""`flowturbo train` and `flowturbo distill`: training a predictor, and a refiner for one."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ from .trainer import Objective, Settings, Weights, provenance, run_training
 
 @dataclass(frozen=True)
 class Train(Settings):
-    """Train a predictor by flow matching, by default as SiT's authors do."""
+    """Train a predictor by flow matching. The defaults are SiT's."""
 
     model: str = "SiT-B/2"
     """A published size such as "SiT-XL/2", or "custom" with the four sizes below."""
     hidden: int = 384
-    """Width, for "custom"."""
+    """Hidden size, for --model custom."""
     depth: int = 12
-    """Blocks, for "custom"."""
+    """Number of blocks, for --model custom."""
     heads: int = 6
-    """Attention heads, for "custom"."""
+    """Number of attention heads, for --model custom."""
     patch: int = 2
-    """Side of a patch of the latent, for "custom"."""
+    """Patch size, for --model custom."""
 
     def config(self, data: Data) -> SiTConfig:
+        """The network's configuration for latents like these; ValueError if they do not fit it."""
         channels, height, width = data.shape
         if height != width:
             raise ValueError(f"data must have square latents, got {height} x {width}")
@@ -62,39 +63,40 @@ class Train(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Settings):
-    """Train a refiner for a frozen predictor, by default by the objective and values of FlowTurbo's
-    public code.
+    """Train a refiner for a frozen predictor.
+
+    The defaults are the objective and the hyperparameters of FlowTurbo's public code.
     """
 
     teacher: str
-    """The predictor's file, or "digits"; or the folder or hub name of a text-to-image pipeline
-    (2-RF, SD3, FLUX), whose refiner is trained on latents and prompts as `flowturbo encode --model`
-    writes them."""
+    """The predictor's file, or "digits"; or the folder or hub name of a text-to-image pipeline,
+    which may be 2-RF, SD3 or FLUX. With a pipeline, --data must be a folder that
+    was written by `flowturbo encode --model`."""
     heads: int | None = None
-    """The teacher's attention heads, where its width does not tell."""
+    """The teacher's attention heads, if its width is not a published one."""
     convention: Literal["auto", "sit", "repa", "2-rf"] = "auto"
     """"repa" for a teacher whose time runs backwards, "2-rf" for a pipeline with 2-RF's UNet."""
     depth: int = 1
-    """Blocks of the refiner."""
+    """Number of blocks of the refiner."""
     steps: int = 30_000
-    """Updates in all."""
+    """Total number of updates."""
     batch_size: int = 18
-    """Rows of an update, over all processes."""
+    """Rows per update, summed over all processes."""
     lr: float = 5e-5
-    """AdamW's learning rate."""
+    """Learning rate of AdamW."""
     delta_max: float = 0.12
-    """The cached velocity is up to this much time older than the refined one."""
+    """Largest time difference delta between the cached velocity and the refined one."""
     inside: bool = False
-    """Keep t + delta within 1, which the public code lets pass."""
+    """Keep t + delta at most 1. The public code lets it exceed 1."""
     delta_per_row: bool = False
-    """Draw delta for each row, where the public code draws one a batch."""
+    """Draw delta for each row. The public code draws one per batch."""
     drop_before: bool = False
-    """Drop the label for the cached velocity too, as in the paper; the public code gives it the
-    true label always.
-    """
+    """Drop the label for the cached velocity too, as in the paper. The public code always gives it
+    the true label."""
     guidance: tuple[float, float] = (1.0, 1.0)
-    """Low and high of the scale by which the cached velocity is guided; 1 1 is not at all, as in
-    the public code. Of FLUX.1-dev, the scale that both networks are told."""
+    """Range of the guidance scale of the cached velocity, drawn uniformly for each row;
+    without guidance, as in the public code, it is 1 1. For FLUX.1-dev: range of the scale that
+    both networks take as input."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +109,11 @@ class Distill(Settings):
 
 
 def train(settings: Train) -> Path:
-    """Train a predictor; returns the path of its weights."""
+    """Train a predictor; returns the path of its EMA weights.
+
+    ValueError for settings that do not fit the data or an earlier run in the same folder,
+    FloatingPointError if the loss is not finite.
+    """
     with workers(settings.device) as device:
         data = _data(settings, device)
         config = settings.config(data)
@@ -117,8 +123,10 @@ def train(settings: Train) -> Path:
 
 
 def distill(settings: Distill) -> Path:
-    """Train a refiner for a frozen predictor; returns the path of its weights, for a text-to-image
-    teacher beside a config.json.
+    """Train a refiner for a frozen predictor; returns the path of its EMA weights.
+
+    For a text-to-image teacher they lie next to a config.json, as diffusers loads them. Errors are
+    those of `train`.
     """
     prompted = is_pipeline(settings.teacher)
     with workers(settings.device) as device:
@@ -220,9 +228,10 @@ _PROMPTED = Weights(WEIGHTS, _save_prompted)
 
 
 def _seeded(seed: int) -> torch.Generator:
+    """The generator of initial weights, on a lane of its own: step draws never share its stream."""
     return torch.Generator().manual_seed(int(stream(seed, 0, lane=2**61).integers(2**62)))
 
 
 def _teacher_config(predictor: Any) -> SiTConfig:
-    """Of a SiT, or of the SiT inside ReversedTime."""
+    """The configuration of a SiT, or of the SiT inside `ReversedTime`."""
     return cast(SiT, getattr(predictor, "network", predictor)).config

@@ -1,6 +1,4 @@
-"""The training engine: AdamW, EMA, checkpoints that survive a kill, and data parallelism under
-torchrun.
-"""
+"""The training loop: AdamW, EMA, atomic checkpoints, resuming, and data parallelism by torchrun."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ from ..storage.resume import check_same
 
 Objective = Callable[[Network, Tensor, Any, StepRandom], Tensor]
 
-# May differ between a run and its resumption: they do not touch what is learnt up to a given step.
+# Settings that a resumed run may change: they do not affect the weights at a given step.
 _FREE = {"steps", "save_every", "log_every", "tensorboard"}
 
 
@@ -39,49 +37,46 @@ class Settings:
     """Settings of every training run."""
 
     out: Path
-    """Folder for model.safetensors (EMA weights), state.safetensors (to resume) and log.jsonl; a
-    run that it holds goes on.
-    """
+    """Folder for model.safetensors (EMA weights), state.safetensors (to resume) and log.jsonl.
+    If it already holds a run with the same settings, the run resumes."""
     data: str = "digits"
-    """"digits", an .npz or a folder of shards as `flowturbo encode` writes, or a folder of images
-    with a folder a class.
-    """
+    """"digits", an .npz of latents, a folder of shards written by `flowturbo encode`, or a folder
+    of images with one sub-folder per class."""
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL, or "pixels": encodes a folder of images;
-    named in the model's file.
-    """
+    """Folder or hub name of a diffusers AutoencoderKL, or "pixels". It encodes a folder of images,
+    and its name is written into the model's file."""
     image_size: int = 256
-    """To which images of a folder are cropped and resized."""
+    """Height and width that the images of a folder are cropped and resized to."""
     steps: int = 100_000
-    """Updates in all."""
+    """Total number of updates."""
     batch_size: int = 256
-    """Rows of an update, over all processes."""
+    """Rows per update, summed over all processes."""
     lr: float = 1e-4
-    """AdamW's learning rate."""
+    """Learning rate of AdamW."""
     weight_decay: float = 0.0
-    """AdamW's weight decay."""
+    """Weight decay of AdamW."""
     warmup: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or a cosine that falls to zero at the last step."""
+    """Learning rate after the warm-up: constant, or a cosine that reaches 0 at the last step."""
     clip: float = 0.0
-    """Largest norm of the gradient; 0 is no limit."""
+    """Largest norm of the gradient; 0 means no limit."""
     ema: float = 0.9999
-    """Decay of the average of the weights."""
+    """Decay of the exponential moving average of the weights."""
     label_drop: float = 0.1
-    """Probability with which a label becomes the null class."""
+    """Probability with which a label is replaced by the null class."""
     seed: int = 0
-    """Row j of step k draws from (seed, k, j) alone."""
+    """Seed of all random numbers. Row j of step k draws from (seed, k, j) alone."""
     save_every: int = 1000
     """Steps between checkpoints."""
     log_every: int = 50
     """Steps between lines of the log."""
     device: str | None = None
-    """"cuda" or "cpu"; left out: a GPU if there is one."""
+    """"cuda" or "cpu". Default: a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """"bf16" is autocast, on CUDA only; "auto" is bf16 there, else fp32."""
+    """"bf16" is autocast and needs CUDA; "auto" is bf16 on CUDA and fp32 on the CPU."""
     tensorboard: bool = False
-    """Write TensorBoard's event files into the folder too."""
+    """Also write TensorBoard event files into the folder."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "log_every", "image_size"):
@@ -108,7 +103,7 @@ class Settings:
                 raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, a function of its number alone."""
+        """The learning rate of a step, a function of its number alone: resuming needs no state."""
         warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if self.schedule == "constant":
             return self.lr * warm
@@ -116,8 +111,9 @@ class Settings:
 
 
 class Weights(NamedTuple):
-    """How the weights are kept that a training is for. name: the file's, in the folder of the
-    run.
+    """How a run writes its result. name: of the file in the run's folder.
+
+    save: (settings, EMA network, number of steps) writes it.
     """
 
     name: str
@@ -125,6 +121,7 @@ class Weights(NamedTuple):
 
 
 def provenance(settings: Settings, step: int) -> dict[str, Any]:
+    """What a file of weights says of its training."""
     return {"settings": _plain(settings), "steps": step, "torch": torch.__version__}
 
 
@@ -136,13 +133,14 @@ def run_training(
     device: torch.device,
     weights: Weights,
 ) -> Path:
+    """Train `network` in place, or resume its run; returns the path of the EMA weights.
+
+    Under torchrun each process takes its share of the rows of every update; the result is that of
+    one process with the whole batch, up to rounding. ValueError for settings that do not fit the
+    machine or an earlier run, FloatingPointError if the loss is not finite.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if settings.batch_size % world:
-        raise ValueError(
-            f"batch_size must be a multiple of the {world} processes, got {settings.batch_size}"
-        )
-    if settings.precision == "bf16" and device.type != "cuda":
-        raise ValueError(f"precision 'bf16' is autocast on CUDA, but the device is {device}")
+    _check_machine(settings, world, device)
     network.to(device).train().requires_grad_(True)
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
     optimizer = torch.optim.AdamW(
@@ -176,25 +174,34 @@ def run_training(
             optimizer.zero_grad(set_to_none=True)
             ema.update_parameters(network)
             average = _mean_over_workers(loss.detach())
-            done = step + 1
+            count = step + 1
             if log is not None:
-                log.add(done, average, norm, settings.rate(step), bar)
-                if done % settings.save_every == 0 or done == settings.steps:
-                    _check_finite(average, done)
-                    run.save(done)
+                log.add(count, average, norm, settings.rate(step), bar)
+                if count % settings.save_every == 0 or count == settings.steps:
+                    _check_finite(average, count)
+                    run.save(count)
     if log is not None:
         log.close()
     return run.weights
 
 
+def _check_machine(settings: Settings, world: int, device: torch.device) -> None:
+    if settings.batch_size % world:
+        raise ValueError(
+            f"batch_size must be a multiple of the {world} processes, got {settings.batch_size}"
+        )
+    if settings.precision == "bf16" and device.type != "cuda":
+        raise ValueError(f"precision 'bf16' is autocast on CUDA, but the device is {device}")
+
+
 def _parallel(network: nn.Module) -> nn.Module:
-    # FLUX's last block of two streams makes one of them for nobody.
+    # FLUX's last two-stream block leaves one stream's output unused.
     unused = isinstance(network, PromptNetwork)
     parallel = nn.parallel.DistributedDataParallel
-    # Buffers are constants, so they need no exchange. Torch 2.13 warns of the name that this had.
-    new = "forward_sync_buffers"
+    # Buffers are constants and need no exchange. Torch 2.13 renamed this option.
+    renamed = "forward_sync_buffers"
     options: dict[str, Any] = {
-        new if new in inspect.signature(parallel).parameters else "broadcast_buffers": False
+        renamed if renamed in inspect.signature(parallel).parameters else "broadcast_buffers": False
     }
     return parallel(network, find_unused_parameters=unused, **options)
 
@@ -215,8 +222,9 @@ def _check_finite(loss: Tensor, step: int) -> None:
 
 
 class _Run:
-    """What a run must keep to go on: weights, EMA, optimiser and the number of steps done. Random
-    numbers need no state.
+    """The state that resuming needs: weights, EMA, optimiser and the number of finished steps.
+
+    Random numbers need no state, since each is addressed by (seed, step, row).
     """
 
     def __init__(
@@ -239,8 +247,7 @@ class _Run:
         tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in entries.items()}
-        # The state last: a run that is killed between the two makes these steps, and both files,
-        # again.
+        # The state last: a run killed between the two writes repeats these steps, and both files.
         self._save_weights(self.settings, self.ema.module, step)
         save_tensors(
             self.path,
@@ -249,15 +256,15 @@ class _Run:
         )
 
     def resume(self) -> int:
-        """Load the saved state if there is one -> the number of steps done."""
+        """Load the saved state if there is one; returns the number of finished steps."""
         if not self.path.exists():
             return 0
-        tensors, described = load_tensors(self.path)
-        if described is None or described.get("kind") != "training state":
+        tensors, description = load_tensors(self.path)
+        if description is None or description.get("kind") != "training state":
             raise ValueError(
                 f"{self.path} is no training state of this library: choose another folder as out"
             )
-        self._check_settings(described["settings"])
+        self._check_settings(description["settings"])
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "ema": {}, "optimizer": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
@@ -270,7 +277,7 @@ class _Run:
             moments.setdefault(int(index), {})[entry] = value
         state = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**state, "state": moments})
-        return int(described["step"])
+        return int(description["step"])
 
     def _check_settings(self, before: Mapping[str, Any]) -> None:
         now = _plain(self.settings)
@@ -279,15 +286,16 @@ class _Run:
 
 
 class _Log:
-    """log.jsonl: a line every `log_every` steps with step, loss (mean since the last line),
-    grad_norm, lr and seconds a step.
+    """log.jsonl: one line every `log_every` steps, and TensorBoard events if they are asked for.
+
+    A line holds step, loss (the mean since the last line), grad_norm, lr and seconds_per_step.
     """
 
     def __init__(self, settings: Settings, first: int) -> None:
         self.every, self.path = settings.log_every, settings.out / "log.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        # A killed run may have logged steps that are made again, and cut its last line short.
+        # A killed run may have logged steps that are now repeated, and cut its last line short.
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
         self.file = open(self.path, "a")  # noqa: SIM115
@@ -335,8 +343,9 @@ def _mean_over_workers(value: Tensor) -> Tensor:
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    """The settings as files keep them: of paths only the names, since files travel and folders are
-    nobody else's business.
+    """The settings as files keep them, JSON types only.
+
+    Of paths only the last part is kept: files are shared, and folders may be private or move.
     """
     plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "device")}
     for name in ("data", "teacher", "vae"):
