@@ -1,6 +1,4 @@
-"""Images scored as published ImageNet figures are: FID, sFID, inception score, precision and recall
-by ADM's protocol.
-"""
+"""`flowturbo fid`: FID, sFID, inception score, precision and recall by ADM's protocol."""
 
 from __future__ import annotations
 
@@ -28,64 +26,63 @@ from .metrics import Gaussian, inception_score, precision_recall
 
 FORMAT = 1
 SPLIT = 5000
-"""Images of one inception score, over which ADM's evaluator takes the mean."""
+"""Images per split of the inception score, as in ADM's evaluator."""
 NEIGHBOURS = 3
+"""Rank of the neighbour that sets the radius in precision and recall, as in ADM's evaluator."""
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Score images by FID and its kin, as ADM's evaluator does: an .npz or a folder of samples, or
-    what a model makes by plans.
+    """Compute FID, sFID, inception score, precision and recall by ADM's protocol.
 
-    With --samples, the images of a file or folder. With --model, each of the plans makes --images
-    of them as they are scored. A folder of results made with the same settings is gone on with;
-    metrics and plans may be added.
+    With --samples it scores the images of a file or folder. With --model it samples --images images
+    by each of the plans and scores them.
     """
 
     metrics: tuple[str, ...]
-    """Any of fid, sfid, is, precision, recall, with commas or spaces between them."""
+    """Any of fid, sfid, is, precision, recall, separated by commas or spaces."""
     reference: Path | None = None
-    """An .npz in ADM's layout, such as VIRTUAL_imagenet256_labeled.npz, or a folder of images; all
-    but "is" need one.
-    """
+    """An .npz in ADM's layout, such as VIRTUAL_imagenet256_labeled.npz, or a folder of images.
+    Every metric but "is" needs it."""
     samples: Path | None = None
-    """An .npz with arr_0 (N, height, width, 3) uint8, a folder of such files as sample writes it,
-    or a folder of images.
-    """
+    """An .npz with arr_0 (N, height, width, 3) uint8, a folder of such files as `flowturbo sample`
+    writes it, or a folder of images."""
     out: Path = Path("fidelity")
-    """Folder for report.md, report.json, and the features of all images."""
+    """Folder for report.md, report.json and the features of all images. If it already holds results
+    with the same settings, the run resumes; metrics and plans may be added."""
     inception: Path | None = None
-    """Inception's weights; left out: FLOWTURBO_INCEPTION, else the file in ~/.cache/flowturbo."""
+    """Inception's weights. Default: the file that FLOWTURBO_INCEPTION names, else the one
+    in ~/.cache/flowturbo."""
     images: int | None = None
-    """How many samples, the first; left out: all there are, or 50000 of a model."""
+    """Number of images, from the first on. Default: all of --samples, or 50000 of --model."""
     model: str | None = None
-    """Instead of samples: a bundled name or a predictor's file."""
+    """A bundled name or a predictor's file, instead of --samples."""
     refiner: str | None = None
-    """The refiner's file; a bundled model brings its own."""
+    """The refiner's file. A bundled model brings its own."""
     vae: str | None = None
-    """As for sample."""
+    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels". Default:
+    the one that the model's file names."""
     plans: tuple[str, ...] = ("H1P5R3",)
-    """Plans that make images, letters or .json files, each from the same noise. Image i is of class
-    i % (number of classes).
-    """
+    """Plans to sample by, letters or .json files, each from the same noise. Image i has class
+    i % (number of classes)."""
     guidance: float = 1.5
-    """Scale of classifier-free guidance, 1 for none."""
+    """Scale of classifier-free guidance; 1 means none."""
     guidance_channels: int | None = None
-    """Guide the first so many channels; left out: 3 of 4 for SiT's checkpoints, else all."""
+    """Apply guidance to this many channels, from the first on. Default: 3 of 4 for SiT's
+    checkpoints, all for others."""
     seed: int = 0
-    """Image i draws its noise from (seed, i) alone."""
+    """Seed of the noise; that of image i is a function of (seed, i)."""
     batch_size: int = 50
-    """Images at a time, in the model and in Inception."""
+    """Images per batch, in the model and in Inception."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the model; left out: bfloat16 on a GPU, float32 on the CPU. Inception runs in float32."""
+    """Data type of the model. Default: bfloat16 on a GPU, float32 on the CPU. Inception always runs
+    in float32."""
     device: str | None = None
-    """"cuda" or "cpu"; left out: a GPU if there is one."""
+    """"cuda" or "cpu". Default: a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        given = [self.metrics] if isinstance(self.metrics, str) else self.metrics
-        metrics = tuple(
-            dict.fromkeys(name for words in given for name in words.replace(",", " ").split())
-        )
+        words = [self.metrics] if isinstance(self.metrics, str) else self.metrics
+        metrics = tuple(dict.fromkeys(" ".join(words).replace(",", " ").split()))
         object.__setattr__(self, "metrics", metrics)
         if not metrics or not set(metrics) <= set(TITLES):
             raise ValueError(
@@ -96,8 +93,8 @@ class Fidelity:
                 object.__setattr__(self, name, Path(getattr(self, name)))
         if (self.samples is None) == (self.model is None):
             raise ValueError(
-                "give samples or a model to make them, "
-                f"{'one' if self.samples is None else 'not both'}"
+                "give samples or a model to sample with, "
+                f"{'one of them' if self.samples is None else 'not both'}"
             )
         if self.reference is None and metrics != ("is",):
             raise ValueError("reference must be given: all metrics but is compare with one")
@@ -115,7 +112,9 @@ class Fidelity:
 def fidelity(settings: Fidelity, network: FeatureNetwork | None = None) -> Path:
     """Score every plan, or the samples; returns the path of the table, report.md.
 
-    network: whose features are compared; None: Inception's, as published scores need.
+    network: whose features are compared; by default Inception's, as in published scores.
+    ValueError for settings that do not fit the files or earlier results, CheckpointError for
+    damaged files and missing weights.
     """
     device = choose_device(settings.device)
     reference = None if settings.reference is None else Reference(settings.reference)
@@ -129,14 +128,14 @@ def fidelity(settings: Fidelity, network: FeatureNetwork | None = None) -> Path:
     identity = _identity(settings, model, network, reference, sets, device)
     files = {name: str(file) for name in _FILES if (file := getattr(settings, name)) is not None}
     results = resumed_report(path, identity, {"files": files, "rows": []}, "an evaluation")
-    results["files"] = files  # they may have moved: their digests are compared
+    results["files"] = files  # paths may have changed: only the digests are compared
     write_text(path, json.dumps(results, indent=1) + "\n")
     rows = {row["samples"]: row for row in results["rows"]}
     for name, images in sets.items():
         row = rows.setdefault(name, {"samples": name, "images": len(images)})
         missing = [metric for metric in settings.metrics if metric not in row]
         if missing:
-            row |= _row(settings, results, reference, name, images, network, device, missing)
+            row |= _scores(settings, results, reference, name, images, network, device, missing)
             results["rows"] = list(rows.values())
             write_text(path, json.dumps(results, indent=1) + "\n")
     write_text(settings.out / "report.md", fidelity_table(results))
@@ -144,14 +143,14 @@ def fidelity(settings: Fidelity, network: FeatureNetwork | None = None) -> Path:
 
 
 def _check_reference(settings: Fidelity, reference: Reference | None) -> None:
-    """That it holds what the metrics take of it."""
+    """ValueError if the reference holds only Gaussians and a metric needs its images."""
     if reference is None or reference.images is not None:
         return
     has = {"fid": reference.pool is not None, "sfid": reference.spatial is not None, "is": True}
-    lacking = [metric for metric in settings.metrics if not has.get(metric, False)]
-    if lacking:
+    metrics = [metric for metric in settings.metrics if not has.get(metric, False)]
+    if metrics:
         raise ValueError(
-            f"reference {settings.reference} has no arr_0, the images that {', '.join(lacking)} "
+            f"reference {settings.reference} has no arr_0, the images that {', '.join(metrics)} "
             "need"
         )
 
@@ -193,7 +192,7 @@ def _model(settings: Fidelity) -> FlowModel:
     )
     if model.vae is None:
         raise ValueError(
-            "vae must be given: images are scored, and the model's file names none that decodes "
+            "vae must be given: images are scored, and the model's file names no VAE to decode "
             "its latents"
         )
     refined = [plan for plan in settings.plans if as_plan(plan).cost.refiner]
@@ -203,18 +202,18 @@ def _model(settings: Fidelity) -> FlowModel:
 
 
 def _samples(settings: Fidelity, model: FlowModel | None) -> dict[str, ImageSet]:
-    """The sets to score, by what their rows are called."""
+    """The sets to score, by the names of their rows in the report."""
     if model is not None:
         count = 50_000 if settings.images is None else settings.images
         plans = map(as_plan, settings.plans)
-        how = (
+        options = (
             count,
             settings.guidance,
             settings.guidance_channels,
             settings.seed,
             settings.batch_size,
         )
-        return {plan.name: GeneratedImages(model, plan, *how) for plan in plans}
+        return {plan.name: GeneratedImages(model, plan, *options) for plan in plans}
     assert settings.samples is not None
     images = open_images(settings.samples, "samples")
     if settings.images is not None and settings.images > len(images):
@@ -225,7 +224,7 @@ def _samples(settings: Fidelity, model: FlowModel | None) -> dict[str, ImageSet]
 
 
 class _First:
-    """The first images of a set."""
+    """The first `count` images of a set."""
 
     def __init__(self, images: ImageSet, count: int) -> None:
         self.images, self.count = images, count
@@ -256,26 +255,27 @@ def _identity(
     identity: dict[str, Any] = {
         "format": FORMAT,
         "settings": {"batch_size": settings.batch_size},
-        "samples": _described(settings, model, sets),
+        "samples": _sample_provenance(settings, model, sets),
         "reference": {} if reference is None else dict(reference.description),
         "network": dict(network.description),
         "environment": environment(device, model.dtype if model else torch.float32),
         "protocol": {"split": SPLIT, "neighbours": NEIGHBOURS},
     }
     if device.type != "cpu":
-        del identity["environment"]["threads"]  # on which nothing depends there
+        del identity["environment"]["threads"]  # results do not depend on CPU threads there
     return identity
 
 
-def _described(
+def _sample_provenance(
     settings: Fidelity, model: FlowModel | None, sets: Mapping[str, ImageSet]
 ) -> dict[str, Any]:
-    """What the samples are and all that a rerun needs to make them. Plans may be added, so they are
-    in the rows.
+    """What the samples are, with all that is needed to reproduce them but the plans.
+
+    A resumed run may add plans, so these are named in the rows.
     """
     if model is None:
         return dict(next(iter(sets.values())).description)
-    guided = (
+    guidance_channels = (
         model.guidance_channels
         if settings.guidance_channels is None
         else settings.guidance_channels
@@ -287,7 +287,7 @@ def _described(
         "vae": settings.vae or "the one that the predictor's file names",
         "latent_shape": list(model.latent_shape),
         "guidance": settings.guidance,
-        "guidance_channels": guided,
+        "guidance_channels": guidance_channels,
         "seed": settings.seed,
         "seed_rule": "noise of image i: flowturbo.noise(latent_shape, seed, [i])",
         "label_rule": f"class of image i: i % {model.num_classes}",
@@ -297,7 +297,11 @@ def _described(
 
 
 class Compared(NamedTuple):
-    """What metrics are taken of. gaussians: of pool and spatial features of the reference."""
+    """The inputs of a metric.
+
+    reference: its features, or None if no metric needs its images.
+    gaussians: those of the reference's pool and spatial features that its file holds.
+    """
 
     samples: Features
     reference: Features | None
@@ -322,30 +326,30 @@ def _frechet(compared: Compared, which: int) -> float:
     return Gaussian.of(compared.samples[which]).distance(target)
 
 
-def _is(compared: Compared) -> dict[str, float]:
+def _inception_score(compared: Compared) -> dict[str, float]:
     mean, deviation = inception_score(compared.network.logits(compared.samples.pool), SPLIT)
     return {"is": mean, "is_std": deviation}
 
 
 def _precision_recall(compared: Compared) -> dict[str, float]:
     assert compared.reference is not None
-    found = precision_recall(
+    precision, recall = precision_recall(
         compared.reference.pool, compared.samples.pool, NEIGHBOURS, compared.device
     )
-    return dict(zip(("precision", "recall"), found, strict=True))
+    return {"precision": precision, "recall": recall}
 
 
 METRICS: dict[str, Callable[[Compared], dict[str, float]]] = {
     "fid": _fid,
     "sfid": _sfid,
-    "is": _is,
+    "is": _inception_score,
     "precision": _precision_recall,
     "recall": _precision_recall,
 }
-"""What gives each metric; precision comes with recall."""
+"""The function that computes each metric; precision and recall come together."""
 
 
-def _row(
+def _scores(
     settings: Fidelity,
     results: Mapping[str, Any],
     reference: Reference | None,
@@ -355,33 +359,32 @@ def _row(
     device: torch.device,
     metrics: Sequence[str],
 ) -> dict[str, float]:
-    """The figures of one set."""
-    of_reference = {k: results[k] for k in ("reference", "network", "environment", "settings")}
-    of_samples = {k: results[k] for k in ("samples", "network", "environment", "settings")} | {
-        "name": name
-    }
-    features = settings.out / "features"
-    target = None
+    """The metrics of one set of images. name: of its row in the report."""
+    shared = {k: results[k] for k in ("network", "environment", "settings")}
+    folder = settings.out / "features"
+    reference_features = None
     if reference is not None and _needs_images(reference, metrics):
         assert reference.images is not None
-        target = stored_features(
-            reference.images, network, features / "reference", of_reference, settings.batch_size
+        identity = {"reference": results["reference"], **shared}
+        reference_features = stored_features(
+            reference.images, network, folder / "reference", identity, settings.batch_size
         )
-    found = stored_features(images, network, features / name, of_samples, settings.batch_size)
+    identity = {"samples": results["samples"], **shared, "name": name}
+    features = stored_features(images, network, folder / name, identity, settings.batch_size)
     gaussians = (None, None) if reference is None else (reference.pool, reference.spatial)
-    # Not every other device has float64.
-    compared = Compared(
-        found, target, gaussians, network, device if device.type == "cuda" else torch.device("cpu")
-    )
-    figures: dict[str, float] = {}
+    # Precision and recall need float64, which devices other than CUDA may lack.
+    device = device if device.type == "cuda" else torch.device("cpu")
+    compared = Compared(features, reference_features, gaussians, network, device)
+    scores: dict[str, float] = {}
     for metric in metrics:
-        if metric not in figures:
-            figures |= METRICS[metric](compared)
-    return figures
+        if metric not in scores:
+            scores |= METRICS[metric](compared)
+    return scores
 
 
 def _needs_images(reference: Reference, metrics: Sequence[str]) -> bool:
-    without = (
+    """Whether a metric needs the reference's images, not just the Gaussians in its file."""
+    without_images = (
         {"is"} | ({"fid"} if reference.pool else set()) | ({"sfid"} if reference.spatial else set())
     )
-    return not set(metrics) <= without
+    return not set(metrics) <= without_images

@@ -1,6 +1,4 @@
-"""The report of a fidelity evaluation as text: the figures, what is to be kept in mind with them,
-and all that a rerun needs.
-"""
+"""The report of `flowturbo fid`: scores, deviations from the published protocol, provenance."""
 
 from __future__ import annotations
 
@@ -13,20 +11,19 @@ LOSSY = {".jpg", ".jpeg", ".webp"}
 
 PROTOCOL = (
     "FID is the squared Fréchet distance of Gaussians with the means and unbiased covariances of "
-    "the pool features, in float64; "
-    "sFID that of the spatial features (ADM's evaluator; Nash et al. 2021).",
-    "The inception score is the mean over groups of {split} images in order, of logits without "
-    "bias; ± is the standard deviation.",
-    "Precision and recall (Kynkäänniemi et al. 2019) take balls up to the {neighbours}rd nearest "
-    "other image, by pool features, in "
-    "float64. ADM's evaluator takes distances in float16 where they fit, so that its third "
-    "decimal may differ.",
-    "Images come as uint8 and are resized by the network's code; nothing is cropped.",
+    "the pool features, in float64; sFID is that of the spatial features (ADM's evaluator; Nash et "
+    "al. 2021).",
+    "The inception score is the mean over splits of {split} images in order, from logits without "
+    "bias; ± is the standard deviation over the splits.",
+    "Precision and recall (Kynkäänniemi et al. 2019) use balls up to the {neighbours}rd nearest "
+    "other image in the pool features, in float64. ADM's evaluator computes distances in float16 "
+    "where they fit, so its third decimal may differ.",
+    "Images are uint8 and resized by the network's code; nothing is cropped.",
 )
 
 
 def fidelity_table(results: Mapping[str, Any]) -> str:
-    """Of report.json's content, as text."""
+    """The content of report.json as Markdown."""
     rows = results["rows"]
     shown = [metric for metric in TITLES if any(metric in row for row in rows)]
     lines = [
@@ -41,14 +38,14 @@ def fidelity_table(results: Mapping[str, Any]) -> str:
         for row in rows
     ]
     if notes := warnings(results):
-        lines += ["", "## To be kept in mind", "", *(f"- {note}" for note in notes)]
-    lines += ["", "## What a rerun needs", ""]
+        lines += ["", "## Deviations from published scores", "", *(f"- {note}" for note in notes)]
+    lines += ["", "## Provenance", ""]
     for part in ("files", "samples", "reference", "network", "environment", "settings"):
         if results[part]:
-            lines.append(f"- **{part}**: {'; '.join(_told(results[part]))}")
+            lines.append(f"- **{part}**: {'; '.join(_key_values(results[part]))}")
     lines += [
         "",
-        "## How it is measured",
+        "## Protocol",
         "",
         *(f"- {line.format(**results['protocol'])}" for line in PROTOCOL),
         "",
@@ -64,16 +61,16 @@ def _cell(row: Mapping[str, Any], metric: str) -> str:
     return f"{row[metric]:.4f}" if metric in ("precision", "recall") else f"{row[metric]:.3f}"
 
 
-def _told(part: Mapping[str, Any], before: str = "") -> list[str]:
-    """key value, with the keys of what is inside in front."""
-    said = []
+def _key_values(part: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """["key value", "outer.inner value", ...]"""
+    texts = []
     for key, value in part.items():
-        said += (
-            _told(value, f"{before}{key}.")
+        texts += (
+            _key_values(value, f"{prefix}{key}.")
             if isinstance(value, Mapping)
-            else [f"{before}{key} {_plain(value)}"]
+            else [f"{prefix}{key} {_plain(value)}"]
         )
-    return said
+    return texts
 
 
 def _plain(value: Any) -> str:
@@ -85,7 +82,7 @@ def _plain(value: Any) -> str:
 
 
 def warnings(results: Mapping[str, Any]) -> list[str]:
-    """What makes these figures other than published ones."""
+    """Any deviation from the published protocol, one sentence each."""
     reference, network = results["reference"], results["network"]
     metrics = {metric for row in results["rows"] for metric in row}
     notes = []
@@ -99,7 +96,7 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
         elif count != PUBLISHED_IMAGES:
             notes.append(
                 f"Published figures are of {PUBLISHED_IMAGES} images, these of {count}: FID falls "
-                "with their number."
+                "as the number of images grows."
             )
         split = results["protocol"]["split"]
         if "is" in metrics and count % split:
@@ -110,8 +107,8 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     if metrics & {"fid", "sfid"} and reference.get("gaussians") == "of its images":
         notes.append(
             "The reference has no mu and sigma, so FID is to the Gaussian of its "
-            f"{reference['images']} images. Published figures "
-            f"of ImageNet are to that of the whole training set, which ADM's file holds."
+            f"{reference['images']} images. Published figures for ImageNet are to the Gaussian of "
+            "the whole training set, which ADM's file holds."
         )
     if (
         results["samples"].get("size")
@@ -123,6 +120,6 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
         )
     if lossy := LOSSY & set(results["samples"].get("formats", [])):
         notes.append(
-            f"Samples are stored with losses ({', '.join(sorted(lossy))}), which FID sees."
+            f"Samples are stored with losses ({', '.join(sorted(lossy))}), which change FID."
         )
     return notes

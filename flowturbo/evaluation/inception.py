@@ -1,6 +1,4 @@
-"""Features by which images are compared, stored as they come: those of Inception v3 of 2015-12-05,
-as torch-fidelity runs it.
-"""
+"""Inception v3 features for FID, as torch-fidelity computes them, and their cache on disk."""
 
 from __future__ import annotations
 
@@ -27,62 +25,61 @@ from .image_sets import ImageSet
 
 
 class Features(NamedTuple):
-    """Of N images, float32, on the CPU: pool (N, D), spatial (N, S)."""
+    """Features of N images, float32 on the CPU: pool (N, D), spatial (N, S)."""
 
     pool: Tensor
     spatial: Tensor
 
 
 class FeatureNetwork(Protocol):
-    """What an evaluation asks of a network."""
+    """The interface of a network whose features are compared."""
 
     description: dict[str, Any]
-    """What a report says of it; an evaluation goes on only with the same. In it, widths: D and
-    S.
-    """
+    """Its provenance in a report; an evaluation resumes only with the same. "widths": [D, S]."""
 
     def read(self, images: np.ndarray) -> Features:
         """images (N, height, width, 3) uint8."""
         ...
 
     def logits(self, pool: Tensor) -> Tensor:
-        """pool (N, D) -> (N, classes), of which the inception score is taken."""
+        """pool (N, D) -> logits (N, classes), for the inception score."""
         ...
 
 
 WEIGHTS = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
-"""The names under which the same weights are published: torch-fidelity's and pytorch-fid's."""
+"""The file names under which torch-fidelity and pytorch-fid publish the same weights."""
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS[0]}"
 SHA256 = "6726825d"
-"""Their digest begins so; both names end with it."""
+"""The first digits of the weights' digest, which both names end with."""
 
 SPATIAL_CHANNELS = 7
 
 
 class Inception:
-    """Inception v3 of 2015-12-05, with which all FID of ADM's protocol are taken, on
-    torch-fidelity's port of the TensorFlow graph.
+    """Inception v3 of 2015-12-05, the network of ADM's FID protocol, in torch-fidelity's port.
 
     Images are resized to 299 x 299 as TensorFlow 1 does (bilinear, corners not aligned, no
-    half-pixel centres, no antialiasing) and scaled to (x - 128) / 128. In float32, without TF32.
+    half-pixel centres, no antialiasing) and scaled to (x - 128) / 128. It runs in float32 without
+    TF32.
 
-    pool: "pool_3:0", 2048 features. spatial: the first 7 channels of "mixed_6/conv:0", 17 x 17,
-    flattened as (height, width, channel), the order of TensorFlow and so of mu_s and sigma_s in
-    ADM's files. logits: without the bias, as ADM's evaluator and the inception score's own code
-    take them.
+    pool: "pool_3:0" of the TensorFlow graph, 2048 features.
+    spatial: the first 7 channels of "mixed_6/conv:0", 17 x 17, flattened as (height, width,
+        channel), which is TensorFlow's order and so that of mu_s and sigma_s in ADM's files.
+    logits: without the bias, as in ADM's evaluator and the inception score's own code.
 
-    "mixed_6/conv" is Mixed_6d.branch1x1 after its ReLU. The module is certain: torch-fidelity's
-    converter of the weights maps mixed_6/conv/conv2d_params to Mixed_6d.branch1x1.conv. So is the
-    ReLU as far as the list of the graph's nodes tells: a layer's are conv2d_params, Conv2D,
-    batchnorm, CheckNumerics, control_dependency and, last, the layer's bare name, and no node but
-    that one can be the activation. It was not compared with TensorFlow's own values here.
+    "mixed_6/conv" is Mixed_6d.branch1x1 after its ReLU. That module follows from torch-fidelity's
+    weight converter, which maps mixed_6/conv/conv2d_params to Mixed_6d.branch1x1.conv. The ReLU
+    follows from the graph's node names: a layer's nodes are conv2d_params, Conv2D, batchnorm,
+    CheckNumerics, control_dependency and last the layer's bare name, which alone can be the
+    activation. It has not been compared with TensorFlow's own values.
     """
 
     def __init__(
         self, weights: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        """weights: one of WEIGHTS; None: where `find_weights` finds one. CheckpointError for a file
-        of other content.
+        """weights: path of one of WEIGHTS, by default the one that `find_weights` returns.
+
+        CheckpointError for a file of other content, ValueError without torch-fidelity.
         """
         path = find_weights(weights)
         digest = file_digest(path)
@@ -91,15 +88,13 @@ class Inception:
                 f"{path} does not hold the weights of {WEIGHTS[0]}, whose SHA-256 begins with "
                 f"{SHA256}: this file's is {digest}"
             )
-        # The extractor unpickles whatever file it is given. So it gets no file, but a copy in
-        # memory of the plain tensors.
+        # The extractor unpickles its file without restrictions. It gets a copy in memory of the
+        # tensors, which were loaded with weights_only.
         copy = io.BytesIO()
         torch.save(load_torch_file(path), copy)
         copy.seek(0)
         extractor = _extractor()
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # its layers draw random weights before they get these
+        with torch.random.fork_rng(devices=[]):  # layers draw random weights before these are set
             network: nn.Module = extractor(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=copy
             )
@@ -116,10 +111,10 @@ class Inception:
     @torch.no_grad()
     def read(self, images: np.ndarray) -> Features:
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
-        seen: list[Tensor] = []
+        spatial: list[Tensor] = []
         branch = self.network.Mixed_6d.branch1x1
-        watching = branch.register_forward_hook(
-            lambda module, inputs, output: seen.append(output[:, :SPATIAL_CHANNELS].clone())
+        hook = branch.register_forward_hook(
+            lambda module, inputs, output: spatial.append(output[:, :SPATIAL_CHANNELS].clone())
         )
         try:
             with torch.backends.cudnn.flags(
@@ -127,24 +122,24 @@ class Inception:
             ):
                 (pool,) = self.network(pixels)
         finally:
-            watching.remove()
-        return Features(pool.cpu(), seen[0].permute(0, 2, 3, 1).flatten(1).cpu())
+            hook.remove()
+        return Features(pool.cpu(), spatial[0].permute(0, 2, 3, 1).flatten(1).cpu())
 
     def logits(self, pool: Tensor) -> Tensor:
         return pool.double() @ self.network.fc.weight.detach().double().cpu().T
 
 
-def find_weights(given: str | os.PathLike[str] | None = None) -> Path:
-    """The file of Inception's weights. Nothing is downloaded: CheckpointError says which file to
-    put where.
+def find_weights(path: str | os.PathLike[str] | None = None) -> Path:
+    """The file of Inception's weights.
 
-    It is the given one, else the one that FLOWTURBO_INCEPTION names, else one of WEIGHTS in
-    FLOWTURBO_CACHE (else ~/.cache/flowturbo) or among torch hub's checkpoints, where torch-fidelity
-    and pytorch-fid put them.
+    It is `path` if set, else the file that FLOWTURBO_INCEPTION names, else one of WEIGHTS in
+    FLOWTURBO_CACHE (by default ~/.cache/flowturbo) or in torch hub's checkpoints, where
+    torch-fidelity and pytorch-fid store it. Nothing is downloaded: CheckpointError says which file
+    to put where.
     """
-    named = given or os.environ.get("FLOWTURBO_INCEPTION")
-    if named:
-        path = Path(named).expanduser()
+    explicit = path or os.environ.get("FLOWTURBO_INCEPTION")
+    if explicit:
+        path = Path(explicit).expanduser()
         if not path.is_file():
             raise CheckpointError(
                 f"{path}, named as the weights of Inception, does not exist: {_cure(path.parent)}"
@@ -152,12 +147,12 @@ def find_weights(given: str | os.PathLike[str] | None = None) -> Path:
         return path
     cache = Path(os.environ.get("FLOWTURBO_CACHE") or Path.home() / ".cache" / "flowturbo")
     folders = (cache, Path(torch.hub.get_dir()) / "checkpoints")
-    found = [folder / name for folder in folders for name in WEIGHTS if (folder / name).is_file()]
-    if not found:
+    files = [folder / name for folder in folders for name in WEIGHTS if (folder / name).is_file()]
+    if not files:
         raise CheckpointError(
             f"the weights of Inception are not in {' or '.join(map(str, folders))}: {_cure(cache)}"
         )
-    return found[0]
+    return files[0]
 
 
 def _cure(folder: Path) -> str:
@@ -168,9 +163,11 @@ def _cure(folder: Path) -> str:
 
 
 def _extractor() -> Any:
-    """torch-fidelity's class. Importing its package would import torchvision, for networks that are
-    not used here and which this one does not need: so its module is imported without the package's
-    own __init__."""
+    """torch-fidelity's Inception class.
+
+    Its package's __init__ imports torchvision, which only other networks need. So the module is
+    imported without running that __init__.
+    """
     package, module = "torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"
     if package in sys.modules:
         return importlib.import_module(module).FeatureExtractorInceptionV3
@@ -181,18 +178,20 @@ def _extractor() -> Any:
             "dependency torchvision does not "
             "replace your torch, pip install --no-deps torch-fidelity"
         )
-    bare = types.ModuleType(package)
-    bare.__path__ = list(spec.submodule_search_locations or [])
-    sys.modules[package] = bare
+    without_init = types.ModuleType(package)
+    without_init.__path__ = list(spec.submodule_search_locations or [])
+    sys.modules[package] = without_init
     try:
         return importlib.import_module(module).FeatureExtractorInceptionV3
-    finally:  # whoever imports the package afterwards gets the whole of it
+    finally:  # a later import of the package must get all of it
         for name in [name for name in sys.modules if name.split(".")[0] == package]:
             del sys.modules[name]
 
 
 SHARD = 1000
-"""Images whose features are stored in a file, about: a stopped evaluation loses no more of them."""
+"""Images per file of features, rounded down to whole batches: an interrupted run loses at most so
+many.
+"""
 
 
 def stored_features(
@@ -202,11 +201,10 @@ def stored_features(
     identity: Mapping[str, Any],
     batch_size: int,
 ) -> Features:
-    """Features of all images, written to files in `folder` as they come, and read from those that
-    are there.
+    """The features of all images, cached in `folder` in files of about SHARD images.
 
-    identity: what the features depend on. ValueError for a file that is of another, CheckpointError
-        for a damaged one.
+    identity: what the features depend on, with JSON types. ValueError for a cached file of another
+    identity, CheckpointError for a damaged one.
     """
     size = batch_size * max(1, SHARD // batch_size)
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,12 +229,12 @@ def stored_features(
 def _read_features(
     images: ImageSet, network: FeatureNetwork, rows: range, batch_size: int, bar: Any
 ) -> dict[str, Tensor]:
-    done = []
+    batches = []
     for first in range(rows.start, rows.stop, batch_size):
         count = min(batch_size, rows.stop - first)
-        done.append(network.read(images.read(first, count)))
+        batches.append(network.read(images.read(first, count)))
         bar.update(count)
     return {
         name: torch.cat(values)
-        for name, values in zip(Features._fields, zip(*done, strict=True), strict=True)
+        for name, values in zip(Features._fields, zip(*batches, strict=True), strict=True)
     }

@@ -1,4 +1,4 @@
-"""How long plans take: milliseconds, memory, the share of decoding, and where the time goes."""
+"""`flowturbo bench`: latency, memory, the share of decoding, and profiles of plans."""
 
 from __future__ import annotations
 
@@ -36,48 +36,46 @@ from ..version import __version__
 
 @dataclass(frozen=True)
 class Bench:
-    """Time plans of a model: milliseconds an image, images a second, memory, and the share of
-    decoding.
+    """Measure the latency of plans.
 
-    With --profile, also where the time goes.
+    Reports milliseconds per image, images per second, peak memory and the share of decoding, and
+    with --profile also the time per operation.
     """
 
     model: str = "digits"
-    """A .pt, .pth or .safetensors file with SiT's keys, "digits", or a size such as "SiT-XL/2":
-    random weights.
-    """
+    """A .pt, .pth or .safetensors file with SiT's keys, "digits", or a size such as "SiT-XL/2",
+    which gets random weights."""
     refiner: str | None = None
-    """The refiner's file; the bundled model and random weights bring their own."""
+    """The refiner's file. The bundled model and random weights bring their own."""
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels"; left out:
-    what the model's file names.
-    """
+    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels". Default:
+    the one that the model's file names."""
     image_size: int = 256
-    """Height and width of the images, for random weights; latents are an eighth."""
+    """Height and width of the images, for random weights; those of the latents are an eighth."""
     plans: tuple[str, ...] = ("H1P5R3", "H8")
     """Plans to time."""
     batch_sizes: tuple[int, ...] = (1, 8)
-    """Images at a time."""
+    """Images per batch; each plan is timed at each size."""
     guidance: float = 1.5
-    """Guidance scale; 1 is none, and halves the work."""
+    """Guidance scale; 1 means none and halves the work."""
     repeats: int = 10
-    """Timed runs of each; their median counts."""
+    """Timed runs of each plan and batch size; their median is reported."""
     graph: bool = True
-    """On CUDA: replay a CUDA graph; --no-graph runs operation by operation."""
+    """Replay CUDA graphs, on a GPU. With --no-graph operations are launched one by one."""
     device: str | None = None
-    """"cuda" or "cpu"; left out: a GPU if there is one."""
+    """"cuda" or "cpu". Default: a GPU if there is one."""
     dtype: Dtype | None = None
-    """Left out: bfloat16 on a GPU, float32 on the CPU."""
+    """Data type of the model. Default: bfloat16 on a GPU, float32 on the CPU."""
     backend: Literal["auto", "reference", "triton", "cuda"] = "auto"
-    """Which kernels run."""
+    """Backend of the kernels."""
     quantize: Literal["fp8"] | None = None
-    """"fp8" for the predictor's products in e4m3; how far that changes its velocity is told."""
+    """"fp8" runs the predictor's matrix products in e4m3. The relative error of its velocity is
+    reported."""
     out: Path | None = None
-    """A .json file for the figures."""
+    """A .json file for the results."""
     profile: Path | None = None
-    """A folder for a trace (to open in ui.perfetto.dev or chrome://tracing) and a table of time per
-    operation of each run.
-    """
+    """Folder for a trace of each plan and batch size, to open in ui.perfetto.dev
+    or chrome://tracing, and for a table of the time per operation."""
 
     def __post_init__(self) -> None:
         for plan in self.plans:
@@ -93,12 +91,12 @@ class Bench:
 
 
 class Timing(NamedTuple):
-    """One plan at one batch size. seconds: of a run of the whole batch, the median, with the
-    fastest and slowest beside it.
+    """The latency of one plan at one batch size, in seconds per batch.
 
-    first_seconds: of the first run, with all that is loaded, compiled and captured for it.
-    decode_seconds: of decoding alone; 0 without. peak_bytes: of device memory, weights included;
-        None on the CPU, where torch does not count it.
+    seconds, fastest, slowest: median and extremes of the timed runs.
+    first_seconds: of the first run, with everything that it loads, compiles and captures.
+    decode_seconds: of decoding alone, 0 without a decoder.
+    peak_bytes: of device memory, weights included; None on the CPU, where torch does not count it.
     """
 
     plan: str
@@ -112,7 +110,7 @@ class Timing(NamedTuple):
 
 
 def bench(settings: Bench) -> str:
-    """Run the benchmark -> a Markdown table."""
+    """Run the benchmark; returns a Markdown table."""
     model = _model(settings)
     error = _quantized(model) if settings.quantize else None
     for folder in (settings.out and settings.out.parent, settings.profile):
@@ -154,12 +152,12 @@ def bench(settings: Bench) -> str:
 
 
 def table(timings: list[Timing], environment: Mapping[str, Any]) -> str:
-    what = ", ".join(f"{key} {value}" for key, value in environment.items())
+    """The timings as a Markdown table, below a line with their provenance."""
     lines = [
-        what,
+        ", ".join(f"{key} {value}" for key, value in environment.items()),
         "",
-        "| plan | batch | ms an image | images a second | ms a batch (fastest, slowest) | first "
-        "run, s | decoding | peak memory |",
+        "| plan | batch | ms/image | images/s | ms/batch (fastest, slowest) | first run, s | "
+        "decoding | peak memory |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for t in timings:
@@ -182,10 +180,10 @@ def measure(
     output: Literal["latents", "uint8"],
     repeats: int = 10,
 ) -> Timing:
-    """Time `sample` of one batch, as a user calls it, noise and labels included.
+    """Time `sample` for one batch as a user calls it, drawing the noise included.
 
-    The model's captures are given up before: memory is counted of this plan at this batch size
-    alone.
+    The model's captures are dropped first, so that the peak memory is that of this plan at this
+    batch size alone.
     """
     run = _run_of(model, plan, batch, guidance, output)
     cuda = model.device.type == "cuda"
@@ -214,17 +212,16 @@ def measure(
 
 
 def fresh_peak(device: torch.device) -> None:
-    """Give the device back what nothing uses any more, and count the peak of its memory from there
-    on.
+    """Release unused device memory and restart the measurement of the peak.
 
-    Memory that was freed, but is still reserved, would be in the next peak, and so would the
-    workspaces that cuBLAS keeps for every stream that ever multiplied, of 33 MiB each on Hopper.
+    Memory that torch freed but still reserves would count in the next peak. So would cuBLAS's
+    workspaces, which it keeps for every stream that it ever ran on: 33 MiB each on Hopper.
     """
     gc.collect()
     if device.type != "cuda":
         return
     with torch.cuda.device(device):
-        torch.cuda.synchronize()  # what is given back may be in use until then
+        torch.cuda.synchronize()  # kernels in flight may still use what is released
         clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
         if clear is not None:
             clear()
@@ -249,11 +246,10 @@ def profile_run(
     output: Literal["latents", "uint8"],
     folder: Path,
 ) -> str:
-    """Trace one run -> the table of time per operation, which is also written to the folder, beside
-    the trace.
+    """Profile one run; returns the table of the time per operation.
 
-    It runs without a graph, whose kernels could not be told apart by operation, and after a run
-    that warms up.
+    The folder gets the table and the trace. The run follows a warm-up and uses no CUDA graph, in
+    which kernels could not be assigned to operations.
     """
     limit, model.captures.limit = model.captures.limit, 0
     run = _run_of(model, plan, batch, guidance, output)
@@ -270,21 +266,20 @@ def profile_run(
         model.captures.limit = limit
     name = f"{Path(plan).stem}-batch{batch}"
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        written = Path(temporary) / "trace.json"
-        trace.export_chrome_trace(str(written))
-        written.replace(folder / f"{name}.trace.json")
+        path = Path(temporary) / "trace.json"
+        trace.export_chrome_trace(str(path))
+        path.replace(folder / f"{name}.trace.json")
     text = operations_table(trace.events() or [], cuda)
     write_text(folder / f"{name}.md", f"# {plan}, batch {batch}\n\n{text}\n")
     return text
 
 
 def operations_table(events: Any, cuda: bool) -> str:
-    """Time per operation of this library, then of torch's own outside them, of all that the
-    profiler saw.
+    """A Markdown table of the time per operation: this library's, and torch's outside of these.
 
     events: of torch.profiler. On CUDA an operation's time is that of the kernels and copies that
-    were launched in it; those that no operation launched are a row of their own, so that all is the
-    device's whole time.
+    it launched. Those without an operation are a row of their own, so that the rows add up to the
+    device's total time.
     """
 
     def outermost(event: Any, ours: bool) -> bool:
@@ -301,8 +296,7 @@ def operations_table(events: Any, cuda: bool) -> str:
     on_device = 0.0
     for event in events:
         if event.device_type != DeviceType.CPU:
-            # A range that is marked on the device's timeline too has its operation's name, and is
-            # no work.
+            # A user annotation repeats a marked range on the device's timeline; it is not work.
             on_device += 0.0 if event.is_user_annotation else event.time_range.elapsed_us()
             continue
         ours = event.name.startswith("flowturbo::")
@@ -310,11 +304,11 @@ def operations_table(events: Any, cuda: bool) -> str:
             rows.setdefault(event.name, []).append(
                 float(event.device_time_total if cuda else event.cpu_time_total)
             )
-    known = sum(sum(times) for times in rows.values())
-    total = max(known, on_device) if cuda else known
+    assigned = sum(sum(times) for times in rows.values())
+    total = max(assigned, on_device) if cuda else assigned
     where = "on the device" if cuda else "on the CPU"
     lines = [
-        f"Milliseconds {where}, of one run without a graph.",
+        f"Milliseconds {where}, of one run without a CUDA graph.",
         "",
         "| operation | calls | ms | share |",
         "|---|--:|--:|--:|",
@@ -327,8 +321,8 @@ def operations_table(events: Any, cuda: bool) -> str:
 
     for name, times in sorted(rows.items(), key=lambda item: -sum(item[1])):
         lines.append(row(name, len(times), sum(times)))
-    if total - known > 1e-3 * total:  # times are rounded to nanoseconds
-        lines.append(row("outside all operations", "", total - known))
+    if total - assigned > 1e-3 * total:  # times are rounded to nanoseconds
+        lines.append(row("outside all operations", "", total - assigned))
     lines.append(f"| all | {sum(map(len, rows.values()))} | {total / 1e3:.3f} | |")
     return "\n".join(lines)
 
@@ -349,8 +343,9 @@ def _model(settings: Bench) -> FlowModel:
 
 @torch.no_grad()
 def _quantized(model: FlowModel) -> float:
-    """Quantise the predictor in place -> the relative error of its velocity, at eight times, on
-    pure noise.
+    """Quantise the predictor in place; returns the relative error of its velocity.
+
+    The error is measured on pure noise, at eight times t.
     """
     sit = model.predictor.network if isinstance(model.predictor, ReversedTime) else model.predictor
     if not isinstance(sit, SiT):

@@ -1,6 +1,4 @@
-"""What images are measured by: Fréchet and RMS distances, inception score, precision, recall; and a
-small classifier of digits.
-"""
+"""Metrics of image quality: Fréchet and RMS distances, inception score, precision and recall."""
 
 from __future__ import annotations
 
@@ -15,21 +13,20 @@ from ..checks import positive
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """features (N, D) and (M, D) -> the Fréchet distance of the Gaussians with their means and
-    covariances, in float64.
+    """features (N, D), (M, D) -> the squared Fréchet distance of their Gaussians, in float64.
 
-    |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2 with A, B the unbiased covariances:
-    what FID takes of Inception's features. ValueError for fewer than two rows, widths that differ,
-    NaN or infinity.
+    |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2, with A, B the unbiased
+    covariances: FID is this value for Inception's features. ValueError for fewer than two rows,
+    different widths, NaN or infinity.
     """
     a, b = _pair("features_a", features_a, "features_b", features_b)
     return _frechet(*_mean_and_root(a), *_mean_and_root(b))
 
 
 def _frechet(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) -> float:
-    # With A = Ra' Ra and B = Rb' Rb the last trace is the sum of the singular values of Ra Rb'. No
-    # square root of a small eigenvalue is taken, which would turn its rounding error of 1e-16 into
-    # 1e-8, so singular covariances do no harm.
+    # With A = Ra' Ra and B = Rb' Rb the last trace is the sum of the singular values of Ra Rb'.
+    # This avoids square roots of small eigenvalues, which would turn a rounding error of 1e-16 into
+    # 1e-8, so that singular covariances need no special case.
     overlap = torch.linalg.svdvals(root_a @ root_b.T).sum()
     squared = (
         (mean_a - mean_b).square().sum()
@@ -71,18 +68,18 @@ def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 ROWS = 1000
-"""Rows at a time where many thousand images are compared or summed in float64."""
+"""Rows per chunk where sets of many thousand images are compared or summed in float64."""
 
 
 class Gaussian(NamedTuple):
-    """mean (D,) and unbiased covariance (D, D) of features, float64."""
+    """Mean (D,) and unbiased covariance (D, D) of features, float64."""
 
     mean: Tensor
     covariance: Tensor
 
     @classmethod
     def of(cls, features: Tensor) -> Gaussian:
-        """features (N, D), of any floating type; summed in float64."""
+        """features (N, D), any float dtype, summed in float64; ValueError as frechet_distance."""
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(
                 f"features must have shape (N, D) with N at least 2, got {tuple(features.shape)}"
@@ -97,13 +94,14 @@ class Gaussian(NamedTuple):
         return cls(mean, scatter / (len(features) - 1))
 
     def distance(self, other: Gaussian) -> float:
-        """The Fréchet distance, squared, as FID is."""
+        """The squared Fréchet distance, as in FID."""
         return _frechet(self.mean, _root(self.covariance), other.mean, _root(other.covariance))
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """R with R' R the covariance. Eigenvalues that rounding can't tell from zero are zero: the root
-    of their error is larger.
+    """R with R' R the covariance.
+
+    Eigenvalues within rounding of zero are set to zero, since the root would enlarge their error.
     """
     values, vectors = torch.linalg.eigh(covariance)
     values = torch.where(
@@ -113,16 +111,16 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 def inception_score(logits: Tensor, split: int = 5000) -> tuple[float, float]:
-    """logits (N, classes) -> mean and standard deviation over runs of `split` images of exp(mean
-    KL(p(y|x) || p(y))), in float64.
+    """logits (N, classes) -> the inception score: mean and standard deviation over splits.
 
-    As ADM's evaluator splits: in order, with a shorter last run where N is no multiple.
+    The score of a split is exp(mean KL(p(y|x) || p(y))), in float64. Splits are as in ADM's
+    evaluator: runs of `split` images in order, the last one shorter if N is not a multiple.
     """
     scores = []
     for rows in logits.split(positive("split", split)):
         log_p = rows.double().log_softmax(dim=1)
         log_q = log_p.logsumexp(dim=0) - math.log(len(rows))
-        # p log p is 0 where p is: log_softmax is finite there, so no NaN comes of it.
+        # Where p is 0, log_softmax is finite, so p log p is 0 and not NaN.
         scores.append(float((log_p.exp() * (log_p - log_q)).sum(dim=1).mean().exp()))
     return statistics.fmean(scores), statistics.pstdev(scores)
 
@@ -131,13 +129,13 @@ def inception_score(logits: Tensor, split: int = 5000) -> tuple[float, float]:
 def precision_recall(
     reference: Tensor, samples: Tensor, neighbours: int = 3, device: torch.device | str = "cpu"
 ) -> tuple[float, float]:
-    """features (N, D), (M, D) -> the share of samples within the reference's manifold, and of the
-    reference within the samples'.
+    """features (N, D), (M, D) -> improved precision and recall (Kynkäänniemi et al. 2019).
 
-    Improved precision and recall (Kynkäänniemi et al. 2019): a set's manifold is the union of balls
-    around its features, each reaching to its `neighbours`-th nearest other one. ValueError unless
-    both sets have more rows than that. Distances are taken in float64, ROWS rows at a time, on
-    `device`.
+    Precision is the share of samples within the reference's manifold, recall the share of the
+    reference within that of the samples. A set's manifold is the union of balls around its
+    features, each with the distance to its `neighbours`-th nearest other feature as radius.
+    Distances are computed in float64 on `device`, ROWS rows at a time. ValueError unless both sets
+    have more than `neighbours` rows.
     """
     a, b = (x.to(device) for x in _pair("reference", reference, "samples", samples))
     if min(len(a), len(b)) <= neighbours:
@@ -145,20 +143,18 @@ def precision_recall(
             f"precision and recall need more than {neighbours} images on each side, got {len(a)} "
             f"and {len(b)}"
         )
-    reach_a, reach_b = _reach(a, neighbours), _reach(b, neighbours)
+    radii_a, radii_b = _squared_radii(a, neighbours), _squared_radii(b, neighbours)
     samples_inside = torch.zeros(len(b), dtype=torch.bool, device=a.device)
     reference_inside = []
-    for rows, reach in zip(a.split(ROWS), reach_a.split(ROWS), strict=True):
+    for rows, radii in zip(a.split(ROWS), radii_a.split(ROWS), strict=True):
         distances = _squared_distances(rows, b)
-        samples_inside |= (distances <= reach[:, None]).any(dim=0)
-        reference_inside.append((distances <= reach_b).any(dim=1))
+        samples_inside |= (distances <= radii[:, None]).any(dim=0)
+        reference_inside.append((distances <= radii_b).any(dim=1))
     return float(samples_inside.double().mean()), float(torch.cat(reference_inside).double().mean())
 
 
-def _reach(x: Tensor, neighbours: int) -> Tensor:
-    """(N, D) -> (N,): the squared distance of each row to its neighbour of that rank; the row
-    itself is the one of rank 0.
-    """
+def _squared_radii(x: Tensor, neighbours: int) -> Tensor:
+    """(N, D) -> (N,), the squared distance of each row to its `neighbours`-th nearest other row."""
     return torch.cat(
         [
             _squared_distances(rows, x).kthvalue(neighbours + 1, dim=1).values
@@ -172,8 +168,9 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rms_distance(a: Tensor, b: Tensor) -> float:
-    """Root of the mean square of a - b over all values, in float64. ValueError for other shapes, or
-    none.
+    """The root mean square of a - b over all values, in float64.
+
+    ValueError for tensors of different shapes, and for empty ones.
     """
     if a.shape != b.shape or not a.numel():
         raise ValueError(

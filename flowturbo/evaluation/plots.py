@@ -1,5 +1,6 @@
-"""The pictures of `evaluate`: quality against cost, and the velocity along a trajectory. Needs
-matplotlib (extra "eval").
+"""Plots of quality against cost and of the velocity along trajectories.
+
+They need matplotlib, which the extra "eval" installs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .statistics import pareto_front
 
 Row = Mapping[str, Any]
 
-# Colours that colour-blind people tell apart (Okabe and Ito).
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 FAMILIES = {
     "Euler": ("#8c8c8c", "v"),
     "Heun": ("#0072b2", "s"),
@@ -33,9 +34,7 @@ FONT: Any = {
 
 
 def need_matplotlib() -> None:
-    """ValueError, with the cure, where matplotlib is missing; called before the work whose result
-    is to be drawn.
-    """
+    """ValueError where matplotlib is missing; called before the work whose result is plotted."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -43,12 +42,11 @@ def need_matplotlib() -> None:
 
 
 def plot_quality(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """The results of `evaluate` as a PNG: each distance against predictor-call equivalents and
-    against milliseconds.
+    """Plot the results of `evaluate` as a PNG: each distance against each cost.
 
-    The grey staircase is the best that plans without refiner steps reach. Labelled are the plans on
-    it and all with refiner steps, those below or left of it in bold. Plans far above the front are
-    left out, and named at the top.
+    The grey staircase is the Pareto front of the plans without refiner steps. Its plans are
+    labelled, and so are all plans with refiner steps, in bold where they beat the staircase. Plans
+    far above the front are not drawn but listed at the top.
     """
     need_matplotlib()
     from matplotlib import rc_context
@@ -82,7 +80,7 @@ def plot_quality(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
                     axes.set_ylabel(distance_title)
         handles, names = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
-        figure.draw_without_rendering()  # labels are placed in pixels, so the layout must stand
+        figure.draw_without_rendering()  # labels are placed in pixels: fix the layout first
         for line, (distance, _) in zip(panels, distances, strict=True):
             for axes, (cost, _) in zip(line, costs, strict=True):
                 _label(axes, rows, cost, distance)
@@ -90,7 +88,7 @@ def plot_quality(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
 
 
 def _scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
-    rows, above = _split(rows, distance)
+    rows, above = _split_far(rows, distance)
     axes.set_xscale("log")
     axes.set_yscale("log")
     staircase = sorted((row[cost], row[distance]) for row in _best_without(rows, cost, distance))
@@ -107,12 +105,12 @@ def _scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
             label="best without refiner",
         )
     for name, (colour, marker) in FAMILIES.items():
-        chosen = [row for row in rows if row["family"] == name]
-        if chosen:
-            size = 52 if chosen[0]["refiner_calls"] else 26
-            at = ([row[cost] for row in chosen], [row[distance] for row in chosen])
+        members = [row for row in rows if row["family"] == name]
+        if members:
+            size = 52 if members[0]["refiner_calls"] else 26
             axes.scatter(
-                *at,
+                [row[cost] for row in members],
+                [row[distance] for row in members],
                 s=size,
                 color=colour,
                 marker=marker,
@@ -130,7 +128,7 @@ def _scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
         axes.text(
             0.99,
             0.99,
-            f"above the picture: {names}",
+            f"above the plot: {names}",
             transform=axes.transAxes,
             ha="right",
             va="top",
@@ -138,15 +136,15 @@ def _scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
         )
 
 
-def _split(rows: Sequence[Row], distance: str) -> tuple[list[Row], list[Row]]:
-    """Rows to draw, and those far above the front. A distance of 0, the fine solution's own, has no
-    place on a log axis.
+def _split_far(rows: Sequence[Row], distance: str) -> tuple[list[Row], list[Row]]:
+    """The rows to draw, and those far above the front.
+
+    A distance of 0, the fine solution's own, has no place on a log axis.
     """
     front = pareto_front([(row["cost"], row[distance]) for row in rows])
-    most = 1.4 * max(row[distance] for row, on_front in zip(rows, front, strict=True) if on_front)
-    return [row for row in rows if 0 < row[distance] <= most], [
-        row for row in rows if row[distance] > most
-    ]
+    limit = 1.4 * max(row[distance] for row, on_front in zip(rows, front, strict=True) if on_front)
+    drawn = [row for row in rows if 0 < row[distance] <= limit]
+    return drawn, [row for row in rows if row[distance] > limit]
 
 
 def _best_without(rows: Sequence[Row], cost: str, distance: str) -> list[Row]:
@@ -157,7 +155,7 @@ def _best_without(rows: Sequence[Row], cost: str, distance: str) -> list[Row]:
 
 
 def plain_ticks(axis: Any, digits: tuple[float, ...] = (1, 2, 5)) -> None:
-    """These digits of each power of ten, in plain figures, on a log axis."""
+    """Label these digits of each power of ten on a log axis, as plain decimal numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=digits, numticks=20))
@@ -169,10 +167,10 @@ _OFFSETS = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 1)
 
 
 def _label(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
-    """Plan names beside their points, each at the place around its point that hides least."""
-    rows, _ = _split(rows, distance)
+    """Write plan names next to their points, each where it overlaps least."""
+    rows, _ = _split_far(rows, distance)
     to_pixels = axes.transData.transform
-    boxes = []  # of what is there already: (left, bottom, right, top) in pixels
+    boxes = []  # occupied areas: (left, bottom, right, top) in pixels
     for row in rows:
         x, y = to_pixels((row[cost], row[distance]))
         boxes.append((x - 5, y - 5, x + 5, y + 5))
@@ -194,7 +192,7 @@ def _label(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
         places = []
         for reach in (7, 16, 26):
             for i, j in _OFFSETS:
-                # the label's middle: its near edge is `reach` points from the point
+                # The label's centre, so that its near edge is `reach` points from the marker.
                 mx, my = x + i * (reach * pixels + width / 2), y + j * (reach * pixels + height / 2)
                 box = (mx - width / 2, my - height / 2, mx + width / 2, my + height / 2)
                 outside = (
@@ -219,13 +217,15 @@ def _label(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """The area that two boxes share."""
+    """The area of the intersection of two boxes."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def plot_velocity(results: Mapping[str, Any], path: str | os.PathLike[str] | IO[bytes]) -> None:
-    """The results of `velocity_curve` as a PNG, a file or written to one: how fast the velocity
-    changes, and its angle to itself at other times."""
+    """Plot the results of `velocity_curve` as a PNG: rate of change, and cosine between times.
+
+    path: of the file, or a binary file object.
+    """
     need_matplotlib()
     from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure
@@ -267,6 +267,7 @@ def plot_velocity(results: Mapping[str, Any], path: str | os.PathLike[str] | IO[
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str] | IO[bytes]) -> None:
+    """Write a figure as a PNG, atomically if `path` is a path. No display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     with atomic_write(path) if isinstance(path, str | os.PathLike) else nullcontext(path) as file:

@@ -1,6 +1,4 @@
-"""Quality against cost, measured: a table and a plot of plans; and how the velocity changes along a
-trajectory.
-"""
+"""`flowturbo evaluate`: the quality of plans against their cost, measured on the digits."""
 
 from __future__ import annotations
 
@@ -70,10 +68,11 @@ PLANS = (
     *("H1P2S1", "H1P5S3"),
     *("E1R1", "A2R1", "A3R1", "A4R1", "B5R1"),
 )
-"""Plans with refiner steps, the paper's and others, and rivals of each family at their costs,
-rounded down and up to whole calls.
+"""Plans with refiner steps, the paper's and others, and rivals from each family at the same costs,
+rounded down and up to whole predictor calls.
 
-No plan starts with P: P4 and H1P3 run the same calls."""
+No plan starts with P: P4 and H1P3 make the same calls.
+"""
 
 
 FORMAT = 1
@@ -81,43 +80,39 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure plans of a model of the digits: quality against cost, as a table (Markdown, JSON) and
-    a plot.
+    """Measure quality against cost for plans of a model of digits.
 
-    About 20 minutes with the defaults on two idle cores. Whatever else runs on the machine
-    falsifies the milliseconds.
+    Writes a table (Markdown and JSON) and a plot. The defaults take about 20 minutes on two idle
+    cores. Other work on the machine makes the milliseconds meaningless.
 
-    `flowturbo fid` scores images of any kind, as published figures are.
+    To compute FID for a model of any kind of images, use `flowturbo fid`.
     """
 
     out: Path = Path("evaluation")
-    """Folder for quality.md, quality.json, quality.png, and fine.safetensors, the fine solution. A
-    folder that holds plans measured with the same settings goes on from them; plans may be
-    added."""
+    """Folder for quality.md, quality.json, quality.png and fine.safetensors, the fine solution.
+    If it already holds results with the same settings, the run resumes; plans may be added."""
     model: str = "digits"
-    """A bundled name or a predictor's file; of latents (1, 8, 8) and 10 classes."""
+    """A bundled name or a predictor's file. Its latents must be (1, 8, 8) and its classes ten."""
     refiner: str | None = None
-    """The refiner's file; a bundled model brings its own."""
+    """The refiner's file. A bundled model brings its own."""
     plans: tuple[str, ...] = PLANS
-    """Plans to measure, each on the same noise."""
+    """Plans to measure, each from the same noise."""
     guidance: float = 1.5
-    """Scale of classifier-free guidance, 1 for none."""
+    """Scale of classifier-free guidance; 1 means none."""
     images: int = 2000
-    """Images a plan. Image i is of class i % 10, and its noise a function of (seed, i)."""
+    """Images per plan. Image i has class i % 10, and its noise is a function of (seed, i)."""
     reference_images: int = 500
-    """How many of them, the first, are compared with the fine solution."""
+    """How many of these images, from the first on, are compared with the fine solution."""
     reference_plan: str = "H200"
-    """The plan of the fine solution."""
+    """Plan that computes the fine solution."""
     batch_size: int = 250
-    """Images at a time. The first batch of a plan is not timed, so images must be at least two
-    batches.
-    """
+    """Images per batch. The first batch of a plan is not timed, so there must be at least two."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     classifier_steps: int = 1000
-    """Training steps of the classifier whose features give the Fréchet distance."""
+    """Training steps of the classifier in whose features the Fréchet distance is measured."""
     device: str | None = None
-    """Where to run: by default cuda, in bfloat16, where there is a GPU, else cpu, in float32."""
+    """"cuda" (in bfloat16) or "cpu" (in float32). Default: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         finite("guidance", self.guidance)
@@ -149,13 +144,17 @@ class Evaluate:
             )
 
 
-# May differ between an evaluation and its continuation. The model is known by its files' digests,
-# the device by its name.
+# Settings that a resumed run may change. The device is known by its name, in the environment, and
+# the model by its files' digests.
 _FREE = {"out", "plans", "device"}
 
 
 def evaluate(settings: Evaluate) -> Path:
-    """Measure every plan; returns the path of the table, quality.md."""
+    """Measure every plan; returns the path of the table, quality.md.
+
+    ValueError for a model that is not of digits, a plan that it cannot run, and a folder with
+    results of other settings.
+    """
     need_matplotlib()
     model = load(settings.model, settings.refiner, device=settings.device)
     plans = [Plan.parse(plan) for plan in settings.plans]
@@ -171,9 +170,8 @@ def evaluate(settings: Evaluate) -> Path:
 def _check_model(model: FlowModel, plans: Sequence[Plan]) -> None:
     if model.latent_shape != (1, 8, 8) or model.num_classes != 10:
         raise ValueError(
-            "model must have latents (1, 8, 8) of 10 classes, as the digits are, since quality "
-            "is judged by a classifier of "
-            f"digits; got latents {model.latent_shape} of {model.num_classes} classes"
+            "model must have latents (1, 8, 8) of 10 classes, since a classifier of digits judges "
+            f"the quality; got latents {model.latent_shape} of {model.num_classes} classes"
         )
     refined = [str(plan) for plan in plans if plan.cost.refiner]
     if refined and model.refiner is None:
@@ -201,9 +199,9 @@ def _identity(settings: Evaluate, model: FlowModel) -> dict[str, Any]:
 def _measure(
     results: dict[str, Any], path: Path, settings: Evaluate, model: FlowModel, plans: Sequence[Plan]
 ) -> None:
-    """Add the rows that are missing, each written to `path` as it comes."""
-    done = {row["plan"] for row in results["rows"]}
-    pending = [plan for plan in plans if str(plan) not in done]
+    """Add the missing rows to the results, and write these to `path` after each row."""
+    measured = {row["plan"] for row in results["rows"]}
+    pending = [plan for plan in plans if str(plan) not in measured]
     if not pending:
         return
     train, test = digits("train"), digits("test")
@@ -257,7 +255,7 @@ def _measure(
 
 
 def _json(results: Mapping[str, Any]) -> str:
-    """As JSON, a line a row."""
+    """JSON with one line per row, so that a diff shows which plans changed."""
     rows = ",\n".join(f"  {json.dumps(row)}" for row in results["rows"])
     head = json.dumps({k: v for k, v in results.items() if k != "rows"}, indent=1)
     return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
@@ -272,13 +270,14 @@ def _timed_run(
     bar: Any,
     cost: float,
 ) -> tuple[Tensor, float]:
-    """Latents on the CPU, and milliseconds an image: the median over all batches but the first,
-    which warms up.
+    """Latents on the CPU, and milliseconds per image.
+
+    The time is the median over all batches but the first, which warms up.
     """
-    done, times = [], []
+    batches, times = [], []
     for first in range(0, len(noise), settings.batch_size):
         part = slice(first, first + settings.batch_size)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         latents = sample(
             model,
             plan,
@@ -287,10 +286,10 @@ def _timed_run(
             guidance=settings.guidance,
             batch_size=settings.batch_size,
         ).cpu()  # waits for the device
-        times.append(time.perf_counter() - begun)
-        done.append(latents)
+        times.append(time.perf_counter() - start)
+        batches.append(latents)
         bar.update(cost * len(latents))
-    return torch.cat(done), 1000 * statistics.median(times[1:]) / settings.batch_size
+    return torch.cat(batches), 1000 * statistics.median(times[1:]) / settings.batch_size
 
 
 def _fine_solution(
@@ -302,9 +301,7 @@ def _fine_solution(
     labels: Tensor,
     bar: Any,
 ) -> Tensor:
-    """The reference plan's latents, from the file of an earlier part of this evaluation if there is
-    one.
-    """
+    """The reference plan's latents, (N, C, H, W) on the CPU; read from a file if it was stored."""
     path = settings.out / "fine.safetensors"
     identity = {k: results[k] for k in ("settings", "model", "environment")}
     if stored := resumed_tensors(path, identity):

@@ -1,4 +1,4 @@
-"""Comparing plans: families, Pareto fronts, jackknife errors."""
+"""Statistics for comparing plans: Pareto fronts, jackknife errors, families, verdicts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ..solver.plan import Plan
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """(cost, distance) of each plan -> whether it is on the front: no other is at most as high in
-    both, and lower in one.
+    """(cost, distance) of each plan -> whether it is on the Pareto front.
+
+    A plan is on the front unless another is at most equal in both and lower in one.
     """
     return [
         not any(c <= cost and d <= distance and (c, d) != (cost, distance) for c, d in points)
@@ -24,19 +25,20 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 BLOCKS = 10
-"""Groups of images that are left out in turn, to know how far a distance hangs on which images were
-made.
-"""
+"""Jackknife blocks, for the standard error of each distance."""
 
 
 def without_blocks(count: int) -> list[Tensor]:
-    """The numbers 0 .. count - 1, with each of BLOCKS runs of neighbours left out in turn."""
+    """BLOCKS index tensors: 0 .. count - 1 without the first block, without the second, ...
+
+    Blocks are runs of consecutive indices.
+    """
     blocks = torch.arange(count).tensor_split(BLOCKS)
     return [torch.cat([*blocks[:i], *blocks[i + 1 :]]) for i in range(BLOCKS)]
 
 
 def family(plan: Plan) -> str:
-    """What a plan is called in tables, by its most particular steps."""
+    """The name of a plan's family in tables and plots, by its most specific kind of step."""
     if plan.cost.refiner:
         return "FlowTurbo" if set(plan.letters) <= set("HPRS") else "Adams-Bashforth + refiner"
     for letters, name in (("P", "pseudo corrector"), ("ABCL", "Adams-Bashforth"), ("H", "Heun")):
@@ -46,24 +48,30 @@ def family(plan: Plan) -> str:
 
 
 Row = Mapping[str, Any]
+"""A plan's measurements, as a report's JSON holds them."""
 
 
 def judge(
-    row: Row, rivals: Sequence[Row], quality: str, cost: str, most: float
+    row: Row, rivals: Sequence[Row], quality: str, cost: str, limit: float
 ) -> tuple[str, Row | None]:
-    """One of OUTCOMES, and the best of the rivals whose cost is at most `most`."""
-    affordable = [rival for rival in rivals if rival[cost] <= most]
+    """Compare a plan with the best of the rivals that cost at most `limit`.
+
+    quality: the key of a distance, with its jackknife values under "<quality>_blocks"; cost: the
+    key of a cost. Returns "better", "worse" or "level", and that rival; "no rival" and None where
+    none is cheap enough. Better and worse are by more than two standard errors of the difference.
+    """
+    affordable = [rival for rival in rivals if rival[cost] <= limit]
     if not affordable:
         return "no rival", None
     best = min(affordable, key=lambda rival: rival[quality])
     gain = best[quality] - row[quality]
-    doubt = 2 * jackknife_error(
+    threshold = 2 * jackknife_error(
         [b - a for a, b in zip(row[f"{quality}_blocks"], best[f"{quality}_blocks"], strict=True)]
     )
-    return ("better" if gain > doubt else "worse" if gain < -doubt else "level"), best
+    return ("better" if gain > threshold else "worse" if gain < -threshold else "level"), best
 
 
 def jackknife_error(values: Sequence[float]) -> float:
-    """The standard error of a figure, from its values with each of n groups left out."""
+    """The jackknife standard error of a statistic, from its values with each block left out."""
     n = len(values)
     return math.sqrt((n - 1) / n * sum((value - statistics.fmean(values)) ** 2 for value in values))

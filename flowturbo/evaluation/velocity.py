@@ -1,4 +1,4 @@
-"""`flowturbo inspect-velocity`: how the velocity changes along trajectories."""
+"""`flowturbo inspect-velocity`: how a model's velocity changes along its trajectories."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ from ..solver.plan import Plan
 from ..storage.files import write_text
 from ..storage.provenance import environment
 from .plots import need_matplotlib, plot_velocity
-from .quality import _FREE
 
 REFERENCE_TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+# The device is known by its name, in the environment.
+_NOT_REPORTED = {"out", "device"}
 
 
 @dataclass(frozen=True)
 class InspectVelocity:
-    """Show how a predictor's velocity changes along its trajectories, which is what caching and
-    refining it rely on.
+    """Plot how a predictor's velocity changes along its trajectories.
+
+    Pseudo-corrector and refiner steps reuse a cached velocity, so they pay where it changes slowly.
     """
 
     out: Path = Path("velocity")
@@ -39,19 +42,18 @@ class InspectVelocity:
     model: str = "digits"
     """A bundled name or a predictor's file."""
     guidance: float = 1.5
-    """Scale of classifier-free guidance, 1 for none."""
+    """Scale of classifier-free guidance; 1 means none."""
     steps: int = 100
-    """Heun steps of a trajectory."""
+    """Heun steps per trajectory."""
     images: int = 100
-    """How many trajectories. Image i is of class i % (number of classes), and its noise a function
-    of (seed, i).
-    """
+    """Number of trajectories. Image i has class i % (number of classes), and its noise is
+    a function of (seed, i)."""
     batch_size: int = 100
-    """Images at a time."""
+    """Images per batch."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     device: str | None = None
-    """Where to run: by default cuda, in bfloat16, where there is a GPU, else cpu, in float32."""
+    """"cuda" (in bfloat16) or "cpu" (in float32). Default: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         finite("guidance", self.guidance)
@@ -64,16 +66,16 @@ class InspectVelocity:
 def inspect_velocity(settings: InspectVelocity) -> Path:
     """Measure the velocity along fine trajectories; returns the path of the plot, velocity.png.
 
-    velocity.json holds what `velocity_curve` finds.
+    velocity.json holds the settings, the environment and the values of `velocity_curve`.
     """
     need_matplotlib()
     model = load(settings.model, device=settings.device)
-    asked = dataclasses.asdict(settings)
-    measured = {name: asked[name] for name in ("guidance", "steps", "images", "batch_size", "seed")}
+    flags = dataclasses.asdict(settings)
+    options = {name: flags[name] for name in ("guidance", "steps", "images", "batch_size", "seed")}
     results = {
-        "settings": {k: v for k, v in asked.items() if k not in _FREE},
+        "settings": {k: v for k, v in flags.items() if k not in _NOT_REPORTED},
         "environment": environment(model.device, model.dtype),
-        **velocity_curve(model, **measured, progress=sys.stderr.isatty()),
+        **velocity_curve(model, **options, progress=sys.stderr.isatty()),
     }
     write_text(settings.out / "velocity.json", json.dumps(results, indent=1) + "\n")
     plot_velocity(results, settings.out / "velocity.png")
@@ -90,13 +92,17 @@ def velocity_curve(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """How the velocity changes along trajectories of `steps` Heun steps, as `plot_velocity` draws
-    it.
+    """How the velocity changes along trajectories of `steps` Heun steps.
 
-    times (steps + 1); for each step change, |v(t + dt) - v(t)| / |v(t)|, and rate, that divided by
-    dt, each as mean and 10th and 90th percentile over the images; and cosine: for each of some
-    reference times s the mean cosine of the angle between v(t) and v(s). Image i is of class i %
-    (number of classes), and its noise a function of (seed, i). ValueError where a velocity is zero.
+    Returns lists, as `plot_velocity` takes them:
+
+    - times (steps + 1,);
+    - change, |v(t + dt) - v(t)| / |v(t)| of each step, and rate, which is change / dt: each with
+      mean and 10th and 90th percentile over the images, (steps,);
+    - cosine: for each reference time s the mean cosine between v(t) and v(s), (steps + 1,).
+
+    Image i has class i % (number of classes), and its noise is a function of (seed, i). ValueError
+    where a velocity is zero.
     """
     plan = Plan.parse(f"H{steps}")
     references = [round(s * steps) for s in REFERENCE_TIMES]
@@ -125,7 +131,7 @@ def velocity_curve(
 
 
 def _spread(values: Tensor) -> dict[str, list[float]]:
-    """(steps, images) -> mean and percentiles over the images."""
+    """(steps, images) -> mean, 10th and 90th percentile over the images."""
     return {
         "mean": values.mean(dim=1).tolist(),
         "p10": values.quantile(0.1, dim=1).tolist(),
@@ -137,8 +143,9 @@ def _spread(values: Tensor) -> dict[str, list[float]]:
 def trajectory_velocities(
     model: FlowModel, plan: Plan, labels: Tensor, noise: Tensor, guidance: float
 ) -> Tensor:
-    """labels (N,), noise (N, C, H, W), a plan of Heun steps -> (len(plan) + 1, N, C, H, W): the
-    velocity at each grid time.
+    """The velocity at each grid time of trajectories of Heun steps.
+
+    labels (N,), noise (N, C, H, W), a plan of H steps alone -> (len(plan) + 1, N, C, H, W).
     """
     field = GuidedField(
         model,
@@ -154,6 +161,6 @@ def trajectory_velocities(
         return calls[-1]
 
     end = sample(velocity, plan, noise=noise.to(model.device))
-    # A Heun step's first call is at the trajectory's own state; its second, at the state that the
-    # first one predicts, is not.
+    # A Heun step's first call is at a state of the trajectory; its second is at the Euler
+    # prediction, which is not.
     return torch.stack([*calls[::2], velocity(end, torch.ones(()))])
