@@ -16,7 +16,8 @@ from ..evaluation.latency import Bench, bench
 from ..evaluation.quality import Evaluate, evaluate
 from ..evaluation.velocity import InspectVelocity, inspect_velocity
 from ..training.train import Distill, Train, distill, train
-from ..tuning.tune import Tune, tune
+from ..tuning.settings import Tune
+from ..tuning.tune import tune
 from . import info
 from .convert import Convert, _convert
 from .demo import Demo, run_demo

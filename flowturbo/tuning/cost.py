@@ -1,4 +1,4 @@
-"""What plans cost: in predictor calls, or in milliseconds as measured on this device."""
+"""The cost of plans, in predictor calls (NFE) or in milliseconds as measured on this device."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from ..sampling.sampler import sample
 from ..solver.plan import Plan
 
 TURNS = 9
-"""How often each plan is timed."""
+"""Timed runs per plan."""
 
 
 class CostModel(NamedTuple):
-    """What calls cost, in calls or milliseconds, and what they may cost together.
+    """The cost of plans, and a budget, both in predictor calls or in milliseconds per image.
 
-    fixed: of any plan; steps: of each kind of step, with guidance; share: of a step's price that a
-        call without guidance costs.
+    steps: the cost of a guided step of each kind.
+    fixed: the cost that any plan has besides its steps.
+    share: the cost of an unguided call as a share of a guided one.
     """
 
     steps: Mapping[str, float]
@@ -27,20 +28,24 @@ class CostModel(NamedTuple):
     share: float = 0.5
 
     def of(self, plan: Plan) -> float:
+        """The cost of a plan, with the discount for calls outside its guidance interval."""
         cost = plan.cost
         calls, guided = cost.predictor + cost.refiner, cost.guided_predictor + cost.guided_refiner
-        free = 1 - (1 - self.share) * (calls - guided) / calls
-        # A first P makes a call more than its price says.
-        more = self.steps["E"] if plan.letters[0] == "P" else 0.0
-        return self.fixed + free * (sum(self.steps[letter] for letter in plan.letters) + more)
+        discount = 1 - (1 - self.share) * (calls - guided) / calls
+        # A P step that comes first has no cached velocity and makes a second call.
+        extra = self.steps["E"] if plan.letters[0] == "P" else 0.0
+        steps = sum(self.steps[letter] for letter in plan.letters) + extra
+        return self.fixed + discount * steps
 
     def allows(self, plan: Plan) -> bool:
+        """Whether a plan is within the budget, up to rounding."""
         return self.of(plan) <= self.budget + 1e-9
 
 
 def call_costs(model: FlowModel) -> dict[str, float]:
-    """Of each kind of step in predictor calls: a refiner call counts by its share of
-    multiply-accumulates.
+    """The cost of each kind of step in predictor calls (NFE).
+
+    A refiner call counts as its share of a predictor call's multiply-accumulates.
     """
     share = model.macs[1] / model.macs[0] if model.macs else 0.0
     return {**dict.fromkeys("EABCLP", 1.0), "H": 2.0, "R": 2 * share, "S": share, "M": share}
@@ -54,12 +59,11 @@ def milliseconds(
     turns: int = TURNS,
     advance: Callable[[int], object] = lambda calls: None,
 ) -> list[float]:
-    """An image of each plan, as `sample` makes a batch: the fastest of runs in which the plans take
-    turns.
+    """Milliseconds per image of each plan, as `sample` computes a batch.
 
-    Shared machines are slower for many seconds at a time, by a third or so, which the median of a
-    plan's runs may or may not show.
-    advance: told how many predictor calls were made.
+    The plans take turns, and the fastest run of each counts: shared machines slow down by about a
+    third for many seconds at a time, which a median may or may not contain.
+    advance: gets the number of predictor calls, in images, after each run.
     """
     labels = [i % model.num_classes for i in range(batch_size)]
     times: list[list[float]] = [[] for _ in plans]
@@ -74,25 +78,27 @@ def milliseconds(
 
     limit = model.captures.limit
     try:
-        if limit:
-            model.captures.limit = max(
-                limit, len(plans)
-            )  # or each run would be captured anew, and that be timed
+        if limit:  # with fewer captures than plans, each timed run would contain a new capture
+            model.captures.limit = max(limit, len(plans))
         for plan in plans:
             run(plan)
-            run(plan)  # the second of a kind is captured where that is possible
+            run(plan)  # the second run of a kind is captured, where that is possible
         for _ in range(turns):
-            for plan, found in zip(plans, times, strict=True):
-                found.append(run(plan))
+            for plan, plan_times in zip(plans, times, strict=True):
+                plan_times.append(run(plan))
     finally:
         model.captures.limit = limit
-    return [min(found) for found in times]
+    return [min(plan_times) for plan_times in times]
 
 
 def step_costs(
     model: FlowModel, guidance: float, batch_size: int, refiner: bool
 ) -> dict[str, float]:
-    """Milliseconds an image of each kind of step, and "fixed", of a plan without its steps."""
+    """Milliseconds per image of each kind of step; "fixed" is the cost of a plan besides its steps.
+
+    refiner: whether to time steps that need it. The cost of a step is the slope between plans with
+    one and with three of it.
+    """
     few, more = 1, 3
     refined = "RSM" if refiner else ""
     plans = {
@@ -100,15 +106,15 @@ def step_costs(
         **{letter: "H" if letter == "H" else "H1" + letter for letter in "HPABCL" + refined},
     }
     runs = [(letter, count) for letter in plans for count in (few, more)]
-    timed = milliseconds(
+    times = milliseconds(
         model,
         [Plan.parse(f"{plans[letter]}{count}") for letter, count in runs],
         guidance,
         batch_size,
     )
-    took = dict(zip(runs, timed, strict=True))
+    by_run = dict(zip(runs, times, strict=True))
     costs = {
-        letter: max(0.0, (took[letter, more] - took[letter, few]) / (more - few))
+        letter: max(0.0, (by_run[letter, more] - by_run[letter, few]) / (more - few))
         for letter in plans
     }
-    return {**costs, "fixed": max(0.0, took["E", few] - costs["E"])}
+    return {**costs, "fixed": max(0.0, by_run["E", few] - costs["E"])}

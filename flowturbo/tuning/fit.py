@@ -1,10 +1,8 @@
-"""Fitting a plan: the times of its steps, and the weights of its L and M steps, to the fine
-solution from the same noise.
+"""Fitting a plan's times, and the weights of its L and M steps, to the fine solution.
 
-Every published solver that makes one call a step is of this form: it calls the model at a point
-that is the noise plus weighted velocities of earlier calls. So are Heun's method, as two such
-steps, and Adams-Bashforth, UniPC and DPM-Solver++, whose weights come from a Taylor series. Here
-they come from what the model does.
+Every published solver with one call per step calls the model at the noise plus weighted velocities
+of earlier calls. This holds for Adams-Bashforth, UniPC and DPM-Solver++, and for Heun's method as
+two such steps. Their weights come from a Taylor series; here they are fitted to the model.
 """
 
 from __future__ import annotations
@@ -22,8 +20,10 @@ from ..solver.steps import FITTED, MAX_PAST, Field, State, adams_bashforth_weigh
 
 
 class Batch(NamedTuple):
-    """Images to fit to. field: plan -> what its steps ask, for these images; noise (N, ...); fine:
-    where the fine solution ends.
+    """Images to fit to.
+
+    field: plan -> the velocity field that its steps call, for these images.
+    noise (N, ...), and fine (N, ...), the fine solution from that noise.
     """
 
     field: Callable[[Plan], Field]
@@ -32,21 +32,20 @@ class Batch(NamedTuple):
 
 
 Advance = Callable[[float], object]
-"""Told how many predictor calls of how many images have been made, as a product, since it was last
-told.
-"""
+"""Progress: gets the number of predictor calls times images since the last report."""
 
 
 def weighted(plan: Plan, order: int) -> Plan:
-    """A plan of L and M steps with weights for all velocities there are: those of Adams-Bashforth
-    of that order, and zeros.
+    """A plan of L and M steps with weights for every velocity: Adams-Bashforth's, and zeros.
+
+    order: of Adams-Bashforth. ValueError for other steps, and for a plan longer than MAX_PAST + 1.
     """
     if set(plan.letters) - set(FITTED):
         raise ValueError(f"plan must be of {' and '.join(FITTED)} steps alone, got {plan}")
     if len(plan) > MAX_PAST + 1:
         raise ValueError(
-            f"plan must have at most {MAX_PAST + 1} steps to use every velocity in each, got "
-            f"{len(plan)}"
+            f"plan must have at most {MAX_PAST + 1} steps, so that each can use every earlier "
+            f"velocity, got {len(plan)}"
         )
     rows = []
     for i, (t0, t1) in enumerate(itertools.pairwise(plan.grid)):
@@ -58,11 +57,10 @@ def weighted(plan: Plan, order: int) -> Plan:
 
 
 def inserted(plan: Plan, at: int, letter: str) -> Plan:
-    """The weighted plan with one more call before step `at` (from 1 on; len(plan): after the last),
-    in the middle of the two times.
+    """The weighted plan with one more call before step `at`, halfway between the two times.
 
-    All its weights, and those of its velocity, are zero: what the plan computes stays the same,
-    until it is fitted.
+    at: from 1 to len(plan), where the last means after the last step. All weights of the new step
+    and of its velocity are zero, so until it is fitted the plan computes the same result.
     """
     time = (
         (plan.grid[at - 1] + plan.grid[at]) / 2 if at < len(plan) else (plan.grid[at - 1] + 1) / 2
@@ -71,7 +69,7 @@ def inserted(plan: Plan, at: int, letter: str) -> Plan:
     for i, row in enumerate(plan.weights):
         if i == at:
             rows.append((0.0,) * (at + 1))
-        # Newest first: of step i's velocities, i + 1 - at are of step `at` and later.
+        # Newest first: of step i's velocities, the first i + 1 - at are of step `at` or later.
         rows.append(row if i < at else (*row[: i + 1 - at], 0.0, *row[i + 1 - at :]))
     if at == len(plan):
         rows.append((0.0,) * (at + 1))
@@ -86,8 +84,9 @@ def inserted(plan: Plan, at: int, letter: str) -> Plan:
 
 @torch.no_grad()
 def rms_error(plan: Plan, batches: Sequence[Batch], advance: Advance = lambda calls: None) -> float:
-    """Root of the mean square of (result - fine) over all values of all batches; infinite where a
-    result is NaN or infinite.
+    """The root mean square of (result - fine solution) over all values of all batches.
+
+    Infinity where a result is NaN or infinite.
     """
     total = values = 0.0
     for batch in batches:
@@ -109,31 +108,33 @@ def fit_weights(
 ) -> Plan:
     """A plan of the same letters and cost whose error on these batches is at most that of `plan`.
 
-    Free are the inner times, which keep their order, and the weights that `plan` gives. Damped
-    Gauss-Newton (Levenberg-Marquardt), with derivatives by differences: no gradient of the model is
-    needed, and any field will do. iterations: at most so many; it ends before where one lowers the
-    error by a smaller share than `least_gain`.
+    It fits the inner times, whose order is kept, and the weights that `plan` has, by damped
+    Gauss-Newton (Levenberg-Marquardt). Derivatives are finite differences, so any velocity field
+    will do and no gradient of the model is needed.
+
+    iterations: at most so many. least_gain: the fit ends when an iteration lowers the error by less
+    than this share.
     """
-    best, damping = rms_error(plan, batches, advance), 1e-4
+    error, damping = rms_error(plan, batches, advance), 1e-4
     for _ in range(iterations):
         curvature, slope = _normal_equations(plan, batches, advance)
         scale = curvature.diagonal().clamp(min=1e-8 * float(curvature.diagonal().max()))
-        before = best
+        before = error
         for _ in range(8):
-            moved = _moved(plan, torch.linalg.solve(curvature + damping * scale.diag(), slope))
-            found = math.inf if moved is None else rms_error(moved, batches, advance)
-            if moved is not None and found < best:
-                plan, best, damping = moved, found, max(damping / 10, 1e-9)
+            candidate = _moved(plan, torch.linalg.solve(curvature + damping * scale.diag(), slope))
+            lowered = math.inf if candidate is None else rms_error(candidate, batches, advance)
+            if candidate is not None and lowered < error:
+                plan, error, damping = candidate, lowered, max(damping / 10, 1e-9)
                 break
             damping = max(10 * damping, 1e-4)
-        if before - best <= least_gain * before:
+        if before - error <= least_gain * before:
             break
     return plan
 
 
 _TIME, _WEIGHT = 2e-3, 2e-3
-"""Differences of a time, and of a weight. In float32 rounding then makes an error of a thousandth,
-like the second derivative.
+"""Finite differences of a time and of a weight. In float32 a derivative's rounding error is then
+about 1e-3, like its truncation error.
 """
 
 
@@ -148,8 +149,9 @@ def _states(plan: Plan, batch: Batch, first: int = 0, start: State | None = None
 def _normal_equations(
     plan: Plan, batches: Sequence[Batch], advance: Advance
 ) -> tuple[Tensor, Tensor]:
-    """J'J and J'r in float64, with J the derivative of the results by the parameters and r = fine -
-    result.
+    """J'J and J'r in float64: J is the Jacobian of the result, r = fine solution - result.
+
+    The parameters are those of `_derivatives`, in its order.
     """
     count = len(plan) - 1 + sum(map(len, plan.weights))
     curvature, slope = (
@@ -165,23 +167,22 @@ def _normal_equations(
 
 
 def _derivatives(plan: Plan, batch: Batch, states: list[State], advance: Advance) -> list[Tensor]:
-    """Of the result, by each inner time and then by each weight, step after step."""
-    end, found = states[-1].x, []
+    """The derivatives of the result by each inner time, then by each weight, in order of steps."""
+    end, derivatives = states[-1].x, []
 
-    def by(change: float, changed: Plan, first: int, start: State) -> Tensor:
+    def difference(change: float, changed: Plan, first: int, start: State) -> Tensor:
         advance(
             len(end) * sum(not c.refiner for c in changed.calls) * (len(plan) - first) / len(plan)
         )
         return (_states(changed, batch, first, start)[-1].x - end) / change
 
     for i in range(1, len(plan)):
-        ahead = plan.grid[i + 1] - plan.grid[i]
-        change = min(_TIME, ahead / 2)
+        change = min(_TIME, (plan.grid[i + 1] - plan.grid[i]) / 2)
         grid = (*plan.grid[:i], plan.grid[i] + change, *plan.grid[i + 1 :])
         changed = Plan(plan.letters, grid, plan.guidance_interval, weights=plan.weights)
-        # Steps without weights also end at that time.
+        # A step without weights also depends on the time at which it ends.
         first = i if plan.weights and plan.letters[i - 1] in FITTED else i - 1
-        found.append(by(change, changed, first, states[first]))
+        derivatives.append(difference(change, changed, first, states[first]))
     fitted = (
         [i for i, letter in enumerate(plan.letters) if letter in FITTED] if plan.weights else []
     )
@@ -190,15 +191,17 @@ def _derivatives(plan: Plan, batch: Batch, states: list[State], advance: Advance
         for k in range(len(row)):
             v = after.past[-1 - k].v[: len(end)]
             if i + 1 == len(plan):
-                found.append(v)
+                derivatives.append(v)
             else:
-                found.append(by(_WEIGHT, plan, i + 1, after._replace(x=after.x + _WEIGHT * v)))
-    return found
+                start = after._replace(x=after.x + _WEIGHT * v)
+                derivatives.append(difference(_WEIGHT, plan, i + 1, start))
+    return derivatives
 
 
 def _moved(plan: Plan, change: Tensor) -> Plan | None:
-    """The plan with its times and weights changed; None where times would not rise, or calls get
-    guidance or lose it.
+    """The plan with its times and weights changed by `change`, in the order of `_derivatives`.
+
+    None where times would not rise, and where a call would enter or leave the guidance interval.
     """
     values = change.tolist()
     times = [t + values.pop(0) for t in plan.grid[1:-1]]

@@ -15,16 +15,14 @@ TUNED = {
     "fitted, with refiner steps": ("#d55e00", "P"),
     "unfitted, searched": ("#56b4e9", "X"),
 }
-
-
 _MORE = [("#e69f00", "<"), ("#0072b2", ">"), ("#999933", "d"), ("#882255", "h"), ("#117733", "p")]
 
 
 def plot_tuning(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """The results of `tune` as a PNG: distance to the fine solution, and the Fréchet distance where
-    it is known, against cost.
+    """Plot the results of `tune` as a PNG: each distance against cost.
 
-    Of each group of plans only its front is drawn.
+    The distances are that to the fine solution and, for digits, the Fréchet distance. Of each group
+    of plans only the Pareto front is drawn.
     """
     need_matplotlib()
     from matplotlib import rc_context
@@ -32,7 +30,7 @@ def plot_tuning(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
 
     rows = results["rows"]
     unit = (
-        "predictor calls" if results["settings"]["budget_ms"] is None else "milliseconds an image"
+        "predictor calls" if results["settings"]["budget_ms"] is None else "milliseconds per image"
     )
     measures = [("rms", f"RMS distance to {results['settings']['reference_plan']}")]
     measures += [("frechet", "Fréchet distance to held-out digits")] if "frechet" in rows[0] else []
@@ -40,27 +38,20 @@ def plot_tuning(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
         figure = Figure(figsize=(6.5 * len(measures), 5.5), dpi=120, layout="constrained")
         panels = figure.subplots(1, len(measures), squeeze=False)[0]
         for axes, (measure, title) in zip(panels, measures, strict=True):
-            others = iter(itertools.cycle(_MORE))
+            more_styles = iter(itertools.cycle(_MORE))
             for name in sorted(
                 {row["group"] for row in rows}, key=lambda name: (name in TUNED, name)
             ):
                 members = sorted(
                     (row for row in rows if row["group"] == name), key=lambda row: row["price"]
                 )
-                colour, marker = TUNED.get(name) or FAMILIES.get(name) or next(others)
-                best = [
-                    r
-                    for r, on in zip(
-                        members,
-                        pareto_front([(r["price"], r[measure]) for r in members]),
-                        strict=True,
-                    )
-                    if on
-                ]
+                colour, marker = TUNED.get(name) or FAMILIES.get(name) or next(more_styles)
+                on_front = pareto_front([(row["price"], row[measure]) for row in members])
+                front = [row for row, on in zip(members, on_front, strict=True) if on]
                 axes.errorbar(
-                    [row["price"] for row in best],
-                    [row[measure] for row in best],
-                    yerr=[row[f"{measure}_error"] for row in best],
+                    [row["price"] for row in front],
+                    [row[measure] for row in front],
+                    yerr=[row[f"{measure}_error"] for row in front],
                     color=colour,
                     marker=marker,
                     markersize=8 if name in TUNED else 5,

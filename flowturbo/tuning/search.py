@@ -1,4 +1,4 @@
-"""The search for plans: which sequences and grids are tried, and how the fitted ones grow."""
+"""The search for plans: candidate sequences and time grids, and how fitted plans grow."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from .fit import Advance, Batch, fit_weights, inserted, rms_error, weighted
 
 
 def grids(steps: int) -> list[tuple[float, ...]]:
-    """Uniform; shifted; with steps that grow or shrink along a power or a cosine."""
+    """Candidate time grids of so many steps: uniform, shifted, powers of t, and a cosine."""
     uniform = shifted_grid(steps)
-    family = [shifted_grid(steps, shift) for shift in (1.0, 0.5, 0.7, 1.4, 2.0)]
-    family += [tuple(t**power for t in uniform) for power in (0.8, 1.25)]
-    family.append((0.0, *((1 - math.cos(math.pi * t)) / 2 for t in uniform[1:-1]), 1.0))
-    return list(dict.fromkeys(family))
+    candidates = [shifted_grid(steps, shift) for shift in (1.0, 0.5, 0.7, 1.4, 2.0)]
+    candidates += [tuple(t**power for t in uniform) for power in (0.8, 1.25)]
+    candidates.append((0.0, *((1 - math.cos(math.pi * t)) / 2 for t in uniform[1:-1]), 1.0))
+    return list(dict.fromkeys(candidates))
 
 
-REFINED = 3
-"""R or S steps at the end of a sequence, at most."""
+MAX_REFINER_STEPS = 3
+"""Most R or S steps at the end of a sequence."""
 
 
 def sequences(refiner: bool) -> Iterator[str]:
-    """Letters of plans of 1, 2, ... predictor steps, and of those joined with refiner steps at the
-    end or in between.
-    """
+    """Sequences of 1, 2, ... predictor steps, with refiner steps at the end or in between."""
     for n in range(1, MAX_PAST + 2):
         heads = ["E" * n, *("H" * h + "P" * (n - h) for h in range(1, n + 1))]
         heads += [letter * n for least, letter in ((2, "A"), (3, "B"), (4, "C")) if n >= least]
@@ -35,7 +33,10 @@ def sequences(refiner: bool) -> Iterator[str]:
         yield from heads
         if refiner:
             yield from (
-                head + tail * r for head in heads for tail in "RS" for r in range(1, REFINED + 1)
+                head + tail * r
+                for head in heads
+                for tail in "RS"
+                for r in range(1, MAX_REFINER_STEPS + 1)
             )
             yield from ((letter + "S") * n for letter in "EAB" if n >= 2)
 
@@ -43,14 +44,28 @@ def sequences(refiner: bool) -> Iterator[str]:
 def affordable(
     cost_model: CostModel, refiner: bool, intervals: Sequence[tuple[float, float]]
 ) -> list[Plan]:
-    """Every sequence on the uniform grid that the price allows."""
-    found = []
-    for letters in sequences(refiner):
-        for interval in intervals:
-            plan = Plan(letters, shifted_grid(len(letters)), interval)
-            if cost_model.allows(plan):
-                found.append(plan)
-    return found
+    """Every sequence within the budget, on the uniform grid, with each guidance interval."""
+    plans = (
+        Plan(letters, shifted_grid(len(letters)), interval)
+        for letters in sequences(refiner)
+        for interval in intervals
+    )
+    return [plan for plan in plans if cost_model.allows(plan)]
+
+
+def published(cost_model: CostModel, refiner: bool) -> list[Plan]:
+    """Plans as published, on the uniform grid: of each scheme all within the budget."""
+    sequences = [letter * n for n in range(1, MAX_PAST + 2) for letter in "EABCH"]
+    sequences += ["H" + "P" * n for n in range(1, MAX_PAST + 1)]
+    if refiner:
+        sequences += ["H" + "P" * p + "R" * r for p in range(6) for r in range(1, 4)]
+    plans = [Plan(letters, shifted_grid(len(letters))) for letters in dict.fromkeys(sequences)]
+    # Adams-Bashforth of order k in fewer than k steps is that of a lower order.
+    return [
+        plan
+        for plan in plans
+        if cost_model.allows(plan) and len(plan) >= {"A": 2, "B": 3, "C": 4}.get(plan.letters[0], 1)
+    ]
 
 
 def searched(
@@ -61,14 +76,13 @@ def searched(
     unit: float,
     advance: Advance,
 ) -> list[Plan]:
-    """The best plans without weights, one for each whole `unit` of the price, by successive
-    halving.
+    """The best plans without weights, one for each whole `unit` of cost, by successive halving.
 
-    All sequences on the uniform grid on the first batch; of each price the best tenth on all grids;
-    of those the best four on all batches.
+    First all sequences are compared on the uniform grid and the first batch; then, of each cost,
+    the best tenth on all grids; then the best four of these on all batches.
     """
     first = batches[:1]
-    kept = _best(
+    survivors = _best(
         affordable(cost_model, refiner, intervals),
         cost_model,
         unit,
@@ -78,11 +92,11 @@ def searched(
     )
     on_grids = [
         Plan(plan.letters, grid, plan.guidance_interval)
-        for plan in kept
+        for plan in survivors
         for grid in grids(len(plan))
     ]
-    kept = _best(on_grids, cost_model, unit, first, advance, lambda count: 4)
-    return _best(kept, cost_model, unit, batches, advance, lambda count: 1)
+    survivors = _best(on_grids, cost_model, unit, first, advance, lambda count: 4)
+    return _best(survivors, cost_model, unit, batches, advance, lambda count: 1)
 
 
 def _best(
@@ -91,10 +105,11 @@ def _best(
     unit: float,
     batches: Sequence[Batch],
     advance: Advance,
-    most: Callable[[int], int],
+    limit: Callable[[int], int],
 ) -> list[Plan]:
-    """Of the plans of each whole unit of the price, the `most` with the least error, the best
-    first.
+    """For each whole unit of cost, the plans with the least error, the best first.
+
+    limit: number of plans at a cost -> how many of them to return.
     """
     groups: dict[int, list[tuple[float, int, Plan]]] = {}
     for number, plan in enumerate(plans):
@@ -103,12 +118,12 @@ def _best(
     return [
         plan
         for level in sorted(groups)
-        for *_, plan in sorted(groups[level])[: most(len(groups[level]))]
+        for *_, plan in sorted(groups[level])[: limit(len(groups[level]))]
     ]
 
 
 def fitted(plan: Plan, batches: Sequence[Batch], iterations: int, advance: Advance) -> Plan:
-    """Fitted to the first batch, which is cheap, and then to all."""
+    """The plan fitted to the first batch, which is cheap, and then to all batches."""
     if len(batches) > 1:
         plan = fit_weights(plan, batches[:1], iterations=iterations, advance=advance)
     return fit_weights(plan, batches, iterations=iterations, advance=advance)
@@ -122,8 +137,9 @@ def multistep(
     interval: tuple[float, float],
     advance: Advance,
 ) -> Plan:
-    """The best fitted plan of n L steps that is found from Adams-Bashforth on the best grid, and
-    from the plan of n - 1 steps.
+    """The best fitted plan of n L steps.
+
+    Fits start from Adams-Bashforth on the best grid, and from `shorter`, the plan of n - 1 steps.
     """
     first = batches[:1]
     starts = [
@@ -135,25 +151,22 @@ def multistep(
     if shorter is not None:
         gaps = [b - a for a, b in zip(shorter.grid, shorter.grid[1:], strict=False)]
         starts.append(inserted(shorter, 1 + gaps.index(max(gaps)), "L"))
-    begun = [fit_weights(plan, first, iterations=3, advance=advance) for plan in starts]
-    return fitted(
-        min(begun, key=lambda plan: rms_error(plan, first, advance)), batches, iterations, advance
-    )
+    candidates = [fit_weights(plan, first, iterations=3, advance=advance) for plan in starts]
+    best = min(candidates, key=lambda plan: rms_error(plan, first, advance))
+    return fitted(best, batches, iterations, advance)
 
 
 def with_refiner_step(
     plan: Plan, batches: Sequence[Batch], iterations: int, advance: Advance
 ) -> Plan:
-    """The fitted plan with an M step where it helps most after two iterations, fitted."""
+    """The fitted plan with one more M step, at the place where it helps most, fitted again."""
     first = batches[:1]
-    tried = [
+    candidates = [
         fit_weights(inserted(plan, at, "M"), first, iterations=2, advance=advance)
         for at in range(1, len(plan) + 1)
     ]
-    found = fitted(
-        min(tried, key=lambda plan: rms_error(plan, first, advance)), batches, iterations, advance
-    )
-    # What helps the first batch alone is not taken: without weight the new step changes nothing.
-    return min(
-        found, inserted(plan, len(plan), "M"), key=lambda plan: rms_error(plan, batches, advance)
-    )
+    best = min(candidates, key=lambda plan: rms_error(plan, first, advance))
+    refined = fitted(best, batches, iterations, advance)
+    # A step that helps on the first batch alone must not hurt: with zero weights it has no effect.
+    unchanged = inserted(plan, len(plan), "M")
+    return min(refined, unchanged, key=lambda plan: rms_error(plan, batches, advance))

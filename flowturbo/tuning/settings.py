@@ -1,0 +1,99 @@
+"""The settings of `flowturbo tune`, which are its flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checks import finite, natural, positive
+from ..solver.plan import Plan, as_plan
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Search for the plans that come closest to the fine solution within a budget.
+
+    It tries sequences of all kinds of steps, time grids, and fitted times and weights on
+    calibration images, which leave out some of the classes. The plans that it finds are then
+    compared with published ones on other noise and all classes. The best is written as a file
+    that `flowturbo sample --plan` takes.
+    """
+
+    out: Path = Path("tuning")
+    """Folder for tuning.md, tuning.json, tuning.png, best.json (the plan) and plans/ (all fitted
+    plans). If it already holds results with the same settings, the run resumes."""
+    model: str = "digits"
+    """A .pt, .pth or .safetensors file with SiT's keys, or "digits"."""
+    refiner: str | None = None
+    """The refiner's file. The bundled model brings its own."""
+    heads: int | None = None
+    """Number of attention heads, for checkpoints whose width is not a published one."""
+    budget_calls: float | None = None
+    """Budget of a plan in predictor calls (NFE). A refiner call counts as its share of
+    multiply-accumulates. Default: 6, if there is no --budget-ms."""
+    budget_ms: float | None = None
+    """Budget of a plan in milliseconds per image, as measured on this machine."""
+    guidance: float = 1.5
+    """Scale of classifier-free guidance; 1 means none. Plans are fitted for this scale."""
+    guidance_interval: tuple[float, float] | None = None
+    """Also try plans with guidance in this interval of times alone. The fine solution always has
+    guidance everywhere."""
+    batch_size: int = 64
+    """Images per batch."""
+    calibration_images: int = 192
+    """Number of images that plans are searched and fitted on."""
+    held_classes: int | None = None
+    """Number of classes, from the last one down, without calibration images. Default: a fifth."""
+    images: int = 600
+    """Number of images that plans are compared on. Image i has class i % (number of classes), and
+    its noise is a function of (seed, i)."""
+    reference_plan: str = "C80"
+    """Plan that computes the fine solution."""
+    refiner_steps: int = 2
+    """Most refiner steps added to a fitted plan. With 0 there are no R and S steps either."""
+    iterations: int = 8
+    """Most iterations of a fit."""
+    rivals: tuple[str, ...] = ()
+    """Further plans to compare, letters or .json files."""
+    seed: int = 0
+    """Seed of all noise."""
+    device: str | None = None
+    """"cuda" (in bfloat16) or "cpu" (in float32). Default: a GPU if there is one. Plans are fitted
+    in float32 on either."""
+
+    def __post_init__(self) -> None:
+        natural("seed", self.seed)
+        finite("guidance", self.guidance)
+        for name in ("batch_size", "calibration_images", "images", "iterations"):
+            positive(name, getattr(self, name))
+        natural("refiner_steps", self.refiner_steps)
+        if self.images < 20:
+            raise ValueError(
+                f"images must be at least 20, two per jackknife block, got {self.images}"
+            )
+        if self.budget_calls is not None and self.budget_ms is not None:
+            raise ValueError("give budget_calls or budget_ms, not both")
+        if self.budget_calls is None and self.budget_ms is None:
+            object.__setattr__(self, "budget_calls", 6.0)
+        for name in ("budget_calls", "budget_ms"):
+            budget = getattr(self, name)
+            if budget is not None and finite(name, budget) <= 0:
+                raise ValueError(f"{name} must be above 0, got {budget}")
+        if as_plan(self.reference_plan).cost.refiner:
+            raise ValueError(
+                f"reference_plan must do without the refiner, got {self.reference_plan!r}"
+            )
+        if self.guidance_interval is not None:
+            Plan.parse("E1", guidance_interval=self.guidance_interval)
+        for rival in self.rivals:
+            as_plan(rival)
+
+    def held_class_count(self, num_classes: int) -> int:
+        """How many of a model's classes have no calibration images; ValueError if none is left."""
+        if self.held_classes is None:
+            return num_classes // 5
+        if natural("held_classes", self.held_classes) >= num_classes:
+            raise ValueError(
+                f"held_classes must leave one of the {num_classes} classes, got {self.held_classes}"
+            )
+        return self.held_classes
