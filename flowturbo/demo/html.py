@@ -1,6 +1,4 @@
-"""What the demo's page shows of images and milliseconds, as HTML. Pictures are in it losslessly;
-nothing is fetched.
-"""
+"""HTML of the demo's results. Images are embedded as lossless data: URLs, so nothing is fetched."""
 
 from __future__ import annotations
 
@@ -45,27 +43,26 @@ CSS = """
 .ft-curve img {width: 100%; max-width: 1000px; border-radius: 8px}
 """
 _SMALL = 96
-"""Images under so many pixels are enlarged, each pixel a square; larger ones are shown larger."""
+"""Images of fewer pixels per side are drawn with square pixels; larger ones get more room."""
 
 
 def title(about: str) -> str:
+    """The page's heading, with the model and the machine in words."""
     return f'<div class="ft-title"><b>flowturbo</b><span>{html.escape(about)}</span></div>'
 
 
 def curve(plot: bytes, guidance: float) -> str:
-    """The plot of the velocity, and what it is of."""
+    """The plot of the velocity, a PNG file, with an explanation below."""
     return (
-        f'<div class="ft-curve"><img src="{png(plot)}" alt="the velocity\'s curve"></div>'
+        f'<div class="ft-curve"><img src="{png(plot)}" alt="plot of the velocity"></div>'
         f'<div class="ft-note">The predictor\'s velocity along {CURVE_IMAGES} trajectories of '
-        f"{CURVE_STEPS} Heun steps, guidance "
-        f"{guidance:g}. Where it hardly changes, a step may take the last velocity instead of a "
-        "new one (P), or mend it by a small "
-        "network (R).</div>"
+        f"{CURVE_STEPS} Heun steps, guidance {guidance:g}. Where it hardly changes, a step can "
+        "reuse the cached velocity (P), or correct it by a small network (R).</div>"
     )
 
 
 def picture(image: np.ndarray) -> str:
-    """(height, width, 3) uint8 -> a data: URL of it as a PNG."""
+    """image (height, width, 3) uint8 -> a data: URL of a PNG."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, format="PNG", compress_level=1)
     return png(file.getvalue())
@@ -76,78 +73,78 @@ def png(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
-def side(name: str, found: Side | None, labels: list[int]) -> str:
-    """Plan A or B: its calls, its images as far as they are, and milliseconds an image once they
-    are known.
+def side(name: str, result: Side | None, labels: list[int]) -> str:
+    """The card of plan A or B: its calls, its images so far, and milliseconds once measured.
+
+    result: None before the first step. labels: the classes of the images.
     """
     badge = f'<span class="ft-name">{name}</span>'
-    if found is None:
+    if result is None:
         return f'<div class="ft-side">{badge}</div>'
-    cost = found.plan.cost
+    cost = result.plan.cost
     calls = f"{cost.predictor} predictor calls" + (
         f", {cost.refiner} refiner calls" if cost.refiner else ""
     )
     kind = ""
     figures = []
-    if found.images is not None:
-        pixels = found.images.numpy()
+    if result.images is not None:
+        pixels = result.images.numpy()
         kind = "ft-small" if min(pixels.shape[1:3]) < _SMALL else "ft-large"
         for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-            said = f"class {label}"
+            caption = f"class {label}"
             figures.append(
                 f'<figure><img src="{picture(image)}" alt="image {i}, '
-                f'{said}"><figcaption>{said}</figcaption></figure>'
+                f'{caption}"><figcaption>{caption}</figcaption></figure>'
             )
-    share = 100 * found.step / len(found.plan)
+    percent = 100 * result.step / len(result.plan)
     return (
-        f'<div class="ft-side" data-done="{str(found.speed is not None).lower()}"><div '
+        f'<div class="ft-side" data-done="{str(result.speed is not None).lower()}"><div '
         'class="ft-head">'
-        f'<div class="ft-plan">{badge}{html.escape(str(found.plan))}<span '
+        f'<div class="ft-plan">{badge}{html.escape(str(result.plan))}<span '
         f'class="ft-calls">{calls}</span></div>'
-        f'<div class="ft-speed">{_speed(found, len(labels))}</div></div>'
-        f'<div class="ft-bar"><div style="width: {share:.0f}%"></div></div>'
+        f'<div class="ft-speed">{_speed(result, len(labels))}</div></div>'
+        f'<div class="ft-bar"><div style="width: {percent:.0f}%"></div></div>'
         f'<div class="ft-images {kind}">{"".join(figures)}</div></div>'
     )
 
 
-def _speed(found: Side, count: int) -> str:
-    if found.speed is None:
-        done = found.step == len(found.plan)
-        text = "measuring ..." if done else f"step {found.step} of {len(found.plan)}"
+def _speed(side: Side, count: int) -> str:
+    """Milliseconds per image, or the progress until they are measured."""
+    if side.speed is None:
+        finished = side.step == len(side.plan)
+        text = "measuring ..." if finished else f"step {side.step} of {len(side.plan)}"
         return f"<small>{text}</small>"
-    return f"<b>{_figures(1e3 * found.speed.seconds / count)}</b> ms an image"
+    return f"<b>{_three_digits(1e3 * side.speed.seconds / count)}</b> ms an image"
 
 
-def _figures(value: float) -> str:
-    """Three significant figures, without a power of ten."""
+def _three_digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def summary(found: Comparison) -> str:
-    """The two plans against each other, and what the milliseconds are of."""
-    if found.rms is None or found.a.speed is None or found.b.speed is None:
+def summary(comparison: Comparison) -> str:
+    """The difference between the plans' images and times, and how the times were measured."""
+    a, b = comparison.a, comparison.b
+    if comparison.rms is None or a.speed is None or b.speed is None:
         return '<div class="ft-sum">&nbsp;</div><div class="ft-note">&nbsp;</div>'
-    ratio = found.b.speed.seconds / found.a.speed.seconds
-    level = 0.95 < ratio < 1.05  # closer is nothing that so few runs tell
+    ratio = b.speed.seconds / a.speed.seconds
+    equal = 0.95 < ratio < 1.05  # so few runs cannot resolve a smaller difference
     faster, slower = ("A", "B") if ratio > 1 else ("B", "A")
     speed = (
         "Both take about the same time"
-        if level
+        if equal
         else f"{faster} is {max(ratio, 1 / ratio):.1f} times as fast as {slower}"
     )
-    runs, count = found.a.speed.runs, len(found.labels)
+    runs, count = a.speed.runs, len(comparison.labels)
     return (
         '<div class="ft-sum">From the same noise, the images of A and B differ by '
-        f"<b>{_figures(found.rms)}</b> of 255 levels "
-        f"(root mean square). {speed}.</div>"
+        f"<b>{_three_digits(comparison.rms)}</b> of 255 levels (root mean square). {speed}.</div>"
         f'<div class="ft-note">Milliseconds: median of {runs} {"runs" if runs > 1 else "run"} of '
-        f"{count} "
-        f"image{'s' if count > 1 else ''} at a time, A and B in turn, decoding included; the "
-        "previews are of a run that is not "
-        "timed.</div>"
+        f"{count} image{'s' if count > 1 else ''} at a time, A and B in turn, decoding included. "
+        "Previews come from a separate run that is not timed.</div>"
     )
 
 
 def error_box(message: str) -> str:
-    """A message of several lines as it stands, whatever is in it."""
+    """A message, escaped, with its line breaks."""
     return f'<pre class="ft-error">{html.escape(message)}</pre>' if message else ""

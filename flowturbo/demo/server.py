@@ -15,10 +15,10 @@ from .session import DemoSession
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that takes connections; closed in the end. ValueError where it can't be had."""
+    """A listening socket, closed at the end; ValueError if the address is not available."""
     try:
-        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(place[:2], family=family)
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family)
     except OSError as error:
         raise ValueError(
             f"host and port can't be listened at: {host}, {port}: {error.strerror or error}"
@@ -29,17 +29,18 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextmanager
 def quiet_gradio() -> Iterator[None]:
-    """Nothing is told to anybody, and what visitors upload lies in a folder that goes with the
-    demo. Before gradio is imported.
+    """No telemetry, and uploads in a temporary folder that is removed at the end.
+
+    gradio reads these variables when it is imported, so this must be entered before.
     """
     with tempfile.TemporaryDirectory(prefix="flowturbo-demo-") as folder:
-        chosen = {
+        variables = {
             "GRADIO_ANALYTICS_ENABLED": "False",
             "GRADIO_RUN_HISTORY": "False",
             "GRADIO_TEMP_DIR": folder,
         }
-        before = {name: os.environ.get(name) for name in chosen}
-        os.environ.update(chosen)
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
         try:
             yield
         finally:
@@ -52,14 +53,15 @@ def quiet_gradio() -> Iterator[None]:
 def serve(
     session: DemoSession, listener: socket.socket, address: str, *, guidance: float, browser: bool
 ) -> None:
-    """Answer requests until Ctrl-C. guidance: at the start. browser: whether to open the page in
-    one.
+    """Answer requests until Ctrl-C.
+
+    guidance: its value at the start. browser: whether to open the page in a browser.
     """
     import uvicorn
 
     from .page import application
 
-    # Browsers keep a connection open for as long as the page is: it would hold up the end.
+    # Browsers keep a connection open as long as the page is, which would delay the shutdown.
     config = uvicorn.Config(
         application(session, guidance), log_level="warning", timeout_graceful_shutdown=1
     )
@@ -69,6 +71,6 @@ def serve(
             threading.Timer(1, webbrowser.open, (address,)).start()
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
-        pass  # the way it ends
+        pass  # Ctrl-C is the regular end
     finally:
         session.close()

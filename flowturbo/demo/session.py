@@ -1,5 +1,6 @@
-"""What the demo's page asks of a model: checked, bounded, and one thing at a time, so that
-milliseconds are of nothing else.
+"""The demo's session: requests are checked, bounded and served one at a time.
+
+One at a time, so that no other request falsifies the milliseconds.
 """
 
 from __future__ import annotations
@@ -34,22 +35,25 @@ from ..solver.plan import Plan
 from ..storage.images import fitted
 
 RUNS = 5
-"""Timed runs of a plan at most; their median counts."""
+"""Most timed runs per plan; their median is reported."""
 TIMING_SECONDS = 1.0
-"""After so long no further timed runs are begun: a slow model is timed once."""
+"""After this time no further timed run starts, so a slow model is timed once."""
 PREVIEW_SHARE = 0.25
-"""Of the time of the run they are made of, previews take no more."""
+"""Largest share of a run's time that its previews take."""
 PICTURES = 2**32
-"""The number of the first image that is made to be inpainted: above all that are compared."""
+"""Index of the first image sampled for inpainting, above those of all compared images."""
 CURVE_IMAGES, CURVE_STEPS = 10, 40
-MOST_PIXELS, LONGEST_SHAPE = 4096 * 4096, 8
-"""Of an image that a visitor brings: fitting longer ones takes memory out of proportion."""
+MAX_PIXELS, MAX_ASPECT_RATIO = 4096 * 4096, 8
+"""Bounds on uploaded images; resizing very long ones would take disproportionate memory."""
 
 
 class Request(NamedTuple):
-    """What a visitor chose. plan_a, plan_b: names of plans offered, or letters. classes: a class
-    number for all images, or "cycle" or "random" as in class_labels. low, high: the times between
-    which guidance is on."""
+    """The values of the page's controls.
+
+    plan_a, plan_b: names of offered plans, or letters.
+    classes: a class number for all images, or "cycle" or "random" as in `class_labels`.
+    low, high: the guidance interval.
+    """
 
     plan_a: str
     plan_b: str
@@ -62,15 +66,17 @@ class Request(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """seconds: of a batch, the median of so many runs."""
+    """seconds: for one batch, the median of `runs` runs."""
 
     seconds: float
     runs: int
 
 
 class Side(NamedTuple):
-    """What one plan made. images (N, height, width, 3) uint8 on the CPU: where it heads for, after
-    `step` of the plan's steps.
+    """The result of one plan so far.
+
+    images (N, height, width, 3) uint8 on the CPU: the prediction after `step` of the plan's steps,
+        at the end the result.
     """
 
     plan: Plan
@@ -80,7 +86,7 @@ class Side(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two plans from the same noise, as far as they are. labels: of the images."""
+    """The results so far of two plans from the same noise. labels: the classes of the images."""
 
     labels: list[int]
     a: Side
@@ -88,23 +94,23 @@ class Comparison(NamedTuple):
 
     @property
     def rms(self) -> float | None:
-        """How far the images are from each other, in levels of 255; None before both are made."""
-        done = all(
+        """The RMS difference of the images, of 255 levels; None until both are finished."""
+        finished = all(
             side.images is not None and side.step == len(side.plan) for side in (self.a, self.b)
         )
-        return rms_distance(self.a.images, self.b.images) if done else None  # type: ignore[arg-type]
+        return rms_distance(self.a.images, self.b.images) if finished else None  # type: ignore[arg-type]
 
 
 class ClientGone(Exception):
-    """Nobody looks any more."""
+    """The client has disconnected, or the session is closed."""
 
 
 class DemoSession:
-    """A model that decodes, and what a visitor may ask of it.
+    """A model with a VAE, and the requests of visitors to it.
 
-    plans: the names of those offered, and the plan where the name is that of a file. Visitors name
-        these, or write letters: nothing that they write is taken for a file's name. name: of the
-        model, for people.
+    plans: offered name -> the plan if it comes from a file, None if the name is the plan's letters.
+        Visitors send these names or other letters; their text is never taken for a file's name.
+    name: of the model, as the page shows it.
     """
 
     def __init__(
@@ -120,18 +126,17 @@ class DemoSession:
         self.max_images, self.max_steps = max_images, max_steps
         self.height, self.width = image_size(model)
         self._curve = lru_cache(maxsize=64)(self._draw_curve)
-        # One thread: torch keeps a team of threads for each that calls it, and several teams get in
-        # each other's way.
-        self._worker = ThreadPoolExecutor(1, "studio")
+        # A single thread: torch keeps a thread pool per calling thread, and several pools compete.
+        self._worker = ThreadPoolExecutor(1, "demo-session")
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """End what is under way at its next step."""
+        """Stop the current request at its next step, and drop those that wait."""
         self._closed.set()
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     def about(self) -> str:
-        """The model and the machine, in words."""
+        """A description of the model and the machine."""
         refiner = "a refiner" if self.model.refiner is not None else "no refiner"
         images = (
             f"{self.model.num_classes} classes, images of {self.height} x {self.width}, {refiner}"
@@ -142,14 +147,16 @@ class DemoSession:
         )
 
     def plan(self, text: str, interval: tuple[float, float] = (0.0, 1.0)) -> Plan:
-        """A plan offered, or one in letters, on the model's own grid. ValueError or TypeError for
-        any other, and for long ones.
+        """An offered plan, or one in letters on the model's own time grid.
+
+        ValueError or TypeError for any other text, and for a plan that is too long or needs a
+        refiner that is missing.
         """
-        found = self.plans.get(text) if isinstance(text, str) else None
-        if found is None:
+        loaded = self.plans.get(text) if isinstance(text, str) else None
+        if loaded is None:
             plan = Plan.parse(text, shift=self.model.shift, guidance_interval=interval)
         elif interval == (0.0, 1.0):
-            plan = found
+            plan = loaded
         else:
             raise ValueError(
                 "a plan's file holds its guidance interval: leave guidance on from 0 to 1"
@@ -162,54 +169,57 @@ class DemoSession:
             raise ValueError(f"plan {plan} has refiner steps, but the model has no refiner")
         return plan
 
-    def labels(self, asked: Request) -> list[int]:
-        """One an image."""
-        count, seed = whole("images", asked.images), natural("seed", asked.seed)
+    def labels(self, request: Request) -> list[int]:
+        """The class of each image; ValueError or TypeError for a request out of bounds."""
+        count, seed = whole("images", request.images), natural("seed", request.seed)
         if not 1 <= count <= self.max_images:
             raise ValueError(
                 f"images must be from 1 to {self.max_images} in this demo, got {count}"
             )
-        if isinstance(asked.classes, str):
-            return class_labels(asked.classes, count, self.model.num_classes, seed).tolist()
-        return [whole("class", asked.classes)] * count
+        if isinstance(request.classes, str):
+            return class_labels(request.classes, count, self.model.num_classes, seed).tolist()
+        return [whole("class", request.classes)] * count
 
-    def sample(self, asked: Request) -> Iterator[Comparison]:
-        """Images of both plans as they come about, and their speed in the end: those of
-        `flowturbo.sample`, to the bit.
+    def sample(self, request: Request) -> Iterator[Comparison]:
+        """Sample by both plans: previews, then the images, then the milliseconds.
+
+        The images are those of `flowturbo.sample`, to the bit.
         """
-        labels = self.labels(asked)
+        labels = self.labels(request)
         yield from self._compare(
-            asked, labels, partial(sample, self.model, labels=labels, **_options(asked))
+            request, labels, partial(sample, self.model, labels=labels, **_options(request))
         )
 
     def change(
-        self, asked: Request, image: np.ndarray, mask: np.ndarray | None, strength: float
+        self, request: Request, image: np.ndarray, mask: np.ndarray | None, strength: float
     ) -> Iterator[Comparison]:
-        """The same of `flowturbo.inpaint`, or of `edit` where there is no mask.
+        """Inpaint by both plans as `flowturbo.inpaint`, or without a mask edit as `flowturbo.edit`.
 
         image (height, width, 3) uint8; mask (height, width) bool.
         """
-        labels = self.labels(asked)
-        how: dict[str, Any] = dict(
-            images=image[None], labels=labels, strength=strength, **_options(asked)
+        labels = self.labels(request)
+        options: dict[str, Any] = dict(
+            images=image[None], labels=labels, strength=strength, **_options(request)
         )
         run = (
-            partial(edit, self.model, **how)
+            partial(edit, self.model, **options)
             if mask is None
-            else partial(inpaint, self.model, mask=mask, **how)
+            else partial(inpaint, self.model, mask=mask, **options)
         )
-        yield from self._compare(asked, labels, run)
+        yield from self._compare(request, labels, run)
 
-    def picture(self, asked: Request, number: int) -> np.ndarray:
-        """(height, width, 3) uint8: an image by plan A to inpaint; of the class asked, or of one
-        after the other.
+    def picture(self, request: Request, number: int) -> np.ndarray:
+        """Sample image `number` to inpaint, by plan A -> (height, width, 3) uint8.
 
-        Not of the noise that inpainting begins with, which would bring back what it replaces.
+        It has the requested class, or with "cycle" and "random" class number % num_classes. Its
+        noise is not that of the inpainting, which would bring back what it replaces.
         """
-        plan, _ = self._plans(asked)
-        label = number % self.model.num_classes if isinstance(asked.classes, str) else asked.classes
-        noise = rng.noise(self.model.latent_shape, asked.seed, [PICTURES + number])
-        options = {**_options(asked), "noise": noise}
+        plan, _ = self._plans(request)
+        label = (
+            number % self.model.num_classes if isinstance(request.classes, str) else request.classes
+        )
+        noise = rng.noise(self.model.latent_shape, request.seed, [PICTURES + number])
+        options = {**_options(request), "noise": noise}
         return (
             self._worker.submit(sample, self.model, plan, label, **options)
             .result()[0]
@@ -219,45 +229,51 @@ class DemoSession:
         )
 
     def curve(self, guidance: float) -> bytes:
-        """The plot of `velocity_curve` as a PNG. Kept for each guidance scale."""
+        """The plot of `velocity_curve` as a PNG file, cached for each guidance scale."""
         self.model.guided(finite("guidance", guidance))
         return self._worker.submit(self._curve, guidance).result()
 
     def _draw_curve(self, guidance: float) -> bytes:
         file = io.BytesIO()
-        measured = velocity_curve(
+        curve = velocity_curve(
             self.model,
             guidance=guidance,
             steps=CURVE_STEPS,
             images=CURVE_IMAGES,
             batch_size=CURVE_IMAGES,
         )
-        plot_velocity(measured, file)
+        plot_velocity(curve, file)
         return file.getvalue()
 
     def fitted(self, image: Image.Image) -> np.ndarray:
-        """A visitor's image -> (height, width, 3) uint8, cropped and resized. ValueError for a huge
-        or a very long one.
+        """A visitor's image, cropped and resized to the model's (height, width, 3), uint8.
+
+        ValueError for a huge or a very long image.
         """
         width, height = image.size
-        if width * height > MOST_PIXELS or max(width, height) > LONGEST_SHAPE * min(width, height):
+        too_long = max(width, height) > MAX_ASPECT_RATIO * min(width, height)
+        if too_long or width * height > MAX_PIXELS:
             raise ValueError(
-                f"image must have at most {MOST_PIXELS} pixels and be at most {LONGEST_SHAPE} "
-                "times as long as wide, "
-                f"got {width} x {height}"
+                f"image must have at most {MAX_PIXELS} pixels and be at most {MAX_ASPECT_RATIO} "
+                f"times as long as wide, got {width} x {height}"
             )
         return fitted(image, self.height).copy()
 
     def painted(self, paint: np.ndarray) -> np.ndarray:
-        """paint (any height, any width) uint8, the opacity of what was drawn over an image ->
-        (height, width) bool: the image's pixels of which at least a quarter is covered."""
+        """The image's pixels of which at least a quarter is painted, (height, width) bool.
+
+        paint: the opacity of the drawing, uint8, of any height and width.
+        """
         share = Image.fromarray(paint).resize((self.width, self.height), Image.Resampling.BOX)
         return np.asarray(share) >= 63
 
-    def _plans(self, asked: Request) -> list[Plan]:
-        interval = (finite("guidance_interval", asked.low), finite("guidance_interval", asked.high))
+    def _plans(self, request: Request) -> list[Plan]:
+        interval = (
+            finite("guidance_interval", request.low),
+            finite("guidance_interval", request.high),
+        )
         plans = []
-        for name, text in (("A", asked.plan_a), ("B", asked.plan_b)):
+        for name, text in (("A", request.plan_a), ("B", request.plan_b)):
             try:
                 plans.append(self.plan(text, interval))
             except (ValueError, TypeError) as error:
@@ -265,87 +281,87 @@ class DemoSession:
         return plans
 
     def _compare(
-        self, asked: Request, labels: list[int], run: Callable[..., Tensor]
+        self, request: Request, labels: list[int], run: Callable[..., Tensor]
     ) -> Iterator[Comparison]:
         """run: (plan=, callback=) -> images."""
-        plans = self._plans(asked)
+        plans = self._plans(request)
 
         def work(show: Callable[[Comparison], None]) -> None:
             sides = [Side(plan) for plan in plans]
 
-            def put(k: int, side: Side) -> None:
+            def update(k: int, side: Side) -> None:
                 sides[k] = side
                 show(Comparison(labels, *sides))
 
             for k, plan in enumerate(plans):
-                images = run(plan=plan, callback=self._previews(partial(put, k), plan)).cpu()
-                put(k, Side(plan, len(plan), images))
+                images = run(plan=plan, callback=self._previews(partial(update, k), plan)).cpu()
+                update(k, Side(plan, len(plan), images))
             for k, speed in enumerate(self._speeds([partial(run, plan=plan) for plan in plans])):
-                put(k, sides[k]._replace(speed=speed))
+                update(k, sides[k]._replace(speed=speed))
 
-        yield from self._watched(work)
+        yield from self._stream(work)
 
-    def _previews(self, put: Callable[[Side], None], plan: Plan) -> Callback:
+    def _previews(self, update: Callable[[Side], None], plan: Plan) -> Callback:
+        """A callback that decodes predictions, as often as PREVIEW_SHARE of the time allows."""
         due = 0.0
 
         def callback(info: StepInfo) -> None:
             nonlocal due
-            began = time.perf_counter()
-            if info.step < len(plan) and began >= due:
-                put(Side(plan, info.step, self.model.decode(info.denoised).cpu()))
+            start = time.perf_counter()
+            if info.step < len(plan) and start >= due:
+                update(Side(plan, info.step, self.model.decode(info.denoised).cpu()))
                 now = time.perf_counter()
-                due = now + (now - began) / PREVIEW_SHARE
+                due = now + (now - start) / PREVIEW_SHARE
 
         return callback
 
     def _speeds(self, runs: list[Callable[[], Tensor]]) -> list[Speed]:
-        """Each in turn, so that whatever else the machine does meets all alike; nobody watches."""
+        """Time the runs in turns, so that other load on the machine affects all alike."""
         if self.model.device.type == "cuda":
             for run in [*runs, *runs]:  # the second run of a kind is captured as a graph
                 run()
         times: list[list[float]] = [[] for _ in runs]
         end = time.perf_counter() + TIMING_SECONDS
         while len(times[0]) < RUNS and (not times[0] or time.perf_counter() < end):
-            for run, found in zip(runs, times, strict=True):
+            for run, run_times in zip(runs, times, strict=True):
                 if self._closed.is_set():
                     raise ClientGone
-                found.append(seconds(run, self.model.device))
-        return [Speed(statistics.median(found), len(found)) for found in times]
+                run_times.append(seconds(run, self.model.device))
+        return [Speed(statistics.median(run_times), len(run_times)) for run_times in times]
 
-    def _watched(
-        self, work: Callable[[Callable[[Comparison], None]], None]
-    ) -> Iterator[Comparison]:
-        """What work shows while it runs in the worker, the newest where several are waiting. It
-        ends when nobody looks any more.
+    def _stream(self, work: Callable[[Callable[[Comparison], None]], None]) -> Iterator[Comparison]:
+        """Run work(show) in the worker and yield what it shows, skipping all but the newest.
+
+        `show` raises ClientGone once this generator is closed, which ends the work.
         """
-        shown: queue.SimpleQueue[Comparison | None] = queue.SimpleQueue()
-        left = threading.Event()
+        states: queue.SimpleQueue[Comparison | None] = queue.SimpleQueue()
+        gone = threading.Event()
 
         def show(state: Comparison) -> None:
-            if left.is_set() or self._closed.is_set():
+            if gone.is_set() or self._closed.is_set():
                 raise ClientGone
-            shown.put(state)
+            states.put(state)
 
         def run() -> None:
             with suppress(ClientGone):
                 work(show)
 
         task = self._worker.submit(run)
-        task.add_done_callback(lambda _: shown.put(None))
+        task.add_done_callback(lambda _: states.put(None))
         try:
-            going = True
-            while going:
-                waiting = [shown.get()]
-                while not shown.empty():
-                    waiting.append(shown.get())
-                going = waiting[-1] is not None
-                states = [state for state in waiting if state is not None]
-                if states:
-                    yield states[-1]
+            running = True
+            while running:
+                pending = [states.get()]
+                while not states.empty():
+                    pending.append(states.get())
+                running = pending[-1] is not None
+                comparisons = [state for state in pending if state is not None]
+                if comparisons:
+                    yield comparisons[-1]
             task.result()
         finally:
-            left.set()
+            gone.set()
 
 
-def _options(asked: Request) -> dict[str, Any]:
-    return dict(guidance=asked.guidance, seed=asked.seed, output="uint8")
+def _options(request: Request) -> dict[str, Any]:
+    return dict(guidance=request.guidance, seed=request.seed, output="uint8")
