@@ -14,8 +14,9 @@ from ..runtime.device import Dtype, dtype_of
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn a published checkpoint into a checked safetensors file with only the weights that
-    sample.
+    """Convert a published checkpoint into a checked safetensors file.
+
+    It holds the model's weights alone, with what is needed to load them.
     """
 
     source: tyro.conf.Positional[Path]
@@ -23,18 +24,18 @@ class Convert:
     target: tyro.conf.Positional[Path]
     """The .safetensors file to write."""
     role: Literal["predictor", "refiner"] = "predictor"
-    """What the source is."""
+    """What the checkpoint is."""
     heads: int | None = None
-    """Attention heads, for checkpoints of an unpublished width."""
+    """Number of attention heads, for checkpoints whose width is not a published one."""
     convention: Literal["auto", "sit", "repa"] = "auto"
     """"repa" for checkpoints whose time runs backwards."""
     vae: str | None = None
-    """Name of the VAE that decodes its images, written into the file."""
+    """Folder or hub name of the VAE for the model's latents, to be named in the file."""
     dtype: Dtype | None = None
-    """Left out: as in the source."""
+    """Data type of the weights. Default: as in the source."""
 
 
-def _convert(settings: Convert) -> Path:
+def run_convert(settings: Convert) -> Path:
     checkpoint.convert(
         settings.source,
         settings.target,

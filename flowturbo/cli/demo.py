@@ -1,6 +1,4 @@
-"""demo as a command: a model in a web page, on this machine. Its flags, and the server's beginning
-and end.
-"""
+"""`flowturbo demo`: a model in a web page on this machine."""
 
 from __future__ import annotations
 
@@ -22,28 +20,27 @@ PLANS = ("H1P5R3", "H8", "H1P5", "H8P9R5", "E8", "A8")
 
 @dataclass(frozen=True)
 class Demo(WeightFlags):
-    """Show a model of classes in a web page: two plans side by side, with milliseconds an image,
-    and inpainting where one draws.
+    """Show a class-conditional model in a web page.
 
-    And how the model's velocity changes. Everything stays on this machine. Ctrl-C ends it.
+    The page compares two plans side by side with milliseconds per image, inpaints where visitors
+    paint, and plots how the model's velocity changes. No telemetry; Ctrl-C ends it.
     """
 
     plans: tuple[str, ...] | None = None
-    """Plans to choose from, the first two at the start: letters, or .json files that `tune` wrote.
-    Whoever sees the page may type other letters, but no file. Left out: six, or those of them that
-    need no refiner where there is none."""
+    """Plans to offer, letters or .json files from `flowturbo tune`; the page starts with the first
+    two. Visitors may type other letters, but no file names. Default: six plans, without a refiner
+    those of them that need none."""
     guidance: float = 1.5
-    """Guidance scale at the start; 1 is none."""
+    """Guidance scale at the start; 1 means none."""
     max_images: int = 16
-    """Most images at a time."""
+    """Most images per request."""
     max_steps: int = 64
     """Most steps of a plan."""
     host: str = "127.0.0.1"
-    """Address to listen at: by default only this machine can see the page; 0.0.0.0 is for all who
-    can reach it.
-    """
+    """Address to listen on. The default is visible on this machine alone; 0.0.0.0 is visible to
+    everyone who can reach it."""
     port: int = 7860
-    """Port to listen at; 0 takes one that is free."""
+    """Port to listen on; 0 picks a free one."""
     browser: bool = False
     """Open the page in a browser."""
 
@@ -58,7 +55,7 @@ class Demo(WeightFlags):
 
 
 def run_demo(settings: Demo) -> None:
-    """Serve the page until Ctrl-C."""
+    """Serve the page until Ctrl-C; ValueError for settings or a model that it cannot show."""
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the demo needs gradio: pip install 'flowturbo[demo]'")
     need_matplotlib()
@@ -73,7 +70,7 @@ def run_demo(settings: Demo) -> None:
             raise ValueError(
                 "vae must be given: the model's file names none, and the demo shows images"
             )
-        model.guided(settings.guidance)  # nonsense is told before the page is
+        model.guided(settings.guidance)  # validate the scale before serving the page
         session = DemoSession(
             model,
             plans_for(settings, model),
@@ -87,8 +84,9 @@ def run_demo(settings: Demo) -> None:
 
 
 def plans_for(settings: Demo, model: FlowModel) -> dict[str, Plan | None]:
-    """What to offer: each plan's name, and the plan itself where it comes from a file. ValueError
-    for what the model can't run.
+    """The offered plans: name -> the plan if it comes from a file, else None.
+
+    ValueError for a plan that the model cannot run or that is too long.
     """
     if settings.plans is None:
         return {

@@ -1,4 +1,4 @@
-"""`flowturbo edit` and `flowturbo inpaint`."""
+"""`flowturbo edit` and `flowturbo inpaint`: images in, images out."""
 
 from __future__ import annotations
 
@@ -19,60 +19,63 @@ from .output import check_out, summary_line, write_images
 
 @dataclass(frozen=True)
 class Edit(ModelFlags):
-    """Change images towards classes: each is mixed with noise and sampled from there."""
+    """Edit images towards a class or prompt (SDEdit).
+
+    Each image is mixed with noise and sampled from there.
+    """
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Image files (cropped to squares of the model's size, on white where transparent), or one .npz
-    as sample writes it.
-    """
+    """Image files, cropped to squares of the model's size, with white where they are transparent.
+    Or one .npz as `flowturbo sample` writes it."""
     labels: tuple[int, ...] = ()
-    """What to make of them: one class number, or one an image. A model that reads text takes
-    --prompts likewise.
-    """
+    """Target class: one for all images, or one per image. Text-to-image models take --prompts
+    instead."""
     strength: float = 0.6
-    """Above 0, at most 1: how much of the image is forgotten."""
+    """How much of an image is replaced by noise: above 0, at most 1."""
     out: Path = Path("edited.png")
-    """A grid with the images above and what became of them below (.png), or an .npz as sample
-    writes it.
-    """
+    """A grid of the images, before above after (.png), or an .npz as `flowturbo sample`
+    writes it."""
 
 
 @dataclass(frozen=True)
 class Inpaint(Edit):
-    """Make a part of images anew and keep the rest: the part in a mask, in a box, or where an image
-    is transparent.
+    """Replace a region of images and keep the rest.
+
+    The region is given by --mask, by --box, or by the transparent pixels of the images.
     """
 
     strength: float = 1.0
-    """Above 0, at most 1: how much of the part is forgotten."""
+    """How much of the region is replaced by noise: above 0, at most 1."""
     mask: Path | None = None
-    """An image file of the images' size, bright (or transparent) where they are to be made anew."""
+    """An image file of the images' size, bright or transparent in the region to replace."""
     box: tuple[float, float, float, float] | None = None
-    """Left, top, right and bottom of the part, as shares of width and height."""
+    """Left, top, right and bottom of the region, as fractions of width and height."""
     out: Path = Path("inpainted.png")
-    """A grid with the images above and what became of them below (.png), or an .npz as sample
-    writes it.
-    """
+    """A grid of the images, before above after (.png), or an .npz as `flowturbo sample`
+    writes it."""
 
 
 def run_edit(settings: Edit) -> str:
+    """Edit or inpaint, by the type of the settings; returns a summary line."""
     check_out(settings.out)
     if not settings.images or not (settings.labels or settings.prompts):
         raise ValueError("images and labels (or prompts) must name at least one each")
     model, plan, options = load_model(settings)
-    given: Sequence[Any] = settings.prompts or settings.labels
+    targets: Sequence[Any] = settings.prompts or settings.labels
     before = _images(settings.images, image_size(model))
-    chosen: dict[str, Any] = {"strength": settings.strength, **options}
+    options["strength"] = settings.strength
     if isinstance(settings, Inpaint):
-        made = inpaint(model, plan, before, _mask(settings, before), given, **chosen)
+        after = inpaint(model, plan, before, _mask(settings, before), targets, **options)
     else:
-        made = edit(model, plan, before, given, **chosen)
-    labels = given if len(given) == len(made) else list(given) * len(made)
-    write_images(settings.out, made, labels, torch.from_numpy(before).expand(len(made), -1, -1, -1))
-    return summary_line(settings.out, len(made), plan)
+        after = edit(model, plan, before, targets, **options)
+    count = len(after)
+    labels = targets if len(targets) == count else list(targets) * count
+    write_images(settings.out, after, labels, torch.from_numpy(before).expand(count, -1, -1, -1))
+    return summary_line(settings.out, count, plan)
 
 
 def _images(paths: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
+    """The images of an .npz, or of files, (N, height, width, 3) uint8."""
     if any(path.suffix == ".npz" for path in paths):
         if len(paths) > 1:
             raise ValueError(
@@ -84,6 +87,7 @@ def _images(paths: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
 
 
 def _mask(settings: Inpaint, images: np.ndarray) -> np.ndarray:
+    """The region to replace, (height, width), or (N, height, width) with one per image."""
     height, width = images.shape[1:3]
     if settings.mask is not None and settings.box is not None:
         raise ValueError("give mask or box, not both")
@@ -97,6 +101,6 @@ def _mask(settings: Inpaint, images: np.ndarray) -> np.ndarray:
     masks = [read_transparency(path, height) for path in files]
     if not masks or any(mask is None for mask in masks):
         raise ValueError(
-            "mask or box must say what to make anew, where images are not transparent there"
+            "mask or box must be given, unless the images are transparent in the region to replace"
         )
     return np.stack([mask for mask in masks if mask is not None])

@@ -1,4 +1,4 @@
-"""What this installation runs on and why, as text to paste into a report."""
+"""`flowturbo info`: versions, devices and kernel backends, to paste into a bug report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..runtime.device import device_name
 
 
 def report() -> str:
-    """Versions, devices, the state of the CUDA extension and the backend of every operation."""
+    """Versions, devices, the CUDA extension, and the backend of every operation with its reason."""
     lines = [
         f"flowturbo {_version('flowturbo')}, Python {platform.python_version()}, "
         f"{platform.platform()}",
@@ -32,18 +32,17 @@ def report() -> str:
 
 
 def _backend(name: str) -> str:
-    """The backend that an operation takes on this machine's device, and why not those before it."""
+    """The backend of an operation on this machine, and why those before it are not used."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args = next(iter(OPS[name].example(lambda *shape: torch.zeros(shape, device=device))))
     try:
-        chosen, refused = OPS[name].why(*args)
+        backend, refusals = OPS[name].why(*args)
     except BackendError as error:
         return f"{name:<21} none       {error}"
-    why = "; ".join(f"{backend}: {reason}" for backend, reason in refused.items())
-    return (
-        f"{name:<21} {chosen:<10} "
-        f"{why or ('the first that can' if requested_backend() == 'auto' else 'asked for by name')}"
-    )
+    reasons = "; ".join(f"{other}: {reason}" for other, reason in refusals.items())
+    if not reasons:
+        reasons = "first available" if requested_backend() == "auto" else "requested by name"
+    return f"{name:<21} {backend:<10} {reasons}"
 
 
 def _version(*names: str) -> str:
@@ -65,15 +64,15 @@ def _devices() -> str:
 
 def _extension() -> str:
     try:
-        built = importlib.import_module("flowturbo_kernels._C").build_info()
+        build = importlib.import_module("flowturbo_kernels._C").build_info()
     except ImportError as error:
         return f"not built ({error})"
     devices = (
-        f"{built.devices} devices"
-        if built.devices
-        else f"no device ({built.problem or 'none found'})"
+        f"{build.devices} devices"
+        if build.devices
+        else f"no device ({build.problem or 'none found'})"
     )
-    version = f"{built.cuda_version // 1000}.{built.cuda_version % 1000 // 10}"
+    version = f"{build.cuda_version // 1000}.{build.cuda_version % 1000 // 10}"
     return (
-        f"built with CUDA {version} for sm_{', sm_'.join(built.architectures.split())}; {devices}"
+        f"built with CUDA {version} for sm_{', sm_'.join(build.architectures.split())}; {devices}"
     )

@@ -19,7 +19,7 @@ from ..training.train import Distill, Train, distill, train
 from ..tuning.settings import Tune
 from ..tuning.tune import tune
 from . import info
-from .convert import Convert, _convert
+from .convert import Convert, run_convert
 from .demo import Demo, run_demo
 from .edit import Edit, Inpaint, run_edit
 from .sample import Sample, Verify, run_sample, run_verify
@@ -27,7 +27,7 @@ from .sample import Sample, Verify, run_sample, run_verify
 
 @dataclass(frozen=True)
 class Info:
-    """Print versions, devices and which kernels run, to paste into a report."""
+    """Print versions, devices and kernel backends, to paste into a bug report."""
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
@@ -42,26 +42,25 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "fid": (Fidelity, fidelity),
     "inspect-velocity": (InspectVelocity, inspect_velocity),
     "encode": (Encode, encode),
-    "convert": (Convert, _convert),
+    "convert": (Convert, run_convert),
     "tune": (Tune, tune),
     "bench": (Bench, bench),
     "info": (Info, lambda _: info.report()),
 }
-"""Each command: the settings that are its flags, and what it does with them; what that returns is
-printed.
-"""
+"""Each command: settings, whose fields are its flags, and a function, whose result is printed."""
 
 POSITIONAL = {"encode"}
-"""Commands whose required settings are given by their place."""
+"""Commands whose required settings are positional arguments."""
 
 
 def parse(words: Sequence[str]) -> Any:
-    """The settings that a command line means. SystemExit, with the reason on standard error, where
-    it means none.
+    """Parse a command line into the settings of its command.
+
+    SystemExit, with the reason on standard error, for a command line that does not parse.
     """
     words = list(words)
     if words[:1] == ["evaluate"] and any(word.split("=")[0] == "--metrics" for word in words):
-        words[0] = "fid"  # what this was called before
+        words[0] = "fid"  # its former name
     subcommands = []
     for name, (settings, _) in COMMANDS.items():
         kind: Any = settings
@@ -81,8 +80,9 @@ def parse(words: Sequence[str]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status. Errors are one line unless --debug is
-    given.
+    """Run the command line; returns the exit status.
+
+    An error is printed in one line, with --debug it is raised.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words

@@ -1,4 +1,4 @@
-"""Flags that several commands share: which model, which plan, where it runs."""
+"""Flags that several commands share: the model, the plan, the device."""
 
 from __future__ import annotations
 
@@ -17,67 +17,64 @@ from ..solver.plan import Plan, as_plan
 
 @dataclass(frozen=True)
 class WeightFlags:
-    """Which model is loaded, and how."""
+    """Flags of the model that is loaded."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])] = "digits"
-    """A .pt, .pth or .safetensors file with SiT's keys, or "digits"; or folder or hub name of a
-    diffusers pipeline of SD3, FLUX or 2-RF, which makes images from --prompts."""
+    """A .pt, .pth or .safetensors file with SiT's keys, or "digits"; or the folder or hub name of
+    a diffusers pipeline (SD3, FLUX or 2-RF), which samples from --prompts."""
     refiner: str | None = None
-    """The refiner's file, for a pipeline its folder; the bundled model brings its own."""
+    """The refiner's file, for a pipeline its folder. The bundled model brings its own."""
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels"; left out:
-    what the model's file names.
-    """
+    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels". Default:
+    the one that the model's file names."""
     heads: int | None = None
-    """Attention heads, for checkpoints of an unpublished width."""
+    """Number of attention heads, for checkpoints whose width is not a published one."""
     convention: Literal["auto", "sit", "repa", "2-rf"] = "auto"
-    """"repa" for checkpoints whose time runs backwards, "2-rf" for a Stable Diffusion pipeline with
-    2-RF's UNet.
-    """
+    """"repa" for checkpoints whose time runs backwards, "2-rf" for a Stable Diffusion pipeline
+    with 2-RF's UNet."""
     device: str | None = None
-    """"cuda" or "cpu"; left out: a GPU if there is one."""
+    """"cuda" or "cpu". Default: a GPU if there is one."""
     dtype: Dtype | None = None
-    """Left out: bfloat16 on a GPU, float32 on the CPU."""
+    """Data type of the model. Default: bfloat16 on a GPU, float32 on the CPU."""
     quantize: Literal["fp8"] | None = None
-    """"fp8" for the predictor's products in e4m3: faster on recent GPUs, and slightly other
-    images.
-    """
+    """"fp8" runs the predictor's matrix products in e4m3: faster on recent GPUs, with slightly
+    different images."""
 
 
 @dataclass(frozen=True)
 class ModelFlags(WeightFlags):
-    """Which model runs, and how."""
+    """Flags of the model and of how it samples."""
 
     plan: str | None = None
-    """Steps in order, a letter with a count each: H Heun, P pseudo corrector, R refiner, S refiner
-    after equation 7, E Euler, A, B, C Adams-Bashforth of order 2, 3, 4. Or a .json file with a plan
-    that `tune` found. Left out: H1P5R3, or H1P5 where there is no refiner."""
+    """Steps in order, each a letter with a count: H Heun, P pseudo corrector, R refiner, S refiner
+    by the paper's equation 7, E Euler, A, B, C Adams-Bashforth of order 2, 3, 4. Or a .json file
+    from `flowturbo tune`. Default: H1P5R3, or H1P5 without a refiner."""
     guidance: Annotated[float, tyro.conf.arg(aliases=["--cfg-scale"])] = 1.5
-    """Guidance scale; 1 is none."""
+    """Scale of classifier-free guidance; 1 means none."""
     guidance_channels: int | None = None
-    """Guide the first so many channels; left out: 3 of 4 for SiT's checkpoints, else all."""
+    """Apply guidance to this many channels, from the first on. Default: 3 of 4 for SiT's
+    checkpoints, all for others."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times between which guidance is on."""
+    """Times between which guidance is applied; 0 is noise, 1 is data."""
     shift: float | None = None
-    """Shift of the time grid as in SD3, 1 is uniform; left out: 1, and a pipeline's own."""
+    """Shift of the time grid as in SD3; 1 is uniform. Default: the pipeline's own, otherwise 1."""
     grid: tuple[float, ...] | None = None
-    """Own times, rising from 0 to 1, one more than there are steps."""
+    """Times of the grid, rising from 0 to 1, one more than there are steps."""
     seed: Annotated[int, tyro.conf.arg(aliases=["--global-seed"])] = 0
-    """Image i draws its noise from (seed, i) alone."""
+    """Seed of the noise; that of image i is a function of (seed, i)."""
     batch_size: Annotated[int | None, tyro.conf.arg(aliases=["--per-proc-batch-size"])] = None
-    """Images at a time; left out: all."""
+    """Images per batch. Default: all of them."""
     prompts: tuple[str, ...] = ()
-    """What to show, of models that read text."""
+    """Prompts, for text-to-image models."""
     negative: str | None = None
-    """What not to show, of models guided by it (SD3, 2-RF)."""
+    """Negative prompt, for text-to-image models with classifier-free guidance (SD3, 2-RF)."""
     image_size: int | None = None
-    """Height and width, of models that read text; left out: the model's own."""
+    """Height and width of the images, for text-to-image models. Default: the model's own."""
 
 
 def load_model(settings: ModelFlags) -> tuple[FlowModel, Plan, dict[str, Any]]:
-    """The model, the plan, and what all ways of sampling take."""
-
-    if settings.plan is not None:  # nonsense is told before anything is loaded
+    """The model, the plan, and the options of `sample`, `edit` and `inpaint`."""
+    if settings.plan is not None:  # validate the plan before loading the model
         _plan(settings, settings.plan, 1.0)
     model = _pipeline(settings) if is_pipeline(settings.model) else load_checkpoint(settings)
     text = settings.plan or ("H1P5" if model.refiner is None else "H1P5R3")
@@ -119,7 +116,7 @@ def _plan(settings: ModelFlags, text: str, own_shift: float) -> Plan:
 
 
 def load_checkpoint(settings: WeightFlags) -> FlowModel:
-    """A model of classes, of the settings' files."""
+    """Load a class-conditional model; ValueError for flags that only pipelines have."""
     _only("a text-to-image pipeline", settings, "prompts", "negative", "image_size")
     if settings.convention == "2-rf":
         raise ValueError("convention '2-rf' is for a pipeline as model")
@@ -155,6 +152,7 @@ def _pipeline(settings: ModelFlags) -> FlowModel:
 
 
 def _only(what: str, settings: WeightFlags, *names: str) -> None:
+    """ValueError if a flag is set that is only for another kind of model."""
     for name in names:
         if getattr(settings, name, None) not in (None, ()):
             raise ValueError(f"{name} is for {what}, which {settings.model!r} is not")

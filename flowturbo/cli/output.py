@@ -1,4 +1,4 @@
-"""Images as one labelled grid, for people to look at."""
+"""Output files of commands: a labelled grid, a single image or an .npz."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ _SMALLEST = 96
 
 
 def labelled_grid(images: Tensor, labels: Sequence[str], columns: int | None = None) -> Image.Image:
-    """images (N, height, width, 3) uint8, one label each -> one picture; images under 96 pixels are
-    enlarged by whole factors.
+    """Images (N, height, width, 3) uint8 as one picture, each above its label.
 
-    Labels wider than an image are cut short.
+    Images under 96 pixels are enlarged by a whole factor. Labels wider than an image are truncated.
     """
     pixels: np.ndarray = images.cpu().numpy()
     if len(pixels) != len(labels):
@@ -40,10 +39,10 @@ def labelled_grid(images: Tensor, labels: Sequence[str], columns: int | None = N
             (width * factor, height * factor), Image.Resampling.NEAREST
         )
         picture.paste(enlarged, (x, y))
-        fitting = _cut(label, lambda text: font.getlength(text) <= width * factor)
+        text = _truncated(label, lambda text: font.getlength(text) <= width * factor)
         draw.text(
             (x + width * factor / 2, y + height * factor + 1),
-            fitting,
+            text,
             fill="black",
             font=font,
             anchor="ma",
@@ -51,8 +50,8 @@ def labelled_grid(images: Tensor, labels: Sequence[str], columns: int | None = N
     return picture
 
 
-def _cut(label: str, fits: Callable[[str], bool]) -> str:
-    """One line, with dots for what does not fit."""
+def _truncated(label: str, fits: Callable[[str], bool]) -> str:
+    """The label in one line, shortened with dots until it fits."""
     label = " ".join(label.split())
     if fits(label):
         return label
@@ -62,6 +61,7 @@ def _cut(label: str, fits: Callable[[str], bool]) -> str:
 
 
 def check_out(out: Path) -> None:
+    """ValueError unless `write_images` can write this kind of file."""
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"out must end in .png or .npz, got {str(out)!r}")
 
@@ -69,7 +69,11 @@ def check_out(out: Path) -> None:
 def write_images(
     out: Path, images: Tensor, labels: Sequence[int] | Sequence[str], before: Tensor | None = None
 ) -> None:
-    """A grid, under the images that were there before if any; or the images as numbers."""
+    """Write images (N, height, width, 3) uint8 as a labelled grid (.png) or as arrays (.npz).
+
+    before: images of the same shape to show above them. A single image of a prompt is written as
+    it is, without a label.
+    """
     with atomic_write(out) as file:
         if out.suffix == ".npz":
             np.savez(file, arr_0=images.cpu().numpy(), labels=np.array(labels))
@@ -89,6 +93,7 @@ def write_images(
 
 
 def summary_line(out: Path, count: int, plan: Plan) -> str:
+    """What was written, by which plan, with how many calls per image."""
     cost = plan.cost
     return (
         f"{out}: {count} images by {plan} ({cost.predictor} predictor and {cost.refiner} "

@@ -1,4 +1,4 @@
-"""sample, edit, inpaint and verify as commands: settings that are flags, files in, files out."""
+"""`flowturbo sample` and `flowturbo verify`: images, sets of images, and their check."""
 
 from __future__ import annotations
 
@@ -20,41 +20,40 @@ from .output import check_out, summary_line, write_images
 
 @dataclass(frozen=True)
 class Sample(ModelFlags):
-    """Sample images by a plan. With no arguments: ten digits by the bundled model, as
-    samples.png.
+    """Sample images by a plan.
+
+    Without arguments it samples ten digits from the bundled model and writes samples.png.
     """
 
     labels: tuple[int, ...] | None = None
-    """Class numbers; left out: all of the model's."""
+    """Class numbers. Default: all classes of the model."""
     prompts_file: Path | None = None
-    """A text file with a prompt a line, in the place of --prompts."""
+    """A text file with one prompt per line, instead of --prompts."""
     label_rule: LabelRule = "cycle"
-    """Image i gets: "cycle": of the labels or prompts number i, from the first again after the
-    last; "random": one drawn from (seed, i)."""
+    """Label or prompt of image i: "cycle" takes them in turn, "random" draws one from the stream
+    of (seed, i)."""
     num: Annotated[int | None, tyro.conf.arg(aliases=["--num-fid-samples"])] = None
-    """How many images; left out: one of each label or prompt, and ten where --labels says
-    nothing.
-    """
+    """Number of images. Default: one per label or prompt, ten without either."""
     out: Annotated[Path, tyro.conf.arg(aliases=["--sample-dir"])] = Path("samples.png")
-    """A labelled grid (.png; the image itself where a prompt makes one); an .npz with arr_0 (N,
-    height, width, 3), uint8, and labels; or, without a suffix, a folder of such files, with a
-    manifest: for large sets, also under torchrun, which go on from what is there."""
+    """A .png gets a labelled grid, or the image itself if it is the only one and from a prompt.
+    An .npz gets arr_0 (N, height, width, 3) uint8 and labels. A path without a suffix is a folder
+    of such files with a manifest, for large sets, also under torchrun. If it already holds images
+    with the same settings, the run resumes."""
     shard_size: int | None = None
-    """Images a file of a folder, a multiple of --batch-size; left out: the first from 256 on
-    (--batch-size is then 64).
-    """
+    """Images per file of a folder, a multiple of --batch-size, which is 64 by default. Default:
+    the least multiple from 256 on."""
 
 
 def run_sample(settings: Sample) -> str:
+    """Sample and write the images; returns a summary line."""
     if settings.num is not None and settings.num < 1:
         raise ValueError(f"num must be at least 1, got {settings.num}")
     if settings.prompts_file is not None:
         if settings.prompts:
             raise ValueError("give prompts or prompts_file, not both")
         settings = replace(settings, prompts=read_prompts(settings.prompts_file))
-    if (
-        settings.out.is_dir() or settings.out.suffix[1:].isdigit() or not settings.out.suffix
-    ):  # a folder may be called cfg1.5
+    suffix = settings.out.suffix
+    if settings.out.is_dir() or not suffix or suffix[1:].isdigit():  # a folder may be named cfg1.5
         return _sample_set(settings)
     check_out(settings.out)
     model, plan, options = load_model(settings)
@@ -64,14 +63,17 @@ def run_sample(settings: Sample) -> str:
 
 
 def _labels(settings: Sample, model: FlowModel) -> list[Any]:
-    given: Sequence[Any] = settings.prompts or settings.labels or range(model.num_classes)
-    count = settings.num or (10 if given == range(model.num_classes) else len(given))
-    return [given[k] for k in class_labels(settings.label_rule, count, len(given), settings.seed)]
+    """The label or prompt of each image."""
+    choices: Sequence[Any] = settings.prompts or settings.labels or range(model.num_classes)
+    count = settings.num or (10 if choices == range(model.num_classes) else len(choices))
+    indices = class_labels(settings.label_rule, count, len(choices), settings.seed)
+    return [choices[k] for k in indices]
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """The lines of a text file. ValueError, with its number, for an empty one: images would be of
-    other prompts than thought.
+    """The lines of a text file, one prompt each.
+
+    ValueError for an empty line: skipping it would shift the prompts against the images.
     """
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -109,33 +111,34 @@ def _sample_set(settings: Sample) -> str:
             about=about,
             **options,
         )
-    return f"{summary_line(settings.out, len(labels), plan)}, {_proved(manifest)}"
+    return f"{summary_line(settings.out, len(labels), plan)}, {_manifest_summary(manifest)}"
 
 
-def _proved(manifest: Mapping[str, Any]) -> str:
+def _manifest_summary(manifest: Mapping[str, Any]) -> str:
     return (
-        f"each once and whole in {len(manifest['shards'])} shards, images_sha256 "
-        f"{manifest['images_sha256']}"
+        f"complete in {len(manifest['shards'])} shards, images_sha256 {manifest['images_sha256']}"
     )
 
 
 @dataclass(frozen=True)
 class Verify:
-    """Check a folder of images that sample wrote: each image once and in its place, every byte as
-    it was written.
+    """Verify a folder that `flowturbo sample` wrote against its manifest.
+
+    Each image must be there once, in its place, with the bytes that were written.
     """
 
     folder: tyro.conf.Positional[Path]
-    """The folder."""
+    """The folder of images."""
     npz: Path | None = None
-    """Write all its images as one .npz too, with arr_0 and labels, as ADM's evaluator reads it."""
+    """Also write all images to one .npz with arr_0 and labels, as ADM's evaluator reads it."""
 
 
 def run_verify(settings: Verify) -> str:
+    """Verify a folder, and join it into one .npz on request; returns a summary line."""
     manifest = (
         verify(settings.folder) if settings.npz is None else join(settings.folder, settings.npz)
     )
     return (
         f"{settings.npz or settings.folder}: images {manifest['first']} to {manifest['last']}, "
-        f"{_proved(manifest)}"
+        f"{_manifest_summary(manifest)}"
     )
