@@ -22,8 +22,8 @@ import torch
 from harness import collect
 from lines import append
 from machine import device_name
-from rivals import depth
 from roofline import plan_floor
+from subjects import depth
 
 import flowturbo as ft
 from flowturbo.evaluation.latency import measure

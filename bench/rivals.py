@@ -16,131 +16,30 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import inductor
-import roofline
 import rowwise
 import torch
-from decoder import Autoencoder, Whole
+from decoder import Whole
 from plain_sit import HoistedSiT, PlainSiT
 from sampling import AnyJob, Sampler, captured, plainly, sample, tuned_convolutions
+from subjects import Subject
 from torch import Tensor, nn
 
 import flowturbo as ft
 from flowturbo.models.flow_model import FlowModel
-from flowturbo.models.random_weights import filled
-from flowturbo.models.sit import SIT_CONFIGS, SiT, SiTConfig
+from flowturbo.models.sit import SiTConfig
 from flowturbo.models.vae import DiffusersVAE
 from flowturbo.models.vae_fusion import fuse
-from flowturbo.runtime import rng
 from flowturbo.runtime.device import seconds
-
-GUIDANCE = 1.5
-DEPTH, DECODER = "FLOWTURBO_BENCH_DEPTH", "FLOWTURBO_BENCH_DECODER"
-"""In the environment, for trial runs: the predictor's number of blocks, and "small" for a decoder
-of a hundredth of the work.
-"""
 
 
 class Unavailable(Exception):
     """This rival can't run here, and why."""
-
-
-# What is sampled
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is sampled: a predictor, its refiner and an autoencoder with random weights, on a
-    device, a batch at a time.
-
-    decoder: "full" or "small". noise (batch, C, H, W) float32 and labels (batch,) int64, on the
-        device, for everyone.
-    """
-
-    predictor: SiT
-    refiner: SiT
-    vae: Autoencoder
-    device: torch.device
-    dtype: torch.dtype
-    batch: int
-    decode: bool
-    decoder: str
-    noise: Tensor = field(repr=False, compare=False)
-    labels: Tensor = field(repr=False, compare=False)
-    guidance: float = GUIDANCE
-
-    @property
-    def output(self) -> Any:
-        return "uint8" if self.decode else "latents"
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What a table must say where it is not the published model's: its depth, and which decoder
-        it has.
-        """
-        return {"depth": self.predictor.config.depth, "decoder": self.decoder}
-
-
-@functools.lru_cache(maxsize=1)
-def networks(
-    size: int, cuda: bool, depth: int | None = None, decoder: str = "full"
-) -> tuple[SiT, SiT, Autoencoder]:
-    """SiT-XL/2 with SD's decoder on a GPU, a small one elsewhere, in bfloat16 or float32. depth:
-    None: what that has.
-    """
-    device = torch.device("cuda" if cuda else "cpu")
-    config = replace(SIT_CONFIGS["SiT-XL/2"], side=size // 8)
-    if not cuda:
-        config = SiTConfig(hidden=96, depth=2, heads=4, patch=2, side=size // 8)
-    if depth is not None:
-        config = replace(config, depth=depth)
-    torch.manual_seed(0)
-    with torch.device(device):
-        vae = Autoencoder() if decoder == "full" else Autoencoder((16, 16, 32, 32), 0, 8)
-    dtype = torch.bfloat16 if cuda else torch.float32
-    nets = (
-        filled(config, device, 0),
-        filled(config.refiner(), device, 1),
-        vae.requires_grad_(False).eval(),
-    )
-    return tuple(net.to(dtype) for net in nets)  # type: ignore[return-value]
-
-
-def subject(size: int, batch: int, decode: bool) -> Subject:
-    """As the environment has it. ValueError for a depth or decoder there that is none."""
-    cuda = torch.cuda.is_available()
-    decoder = _decoder(cuda)
-    nets = networks(size, cuda, depth(), decoder)
-    weight = nets[0].pos_embed
-    config = nets[0].config
-    noise = rng.noise((config.channels, config.side, config.side), 0, range(batch)).to(
-        weight.device
-    )
-    labels = torch.arange(batch, device=weight.device) % config.num_classes
-    return Subject(*nets, weight.device, weight.dtype, batch, decode, decoder, noise, labels)
-
-
-def depth() -> int | None:
-    given = os.environ.get(DEPTH)
-    if not given:
-        return None
-    if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"{DEPTH} must be a number of blocks, at least 1, got {given!r}")
-    return int(given)
-
-
-def _decoder(cuda: bool) -> str:
-    """Elsewhere than on a GPU the small one is all there is."""
-    given = os.environ.get(DECODER) or "full"
-    if given not in ("full", "small"):
-        raise ValueError(f"{DECODER} must be 'full' or 'small', got {given!r}")
-    return given if cuda else "small"
 
 
 # This library
@@ -407,33 +306,3 @@ RIVALS: dict[str, Callable[[Subject], Sampler]] = {
     "plan-graph-fp8": plan_graph_fp8,
     "diffusers": diffusers,
 }
-
-
-# Limits
-
-
-def products_of(rival: str, s: Subject) -> torch.dtype:
-    """The dtype in which a rival multiplies in the predictor's blocks. ValueError for a name that
-    is none.
-    """
-    if rival not in RIVALS:
-        raise ValueError(f"rival must be one of {', '.join(RIVALS)}, got {rival!r}")
-    if rival.endswith("-fp8"):
-        return torch.float8_e4m3fn
-    return torch.bfloat16 if rival == "autocast" else s.dtype
-
-
-def limit_of(rival: str, plan: str, s: Subject) -> float:
-    """Seconds below which that rival can't sample the batch by the plan, decoding included where
-    the subject is decoded.
-    """
-    dtype = torch.bfloat16 if rival == "autocast" else s.dtype
-    configs = s.predictor.config, s.refiner.config
-    limit = roofline.plan_floor(
-        ft.Plan.parse(plan), *configs, s.batch, dtype, s.device.type, products_of(rival, s)
-    )
-    return limit + (
-        roofline.decode_floor(s.vae, tuple(s.noise.shape), s.dtype, s.device.type)
-        if s.decode
-        else 0.0
-    )

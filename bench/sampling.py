@@ -8,18 +8,15 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from subjects import Subject
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import flowturbo as ft
 from flowturbo.models.flow_model import FlowModel
 from flowturbo.sampling.run import Job, StepMonitor
-
-if TYPE_CHECKING:
-    from rivals import Subject
 
 
 @dataclass(frozen=True)

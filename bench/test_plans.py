@@ -20,10 +20,12 @@ from typing import Any
 import pytest
 import torch
 from harness import collect
+from limits import limit_of, products_of
 from machine import STAND_IN, device_name
-from rivals import DECODER, DEPTH, RIVALS, Subject, Unavailable, limit_of, products_of, subject
+from rivals import RIVALS, Unavailable
 from roofline import ceilings
 from sampling import Sampler, tuned_convolutions
+from subjects import DECODER, DEPTH, Subject, subject
 
 from flowturbo.evaluation.latency import fresh_peak
 from flowturbo.models.vae import DiffusersVAE

@@ -28,6 +28,7 @@ import harness
 import operations
 import rivals
 import roofline
+import subjects
 import test_plans
 from decoder import Autoencoder
 from plain_sit import PlainSiT
@@ -175,20 +176,20 @@ def test_the_plain_network_is_ours(config, refiner):
 
 @pytest.mark.parametrize("rival", ["ours", "ours-eager", "eager"])
 def test_rivals_sample_the_same_images(rival):
-    s = rivals.subject(64, 2, False)
+    s = subjects.subject(64, 2, False)
     reference = ft.load(
         s.predictor, s.refiner, device="cpu", dtype=torch.float32, backend="reference"
     )
-    expected = ft.sample(reference, "H1P1R1", [0, 1], guidance=rivals.GUIDANCE, seed=0)
+    expected = ft.sample(reference, "H1P1R1", [0, 1], guidance=subjects.GUIDANCE, seed=0)
     assert_close(rivals.RIVALS[rival](s)("H1P1R1"), expected, 1e-5)
 
 
 def test_a_rival_that_is_not_here_says_why(monkeypatch):
     with pytest.raises(rivals.Unavailable, match="GPU"):
-        rivals.plan_graph(rivals.subject(64, 1, False))
+        rivals.plan_graph(subjects.subject(64, 1, False))
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(rivals.Unavailable, match="diffusers is not installed"):
-        rivals.diffusers(rivals.subject(64, 1, False))
+        rivals.diffusers(subjects.subject(64, 1, False))
 
 
 def test_the_plain_decoder_is_diffusers():

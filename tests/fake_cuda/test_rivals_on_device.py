@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import inductor
 import rivals
+import subjects
 from rival_dtypes import check_dtypes
 from torch._inductor import config
 
@@ -43,8 +44,8 @@ WHOLE = ["ours", "ours-fp8", "plan-graph", "plan-graph-hoisted", "plan-graph-fp8
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One block, a small decoder and no search: what is compiled here takes minutes otherwise."""
-    monkeypatch.setenv(rivals.DEPTH, "1")
-    monkeypatch.setenv(rivals.DECODER, "small")
+    monkeypatch.setenv(subjects.DEPTH, "1")
+    monkeypatch.setenv(subjects.DECODER, "small")
     monkeypatch.setattr(
         inductor, "OPTIONS", inductor.OPTIONS | {"coordinate_descent_tuning": False}
     )
@@ -84,7 +85,7 @@ def images(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
 def test_a_rival_is_set_up_and_samples(rival: str, images: list[tuple[bool, bool]]) -> None:
     # Of those that compile, two with the decoder: the others' is the same.
     decode = rival not in COMPILED or rival in ("max-autotune", "plan-graph")
-    s = rivals.subject(64, 2, decode)
+    s = subjects.subject(64, 2, decode)
     assert s.about == {"depth": 1, "decoder": "small"}
     assert s.noise.is_cuda
     assert s.labels.is_cuda
@@ -117,7 +118,7 @@ def test_a_rival_is_set_up_and_samples(rival: str, images: list[tuple[bool, bool
 @pytest.mark.parametrize("rival", ["eager", "plan-graph-fp8"])
 def test_a_rival_below_sm_89_has_no_fp8(rival: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    s = rivals.subject(64, 1, False)
+    s = subjects.subject(64, 1, False)
     if rival == "eager":
         rivals.eager(s)
     else:
@@ -126,8 +127,8 @@ def test_a_rival_below_sm_89_has_no_fp8(rival: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_published_decoder_is_the_one_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(rivals.DECODER)
-    s = rivals.subject(64, 1, True)
+    monkeypatch.delenv(subjects.DECODER)
+    s = subjects.subject(64, 1, True)
     assert s.decoder == "full"
     assert sum(p.numel() for p in s.vae.parameters()) > 49e6
 
@@ -152,7 +153,7 @@ def test_freed_memory_and_old_workspaces_are_in_no_later_peak() -> None:
 
 
 def test_a_plan_takes_as_much_memory_whatever_was_measured_before() -> None:
-    s = rivals.subject(64, 2, False)
+    s = subjects.subject(64, 2, False)
     model = ft.load(s.predictor, s.refiner, device="cuda", dtype=torch.bfloat16)
     peaks = [
         measure(model, plan, 2, 1.5, "latents", repeats=1).peak_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import rivals
+import subjects
 import torch
 
 import flowturbo as ft
@@ -26,6 +26,6 @@ def check_dtypes(rival: str, model: ft.FlowModel) -> None:
             assert tensor.dtype == torch.float32, name
         else:
             assert tensor.dtype == (torch.float32 if rival == "autocast" else torch.bfloat16), name
-    assert seen == 4 * rivals.subject(64, 1, False).predictor.config.depth
+    assert seen == 4 * subjects.subject(64, 1, False).predictor.config.depth
     for tensor in model.refiner.parameters():
         assert tensor.dtype == (torch.float32 if rival == "autocast" else torch.bfloat16)
