@@ -62,29 +62,29 @@ def facts() -> dict[str, str]:
     }
 
 
+FOLDERS = ("bench", "csrc", "flowturbo", "flowturbo_kernels")
+SUFFIXES = (".py", ".sh", ".cu", ".cuh", ".cpp", ".h")
+RESULTS = "bench/results"
+
+
 def code() -> str:
-    """The commit, with a digest of the sources where they are not the commit's or there is none."""
+    """The commit, with a digest of the sources where they are not the commit's or there is none.
+    What the benchmarks write beside them is no source.
+    """
     digest = hashlib.sha256()
-    for folder in ("bench", "csrc", "flowturbo", "flowturbo_kernels"):
+    for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".sh", ".cu", ".cuh", ".cpp", ".h"):
-                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+            name = path.relative_to(ROOT).as_posix()
+            if path.suffix in SUFFIXES and not name.startswith(f"{RESULTS}/"):
+                digest.update(name.encode() + path.read_bytes())
     sources = f"sources {digest.hexdigest()[:10]}"
-    commit = _said("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
+    git = "git", "-C", str(ROOT)
+    commit = _said(*git, "rev-parse", "--short=10", "HEAD")
     if not commit:
         return sources
-    changed = _said(
-        "git",
-        "-C",
-        str(ROOT),
-        "status",
-        "--porcelain",
-        "--",
-        "bench",
-        "csrc",
-        "flowturbo",
-        "flowturbo_kernels",
-    )
+    patterns = [f"{folder}/*{suffix}" for folder in FOLDERS for suffix in SUFFIXES]
+    status = *git, "status", "--porcelain", "--untracked-files=all", "--"
+    changed = _said(*status, *patterns, f":(exclude){RESULTS}")
     return f"commit {commit}" + (f", changed: {sources}" if changed else "")
 
 
