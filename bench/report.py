@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 Info = Mapping[str, Any]
 
+WRONG = "wrong: "
+"""How the reason begins why something is not timed whose results were compared and are wrong."""
+
 
 class Entry(NamedTuple):
     """One benchmark: of `group`, by `who`, in the run of that name. median: seconds of info's
@@ -160,7 +163,10 @@ def _ended(device: Device, record: dict[str, Any]) -> None:
     outcome, why = record["outcome"], record.get("why", "")
     if "who" in record:
         key = record["group"], record["who"]
-        if outcome == "failed" or key not in device.entries:
+        if why.startswith(WRONG):  # and so may have been what was timed before
+            device.entries.pop(key, None)
+            device.missing[key] = why
+        elif outcome == "failed" or key not in device.entries:
             device.missing[key] = f"failed: {why}" if outcome == "failed" else why
     elif (
         outcome != "passed" or device.tests.get(record["id"]) != "failed"

@@ -140,7 +140,15 @@ def eager(s: Subject) -> Sampler:
     """Plain torch, weights in the dtype of the run, in inference mode."""
     vae, settings = _faster_decoder(s)
     model, _ = _plain(s, _as_it_is, vae)
-    return Sampler(torch.inference_mode()(functools.partial(sample, s, model)), model, settings)
+    return Sampler(s, torch.inference_mode()(functools.partial(sample, model)), model, settings)
+
+
+def reference(s: Subject) -> Sampler:
+    """Plain torch as it comes: not timed, but what everyone's latents and images are compared
+    with.
+    """
+    model, _ = _plain(s, _as_it_is, _decoder_of(s))
+    return Sampler(s, torch.inference_mode()(functools.partial(sample, model)), model)
 
 
 def autocast(s: Subject) -> Sampler:
@@ -153,11 +161,11 @@ def autocast(s: Subject) -> Sampler:
     vae, settings = _faster_decoder(s, _NoCast)
     model, _ = _plain(s, lambda network: network.requires_grad_(True), vae, torch.float32)
 
-    def run(plan: str) -> Tensor:
+    def run(s: Subject, plan: str) -> Tensor:
         with torch.autocast(s.device.type, dtype=torch.bfloat16), torch.no_grad():
-            return sample(s, model, plan)
+            return sample(model, s, plan)
 
-    return Sampler(run, model, settings)
+    return Sampler(s, run, model, settings)
 
 
 class _NoCast(nn.Module):
@@ -306,3 +314,5 @@ RIVALS: dict[str, Callable[[Subject], Sampler]] = {
     "plan-graph-fp8": plan_graph_fp8,
     "diffusers": diffusers,
 }
+OWN_WEIGHTS = ("diffusers",)
+"""Those whose networks are others: their latents can't be compared."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from subjects import Subject
@@ -21,19 +21,26 @@ from flowturbo.sampling.run import Job, StepMonitor
 
 @dataclass(frozen=True)
 class Sampler:
-    """A plan -> a batch sampled by it. The first call may compile and capture.
+    """A plan -> the subject's batch sampled by it, decoded where the subject is. The first call may
+    compile and capture.
 
-    model: whose networks are called. settings: in words, what was chosen for it here, for the
-        table.
+    run: (subject, plan) -> the batch. model: whose networks are called. settings: in words, what
+        was chosen for it here, for the table.
     """
 
-    run: Callable[[str], Tensor]
+    subject: Subject
+    run: Callable[[Subject, str], Tensor]
     model: FlowModel
     settings: str = ""
 
     def __call__(self, plan: str) -> Tensor:
         with tuned_convolutions():
-            return self.run(plan)
+            return self.run(self.subject, plan)
+
+    def latents(self, plan: str) -> Tensor:
+        """What the call decodes."""
+        with tuned_convolutions():
+            return self.run(replace(self.subject, decode=False), plan)
 
 
 @contextmanager
@@ -54,7 +61,7 @@ def tuned_convolutions() -> Iterator[None]:
 
 
 @torch.no_grad()
-def sample(s: Subject, model: FlowModel, plan: str, kind: type[Job] = Job) -> Tensor:
+def sample(model: FlowModel, s: Subject, plan: str, kind: type[Job] = Job) -> Tensor:
     """What flowturbo.sample does for a batch once its arguments are checked: all is on the device
     already.
     """
@@ -73,25 +80,25 @@ def _job(s: Subject, model: FlowModel, plan: str, kind: type[Job]) -> Job:
 
 
 def plainly(s: Subject, model: FlowModel, settings: str = "") -> Sampler:
-    return Sampler(functools.partial(sample, s, model), model, settings)
+    return Sampler(s, functools.partial(sample, model), model, settings)
 
 
 def captured(s: Subject, model: FlowModel, settings: str = "", kind: type[Job] = Job) -> Sampler:
     """By a capture of the whole plan, made ahead of time. That of another plan is given up before:
     what memory is counted is this plan's alone.
     """
-    newest = ""
+    newest: tuple[str, bool] | None = None
 
-    def run(plan: str) -> Tensor:
+    def run(s: Subject, plan: str) -> Tensor:
         nonlocal newest
-        if plan != newest:
-            newest = ""
+        if newest != (plan, s.decode):
+            newest = None
             model.captures.clear()
             _capture(s, model, plan, kind)
-            newest = plan
-        return sample(s, model, plan, kind)
+            newest = plan, s.decode
+        return sample(model, s, plan, kind)
 
-    return Sampler(run, model, settings)
+    return Sampler(s, run, model, settings)
 
 
 @torch.no_grad()

@@ -73,11 +73,22 @@ def networks(
         vae = Autoencoder() if decoder == "full" else Autoencoder((16, 16, 32, 32), 0, 8)
     dtype = torch.bfloat16 if cuda else torch.float32
     nets = (
-        filled(config, device, 0),
-        filled(config.refiner(), device, 1),
+        open_gates(filled(config, device, 0)),
+        open_gates(filled(config.refiner(), device, 1)),
         vae.requires_grad_(False).eval(),
     )
     return tuple(net.to(dtype) for net in nets)  # type: ignore[return-value]
+
+
+def open_gates(network: SiT) -> SiT:
+    """Every gate about one, in place: with random weights it is about nought, the blocks change the
+    velocity by 2 % in all, and latents would hardly tell a wrong block from a right one.
+    """
+    for block in network.blocks:
+        _, _, gate_msa, _, _, gate_mlp = block.adaLN_modulation[1].bias.chunk(6)
+        gate_msa += 1
+        gate_mlp += 1
+    return network
 
 
 def subject(size: int, batch: int, decode: bool) -> Subject:

@@ -1,5 +1,5 @@
-"""Every operation at the sizes of published models: each backend against eager torch and
-torch.compile, beside the device's limits.
+"""Every operation at the sizes of published models: each backend against plain torch, eager and
+compiled (bench/plain_ops.py), beside the device's limits.
 
     python -m pytest bench/test_kernels.py --benchmark-json=kernels.json && python bench/table.py
     kernels.json
@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from correctness import RESULTS, result_difference
 from harness import Replays, rotated
-from machine import device_name
+from machine import STAND_IN, device_name
 from operations import DEVICE, DTYPE, groups, shapes
+from plain_ops import PLAIN
+from report import WRONG
 from roofline import ceilings, floor, work
 
 from flowturbo_kernels import OPS, BackendError, use_backend
@@ -26,6 +29,7 @@ from flowturbo_kernels import OPS, BackendError, use_backend
 COMPILED_BATCHES = (8,) if DEVICE == "cuda" else ()
 """torch.compile takes seconds a shape; one size tells."""
 ROUNDS = 10
+FP8 = "linear_fp8", "quantize_rows"
 
 
 def about(batch: int, index: int, who: str) -> dict[str, str]:
@@ -41,12 +45,12 @@ PROVIDERS = ("eager", "compiled", "triton", "cuda", "auto")
 def provider(who: str, name: str, batch: int) -> Callable[..., Any]:
     op = OPS[name]
     if who == "eager":
-        return op.reference
+        return PLAIN[name]
     if who == "compiled":
         if batch not in COMPILED_BATCHES:
             pytest.skip("torch.compile is timed at one batch size")
         torch._dynamo.reset()
-        return torch.compile(op.reference, mode="max-autotune-no-cudagraphs", fullgraph=True)
+        return torch.compile(PLAIN[name], mode="max-autotune-no-cudagraphs", fullgraph=True)
     if who not in ("auto", *op.backends):
         pytest.skip(f"there is no {who} backend")
 
@@ -65,6 +69,12 @@ def test_kernel(benchmark, rounds, batch, index, who):
         result = function(*args)
     except BackendError as error:
         pytest.skip(str(error))
+    dtype = torch.float8_e4m3fn if name in FP8 else DTYPE
+    apart = None if STAND_IN else result_difference(result, OPS[name].reference(*args))
+    if apart is not None and not apart <= RESULTS[dtype]:
+        pytest.fail(
+            f"{WRONG}{apart:.1%} from the reference, expected {RESULTS[dtype]:.1%}", pytrace=False
+        )
     needed = work(name, args, result)
     replays = Replays(function, rotated(args, needed.bytes, DEVICE), DEVICE)
     benchmark.group = groups(batch)[index]
@@ -76,7 +86,8 @@ def test_kernel(benchmark, rounds, batch, index, who):
         "calls": replays.calls,
         "bytes": needed.bytes,
         "flops": needed.flops,
-        "floor": floor(needed, torch.float8_e4m3fn if name == "linear_fp8" else DTYPE, DEVICE),
+        "apart": apart,
+        "floor": floor(needed, dtype, DEVICE),
         "ceilings": ceilings(DEVICE),
         "device": device_name(),
         "dtype": str(DTYPE),

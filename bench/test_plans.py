@@ -6,7 +6,8 @@ limit.
 
 SiT-XL/2 with random weights and SD's decoder, guidance on, in bfloat16; without a GPU a small
 model, which measures only that it runs. --plans, --batches, --sizes, --decode and --rivals choose;
-the whole takes hours, since every rival compiles.
+the whole takes hours, since every rival compiles. A rival whose latents or images are not those of
+plain eager torch fails, and is not timed.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Any
 
 import pytest
 import torch
+from correctness import differences
 from harness import collect
 from limits import limit_of, products_of
 from machine import STAND_IN, device_name
+from report import WRONG
 from rivals import RIVALS, Unavailable
 from roofline import ceilings
 from sampling import Sampler, tuned_convolutions
@@ -98,7 +101,10 @@ def test_plan(
     assert result.shape == (
         (batch, size, size, 3) if with_vae else (batch, 4, size // 8, size // 8)
     )
-    assert STAND_IN or with_vae or result.isfinite().all()
+    peak = torch.cuda.max_memory_reserved() if cuda else None
+    apart, why = ({}, None) if STAND_IN else differences(rival, sampler, plan, result)
+    if why:
+        pytest.fail(f"{WRONG}{why}", pytrace=False)
 
     def run() -> None:
         sampler(plan)
@@ -117,7 +123,8 @@ def test_plan(
         "products": str(products_of(rival, s)).removeprefix("torch."),
         "settings": sampler.settings,
         "first_seconds": first,
-        "peak_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+        "apart": apart,
+        "peak_bytes": peak,
         "decode_seconds": decode_seconds(size, batch) if with_vae else 0.0,
         "floor": limit_of(rival, plan, s),
         "ceilings": limits,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from close import assert_close
 from paths import ROOT
+from scaled_product import scaled_product_by_rows
 from tiny import CONFIG, random_sit
 from torch import nn
 
@@ -21,17 +22,6 @@ import rivals
 import rowwise
 import subjects
 from plain_sit import FusedMLP, HoistedSiT, PlainSiT
-
-
-def scaled_product_by_rows(q, weight, scale, weight_scale, bias, out_dtype, use_fast_accum):
-    """As torch._scaled_mm is on a GPU; on the CPU older ones have one scale only."""
-    assert q.dtype == weight.dtype == torch.float8_e4m3fn
-    assert (scale.shape, weight_scale.shape) == ((len(q), 1), (1, weight.shape[1]))
-    assert scale.dtype == weight_scale.dtype == torch.float32
-    assert scale.is_contiguous()
-    assert weight_scale.is_contiguous()
-    assert bias.dtype == out_dtype
-    return ((q.float() @ weight.float()) * scale * weight_scale + bias.float()).to(out_dtype)
 
 
 def test_plain_fp8_has_a_scale_a_row_as_ours_has():

@@ -1,0 +1,154 @@
+"""The operations in plain torch, as the public code of these models has them, in the dtype of their
+arguments: what "eager" and "compiled" run.
+
+An operation's reference is no rival: it widens to float32 on purpose, with twice the launches and
+bytes in bfloat16. Where torch has one function for two steps (addcmul, lerp, add with alpha) it is
+taken, so that no gain is one over careless code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rowwise import LARGEST
+from torch import Tensor
+
+EPS = 1e-6
+_TINY = 1e-12
+
+
+def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
+    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale[:, None])
+
+
+def gated_residual_adaln(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS
+) -> tuple[Tensor, Tensor]:
+    x = torch.addcmul(x, gate[:, None], y)
+    return x, adaln_modulate(x, shift, scale, eps)
+
+
+def attention(qkv: Tensor) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None = None) -> Tensor:
+    return _activated(F.linear(x, weight, bias), activation)
+
+
+def _activated(y: Tensor, activation: str | None) -> Tensor:
+    return F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else y
+
+
+def linear_gated_residual(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor
+) -> Tensor:
+    return torch.addcmul(residual, gate[:, None], F.linear(x, weight, bias))
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (x.abs().amax(dim=1, keepdim=True).float() / LARGEST).clamp(min=_TINY)
+    return (x / scale).to(torch.float8_e4m3fn), scale[:, 0]
+
+
+def linear_fp8(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: str | None = None
+) -> Tensor:
+    q, scale = quantize_rows(x.flatten(0, -2))
+    y = torch._scaled_mm(
+        q,
+        weight.t(),
+        scale[:, None],
+        weight_scale[None],
+        bias=bias,
+        out_dtype=x.dtype,
+        use_fast_accum=True,
+    )
+    return _activated(y, activation).unflatten(0, x.shape[:-1])
+
+
+def patch_embed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    v: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    if v is not None:
+        x = torch.cat([x.repeat(len(v) // len(x), 1, 1, 1), v], dim=1)
+    tokens = F.conv2d(x, weight, bias, stride=weight.shape[2]).flatten(2).transpose(1, 2)
+    return tokens if positions is None else tokens + positions
+
+
+def velocity_update(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    for v, weight in zip(velocities, weights, strict=True):
+        x = torch.add(x, v[: len(x)], alpha=weight)
+    return x
+
+
+def guide(v: Tensor, scale: float | Tensor, channels: int) -> Tensor:
+    c, u = v[:, :channels].chunk(2)
+    guided = torch.lerp(u, c, scale)
+    return torch.cat([torch.cat([guided, guided]), v[:, channels:]], dim=1)
+
+
+def guided_update(
+    x: Tensor,
+    raw: Tensor,
+    scale: float | Tensor | None,
+    channels: int,
+    weight: float,
+    base: Tensor | None = None,
+    velocities: Sequence[Tensor] = (),
+    weights: Sequence[float] = (),
+) -> tuple[Tensor, Tensor]:
+    v = raw if scale is None else guide(raw, scale, channels)
+    v = v if base is None else v + base
+    return velocity_update(x, [*velocities, v], [*weights, weight]), v
+
+
+def final_update(
+    tokens: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    *update: Any,
+) -> tuple[Tensor, Tensor]:
+    (_, C, H, W), (R, T, _) = x.shape, tokens.shape
+    p = round((H * W // T) ** 0.5)
+    y = F.linear(adaln_modulate(tokens, shift, scale), weight, bias)
+    raw = y.view(R, H // p, W // p, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(R, -1, H, W)
+    return guided_update(x, raw[:, :C], *update)
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int = 32, eps: float = EPS
+) -> Tensor:
+    return F.silu(F.group_norm(x, groups, weight, bias, eps))
+
+
+PLAIN: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        adaln_modulate,
+        gated_residual_adaln,
+        attention,
+        linear,
+        linear_gated_residual,
+        quantize_rows,
+        linear_fp8,
+        patch_embed,
+        velocity_update,
+        guide,
+        guided_update,
+        final_update,
+        group_norm_silu,
+    )
+}
+"""By the operations' names."""
