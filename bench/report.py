@@ -31,6 +31,15 @@ class Entry(NamedTuple):
     beside: Mapping[str, Entry]
 
 
+def gain(theirs: Entry | None, mine: Entry | None) -> float | None:
+    """How many times as fast mine is, a call or a batch; None where one is missing or no time was
+    seen.
+    """
+    if theirs is None or mine is None or not mine.median:
+        return None
+    return (theirs.median / theirs.info.get("calls", 1)) / (mine.median / mine.info.get("calls", 1))
+
+
 class Stage(NamedTuple):
     """A stage of gpu_check.sh. ended: "passed", or in words how it did not."""
 
@@ -63,6 +72,14 @@ class Device:
         """The entries whose info has that key: "op" of operations, "plan" of plans."""
         return [entry for entry in self.entries.values() if key in entry.info]
 
+    def all_of(self, key: str) -> list[Entry]:
+        """As `of`, with those that a later run has measured again, in the order of the runs."""
+        entries = [e for beside in self._beside.values() for e in beside.values()]
+        return [entry for entry in entries if key in entry.info]
+
+    def is_wrong(self, group: str, who: str) -> bool:
+        return self.missing.get((group, who), "").startswith(WRONG)
+
     def last_run(self, part: str) -> str | None:
         """The name of the last run of a part of gpu_check.sh."""
         return next(
@@ -73,6 +90,12 @@ class Device:
         beside = self._beside.setdefault((run, group), {})
         beside[who] = self.entries[group, who] = Entry(group, who, median, info, run, beside)
         self.missing.pop((group, who), None)
+
+    def forget(self, group: str, who: str) -> None:
+        self.entries.pop((group, who), None)
+        for (_, of), beside in self._beside.items():
+            if of == group:
+                beside.pop(who, None)
 
 
 def read(paths: Iterable[Path]) -> dict[str, Device]:
@@ -164,7 +187,7 @@ def _ended(device: Device, record: dict[str, Any]) -> None:
     if "who" in record:
         key = record["group"], record["who"]
         if why.startswith(WRONG):  # and so may have been what was timed before
-            device.entries.pop(key, None)
+            device.forget(*key)
             device.missing[key] = why
         elif outcome == "failed" or key not in device.entries:
             device.missing[key] = f"failed: {why}" if outcome == "failed" else why

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from report import Device, Entry, read
+from report import Device, Entry, gain, read
 
 
 def line(part: str, device: Device) -> str:
@@ -111,15 +111,6 @@ def _growth(device: Device, run: str | None) -> str:
     return f"{len(points)} points measured" + "".join(
         f", batch {at} {ms:.2f} ms an image" for at, ms in ends
     )
-
-
-def gain(theirs: Entry | None, mine: Entry | None) -> float | None:
-    """How many times as fast mine is, a call or a batch; None where one is missing or no time was
-    seen.
-    """
-    if theirs is None or mine is None or not mine.median:
-        return None
-    return (theirs.median / theirs.info.get("calls", 1)) / (mine.median / mine.info.get("calls", 1))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import functools
 import os
 import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -36,22 +36,38 @@ from flowturbo.runtime.device import seconds
 
 ROUNDS = 5
 
-Prepared = tuple[Subject, Sampler, float]
+CACHES = "FLOWTURBO_BENCH_CACHES"
+"""In the environment: "cold" where the caches of Triton and Inductor were empty at the start."""
+
+
+class Prepared(NamedTuple):
+    """What is sampled, by whom, the seconds of setting that up, and whether the caches were cold:
+    nobody has filled them in this process either.
+    """
+
+    subject: Subject
+    sampler: Sampler
+    setup: float
+    cold: bool
+
+
 _prepared: dict[tuple[str, int, int, bool], Prepared | Unavailable] = {}
+_made: list[str] = []
+"""The rivals that were made in this process."""
 
 
 def prepared(rival: str, size: int, batch: int, decode: bool) -> Prepared:
-    """What is sampled, by whom, and the seconds of setting that up. The last one is kept, and given
-    up before another is made.
-    """
+    """The last one is kept, and given up before another is made."""
     key = rival, size, batch, decode
     if key not in _prepared:
         _prepared.clear()
         collect()
         s = subject(size, batch, decode)
+        cold = os.environ.get(CACHES) == "cold" and not _made
+        _made.append(rival)
         began = time.perf_counter()
         try:
-            _prepared[key] = s, RIVALS[rival](s), time.perf_counter() - began
+            _prepared[key] = Prepared(s, RIVALS[rival](s), time.perf_counter() - began, cold)
         except Unavailable as reason:
             _prepared[key] = reason.with_traceback(None)
     found = _prepared[key]
@@ -88,7 +104,7 @@ def test_plan(
 ) -> None:
     with_vae = decode == "yes"
     try:
-        s, sampler, setup = prepared(rival, size, batch, with_vae)
+        s, sampler, setup, cold = prepared(rival, size, batch, with_vae)
     except Unavailable as reason:
         pytest.skip(str(reason))
     cuda = s.device.type == "cuda"
@@ -123,6 +139,7 @@ def test_plan(
         "products": str(products_of(rival, s)).removeprefix("torch."),
         "settings": sampler.settings,
         "first_seconds": first,
+        "caches": "cold" if cold else "warm",
         "apart": apart,
         "peak_bytes": peak,
         "decode_seconds": decode_seconds(size, batch) if with_vae else 0.0,

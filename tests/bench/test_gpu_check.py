@@ -5,7 +5,6 @@ benchmarks that take no time.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,6 @@ from paths import ROOT
 sys.path.insert(0, str(ROOT / "bench"))
 
 import report
-import summary
 import table
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
@@ -393,39 +391,3 @@ def test_without_torch_or_a_device_it_says_so(checkout, tmp_path):
         with pytest.raises(AssertionError, match=message):
             check(checkout, tmp_path, "correct", **variables)
     assert not list(tmp_path.glob("*.*"))
-
-
-# Reports as such
-
-
-def line(kind: str, stage: str = "s", **fields: object) -> str:
-    return json.dumps({"kind": kind, "run": "plans 1", "stage": stage, **fields}) + "\n"
-
-
-def test_a_report_that_was_cut_in_a_line_is_read(tmp_path):
-    measured = {
-        "group": "H1",
-        "stats": {"median": 2.0},
-        "info": {"device": H200, "plan": "H1", "batch": 1, "floor": 1.0},
-    }
-    text = line("run", part="plans", facts={"device": H200})
-    text += line(
-        "planned", items=[{"id": name, "group": "H1", "who": name} for name in ("ours", "eager")]
-    )
-    text += line("ended", id="ours", outcome="passed", group="H1", who="ours", measured=measured)
-    (tmp_path / "a.jsonl").write_text(text + '{"kind": "ended", "id": "eag')
-    [device] = report.read([tmp_path]).values()
-    assert device.entries["H1", "ours"].median == 2.0
-    assert device.missing == {("H1", "eager"): "not reached: s was cut short"}
-    assert (
-        summary.line("plans", device)
-        == f"plans: H1 ours 2000.00 ms an image (limit 1000.00) on {H200}"
-    )
-
-
-def test_a_report_that_is_none_is_refused_by_name_and_passed_over_in_a_folder(tmp_path):
-    (tmp_path / "growth.json").write_text('{"curves": {}}')
-    assert report.read([tmp_path]) == {}
-    with pytest.raises(ValueError, match=r"growth\.json is no report of pytest-benchmark"):
-        report.read([tmp_path / "growth.json"])
-    assert table.page({}).endswith("Nothing was measured.\n")
