@@ -22,7 +22,8 @@ is, which takes hours.
 OPTIONS: dict[str, Any] = {
     # as the environment's ENABLE_PERSISTENT_TMA_MATMUL=1
     "triton.enable_persistent_tma_matmul": True,
-    "triton.enable_pdl": True,  # TORCHINDUCTOR_ENABLE_PDL=1
+    # upstream's default: with programmatic dependent launch some of its kernels were slower
+    "triton.enable_pdl": False,
 }
 
 
