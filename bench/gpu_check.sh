@@ -1,39 +1,59 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in parts of under nine minutes each, on a machine with a CUDA device and no network:
+# Everything that needs a GPU, in parts of under nine minutes each, on a machine with a CUDA device
+# and no network:
 #   bash bench/gpu_check.sh [PART [FOLDER]]
 # PART, "all" of them in this order unless one is named:
 #   correct   build the extension, all tests marked gpu, csrc under compute-sanitizer
-#   kernels   every operation: torch eager, each of our backends, what `auto` takes; batch 8, batch 1; then torch.compile at batch 8
-#   plans     whole plans at batch 8 and 1: ours with and without graph and in fp8, against torch eager and autocast; and a profile
-#   rivals-8  the same plans at batch 8 against torch.compile, its max-autotune, and that in a graph of the plan; rivals-1: at batch 1
-#   best-8    against rivals in fp8 and a graph of the plan with modulations hoisted; best-1: at batch 1
+#   kernels   every operation: plain torch, each of our backends, what `auto` takes; batch 8,
+#             batch 1; then torch.compile at batch 8
+#   plans-8   whole plans at batch 8: ours with and without graph and in fp8, against torch eager,
+#             autocast and torch.compile; and a profile; plans-1: at batch 1
+#   RIVAL-8   the same plans at batch 8 against one rival that Inductor tunes: max-autotune,
+#             plan-graph (that in a graph of the plan), plan-graph-hoisted (with modulations
+#             hoisted), and against ours in fp8 max-autotune-fp8 and plan-graph-fp8;
+#             RIVAL-1: at batch 1
 #   growth    milliseconds an image over batch sizes, tokens and numbers of steps
 #   list      runs nothing: part, stage and limit in seconds, a line each
-# FOLDER, bench/results unless named, gets three files of each device, named after it, and one for all:
-#   DEVICE.jsonl   a line of whatever ended: tests, measurements, stages (bench/lines.py); runs append, and the last of each counts
+# FOLDER, bench/results unless named, gets three files of each device, named after it, and one for
+# all:
+#   DEVICE.jsonl   a line of whatever ended: tests, measurements, stages (bench/lines.py); runs
+#                  append, and the last of each counts
 #   DEVICE.txt     a summary line a part
-#   DEVICE.tar.gz  logs, the sanitizer's, traces, plots, and which kernels were measured as fastest; below 16 MiB
+#   DEVICE.tar.gz  logs, the sanitizer's, traces, plots, and which kernels were measured as fastest;
+#                  below 16 MiB
 #   RESULTS.md     tables of all devices in the folder
-# so that two devices' results need seven files, in no folder below. Every stage runs, whatever those before it did. One that passes
-# its limit is interrupted, and killed 15 s later, and keeps what it has measured; time that a stage does not use goes to those after
-# it. The exit status is 0 if every stage passed.
-# A part prints nothing before it ends, so that its first line is its summary. That line is also its last, since a machine that is lent
-# may give back only the end of what is printed, and stands in DEVICE.txt from the first stage on.
+# so that two devices' results need seven files, in no folder below. Every stage runs, whatever
+# those before it did. One that passes its limit is interrupted, and killed 15 s later, and keeps
+# what it has measured; time that a stage does not use goes to those after it. The exit status is 0
+# if every stage passed.
+# Caches of Triton and Inductor are a part's own, those of timed plans a stage's, and stay in
+# build/: a part that is repeated on the same machine resumes from them, so that a rival is measured
+# whose tuning takes longer than its part: repeat it until it passes. A first image says where its
+# caches were not empty.
+# A part prints nothing before it ends, so that its first line is its summary. That line is also its
+# last, since a machine that is lent may give back only the end of what is printed, and stands in
+# DEVICE.txt from the first stage on.
 #
 # Variables:
-#   PYTHON                      the interpreter, else the first of python, python3 that has torch
-#   FLOWTURBO_BENCH_LIMITS      percent of every stage's limit (100)
+#   PYTHON                     the interpreter, else the first of python, python3 that has torch
+#   FLOWTURBO_BENCH_LIMITS     percent of every stage's limit (100)
 # and, for a trial run that is short:
-#   FLOWTURBO_BENCH_TESTS       expression of pytest -k for the tests;  FLOWTURBO_BENCH_OPS: for the operations' benchmarks
-#   FLOWTURBO_BENCH_BATCHES     of the batch sizes 8 and 1, these;  FLOWTURBO_BENCH_RIVALS: of the rivals, these
-#   FLOWTURBO_BENCH_PLANS       instead of "H1P5R3 H2P4R2 H8";  FLOWTURBO_BENCH_SIZE: instead of images of 256
-#   FLOWTURBO_BENCH_ROUNDS      rounds of every measurement
-#   FLOWTURBO_BENCH_DEPTH       blocks of the networks;  FLOWTURBO_BENCH_DECODER=small: a small decoder
-#   FLOWTURBO_BENCH_MODEL       of the profile, instead of SiT-XL/2
-#   FLOWTURBO_BENCH_GROWTH      arguments of bench/growth.py
-# FAKE_CUDA, set on the stand-in for a GPU that the tests have, leaves out comparisons of values and is said beside every figure.
+#   FLOWTURBO_BENCH_TESTS      expression of pytest -k for the tests
+#   FLOWTURBO_BENCH_OPS        the same for the operations' benchmarks
+#   FLOWTURBO_BENCH_BATCHES    of the batch sizes 8 and 1, these
+#   FLOWTURBO_BENCH_RIVALS     of the rivals, these
+#   FLOWTURBO_BENCH_PLANS      instead of "H1P5R3 H2P4R2 H8"
+#   FLOWTURBO_BENCH_SIZE       instead of images of 256
+#   FLOWTURBO_BENCH_ROUNDS     rounds of every measurement
+#   FLOWTURBO_BENCH_DEPTH      blocks of the networks
+#   FLOWTURBO_BENCH_DECODER    small: a small decoder
+#   FLOWTURBO_BENCH_MODEL      of the profile, instead of SiT-XL/2
+#   FLOWTURBO_BENCH_GROWTH     arguments of bench/growth.py
+# FAKE_CUDA, set on the stand-in for a GPU that the tests have, leaves out comparisons of values and
+# is said beside every figure.
 set -uo pipefail
-parts="correct kernels plans rivals-8 best-8 rivals-1 best-1 growth"
+tuned="max-autotune plan-graph plan-graph-hoisted max-autotune-fp8 plan-graph-fp8"
+parts="correct kernels plans-8 plans-1 $(printf '%s-8 ' $tuned)$(printf '%s-1 ' $tuned)growth"
 wanted=${1:-all}
 case " $parts all list " in
 *" $wanted "*) ;;
@@ -53,68 +73,93 @@ of() { # WANTED WORD...: those words that are wanted; all where nothing is
 }
 batches=$(of "${FLOWTURBO_BENCH_BATCHES-}" 8 1)
 
+line() { # FORMAT VALUE...: of the report
+    # shellcheck disable=SC2059
+    printf "{$1}\n" "${@:2}" >>"$FLOWTURBO_BENCH_LINES"
+}
+
 stage() { # NAME SECONDS COMMAND...
-    local name=$1 limit=$(($2 * ${FLOWTURBO_BENCH_LIMITS:-100} / 100)) start=$SECONDS allowed status ended
+    local name=$1 limit=$(($2 * ${FLOWTURBO_BENCH_LIMITS:-100} / 100)) start=$SECONDS
+    local allowed status ended
     shift 2
     if [ "$wanted" = list ]; then
         echo "$part $name $limit"
         return
     fi
     allowed=$((limit + spare > 1 ? limit + spare : 1))
+    local kept=$caches/${cache:-$part} caching=cold
+    [ ! -e "$kept" ] || caching=warm
+    mkdir -p "$kept"
     { # bash's own word on a stage that was killed goes nowhere
-        FLOWTURBO_BENCH_STAGE=$name timeout -s INT -k 15 "$allowed" "$@" >"$logs/$part-$name.log" 2>&1
+        FLOWTURBO_BENCH_STAGE=$name FLOWTURBO_BENCH_CACHES=$caching \
+            TRITON_CACHE_DIR=$kept/triton TORCHINDUCTOR_CACHE_DIR=$kept/inductor \
+            timeout -s INT -k 15 "$allowed" "$@" >"$logs/$part-$name.log" 2>&1
         status=$?
     } 2>/dev/null
     case $status in
     0) ended=passed ;;
     124) ended="was stopped at its limit" ;;
     126 | 127) ended="could not be started" ;;
-    137) ended=$([ $((SECONDS - start)) -lt "$allowed" ] && echo "was killed" || echo "was stopped at its limit") ;;
+    137)
+        ended="was stopped at its limit"
+        [ $((SECONDS - start)) -ge "$allowed" ] || ended="was killed"
+        ;;
     *) ended="failed (exit status $status)" ;;
     esac
     spare=$((allowed - (SECONDS - start)))
-    printf '{"kind": "stage", "run": "%s", "stage": "%s", "seconds": %d, "limit": %d, "ended": "%s"}\n' \
-        "$FLOWTURBO_BENCH_RUN" "$name" $((SECONDS - start)) "$allowed" "$ended" >>"$FLOWTURBO_BENCH_LINES"
+    line '"kind": "stage", "run": "%s", "stage": "%s", "seconds": %d, "limit": %d, "ended": "%s"' \
+        "$FLOWTURBO_BENCH_RUN" "$name" $((SECONDS - start)) "$allowed" "$ended"
     told+=("$name $ended, $((SECONDS - start)) s of $allowed")
     [ "$ended" = passed ] || failed+=("$name")
     keep
 }
 
 plan_stage() { # NAME SECONDS BATCH RIVAL...
-    local name=$1 limit=$2 batch=$3 rivals
+    local name=$1 limit=$2 batch=$3 rivals cache=$part-$1
     shift 3
     rivals=$(of "${FLOWTURBO_BENCH_RIVALS-}" "$@")
     [ -n "$rivals" ] || return 0
     # shellcheck disable=SC2086 (two words or none)
-    stage "$name" "$limit" "${pytest[@]}" bench/test_plans.py --sizes "${FLOWTURBO_BENCH_SIZE:-256}" --batches "$batch" --decode yes \
+    stage "$name" "$limit" "${pytest[@]}" bench/test_plans.py \
+        --sizes "${FLOWTURBO_BENCH_SIZE:-256}" --batches "$batch" --decode yes \
         --plans "$plans" --rivals "$rivals" $rounds
 }
 
 operations() { # NAME SECONDS BATCH PROVIDERS
     # shellcheck disable=SC2086
-    stage "$1" "$2" "${pytest[@]}" bench/test_kernels.py --batches "$3" --providers "$4" $rounds \
-        ${FLOWTURBO_BENCH_OPS:+-k "$FLOWTURBO_BENCH_OPS"}
+    stage "$1" "$2" "${pytest[@]}" bench/test_kernels.py \
+        --batches "$3" --providers "$4" $rounds ${FLOWTURBO_BENCH_OPS:+-k "$FLOWTURBO_BENCH_OPS"}
 }
 
-build() { # From a folder without pyproject.toml, whose licence setuptools before 77 can't read; CuPy serves where this fails.
-    stage build 60 env -C "$work" FLOWTURBO_CUDA_ARCHS="$arch" FLOWTURBO_BUILD_CUDA=1 "$python" "$root/setup.py" -q build_ext \
+# From a folder without pyproject.toml, whose licence setuptools before 77 can't read; CuPy serves
+# where this fails.
+build() {
+    stage build 60 env -C "$work" FLOWTURBO_CUDA_ARCHS="$arch" FLOWTURBO_BUILD_CUDA=1 \
+        "$python" "$root/setup.py" -q build_ext \
         --build-lib "$root" --build-temp "$root/build/gpu_check"
 }
 
 correct() {
     local tests workers sanitizer
     build
-    stage info 25 "$python" -c 'from flowturbo.cli.info import report; print(report())'
+    stage info 20 "$python" -c 'from flowturbo.cli.info import report; print(report())'
     # Most of the tests' time is Triton compiling, on one core a kernel.
-    workers=$([ "$wanted" = list ] || "$python" -c 'import os, xdist; print("-n", min(12, os.cpu_count()))' 2>/dev/null)
+    local count='import os, xdist; print("-n", min(12, os.cpu_count()))'
+    workers=$([ "$wanted" = list ] || "$python" -c "$count" 2>/dev/null)
     mapfile -t tests < <(grep -rlE 'mark\.gpu' tests --include='test_*.py' | sort)
     # shellcheck disable=SC2086
-    stage tests 250 env PYTHONPATH="$root:$root/bench" "$python" -m pytest -q -p no:cacheprovider -p lines $workers -m gpu "${tests[@]}" \
+    stage tests 235 env PYTHONPATH="$root:$root/bench" \
+        "$python" -m pytest -q -p no:cacheprovider -p lines $workers -m gpu "${tests[@]}" \
         ${FLOWTURBO_BENCH_TESTS:+-k "$FLOWTURBO_BENCH_TESTS"}
-    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
-    # Errors of the runtime's calls are left out: libraries ask what a device can do by calls that may fail.
-    stage sanitizer 150 env -u FLOWTURBO_BENCH_LINES "${sanitizer:-compute-sanitizer}" --error-exitcode 1 --report-api-errors no \
-        --log-file "$logs/correct-memcheck.log" "$python" -m pytest -q -p no:cacheprovider -m gpu "${tests[@]}" -k "cuda_backend and float32"
+    sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
+    # Errors of the runtime's calls are left out: libraries ask what a device can do by calls that
+    # may fail. Torch's allocator hands out pieces of 2 MiB, within which nothing is out of bounds:
+    # without it each tensor is an allocation.
+    stage sanitizer 205 env -u FLOWTURBO_BENCH_LINES PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        "${sanitizer:-compute-sanitizer}" --error-exitcode 1 --report-api-errors no \
+        --log-file "$logs/correct-memcheck.log" \
+        "$python" -m pytest -q -p no:cacheprovider -m gpu "${tests[@]}" \
+        -k "cuda_backend and float32"
 }
 
 kernels() {
@@ -126,31 +171,30 @@ kernels() {
     case " $batches " in *" 8 "*) operations compiled-8 200 8 compiled ;; esac
 }
 
-plans() {
-    local batch
-    for batch in $batches; do
-        plan_stage "batch-$batch" 180 "$batch" ours ours-fp8 ours-eager eager autocast
-    done
-    stage profile 120 "$python" -c 'import sys; from pathlib import Path; from flowturbo.evaluation.latency import Bench, bench
-model, folder, plan, repeats, *batches = sys.argv[1:]
-print(bench(Bench(model, plans=(plan,), batch_sizes=tuple(map(int, batches)), repeats=int(repeats), profile=Path(folder))))' \
-        "${FLOWTURBO_BENCH_MODEL:-SiT-XL/2}" "$logs/profile" "${plans%% *}" "${FLOWTURBO_BENCH_ROUNDS:-5}" $batches
+plans() { # BATCH
+    # At batch 1 ours compiles as many kernels as at 8: neither part has the other's caches.
+    plan_stage ours 240 "$1" ours ours-fp8 ours-eager eager autocast
+    plan_stage compile 170 "$1" compile
+    cache=$part-ours stage profile 100 "$python" -c '
+import sys
+from pathlib import Path
+from flowturbo.evaluation.latency import Bench, bench
+model, folder, plan, repeats, batch = sys.argv[1:]
+sizes = (int(batch),)
+print(bench(Bench(model, (plan,), sizes, repeats=int(repeats), profile=Path(folder))))' \
+        "${FLOWTURBO_BENCH_MODEL:-SiT-XL/2}" "$logs/profile" "${plans%% *}" \
+        "${FLOWTURBO_BENCH_ROUNDS:-5}" "$1"
 }
 
-# Ours is measured again in each, so that a ratio is of one run on one GPU. What compiles for longest comes last.
+# Ours is measured again beside each rival, so that a ratio is of one run on one GPU.
 
-rivals() { # BATCH
-    plan_stage ours 100 "$1" ours
-    plan_stage compile 120 "$1" compile
-    plan_stage max-autotune 170 "$1" max-autotune
-    plan_stage plan-graph 125 "$1" plan-graph
-}
-
-best() { # BATCH
-    plan_stage ours 110 "$1" ours ours-fp8
-    plan_stage max-autotune-fp8 170 "$1" max-autotune-fp8
-    plan_stage plan-graph-hoisted 120 "$1" plan-graph-hoisted
-    plan_stage plan-graph-fp8 115 "$1" plan-graph-fp8
+tuned_rival() { # RIVAL BATCH
+    [ -n "$(of "${FLOWTURBO_BENCH_RIVALS-}" "$1")" ] || return 0
+    case $1 in
+    *-fp8) plan_stage ours-fp8 140 "$2" ours-fp8 ;;
+    *) plan_stage ours 140 "$2" ours ;;
+    esac
+    plan_stage "$1" 375 "$2" "$1"
 }
 
 growth() {
@@ -159,9 +203,12 @@ growth() {
 }
 
 steps() {
-    local batch=${part##*-}
+    local name=${part%-*} batch=${part##*-}
     case $part in
-    *-[18]) case " $batches " in *" $batch "*) "${part%-*}" "$batch" ;; esac ;;
+    *-[18])
+        case " $batches " in *" $batch "*) ;; *) return ;; esac
+        case $name in plans) plans "$batch" ;; *) tuned_rival "$name" "$batch" ;; esac
+        ;;
     *) "$part" ;;
     esac
 }
@@ -171,7 +218,8 @@ summary() {
 }
 
 keep() { # The summary and the archive as they are after a stage, each written whole or not at all.
-    { grep -v "^$part: " "$base.txt" 2>/dev/null; summary; } >"$work/summaries" && mv "$work/summaries" "$base.txt"
+    { grep -v "^$part: " "$base.txt" 2>/dev/null; summary; } >"$work/summaries" &&
+        mv "$work/summaries" "$base.txt"
     local without=()
     while :; do
         tar -C "$work" -czf "$work/archive" "${without[@]}" "$(basename "$base")"
@@ -188,7 +236,8 @@ run_part() { # PART
     # Choices of its own: what was measured beside other work, or by other code, may mislead.
     export FLOWTURBO_BENCH_RUN FLOWTURBO_CACHE="$logs/$part-fastest"
     rm -rf "$FLOWTURBO_CACHE" "$logs/$part-"*.log
-    printf '{"kind": "run", "run": "%s", "part": "%s", "facts": %s}\n' "$FLOWTURBO_BENCH_RUN" "$part" "$facts" >>"$FLOWTURBO_BENCH_LINES"
+    line '"kind": "run", "run": "%s", "part": "%s", "facts": %s' \
+        "$FLOWTURBO_BENCH_RUN" "$part" "$facts"
     keep
     steps
     stage table 15 "$python" bench/table.py "$folder" --out "$folder/RESULTS.md"
@@ -207,7 +256,7 @@ run_part() { # PART
 }
 
 if [ "$wanted" = list ]; then
-    cd "$root" && python=python arch='' work='' logs=''
+    cd "$root" && python=python arch='' work='' logs='' caches=''
     for part in $parts; do
         steps
         stage table 15
@@ -220,16 +269,20 @@ mkdir -p "$folder" && folder=$(cd "$folder" && pwd) && cd "$root" || exit 2
 for candidate in ${PYTHON:-python python3}; do
     python=$("$candidate" -c 'import sys, torch; print(sys.executable)' 2>/dev/null) && break
 done
-[ -n "${python-}" ] || { echo "none of ${PYTHON:-python python3} has torch: set PYTHON" >&2 && exit 2; }
+if [ -z "${python-}" ]; then
+    echo "none of ${PYTHON:-python python3} has torch: set PYTHON" >&2
+    exit 2
+fi
 export PYTHONPATH=$root
 machine=$("$python" bench/machine.py) || exit 2
 { read -r device && read -r name && read -r arch && read -r facts; } <<<"$machine"
 pytest=("$python" -m pytest -q -p no:cacheprovider --benchmark-columns=median)
 work=$(mktemp -d) || exit 2
 trap 'rm -rf "$work"' EXIT
-base=$folder/$name logs=$work/$name
+base=$folder/$name logs=$work/$name caches=$root/build/gpu_check/caches/$name
 export FLOWTURBO_BENCH_LINES=$base.jsonl
-[ ! -e "$base.tar.gz" ] || tar -C "$work" -xzf "$base.tar.gz" || echo "$base.tar.gz can't be read: its logs are lost" >&2
+[ ! -e "$base.tar.gz" ] || tar -C "$work" -xzf "$base.tar.gz" ||
+    echo "$base.tar.gz can't be read: its logs are lost" >&2
 mkdir -p "$logs" && touch "$base.txt"
 
 wrong=0

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from harness import collect
 from lines import append
-from machine import device_name
+from machine import STAND_IN, device_name
 from roofline import plan_floor
 from subjects import depth
 
@@ -66,6 +66,8 @@ def model(side: int) -> ft.FlowModel:
 
 def point(m: ft.FlowModel, side: int, plan: str, batch: int, repeats: int) -> Point:
     timing = measure(m, plan, batch, 1.5, "latents", repeats=repeats)
+    latents = ft.sample(m, plan, [0] * batch, guidance=1.5, seed=0, batch_size=batch)
+    assert STAND_IN or latents.isfinite().all(), f"{plan} at batch {batch}: latents are not finite"
     m.captures.clear()
     predictor = config(side)
     limit = plan_floor(

@@ -15,108 +15,25 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from bench_checkout import CHECKOUT
 from paths import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 
+import plan_tables
 import report
-import table
 
+TUNED = [
+    "max-autotune",
+    "plan-graph",
+    "plan-graph-hoisted",
+    "max-autotune-fp8",
+    "plan-graph-fp8",
+]
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 
-CHECKOUT = {
-    # What stands in for the checkout's own: the benchmarks, the library as far as the script calls
-    # it, the tests that need a GPU.
-    "torch/__init__.py": "class cuda:\n    is_available = staticmethod(lambda: True)\n",
-    "bench/machine.py": """
-import json, os
-name = os.environ["DEVICE"]
-facts = {"device": name, "code": "commit 1234", "torch": "2.11"}
-print(name, name.lower().replace(" ", "-"), "90a", json.dumps(facts), sep="\\n")
-""",
-    "bench/test_plans.py": """
-import os, signal, time, pytest
-RIVALS = "ours ours-fp8 ours-eager eager autocast compile max-autotune plan-graph".split()
-RIVALS += "plan-graph-hoisted max-autotune-fp8 plan-graph-fp8".split()
-ROUNDS = 3
-
-def about(rival, size, batch, decode, plan):
-    return {"group": f"{plan} {size}x{size} batch {batch}", "who": rival}
-
-def test_plan(benchmark, rounds, rival, size, batch, decode, plan):
-    if rival == "ours-fp8":
-        pytest.skip("fp8 is not here")
-    if rival == "autocast":
-        raise RuntimeError("out of memory\\nof 80 GB")
-    if rival == os.environ.get("DEAF"):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    benchmark.group = about(rival, size, batch, decode, plan)["group"]
-    benchmark.extra_info |= dict(
-        rival=rival, plan=plan, size=size, batch=batch, decode=False, first_seconds=1.0,
-        peak_bytes=1 << 30, decode_seconds=0.0,
-        floor=1e-9, ceilings={"copy": 3e12}, device=os.environ["DEVICE"], dtype="bfloat16",
-        torch="2.11",
-    )
-    def run():
-        if rival == os.environ.get("SLOW"):
-            open(os.environ["REACHED"], "w").close()
-            time.sleep(600)
-
-    benchmark.pedantic(run, rounds=rounds, iterations=1)
-""",
-    "bench/test_kernels.py": """
-import os, time
-PROVIDERS = ("eager", "compiled", "triton", "cuda", "auto")
-ROUNDS = 3
-
-def about(batch, who):
-    return {"group": f"attention batch {batch}", "who": who}
-
-def test_kernel(benchmark, rounds, batch, who):
-    benchmark.group = about(batch, who)["group"]
-    benchmark.extra_info |= dict(
-        op="attention", batch=batch, provider=who, backend="torch", calls=8, floor=1e-9,
-        ceilings={"copy": 3.1e12},
-        device=os.environ["DEVICE"], dtype="torch.bfloat16", torch="2.11",
-    )
-    benchmark.pedantic(time.sleep, args=(0.001,), rounds=rounds, iterations=1)
-""",
-    "bench/growth.py": """
-import os, sys
-from lines import append
-for at in (1, 8):
-    point = {"at": at, "plan": "H1", "batch": at, "tokens": 256, "ms_an_image": 5 / at,
-    "limit_ms_an_image": 1.0}
-    append("growth", curve="batch", device=os.environ["DEVICE"], point=point)
-open(sys.argv[1] + "/growth.png", "wb").close()
-""",
-    "flowturbo/cli/info.py": "def report():\n    return 'what it runs on'\n",
-    "flowturbo/evaluation/latency.py": """
-from dataclasses import dataclass
-@dataclass
-class Bench:
-    model: str
-    plans: tuple
-    batch_sizes: tuple
-    repeats: int
-    profile: object
-
-def bench(settings):
-    settings.profile.mkdir(parents=True)
-    for name in ("trace.json", "md"):
-        (settings.profile / f"{settings.plans[0]}-batch8.{name}").write_text("a trace")
-""",
-    "setup.py": "raise SystemExit('there is no nvcc')",
-    "tests/kernels/test_gpu.py": """
-import pytest
-pytestmark = pytest.mark.gpu
-def test_right(): pass
-def test_wrong(): assert 1 == 2
-def test_cuda_backend_float32(): pytest.skip("no CuPy")
-""",
-    "pyproject.toml": '[tool.pytest.ini_options]\nmarkers = ["gpu: needs a CUDA device"]\n',
-}
-
+SCRIPTS = "gpu_check.sh conftest.py lines.py report.py cells.py plan_tables.py summary.py table.py"
+SCRIPTS = SCRIPTS.split()
 
 TOOLS = {
     # In front of the machine's own.
@@ -142,7 +59,7 @@ def checkout(tmp_path):
     for name, text in CHECKOUT.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    for name in ("gpu_check.sh", "conftest.py", "lines.py", "report.py", "summary.py", "table.py"):
+    for name in SCRIPTS:
         shutil.copy(ROOT / "bench" / name, root / "bench" / name)
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -191,25 +108,37 @@ def listed() -> dict[str, dict[str, int]]:
 
 def test_every_part_ends_within_nine_minutes():
     limits = listed()
-    assert list(limits) == [
-        "correct",
-        "kernels",
-        "plans",
-        "rivals-8",
-        "best-8",
-        "rivals-1",
-        "best-1",
-        "growth",
-    ]
+    tuned = [f"{rival}-{batch}" for batch in (8, 1) for rival in TUNED]
+    assert list(limits) == ["correct", "kernels", "plans-8", "plans-1", *tuned, "growth"]
     for part, stages in limits.items():
         assert sum(stages.values()) < 540, part
+
+
+def test_a_rival_that_is_tuned_has_most_of_a_part_and_ours_beside_it():
+    """Its products are timed tile by tile, for minutes; and a ratio is of one run."""
+    limits = listed()
+    for rival in TUNED:
+        ours = "ours-fp8" if rival.endswith("fp8") else "ours"
+        for batch in (8, 1):
+            stages = limits[f"{rival}-{batch}"]
+            assert list(stages) == [ours, rival, "table"]
+            assert stages[rival] >= 350
+            assert stages[ours] >= 140
+
+
+def test_the_sanitizer_sees_every_allocation():
+    """Within torch's pieces of 2 MiB nothing is out of bounds."""
+    script = (ROOT / "bench/gpu_check.sh").read_text()
+    [command] = re.findall(r"stage sanitizer (?:.*\\\n)*.*", script)
+    assert " PYTORCH_NO_CUDA_MEMORY_CACHING=1 " in command
+    assert listed()["correct"]["sanitizer"] >= 200
 
 
 def test_what_is_no_part_is_refused():
     command = ["bash", str(ROOT / "bench/gpu_check.sh"), "kernel"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "PART must be one of correct kernels plans" in done.stderr
+    assert "PART must be one of correct kernels plans-8" in done.stderr
     assert "got 'kernel'" in done.stderr
 
 
@@ -228,20 +157,23 @@ def test_every_rival_is_measured_by_some_part():
 
     script = (ROOT / "bench/gpu_check.sh").read_text()
     named = {
-        word for line in re.findall(r"plan_stage \S+ \d+ \S+ (.+)", script) for word in line.split()
+        w for line in re.findall(r"plan_stage \w\S* \d+ \S+ (.+)", script) for w in line.split()
     }
-    assert named == set(rivals.RIVALS) - {
-        "diffusers"
-    }  # whose weights are its own, and which is seldom there
-    assert set(conftest_options()["rivals"][0].split()) == set(rivals.RIVALS) == set(table.RIVALS)
+    assert named - {";;"} | set(TUNED) == set(rivals.RIVALS) - set(rivals.OWN_WEIGHTS)
+    assert (
+        set(conftest_options()["rivals"][0].split())
+        == set(rivals.RIVALS)
+        == set(plan_tables.RIVALS)
+    )
 
 
 def test_all_parts_leave_few_files_and_a_summary_each(checkout, tmp_path):
     folder = tmp_path / "results"
-    status, printed = check(checkout, folder, "all")
+    rivals = "ours ours-fp8 ours-eager eager autocast compile max-autotune plan-graph-fp8"
+    status, printed = check(checkout, folder, "all", FLOWTURBO_BENCH_RIVALS=rivals)
     assert status == 1
     for device in (H200,):  # another device's results, beside
-        assert check(checkout, folder, "rivals-8", DEVICE=device)[0] == 0
+        assert check(checkout, folder, "max-autotune-8", DEVICE=device)[0] == 0
 
     files = sorted(folder.rglob("*"))
     names = [path.name for path in files]
@@ -260,7 +192,24 @@ def test_all_parts_leave_few_files_and_a_summary_each(checkout, tmp_path):
     assert all(
         printed.count(line) == 3 for line in summaries
     )  # first and last of its part, and at the end
-    correct, kernels, plans, rivals8, best8, rivals1, _, growth = summaries
+    check_summaries(summaries)
+    check_page((folder / "RESULTS.md").read_text())
+    with tarfile.open(folder / "nvidia-h100-80gb-hbm3.tar.gz") as archive:
+        inside = {Path(name).name for name in archive.getnames()}
+    assert {
+        "correct-build.log",
+        "correct-tests.log",
+        "plans-8-ours.log",
+        "max-autotune-1-max-autotune.log",
+        "growth.png",
+    } <= inside
+    assert {"H1P5R3-batch8.trace.json", "H1P5R3-batch1.trace.json"} <= inside
+
+
+def check_summaries(summaries: list[str]) -> None:
+    by_part = {line.split(":")[0]: line for line in summaries}
+    assert list(by_part) == list(listed())
+    correct, kernels, growth = (by_part[part] for part in ("correct", "kernels", "growth"))
     assert correct.startswith(
         f"correct: 1 passed, 1 failed, 1 skipped, nothing found by compute-sanitizer on {H100}; "
         "NOT PASSED: build"
@@ -271,21 +220,24 @@ def test_all_parts_leave_few_files_and_a_summary_each(checkout, tmp_path):
         kernels,
     )
     assert re.match(
-        r"plans: H1P5R3 256x256 batch 8 ours \d.*; H1P5R3 256x256 batch 1 ours .*x eager.*; NOT "
-        r"PASSED: batch-8",
-        plans,
+        r"plans-8: H1P5R3 256x256 batch 8 ours \d.*x eager, .*x compile on .*; NOT PASSED: ours",
+        by_part["plans-8"],
     )
     assert re.match(
-        rf"rivals-8: H1P5R3 256x256 batch 8 ours .*x max-autotune, .*x plan-graph on {H100}$",
-        rivals8,
+        rf"max-autotune-8: H1P5R3 256x256 batch 8 ours .*x max-autotune on {H100}$",
+        by_part["max-autotune-8"],
     )
-    assert re.match(r"best-8: H1P5R3 256x256 batch 8 ours .*x plan-graph-hoisted, ", best8)
-    assert "batch 1" in rivals1
+    assert re.match(
+        r"plan-graph-fp8-8: H1P5R3 256x256 batch 8 plan-gr", by_part["plan-graph-fp8-8"]
+    )
+    assert " batch 1 " in by_part["max-autotune-1"]
+    assert by_part["plan-graph-1"] == f"plan-graph-1: nothing measured on {H100}"
     assert growth == (
         f"growth: 2 points measured, batch 1 5.00 ms an image, batch 8 0.62 ms an image on {H100}"
     )
 
-    page = (folder / "RESULTS.md").read_text()
+
+def check_page(page: str) -> None:
     assert page.count(f"## {H100}") == page.count(f"## {H200}") == 1
     assert (
         "- autocast, failed: RuntimeError: out of memory: H1P5R3 256x256 batch 8; H8 256x256 "
@@ -294,17 +246,6 @@ def test_all_parts_leave_few_files_and_a_summary_each(checkout, tmp_path):
     assert "- ours-fp8, fp8 is not here: H1P5R3" in page
     assert "- the stage build of correct failed (exit status 1)" in page
     assert "- `tests/kernels/test_gpu.py::test_wrong`: assert 1 == 2" in page
-
-    with tarfile.open(folder / "nvidia-h100-80gb-hbm3.tar.gz") as archive:
-        inside = {Path(name).name for name in archive.getnames()}
-    assert {
-        "correct-build.log",
-        "correct-tests.log",
-        "plans-batch-8.log",
-        "rivals-1-compile.log",
-        "growth.png",
-    } <= inside
-    assert "H1P5R3-batch8.trace.json" in inside
 
 
 @pytest.mark.parametrize("deaf", ["", "eager"], ids=["interrupted", "killed"])
@@ -315,49 +256,68 @@ def test_a_stage_that_passes_its_limit_keeps_what_it_measured(checkout, tmp_path
     variables = {
         "SLOW": "eager",
         "DEAF": deaf,
-        "FLOWTURBO_BENCH_LIMITS": "8",
+        "FLOWTURBO_BENCH_LIMITS": "5",
         "FLOWTURBO_BENCH_PLANS": "H1",
     }
-    status, printed = check(checkout, tmp_path, "plans", FLOWTURBO_BENCH_BATCHES="8", **variables)
+    status, printed = check(checkout, tmp_path, "plans-8", **variables)
     assert status == 1
     assert printed[0] == printed[-1]
     assert re.match(
-        rf"plans: H1 256x256 batch 8 ours \d.* on {H100}; NOT PASSED: batch-8 was stopped at its "
+        rf"plans-8: H1 256x256 batch 8 ours \d.* on {H100}; NOT PASSED: ours was stopped at its "
         r"limit$",
         printed[0],
     )
     [device] = report.read([tmp_path]).values()
-    assert {who for _, who in device.entries} == {"ours", "ours-eager"}
+    assert {who for _, who in device.entries} == {"ours", "ours-eager", "compile"}
     assert (
         device.missing["H1 256x256 batch 8", "eager"]
-        == "not reached: batch-8 was stopped at its limit"
+        == "not reached: ours was stopped at its limit"
     )
     assert (
         device.missing["H1 256x256 batch 8", "autocast"]
-        == "not reached: batch-8 was stopped at its limit"
+        == "not reached: ours was stopped at its limit"
     )
-    assert [stage.ended for stage in device.stages[device.last_run("plans")].values()][1:] == [
+    assert [stage.ended for stage in device.stages[device.last_run("plans-8")].values()][1:] == [
+        "passed",
         "passed",
         "passed",
     ]
     assert (
-        "- eager, not reached: batch-8 was stopped at its limit: H1 256x256 batch 8"
+        "- eager, not reached: ours was stopped at its limit: H1 256x256 batch 8"
         in (tmp_path / "RESULTS.md").read_text()
     )
 
 
 def test_what_is_measured_again_is_replaced_and_the_rest_is_kept(checkout, tmp_path):
-    variables = {"FLOWTURBO_BENCH_PLANS": "H1", "FLOWTURBO_BENCH_BATCHES": "1"}
-    check(checkout, tmp_path, "rivals-1", **variables)
-    check(checkout, tmp_path, "rivals-1", FLOWTURBO_BENCH_RIVALS="ours", **variables)
+    check(checkout, tmp_path, "max-autotune-1", FLOWTURBO_BENCH_PLANS="H1")
+    check(checkout, tmp_path, "plan-graph-1", FLOWTURBO_BENCH_PLANS="H1")
     [device] = report.read([tmp_path]).values()
     first, second = device.runs
     assert device.entries["H1 256x256 batch 1", "ours"].run == second
-    compiled = device.entries["H1 256x256 batch 1", "compile"]
-    assert compiled.run == first
-    assert compiled.beside["ours"].run == first
+    tuned = device.entries["H1 256x256 batch 1", "max-autotune"]
+    assert tuned.run == first
+    assert tuned.beside["ours"].run == first
     with tarfile.open(tmp_path / "nvidia-h100-80gb-hbm3.tar.gz") as archive:
-        assert any(name.endswith("rivals-1-ours.log") for name in archive.getnames())
+        assert any(name.endswith("max-autotune-1-ours.log") for name in archive.getnames())
+
+
+def test_a_part_resumes_from_its_own_caches_and_says_that_they_are_warm(checkout, tmp_path):
+    """What another part has compiled is in none of its first images."""
+    seen = []
+    for part in ("max-autotune-1", "plan-graph-1", "max-autotune-1"):
+        check(checkout, tmp_path, part, FLOWTURBO_BENCH_PLANS="H1")
+        [device] = report.read([tmp_path]).values()
+        rival = part.removesuffix("-1")
+        caches = [
+            device.entries["H1 256x256 batch 1", who].info["caches"] for who in ("ours", rival)
+        ]
+        seen.append([tuple(cache[name] for name in sorted(cache)) for cache in caches])
+    first, other, again = seen
+    folders = {place for stage in (*first, *other) for place in stage[1:]}
+    assert len(folders) == 8  # two caches of two stages of two parts
+    assert [stage[0] for stage in (*first, *other, *again)] == ["cold"] * 4 + ["warm"] * 2
+    assert [stage[1:] for stage in again] == [stage[1:] for stage in first]
+    assert all(Path(folder).is_relative_to(checkout / "build") for folder in folders)
 
 
 def test_the_extension_is_built_where_no_pyproject_is_read(checkout, tmp_path):

@@ -22,7 +22,7 @@ if not fake_cuda.PRESENT:
     pytest.skip("needs the stand-in for a CUDA device", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-PARTS = ["correct", "kernels", "plans", "rivals-8", "best-8", "growth"]
+PARTS = ["correct", "kernels", "plans-8", "growth"]
 SHORT = {
     "BATCHES": "8",
     "DECODER": "small",
@@ -112,8 +112,8 @@ def test_all_parts(tmp_path):
     assert re.match(r"correct: [1-9]\d* passed, 0 failed", by_part["correct"])
     assert not re.match(r"kernels: 0 ", by_part["kernels"])
     assert re.match(
-        r"plans: H1P1R1 256x256 batch 8 with decoding \(1 blocks, small decoder\) ours .*x eager",
-        by_part["plans"],
+        r"plans-8: H1P1R1 256x256 batch 8 with decoding \(1 blocks, small decoder\) ours .*x eager",
+        by_part["plans-8"],
     )
 
     page = (results / "RESULTS.md").read_text()
