@@ -43,3 +43,26 @@ def share(floor: float, entry: Entry | None) -> str:
         if entry and entry.median
         else ""
     )
+
+
+APART = {
+    "latents": "plain eager torch's, of what the plan changed in the noise",
+    "images": "plain eager torch's, of how they differ from their mean",
+    "results": "the reference's, of their own size",
+}
+
+
+def differences(entries: Iterable[Entry]) -> list[str]:
+    """The largest of everyone's differences from what they were compared with."""
+    most: dict[tuple[str, str], float] = defaultdict(float)
+    for e in entries:
+        for what, value in e.info.get("apart", {}).items():
+            most[what, e.who] = max(most[what, e.who], value)
+    lines = []
+    for what, compared in APART.items():
+        found = [
+            f"{who} {100 * value:.2g} %" for (name, who), value in most.items() if name == what
+        ]
+        if found:
+            lines.append(f"- {what} from {compared}, at most: {', '.join(found)}")
+    return lines

@@ -39,14 +39,14 @@ def expected(size: int, batch: int, decode: bool, plan: str) -> tuple[Tensor, Te
     return sampler.latents(plan).cpu(), sampler(plan).cpu() if decode else None
 
 
-def differences(
-    rival: str, sampler: Sampler, plan: str, result: Tensor
-) -> tuple[dict[str, float], str | None]:
-    """How far the latents of a rival are from plain eager torch's, and `result` from its images ->
-    ("latents" and "images" by name, what is wrong with them or None).
+def differences(rival: str, sampler: Sampler, plan: str) -> tuple[dict[str, float], str | None]:
+    """How far the latents and images of a rival are from plain eager torch's -> ("latents" and
+    "images" by name, what is wrong with them or None). The images come last: what gives them, such
+    as a graph of the plan, is what will be timed.
     """
     s = sampler.subject
-    latents = sampler.latents(plan) if s.decode else result
+    latents = sampler.latents(plan)
+    result = sampler(plan) if s.decode else None
     if not latents.isfinite().all():
         return {}, "latents are not finite"
     if rival in OWN_WEIGHTS:
@@ -54,7 +54,7 @@ def differences(
     size = 8 * s.noise.shape[-1]  # the decoder's factor
     expected_latents, images = expected(size, s.batch, s.decode, plan)
     found = {"latents": distance(latents, expected_latents, s.noise)}
-    if images is not None:
+    if result is not None and images is not None:
         found["images"] = distance(result, images, images.double().mean())
     bound = BOUNDS[products_of(rival, s)]
     for what, most in (("latents", bound), ("images", IMAGES * bound)):

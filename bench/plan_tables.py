@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from cells import beside, grouped, head, over, row, share
+from cells import beside, differences, grouped, head, over, row, share
 from report import Device, Entry, gain
 
 RIVALS = (
@@ -59,10 +59,6 @@ come below it. First image: with loading, compiling and capturing, which a rival
 both of one run; with caches of Triton and Inductor that were empty, unless it says warm. Memory:
 peak of what torch holds, weights included, of the same run.
 """
-APART = {
-    "latents": "of what the plan changed in the noise",
-    "images": "of how they differ from their mean",
-}
 
 
 def plan_table(device: Device) -> str:
@@ -81,7 +77,7 @@ def plan_table(device: Device) -> str:
         cells = [_milliseconds(device, group, found, rival) for rival in who]
         cells += [over(found, rival, mine) for rival, mine in compared]
         rows.append(row([group, *cells, *_limits(found), *_first_and_memory(found)]))
-    notes = [*_differences(entries), *_settings(entries)]
+    notes = [*differences(entries), *_settings(entries)]
     return "\n".join([ABOUT, *head("plan", columns), *rows, *([""] if notes else []), *notes])
 
 
@@ -121,22 +117,6 @@ def _first(e: Entry) -> str:
 
 def _memory(e: Entry) -> str:
     return "" if e.info["peak_bytes"] is None else f"{e.info['peak_bytes'] / 2**30:.1f}"
-
-
-def _differences(entries: Sequence[Entry]) -> list[str]:
-    """The largest of everyone's differences from plain eager torch."""
-    most: dict[tuple[str, str], float] = defaultdict(float)
-    for e in entries:
-        for what, value in e.info.get("apart", {}).items():
-            most[what, e.who] = max(most[what, e.who], value)
-    lines = []
-    for what, of in APART.items():
-        found = [
-            f"{who} {100 * value:.2g} %" for (name, who), value in most.items() if name == what
-        ]
-        if found:
-            lines.append(f"- {what} from plain eager torch's, {of}, at most: {', '.join(found)}")
-    return lines
 
 
 def _settings(entries: Sequence[Entry]) -> list[str]:

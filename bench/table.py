@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cells import grouped, head, over, row, share
+from cells import differences, grouped, head, over, row, share
 from plan_tables import paper_table, plan_table
 from report import Device, Entry, Info, read
 
@@ -45,8 +45,8 @@ def section(device: Device) -> str:
     if device.of("plan"):
         parts += ["### Plans", plan_table(device)]
         parts += ["### The paper's comparisons", paper_table(device)]
-    if kernels := device.of("op"):
-        parts += ["### Operations", kernel_table(kernels)]
+    if device.of("op"):
+        parts += ["### Operations", kernel_table(device)]
     if device.growth:
         parts += ["### Growth", growth_table(device.growth)]
     if device.tests:
@@ -93,31 +93,34 @@ def _ceilings(infos: Sequence[Info]) -> str:
     return ", ".join(texts)
 
 
-def kernel_table(entries: Sequence[Entry]) -> str:
+ABOUT_KERNELS = """\
+Microseconds a call, medians of graph replays over rotating inputs (on a CPU: of plain calls). Eager
+and compiled: plain torch in the dtype of the arguments. Limit: the larger of bytes over the copy's
+rate and operations over the product's. Ours: what `auto` takes, named in brackets.
+"""
+
+
+def kernel_table(device: Device) -> str:
     """Microseconds of every provider, the gain over eager and compiled torch, and the share of the
     limit that ours reaches.
     """
-    lines = [
-        "Microseconds a call, medians of graph replays over rotating inputs (on a CPU: of plain "
-        "calls). Limit: the larger of bytes",
-        "over the copy's rate and operations over the product's. Ours: what `auto` takes, named "
-        "in brackets.",
-        "",
-        *head(
-            "operation",
-            [*KERNEL_COLUMNS, "ours over eager", "over compiled", "limit", "of the limit"],
-        ),
-    ]
+    entries = device.of("op")
+    columns = [*KERNEL_COLUMNS, "ours over eager", "over compiled", "limit", "of the limit"]
+    lines = [ABOUT_KERNELS, *head("operation", columns)]
     for group, found in grouped(entries).items():
         ours, floor = found.get("auto"), next(iter(found.values())).info["floor"]
-        cells = [
-            f"{1e6 * found[p].median / found[p].info['calls']:.1f}" if p in found else ""
-            for p in KERNEL_COLUMNS
-        ]
-        cells += [over(found, p, "auto") for p in ("eager", "compiled")]
+        cells = [_microseconds(device, group, found, who) for who in KERNEL_COLUMNS]
+        cells += [over(found, who, "auto") for who in ("eager", "compiled")]
         taken = f" ({ours.info['backend']})" if ours else ""
         lines.append(row([group + taken, *cells, f"{1e6 * floor:.1f}", share(floor, ours)]))
-    return "\n".join(lines)
+    notes = differences(entries)
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def _microseconds(device: Device, group: str, found: Mapping[str, Entry], who: str) -> str:
+    if who in found:
+        return f"{1e6 * found[who].median / found[who].info['calls']:.1f}"
+    return "wrong" if device.is_wrong(group, who) else ""
 
 
 def growth_table(curves: Mapping[str, Mapping[float, Info]]) -> str:

@@ -105,6 +105,21 @@ def test_what_is_wrong_is_not_timed(name, rival, why, monkeypatch):
     assert not benchmark.timed
 
 
+def test_what_is_compared_last_is_what_is_timed(monkeypatch):
+    """A graph of the whole plan with decoding: that of latents alone took its place before."""
+    decoded = []
+
+    def rival(s: subjects.Subject) -> Sampler:
+        sampler = rivals.ours(s)
+        return replace(
+            sampler, run=lambda s, plan: decoded.append(s.decode) or sampler.run(s, plan)
+        )
+
+    monkeypatch.setitem(rivals.RIVALS, "ours", rival)
+    assert timed("ours").timed
+    assert decoded == [True, True, False, True]
+
+
 def test_networks_of_other_weights_are_compared_with_nothing(monkeypatch):
     monkeypatch.setitem(rivals.RIVALS, "diffusers", broken("predictor.blocks.1.mlp.fc2"))
     assert timed("diffusers").extra_info["apart"] == {}

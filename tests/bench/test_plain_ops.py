@@ -106,5 +106,5 @@ def test_a_result_that_is_wrong_is_not_timed(wrong, monkeypatch):
             test_kernels.test_kernel(benchmark, 1, 1, 0, "eager")
     else:
         test_kernels.test_kernel(benchmark, 1, 1, 0, "eager")
-        assert benchmark.extra_info["apart"] < correctness.RESULTS[torch.float32]
+        assert benchmark.extra_info["apart"]["results"] < correctness.RESULTS[torch.float32]
     assert benchmark.timed is not bool(wrong)
