@@ -1,8 +1,7 @@
-"""The documents are right: every command and every example in them runs, on small files in the
-place of published ones.
+"""Every command and every Python example in the documents runs, with small files in place of
+published ones.
 
-What a page says is run in its order, in one folder, so that later commands use what earlier ones
-wrote.
+Each page is run from top to bottom in one folder, so later commands use what earlier ones wrote.
 """
 
 from __future__ import annotations
@@ -10,10 +9,16 @@ from __future__ import annotations
 import glob
 import json
 import os
+import runpy
 import shlex
-import signal
 import subprocess
 import sys
+import threading
+import time
+import webbrowser
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +29,9 @@ from feature_network import RandomNetwork
 
 from flowturbo.cli.main import main, parse
 from flowturbo.evaluation import fid as fidelity
+from flowturbo.tuning import cost, tune
 
-FASTER = {"--dtype": "float32"}  # a CPU has no fast products in float16
+FASTER = {"--dtype": "float32"}  # matrix products in float16 are slow on a CPU
 SMALLER = {
     "sample": {"--num-fid-samples": "6", "--batch-size": "2", "--image-size": "32", **FASTER},
     "inpaint": {"--image-size": "32"},
@@ -34,12 +40,11 @@ SMALLER = {
     "distill": {"--steps": "2", "--batch-size": "4"},
     "bench": {"--batch-sizes": "1", "--model SiT-XL/2": "SiT-S/8", **FASTER},
     "evaluate --metrics": {"--images": "6", **FASTER},
-    "tune": {"--budget-calls": "1"},
+    "tune": {"--budget-calls": "1", "--iterations": "1"},
+    "solvers.py": {"--most": "2"},
     "test_plans.py": {"--rivals": "ours", "--sizes": "64", "--batches": "1", "--plans": "H1R1"},
 }
-"""What is made smaller where it stands in a command: the values of a flag, or of a flag with these
-values.
-"""
+"""Values that replace those of a flag, or of a flag with these values, where a command has it."""
 
 BRIEF = {"--benchmark-max-time": "0.01", "--benchmark-min-rounds": "1"}
 ADDED = {
@@ -61,27 +66,28 @@ ADDED = {
         **{"--calibration-images": "8", "--images": "20", "--batch-size": "10"},
         **{"--iterations": "1", "--refiner-steps": "0", "--reference-plan": "C9"},
     },
-    "solvers.py": {"--most": "2"},
-    "test_kernels.py": BRIEF,
+    "demo": {"--port": "0"},
+    "growth.py": {"--batches": "1 2", "--counts": "1", "--sides": "8", "--repeats": "1"},
+    "test_kernels.py": {"--providers": "auto", **BRIEF},
     "test_plans.py": {"--rivals": "ours", "--plans": "H1R1", **BRIEF},
 }
-"""What is added to a command that says nothing of it, to the same end."""
+"""Flags that are added if the command does not have them, for the same reason."""
 
 NOT_RUN = {
-    "pip install": "the tests run in what it installs",
-    "python -m venv": "the tests run in what it makes",
-    ". .venv/bin/activate": "the tests run in what it enters",
-    "python -m pytest": "it runs this test",
-    "python tests/fake_cuda/run.py": "it needs a CUDA build of torch: .ci/run runs it",
-    "bash .ci/run": "it runs this test",
+    "pip install": "the tests run in the environment that it installs",
+    "python -m venv": "the tests run in such an environment",
+    ". .venv/bin/activate": "the tests run in such an environment",
+    "python -m pytest": "it would run this test again",
+    "python tests/fake_cuda/run.py": "it needs a CUDA build of torch; .ci/run runs it",
+    "bash .ci/run": "it would run this test again",
     "ruff format": ".ci/run runs it",
     "ruff check": ".ci/run runs it",
     "mypy": ".ci/run runs it",
     "mkdocs build": ".ci/run runs it",
-    "mkdocs serve": "it serves pages until it is stopped",
+    "mkdocs serve": "it does not end by itself",
     "bash bench/gpu_check.sh": "it needs a GPU",
 }
-"""Beginnings of the commands that no test runs, and why."""
+"""Commands that no test runs, by how they begin, and the reason."""
 
 NO_GPU = {'.to("cuda")': '.to("cpu")', 'device="cuda"': 'device="cpu"'}
 IN_PYTHON = {
@@ -89,11 +95,11 @@ IN_PYTHON = {
     "image_size=1024": "image_size=32",
     "B, T, D, heads = 8, 256, 1152, 16": "B, T, D, heads = 1, 16, 144, 2",
 }
-"""What is changed in examples."""
+"""Text that is replaced in Python examples."""
 
 
 def kind_of(command: list[str]) -> str:
-    """By which the tables name a command."""
+    """The name of a command in the tables."""
     words = flowturbo_words(command)
     if words is None:
         return Path(next(word for word in command if word.endswith(".py"))).name
@@ -101,8 +107,8 @@ def kind_of(command: list[str]) -> str:
 
 
 def replaced(words: list[str], flag: str, values: str) -> list[str]:
-    """The words with these values after the flag, if it is there; of a flag with a value, if that
-    value follows.
+    """The words with these values after the flag. flag: "--name", or "--name VALUES" to replace
+    these values alone.
     """
     name, *before = flag.split()
     if name not in words:
@@ -113,7 +119,7 @@ def replaced(words: list[str], flag: str, values: str) -> list[str]:
 
 
 def smaller(command: list[str]) -> list[str]:
-    """The command with small numbers."""
+    """The command as the tables change it."""
     kind, words = kind_of(command), command
     for flag, values in SMALLER.get(kind, {}).items():
         words = replaced(words, flag, values)
@@ -127,7 +133,7 @@ def runs_bench(command: list[str]) -> bool:
 
 
 def why_not_run(command: list[str]) -> str | None:
-    """The beginning in NOT_RUN that the command has."""
+    """The entry of NOT_RUN for the command, if any."""
     if flowturbo_words(command) is not None or runs_bench(command):
         return None
     text = " ".join(command)
@@ -135,68 +141,98 @@ def why_not_run(command: list[str]) -> str | None:
 
 
 def run_command(command: list[str]) -> None:
-    if command[:2] == ["flowturbo", "demo"]:
-        begin_and_end_demo(command[1:])
-    elif flowturbo_words(command) is not None:
-        words = [
-            found for word in flowturbo_words(smaller(command)) or [] for found in expanded(word)
-        ]
+    words = flowturbo_words(smaller(command)) if why_not_run(command) is None else None
+    if words is not None:
+        words = [name for word in words for name in expanded(word)]
         if "device" in vars(parse(words)):
             words += ["--device", "cpu"]
-        assert main(words) == 0, shlex.join(command)
+        if "--browser" in words:
+            run_and_see_browser(words)
+        else:
+            assert main(words) == 0, shlex.join(command)
     elif runs_bench(command):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *smaller(command)[1:]], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, (
-            f"{shlex.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
-        )
+        run_bench(smaller(command)[1:])
     else:
         assert why_not_run(command), f"no test knows how to run: {shlex.join(command)}"
 
 
 def expanded(word: str) -> list[str]:
-    """As the shell does with names of files."""
+    """The files that a pattern matches, as in a shell."""
     return sorted(glob.glob(word)) if "*" in word else [word]
 
 
-def begin_and_end_demo(words: list[str]) -> None:
-    """The command serves until Ctrl-C: here, until it has said where. A browser that it opens is
-    one that does nothing.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "BROWSER": "true"}
-    run = [sys.executable, "-m", "flowturbo", *replaced(words, "--port", "0"), "--device", "cpu"]
-    run += [] if "--port" in words else ["--port", "0"]
-    with subprocess.Popen(
-        run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            said = process.stdout.readline()  # type: ignore[union-attr]
-        finally:
-            process.send_signal(signal.SIGINT)
-        left = process.communicate(timeout=60)
-    assert "http://127.0.0.1:" in said, left
-    assert process.returncode == 0, left
+def run_bench(arguments: list[str]) -> None:
+    """A script of bench/ runs in this process, which has torch loaded; a suite in a new one."""
+    if arguments[0] != "-m":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", arguments)
+            patch.syspath_prepend("bench")
+            runpy.run_path(arguments[0], run_name="__main__")
+        return
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment
+    )
+    said = f"{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"{shlex.join(arguments)}\n{said}"
+
+
+def run_and_see_browser(words: list[str]) -> None:
+    """The command opens its page in a browser."""
+    opened = threading.Event()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(webbrowser, "open", lambda address: opened.set())
+        assert main(words) == 0
+        assert opened.wait(timeout=30)
+
+
+def stop_when_it_serves(patch: pytest.MonkeyPatch) -> None:
+    """`flowturbo demo` ends as soon as its server accepts requests."""
+    server = pytest.importorskip("uvicorn").Server
+    run: Callable[..., None] = server.run
+
+    def run_and_stop(self: Any, **options: Any) -> None:
+        def stop() -> None:
+            while not self.started:
+                time.sleep(0.01)
+            self.should_exit = True
+
+        threading.Thread(target=stop, daemon=True).start()
+        run(self, **options)
+        assert self.started
+
+    patch.setattr(server, "run", run_and_stop)
+
+
+def make_tuning_brief(patch: pytest.MonkeyPatch) -> None:
+    """What no flag of `flowturbo tune` and bench/solvers.py makes smaller."""
+    batches = tune.calibration_batches
+    small = {"calibration_images": 8, "reference_plan": "C9"}
+    patch.setattr(tune, "calibration_batches", lambda s, *more: batches(replace(s, **small), *more))
+    patch.setattr(tune, "train_classifier", partial(tune.train_classifier, steps=20))
+    patch.setattr(tune, "milliseconds", partial(cost.milliseconds, turns=1))
+    patch.setattr(cost, "milliseconds", partial(cost.milliseconds, turns=1))
 
 
 def run_example(block: Block, page: Path, names: dict[str, Any]) -> None:
     text = block.text
-    for found, put in IN_PYTHON.items():
-        text = text.replace(found, put)
+    for before, after in IN_PYTHON.items():
+        text = text.replace(before, after)
     exec(compile("\n" * (block.line - 1) + text, page, "exec"), names)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, pipeline_folders, one_thread) -> Path:
-    """A folder with small files under published names, in which the test runs; Inception is a small
-    random network.
+    """The working folder, with small files under published names. Inception is a small random
+    network, and long work is short.
     """
     import stand_ins  # needs diffusers
 
     stand_ins.write(tmp_path, pipeline_folders)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fidelity, "Inception", lambda weights, device: RandomNetwork())
+    stop_when_it_serves(monkeypatch)
+    make_tuning_brief(monkeypatch)
     return tmp_path
 
 
@@ -269,7 +305,7 @@ def test_commands_are_made_smaller_and_no_more(command, made):
 
 
 def test_every_command_can_be_read():
-    """By the command line's own rules, as it stands there."""
+    """The command line accepts the words as they are written."""
     found = [
         [w for word in words for w in expanded(word)]
         for words in map(flowturbo_words, every_command())
@@ -300,7 +336,7 @@ def test_all_that_the_tables_name_is_in_use():
 
 
 def test_under_torchrun_the_documented_command_makes_the_whole_set(folder):
-    """The others that start with torchrun are run as one process above."""
+    """Two processes; the other tests run such commands as one process."""
     page = (ROOT / "docs" / "image-sets.md").read_text()
     command = next(
         c
@@ -321,7 +357,7 @@ def test_under_torchrun_the_documented_command_makes_the_whole_set(folder):
         "flowturbo",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    # 6 images in files of 4, so that each process makes one.
+    # 6 images in shards of 4: one shard for each process.
     subprocess.run(
         [*launch, *words, "--shard-size", "4", "--batch-size", "4", "--device", "cpu"],
         check=True,

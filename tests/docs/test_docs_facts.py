@@ -1,4 +1,4 @@
-"""What the documents say of the library is so: signatures, messages, figures, and links."""
+"""The documents' signatures, messages, figures and links agree with the library."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ API = (DOCS / "api.md").read_text()
 
 
 def untyped(name: str, function: object) -> str:
-    """The signature without types."""
+    """The signature without types, as in the API page."""
     signature = inspect.signature(function)  # type: ignore[arg-type]
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     return f"{name}{signature.replace(parameters=plain, return_annotation=inspect.Signature.empty)}"
 
 
 def stated() -> list[str]:
-    """The signatures in the reference; what is indented goes on with the line above."""
+    """The signatures in the API page; an indented line continues the line above."""
     texts = [block.text.replace("\n    ", " ") for block in blocks(API) if block.language == "text"]
     return [line for text in texts for line in text.splitlines()]
 
@@ -41,7 +41,7 @@ def test_the_reference_has_the_signatures_of_the_library():
 
 
 def test_the_reference_names_everything():
-    # All public names; of the kernels, what is meant for those with a model of their own.
+    # All public names of flowturbo, and the kernels' operations.
     for name in ft.__all__:
         assert f"ft.{name}" in API, name
     lines = stated()
@@ -51,8 +51,8 @@ def test_the_reference_names_everything():
         assert f"`flowturbo {command}`" in API, command
 
 
-def said(tree: ast.AST) -> Iterator[str]:
-    """Every text in a module, with … for what is put into it."""
+def strings(tree: ast.AST) -> Iterator[str]:
+    """Every string in a module, with … for the values of an f-string."""
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(
@@ -68,7 +68,7 @@ def test_the_messages_in_troubleshooting_are_those_of_the_library():
         *(ROOT / "flowturbo_kernels").glob("*.py"),
         ROOT / "setup.py",
     ]
-    texts = {text for path in sources for text in said(ast.parse(path.read_text()))}
+    texts = {text for path in sources for text in strings(ast.parse(path.read_text()))}
     messages = [
         line.strip()
         for b in blocks((DOCS / "troubleshooting.md").read_text())
@@ -81,11 +81,13 @@ def test_the_messages_in_troubleshooting_are_those_of_the_library():
 
 
 @pytest.mark.parametrize(
-    "document", [ROOT / "README.md", DOCS / "evaluation.md"], ids=lambda path: path.name
+    "document",
+    [ROOT / "README.md", DOCS / "evaluation.md", DOCS / "plans.md"],
+    ids=lambda path: path.name,
 )
 def test_figures_of_the_bundled_model_are_those_that_were_measured(document):
-    """Rows such as | `H1P5R3` | 7 + 6 | 7.52 | 8.1 | 5.00 | 0.094 |, and plans with a distance
-    behind them, as in `H6` (4.85).
+    """Rows such as | `H1P5R3` | 7 + 6 | 7.52 | 8.1 | 5.00 | 0.094 |, and a plan followed by a
+    distance, such as `H6` (4.85).
     """
     measured = {row["plan"]: row for row in json.loads((DOCS / "quality.json").read_text())["rows"]}
     text = document.read_text()
@@ -96,13 +98,13 @@ def test_figures_of_the_bundled_model_are_those_that_were_measured(document):
     )
     for plan, *figures in rows:
         row = measured[plan]
-        wanted = [
+        expected = [
             row["predictor_calls"],
             row["refiner_calls"],
             f"{row['cost']:.2f}",
             f"{row['ms_per_image']:.1f}",
         ]
-        assert figures == [*map(str, wanted), f"{row['frechet']:.2f}", f"{row['rms']:.3f}"], plan
+        assert figures == [*map(str, expected), f"{row['frechet']:.2f}", f"{row['rms']:.3f}"], plan
     named = re.findall(r"`([A-Z][A-Z0-9]+)` \(?(\d+\.\d+)\)?", text)
     for plan, distance in named:
         found = measured[plan]
@@ -111,7 +113,7 @@ def test_figures_of_the_bundled_model_are_those_that_were_measured(document):
 
 
 def test_figures_of_the_search_are_those_that_were_measured():
-    """Of each scheme the best plan with so many predictor calls."""
+    """The best plan of each scheme for a number of predictor calls."""
     rows = json.loads((DOCS / "tuning.json").read_text())["rows"]
     page = (DOCS / "search.md").read_text()
     columns = [
@@ -159,7 +161,7 @@ def test_figures_of_the_search_are_those_that_were_measured():
 
 
 def test_links_from_outside_the_site_lead_somewhere():
-    """Those inside are mkdocs' to check, when CI builds the site."""
+    """mkdocs checks the links within the site when CI builds it."""
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", document.read_text()):
             assert not target or (document.parent / target).exists(), f"{document.name}: {target}"
@@ -171,7 +173,7 @@ def test_pages_are_in_the_sites_navigation():
 
 
 def test_the_paper_is_reproduced_by_commands_that_are_there():
-    """Every plan of its tables stands beside its figure, and in a command."""
+    """Every plan in its tables occurs in a command."""
     page = (DOCS / "reproduce.md").read_text()
     tabled = set(re.findall(r"\| `([A-Z0-9]+)` \| \d", page))
     run = {

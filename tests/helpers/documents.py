@@ -1,4 +1,4 @@
-"""What stands in the documents: their fenced blocks in order, and the commands of a bash block."""
+"""The documents' fenced blocks in order, and the commands of a bash block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOCUMENTS = sorted(
 
 
 class Block(NamedTuple):
-    """A fenced block. line: of the document, on which its text starts."""
+    """A fenced block. line: the document's line on which its text starts."""
 
     language: str
     text: str
@@ -33,9 +33,7 @@ def blocks(text: str) -> list[Block]:
 
 
 def commands(bash: str) -> Iterator[list[str]]:
-    """The words of each command in order. A loop `for NAME in WORDS; do ... done` is written
-    out.
-    """
+    """The words of each command in order. A loop `for NAME in WORDS; do ... done` is unrolled."""
     loop: tuple[str, list[str], list[list[str]]] | None = None
     for line in re.split(r"\n|&&", bash.replace("\\\n", " ")):
         words = shlex.split(line, comments=True)
@@ -57,12 +55,12 @@ def commands(bash: str) -> Iterator[list[str]]:
             loop[2].append(words)
         else:
             yield words
-    assert loop is None, "a loop without an end"
+    assert loop is None, "a loop without done"
 
 
 def flowturbo_words(command: list[str]) -> list[str] | None:
-    """What comes after the name: of `flowturbo ...`, `python -m flowturbo ...`, `torchrun ... -m
-    flowturbo ...`; else None.
+    """The arguments of `flowturbo ...`, `python -m flowturbo ...` or `torchrun ... -m flowturbo
+    ...`; None for another command.
     """
     if command[0] == "flowturbo":
         return command[1:]

@@ -1,5 +1,5 @@
 """Small files under the names of published ones, in the same formats, so that the documents'
-commands run as they stand there.
+commands run as they are written.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import nn
 
 import flowturbo as ft
 
-CLASSES = 1000  # as many as the examples' labels need
-SIDE = 16  # of images of the SiT, latents are half; those of the pipelines have 32
+CLASSES = 1000  # ImageNet's, for the labels in the examples
+SIDE = 16  # of the SiT's images; latents have half of it, and the pipelines' images 32
 
 
 def write(folder: Path, pipeline_folders: dict[str, Path]) -> None:
-    """All that the documents name and do not make themselves."""
+    """Write all files that the documents name but do not make."""
     config = replace(
         CONFIG,
         hidden=384,
@@ -35,8 +35,8 @@ def write(folder: Path, pipeline_folders: dict[str, Path]) -> None:
         num_classes=CLASSES,
         learned_sigma=True,
     )
-    # As published: the predictor bare, in half of whose output nothing is read; the refiner under
-    # "ema".
+    # As published: the predictor as a bare state dict, with a learned sigma that is not used; the
+    # refiner under "ema".
     torch.save(random_sit(config, 0).state_dict(), folder / "SiT-XL-2-256x256.pt")
     refiner = random_sit(config.refiner(), 1).state_dict()
     torch.save({"model": refiner, "ema": refiner}, folder / "SiT-XL-2-Refiner.pt")
@@ -67,12 +67,12 @@ def write(folder: Path, pipeline_folders: dict[str, Path]) -> None:
     mask = np.zeros((SIDE, SIDE), np.uint8)
     mask[SIDE // 2 :] = 255
     Image.fromarray(mask).save(folder / "mask.png")
-    for name in ("bench", "tests", "pyproject.toml"):  # commands may stand in a checkout
+    for name in ("bench", "tests", "pyproject.toml"):  # some commands are run in a checkout
         (folder / name).symlink_to(ROOT / name)
 
 
 def _third_text_encoder(folder: Path) -> None:
-    """The small SD3 has none, which its class wants to be told; the published one has it."""
+    """Add T5 as the third text encoder, as in the published SD3: the small pipeline has none."""
     pipe = complete.complete_sd3()
     tokenizer, encoder = complete._t5(9)
     pipe.register_modules(tokenizer_3=tokenizer, text_encoder_3=encoder)
@@ -89,7 +89,7 @@ def _picture(path: Path, seed: int = 0) -> None:
 
 
 def reference() -> dict[str, np.ndarray]:
-    """In ADM's layout: images, and the means and covariances of more than those."""
+    """In ADM's layout: images, and means and covariances over more images than those."""
     whole = np.random.default_rng(5).integers(0, 256, (64, SIDE, SIDE, 3), dtype=np.uint8)
     pool, spatial = (x.double().numpy() for x in RandomNetwork().read(whole))
     gaussians = {"mu": pool.mean(0), "sigma": np.cov(pool, rowvar=False)}
