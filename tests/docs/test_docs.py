@@ -280,7 +280,7 @@ def test_commands_are_found_in_every_form():
 
 
 @pytest.mark.parametrize(
-    "command, made",
+    "command, expected",
     [
         (
             "flowturbo sample --batch-size 50 --num-fid-samples 50000 --out x",
@@ -300,8 +300,8 @@ def test_commands_are_found_in_every_form():
         ),
     ],
 )
-def test_commands_are_made_smaller_and_no_more(command, made):
-    assert shlex.join(smaller(shlex.split(command))).startswith(made)
+def test_commands_are_made_smaller_and_no_more(command, expected):
+    assert shlex.join(smaller(shlex.split(command))).startswith(expected)
 
 
 def test_every_command_can_be_read():
