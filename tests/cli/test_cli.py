@@ -21,8 +21,7 @@ def test_sample_without_arguments_writes_a_labelled_grid_of_ten_digits(
     monkeypatch.chdir(tmp_path)
     assert main(["sample"]) == 0
     assert (
-        "samples.png: 10 images by H1P5R3 (7 predictor and 6 refiner calls)"
-        in capsys.readouterr().out
+        "samples.png: 10 images by B7 (7 predictor and 0 refiner calls)" in capsys.readouterr().out
     )
     picture = np.asarray(Image.open("samples.png"))
     expected = labelled_grid(
