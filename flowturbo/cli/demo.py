@@ -27,9 +27,10 @@ class Demo(WeightFlags):
     """
 
     plans: tuple[str, ...] | None = None
-    """Plans to offer, letters or .json files from `flowturbo tune`; the page starts with the first
-    two. Visitors may type other letters, but no file names. Default: six plans, without a refiner
-    those of them that need none."""
+    """Plans to offer, letters or .json files from `flowturbo tune`. The page starts with the first two.
+    Visitors may type other letters, but no file names.
+    Default: six plans, or those of them that need no refiner if there is none.
+    """
     guidance: float = 1.5
     """Guidance scale at the start; 1 means none."""
     max_images: int = 16
@@ -37,8 +38,9 @@ class Demo(WeightFlags):
     max_steps: int = 64
     """Most steps of a plan."""
     host: str = "127.0.0.1"
-    """Address to listen on. The default is visible on this machine alone; 0.0.0.0 is visible to
-    everyone who can reach it."""
+    """Address to listen on.
+    The default is visible on this machine alone, 0.0.0.0 to everyone who can reach it.
+    """
     port: int = 7860
     """Port to listen on; 0 picks a free one."""
     browser: bool = False

@@ -26,15 +26,16 @@ class Edit(ModelFlags):
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Image files, cropped to squares of the model's size, with white where they are transparent.
-    Or one .npz as `flowturbo sample` writes it."""
+    Or one .npz from `flowturbo sample`.
+    """
     labels: tuple[int, ...] = ()
-    """Target class: one for all images, or one per image. Text-to-image models take --prompts
-    instead."""
+    """Target class: one for all images, or one per image.
+    Text-to-image models take --prompts instead.
+    """
     strength: float = 0.6
     """How much of an image is replaced by noise: above 0, at most 1."""
     out: Path = Path("edited.png")
-    """A grid of the images, before above after (.png), or an .npz as `flowturbo sample`
-    writes it."""
+    """A .png with the images above their edited versions, or an .npz like `flowturbo sample`'s."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class Inpaint(Edit):
     box: tuple[float, float, float, float] | None = None
     """Left, top, right and bottom of the region, as fractions of width and height."""
     out: Path = Path("inpainted.png")
-    """A grid of the images, before above after (.png), or an .npz as `flowturbo sample`
-    writes it."""
+    """A .png with the images above their new versions, or an .npz like `flowturbo sample`'s."""
 
 
 def run_edit(settings: Edit) -> str:

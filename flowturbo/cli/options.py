@@ -20,25 +20,29 @@ class WeightFlags:
     """Flags of the model that is loaded."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])] = "digits"
-    """A .pt, .pth or .safetensors file with SiT's keys, or "digits"; or the folder or hub name of
-    a diffusers pipeline (SD3, FLUX or 2-RF), which samples from --prompts."""
+    """A .pt, .pth or .safetensors file with SiT's keys, or "digits".
+    Or the folder or hub name of a diffusers pipeline (SD3, FLUX or 2-RF), which needs --prompts.
+    """
     refiner: str | None = None
     """The refiner's file, for a pipeline its folder. The bundled model brings its own."""
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels". Default:
-    the one that the model's file names."""
+    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels".
+    Default: the one that the model's file names.
+    """
     heads: int | None = None
     """Number of attention heads, for checkpoints whose width is not a published one."""
     convention: Literal["auto", "sit", "repa", "2-rf"] = "auto"
-    """"repa" for checkpoints whose time runs backwards, "2-rf" for a Stable Diffusion pipeline
-    with 2-RF's UNet."""
+    """"repa" for checkpoints whose time runs backwards.
+    "2-rf" for a Stable Diffusion pipeline with 2-RF's UNet.
+    """
     device: str | None = None
     """"cuda" or "cpu". Default: a GPU if there is one."""
     dtype: Dtype | None = None
     """Data type of the model. Default: bfloat16 on a GPU, float32 on the CPU."""
     quantize: Literal["fp8"] | None = None
-    """"fp8" runs the predictor's matrix products in e4m3: faster on recent GPUs, with slightly
-    different images."""
+    """"fp8" runs the predictor's matrix products in e4m3.
+    This is faster on recent GPUs and gives slightly different images.
+    """
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,18 @@ class ModelFlags(WeightFlags):
     """Flags of the model and of how it samples."""
 
     plan: str | None = None
-    """Steps in order, each a letter with a count: H Heun, P pseudo corrector, R refiner, S refiner
-    by the paper's equation 7, E Euler, A, B, C Adams-Bashforth of order 2, 3, 4. Or a .json file
-    from `flowturbo tune`. Default: B7, which measures best on the bundled model at seven calls; A7
-    for text-to-image models, whose guidance is stronger; H1P5R3, the paper's, with --refiner."""
+    """Steps in order, each a letter with a count, or a .json file from `flowturbo tune`.
+    Default: B7, which measures best on the bundled model at seven calls.
+    For text-to-image models, whose guidance is stronger, A7; with --refiner the paper's H1P5R3.
+    H is Heun, P pseudo corrector, R refiner, S refiner by the paper's equation 7, E Euler.
+    A, B and C are Adams-Bashforth of order 2, 3 and 4.
+    """
     guidance: Annotated[float, tyro.conf.arg(aliases=["--cfg-scale"])] = 1.5
     """Scale of classifier-free guidance; 1 means none."""
     guidance_channels: int | None = None
-    """Apply guidance to this many channels, from the first on. Default: 3 of 4 for SiT's
-    checkpoints, all for others."""
+    """Apply guidance to this many channels, from the first on.
+    Default: 3 of 4 for SiT's checkpoints, all for others.
+    """
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times between which guidance is applied; 0 is noise, 1 is data."""
     shift: float | None = None

@@ -30,18 +30,21 @@ class Sample(ModelFlags):
     prompts_file: Path | None = None
     """A text file with one prompt per line, instead of --prompts."""
     label_rule: LabelRule = "cycle"
-    """Label or prompt of image i: "cycle" takes them in turn, "random" draws one from the stream
-    of (seed, i)."""
+    """"cycle" takes the labels or prompts in turn.
+    "random" draws that of image i as a function of (seed, i).
+    """
     num: Annotated[int | None, tyro.conf.arg(aliases=["--num-fid-samples"])] = None
     """Number of images. Default: one per label or prompt, ten without either."""
     out: Annotated[Path, tyro.conf.arg(aliases=["--sample-dir"])] = Path("samples.png")
-    """A .png gets a labelled grid, or the image itself if it is the only one and from a prompt.
-    An .npz gets arr_0 (N, height, width, 3) uint8 and labels. A path without a suffix is a folder
-    of such files with a manifest, for large sets, also under torchrun. If it already holds images
-    with the same settings, the run resumes."""
+    """A .png gets a labelled grid; a single image of a prompt is written as it is.
+    An .npz gets arr_0 (N, height, width, 3) uint8, and labels.
+    A path without a suffix is a folder of such files with a manifest, for large sets.
+    Folders also work under torchrun, and an interrupted run resumes from its folder.
+    """
     shard_size: int | None = None
-    """Images per file of a folder, a multiple of --batch-size, which is 64 by default. Default:
-    the least multiple from 256 on."""
+    """Images per file of a folder, a multiple of --batch-size, which is then 64 by default.
+    Default: the least multiple from 256 on.
+    """
 
 
 def run_sample(settings: Sample) -> str:

@@ -37,19 +37,22 @@ class Encode:
     """
 
     source: Path
-    """A folder of images with one sub-folder per class; or an .npz with images
-    in "arr_0" (N, height, width, 3) uint8 and labels in "labels" or "arr_1"; without labels, every
-    image is of class 0. An .npz is held in memory. With --model: a folder of captioned images,
-    whose captions are in metadata.jsonl (one line per image with "file_name" and "text") or in
-    a .txt file next to each image."""
+    """A folder of images with one sub-folder per class, or an .npz, which is held in memory.
+    An .npz has images in "arr_0" (N, height, width, 3) uint8 and labels in "labels" or "arr_1".
+    Without labels every image is of class 0.
+    With --model: a folder of images with captions, one .txt per image or a metadata.jsonl.
+    Lines of metadata.jsonl have "file_name" and "text".
+    """
     out: Path
     """Folder for the shards. If it already holds shards with the same settings, the run resumes."""
     vae: str = "stabilityai/sd-vae-ft-ema"
-    """Folder or hub name of a diffusers AutoencoderKL, or "pixels". Ignored with --model, which
-    brings its own."""
+    """Folder or hub name of a diffusers AutoencoderKL, or "pixels".
+    Ignored with --model, which brings its own.
+    """
     model: str | None = None
-    """Folder or hub name of a diffusers text-to-image pipeline. Its VAE and text encoders encode
-    the images and captions, to train a refiner for it."""
+    """Folder or hub name of a diffusers text-to-image pipeline, to train a refiner for it.
+    Its VAE and text encoders encode the images and captions.
+    """
     image_size: int = 256
     """Height and width that images are cropped and resized to."""
     batch_size: int = 32

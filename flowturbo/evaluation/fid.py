@@ -45,14 +45,16 @@ class Fidelity:
     """An .npz in ADM's layout, such as VIRTUAL_imagenet256_labeled.npz, or a folder of images.
     Every metric but "is" needs it."""
     samples: Path | None = None
-    """An .npz with arr_0 (N, height, width, 3) uint8, a folder of such files as `flowturbo sample`
-    writes it, or a folder of images."""
+    """An .npz with arr_0 (N, height, width, 3) uint8, or a folder of such files or of images."""
     out: Path = Path("fidelity")
-    """Folder for report.md, report.json and the features of all images. If it already holds results
-    with the same settings, the run resumes; metrics and plans may be added."""
+    """Folder for report.md, report.json and the features of all images.
+    If it already holds results with the same settings, the run resumes.
+    Metrics and plans may be added.
+    """
     inception: Path | None = None
-    """Inception's weights. Default: the file that FLOWTURBO_INCEPTION names, else the one
-    in ~/.cache/flowturbo."""
+    """Inception's weights.
+    Default: the file that FLOWTURBO_INCEPTION names, else the one in ~/.cache/flowturbo.
+    """
     images: int | None = None
     """Number of images, from the first on. Default: all of --samples, or 50000 of --model."""
     model: str | None = None
@@ -60,23 +62,27 @@ class Fidelity:
     refiner: str | None = None
     """The refiner's file. A bundled model brings its own."""
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels". Default:
-    the one that the model's file names."""
+    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels".
+    Default: the one that the model's file names.
+    """
     plans: tuple[str, ...] = ("H1P5R3",)
-    """Plans to sample by, letters or .json files, each from the same noise. Image i has class
-    i % (number of classes)."""
+    """Plans to sample by, letters or .json files, each from the same noise.
+    Image i has class i % (number of classes).
+    """
     guidance: float = 1.5
     """Scale of classifier-free guidance; 1 means none."""
     guidance_channels: int | None = None
-    """Apply guidance to this many channels, from the first on. Default: 3 of 4 for SiT's
-    checkpoints, all for others."""
+    """Apply guidance to this many channels, from the first on.
+    Default: 3 of 4 for SiT's checkpoints, all for others.
+    """
     seed: int = 0
     """Seed of the noise; that of image i is a function of (seed, i)."""
     batch_size: int = 50
     """Images per batch, in the model and in Inception."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Data type of the model. Default: bfloat16 on a GPU, float32 on the CPU. Inception always runs
-    in float32."""
+    """Data type of the model. Inception always runs in float32.
+    Default: bfloat16 on a GPU, float32 on the CPU.
+    """
     device: str | None = None
     """"cuda" or "cpu". Default: a GPU if there is one."""
 

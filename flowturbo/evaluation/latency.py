@@ -43,13 +43,15 @@ class Bench:
     """
 
     model: str = "digits"
-    """A .pt, .pth or .safetensors file with SiT's keys, "digits", or a size such as "SiT-XL/2",
-    which gets random weights."""
+    """A .pt, .pth or .safetensors file with SiT's keys, or "digits".
+    Or a size such as "SiT-XL/2", which gets random weights.
+    """
     refiner: str | None = None
     """The refiner's file. The bundled model and random weights bring their own."""
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels". Default:
-    the one that the model's file names."""
+    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels".
+    Default: the one that the model's file names.
+    """
     image_size: int = 256
     """Height and width of the images, for random weights; those of the latents are an eighth."""
     plans: tuple[str, ...] = ("H1P5R3", "H8")
@@ -69,13 +71,15 @@ class Bench:
     backend: Literal["auto", "reference", "triton", "cuda"] = "auto"
     """Backend of the kernels."""
     quantize: Literal["fp8"] | None = None
-    """"fp8" runs the predictor's matrix products in e4m3. The relative error of its velocity is
-    reported."""
+    """"fp8" runs the predictor's matrix products in e4m3.
+    The relative error of its velocity is reported.
+    """
     out: Path | None = None
     """A .json file for the results."""
     profile: Path | None = None
-    """Folder for a trace of each plan and batch size, to open in ui.perfetto.dev
-    or chrome://tracing, and for a table of the time per operation."""
+    """Folder for a trace and a table of the time per operation, for each plan and batch size.
+    Traces open in ui.perfetto.dev and chrome://tracing.
+    """
 
     def __post_init__(self) -> None:
         for plan in self.plans:

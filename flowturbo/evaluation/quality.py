@@ -90,7 +90,9 @@ class Evaluate:
 
     out: Path = Path("evaluation")
     """Folder for quality.md, quality.json, quality.png and fine.safetensors, the fine solution.
-    If it already holds results with the same settings, the run resumes; plans may be added."""
+    If it already holds results with the same settings, the run resumes.
+    Plans may be added.
+    """
     model: str = "digits"
     """A bundled name or a predictor's file. Its latents must be (1, 8, 8) and its classes ten."""
     refiner: str | None = None

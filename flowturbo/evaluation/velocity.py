@@ -46,8 +46,9 @@ class InspectVelocity:
     steps: int = 100
     """Heun steps per trajectory."""
     images: int = 100
-    """Number of trajectories. Image i has class i % (number of classes), and its noise is
-    a function of (seed, i)."""
+    """Number of trajectories.
+    Image i has class i % (number of classes), and its noise is a function of (seed, i).
+    """
     batch_size: int = 100
     """Images per batch."""
     seed: int = 0

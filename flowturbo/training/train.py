@@ -69,9 +69,10 @@ class Distill(Settings):
     """
 
     teacher: str
-    """The predictor's file, or "digits"; or the folder or hub name of a text-to-image pipeline,
-    which may be 2-RF, SD3 or FLUX. With a pipeline, --data must be a folder that
-    was written by `flowturbo encode --model`."""
+    """The predictor's file, or "digits".
+    Or the folder or hub name of a text-to-image pipeline: 2-RF, SD3 or FLUX.
+    With a pipeline, --data must be a folder from `flowturbo encode --model`.
+    """
     heads: int | None = None
     """The teacher's attention heads, if its width is not a published one."""
     convention: Literal["auto", "sit", "repa", "2-rf"] = "auto"
@@ -91,12 +92,14 @@ class Distill(Settings):
     delta_per_row: bool = False
     """Draw delta for each row. The public code draws one per batch."""
     drop_before: bool = False
-    """Drop the label for the cached velocity too, as in the paper. The public code always gives it
-    the true label."""
+    """Drop the label for the cached velocity too, as in the paper.
+    The public code always gives it the true label.
+    """
     guidance: tuple[float, float] = (1.0, 1.0)
-    """Range of the guidance scale of the cached velocity, drawn uniformly for each row;
-    without guidance, as in the public code, it is 1 1. For FLUX.1-dev: range of the scale that
-    both networks take as input."""
+    """Range of the guidance scale of the cached velocity, drawn uniformly for each row.
+    The public code has no guidance, which is 1 1.
+    For FLUX.1-dev: range of the scale that both networks take as input.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,11 +40,13 @@ class Settings:
     """Folder for model.safetensors (EMA weights), state.safetensors (to resume) and log.jsonl.
     If it already holds a run with the same settings, the run resumes."""
     data: str = "digits"
-    """"digits", an .npz of latents, a folder of shards written by `flowturbo encode`, or a folder
-    of images with one sub-folder per class."""
+    """"digits", an .npz of latents, or a folder of shards from `flowturbo encode`.
+    Or a folder of images with one sub-folder per class.
+    """
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL, or "pixels". It encodes a folder of images,
-    and its name is written into the model's file."""
+    """Folder or hub name of a diffusers AutoencoderKL, or "pixels".
+    It encodes a folder of images, and its name is written into the model's file.
+    """
     image_size: int = 256
     """Height and width that the images of a folder are cropped and resized to."""
     steps: int = 100_000

@@ -20,8 +20,9 @@ class Tune:
     """
 
     out: Path = Path("tuning")
-    """Folder for tuning.md, tuning.json, tuning.png, best.json (the plan) and plans/ (all fitted
-    plans). If it already holds results with the same settings, the run resumes."""
+    """Folder for tuning.md, tuning.json, tuning.png, best.json (the plan), plans/ (fitted plans).
+    If it already holds results with the same settings, the run resumes.
+    """
     model: str = "digits"
     """A .pt, .pth or .safetensors file with SiT's keys, or "digits"."""
     refiner: str | None = None
@@ -29,15 +30,17 @@ class Tune:
     heads: int | None = None
     """Number of attention heads, for checkpoints whose width is not a published one."""
     budget_calls: float | None = None
-    """Budget of a plan in predictor calls (NFE). A refiner call counts as its share of
-    multiply-accumulates. Default: 6, if there is no --budget-ms."""
+    """Budget of a plan in predictor calls (NFE). Default: 6, if there is no --budget-ms.
+    A refiner call counts as its share of multiply-accumulates.
+    """
     budget_ms: float | None = None
     """Budget of a plan in milliseconds per image, as measured on this machine."""
     guidance: float = 1.5
     """Scale of classifier-free guidance; 1 means none. Plans are fitted for this scale."""
     guidance_interval: tuple[float, float] | None = None
-    """Also try plans with guidance in this interval of times alone. The fine solution always has
-    guidance everywhere."""
+    """Also try plans with guidance in this interval of times alone.
+    The fine solution always has guidance everywhere.
+    """
     batch_size: int = 64
     """Images per batch."""
     calibration_images: int = 192
@@ -45,8 +48,9 @@ class Tune:
     held_classes: int | None = None
     """Number of classes, from the last one down, without calibration images. Default: a fifth."""
     images: int = 600
-    """Number of images that plans are compared on. Image i has class i % (number of classes), and
-    its noise is a function of (seed, i)."""
+    """Number of images that plans are compared on.
+    Image i has class i % (number of classes), and its noise is a function of (seed, i).
+    """
     reference_plan: str = "C80"
     """Plan that computes the fine solution."""
     refiner_steps: int = 2
@@ -58,8 +62,9 @@ class Tune:
     seed: int = 0
     """Seed of all noise."""
     device: str | None = None
-    """"cuda" (in bfloat16) or "cpu" (in float32). Default: a GPU if there is one. Plans are fitted
-    in float32 on either."""
+    """"cuda" (in bfloat16) or "cpu" (in float32). Default: a GPU if there is one.
+    Plans are fitted in float32 on either.
+    """
 
     def __post_init__(self) -> None:
         natural("seed", self.seed)
