@@ -27,7 +27,7 @@ class Demo(WeightFlags):
     """
 
     plans: tuple[str, ...] | None = None
-    """Plans to offer, letters or .json files from `flowturbo tune`. The page starts with the first two.
+    """Plans to offer, letters or .json files from `flowturbo tune`. The first two are preselected.
     Visitors may type other letters, but no file names.
     Default: six plans, or those of them that need no refiner if there is none.
     """

@@ -111,7 +111,7 @@ class Handlers:
     ) -> Iterator[Any]:
         def run() -> Iterator[Comparison]:
             if image is None:
-                raise ValueError("image must be made or uploaded first")
+                raise ValueError("image must be sampled or uploaded first")
             mask = self.session.painted(_opacity(painted)) if part == "mask" else None
             return self.session.change(Request(*controls), image, mask, strength)
 

@@ -85,13 +85,13 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         natural("seed", self.seed)
-        for name, known in (
+        for name, choices in (
             ("schedule", ("constant", "cosine")),
             ("precision", ("auto", "fp32", "bf16")),
         ):
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
         for name, low, high in (
             ("lr", 0, math.inf),
