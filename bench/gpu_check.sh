@@ -191,10 +191,10 @@ print(bench(Bench(model, (plan,), sizes, repeats=int(repeats), profile=Path(fold
 tuned_rival() { # RIVAL BATCH
     [ -n "$(of "${FLOWTURBO_BENCH_RIVALS-}" "$1")" ] || return 0
     case $1 in
-    *-fp8) plan_stage ours-fp8 140 "$2" ours-fp8 ;;
-    *) plan_stage ours 140 "$2" ours ;;
+    *-fp8) plan_stage ours-fp8 160 "$2" ours-fp8 ;;
+    *) plan_stage ours 160 "$2" ours ;;
     esac
-    plan_stage "$1" 375 "$2" "$1"
+    plan_stage "$1" 355 "$2" "$1"
 }
 
 growth() {

@@ -123,7 +123,7 @@ def test_a_rival_that_is_tuned_has_most_of_a_part_and_ours_beside_it():
             stages = limits[f"{rival}-{batch}"]
             assert list(stages) == [ours, rival, "table"]
             assert stages[rival] >= 350
-            assert stages[ours] >= 140
+            assert stages[ours] >= 160  # it compiles 73 kernels
 
 
 def test_the_sanitizer_sees_every_allocation():
