@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from inception_weights import random_weights
 
-from flowturbo.evaluation import inception as features
+from flowturbo.evaluation import inception
 from flowturbo.evaluation.inception import WEIGHTS, Inception, find_weights
 from flowturbo.storage.files import CheckpointError
 
@@ -33,8 +33,8 @@ def weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def inception(weights, monkeypatch) -> Inception:
-    monkeypatch.setattr(features, "SHA256", sha256(weights.read_bytes()).hexdigest()[:8])
+def network(weights, monkeypatch) -> Inception:
+    monkeypatch.setattr(inception, "SHA256", sha256(weights.read_bytes()).hexdigest()[:8])
     return Inception(weights)
 
 
@@ -124,10 +124,8 @@ def mixed_6_conv(images: np.ndarray, w: dict[str, torch.Tensor]) -> torch.Tensor
     return chain(x, "Mixed_6d", "branch1x1")
 
 
-def test_spatial_features_are_seven_channels_of_mixed_6_conv_in_tensorflows_order(
-    inception, weights
-):
-    found = inception.read(IMAGES)
+def test_spatial_features_are_seven_channels_of_mixed_6_conv_in_tensorflows_order(network, weights):
+    found = network.read(IMAGES)
     expected = mixed_6_conv(IMAGES, torch.load(weights, weights_only=True))[:, :7]
     assert found.spatial.shape == (3, 17 * 17 * 7)
     spatial = found.spatial.view(3, 17, 17, 7).double().permute(0, 3, 1, 2)
@@ -135,36 +133,36 @@ def test_spatial_features_are_seven_channels_of_mixed_6_conv_in_tensorflows_orde
     assert ((expected > 0).double().mean() - 0.5).abs() < 0.45  # neither all cut off nor none
 
 
-def test_pool_features_and_logits_are_the_librarys(inception, weights):
+def test_pool_features_and_logits_are_the_librarys(network, weights):
     """Asked for both at once, as torch-fidelity's own evaluation asks."""
-    found = inception.read(IMAGES)
-    direct = features._extractor()(
+    found = network.read(IMAGES)
+    direct = inception._extractor()(
         "x", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
     )
     pool, logits = direct(torch.from_numpy(IMAGES).permute(0, 3, 1, 2))
     assert found.pool.dtype == torch.float32
     assert found.pool.equal(pool)
     assert pool.std() > 1e-3
-    assert (inception.logits(found.pool) - logits).abs().max() < 1e-5 * logits.abs().max()
-    assert inception.description["widths"] == [pool.shape[1], found.spatial.shape[1]]
+    assert (network.logits(found.pool) - logits).abs().max() < 1e-5 * logits.abs().max()
+    assert network.description["widths"] == [pool.shape[1], found.spatial.shape[1]]
 
 
-def test_reading_is_in_float32_and_leaves_nothing_behind(inception, monkeypatch):
+def test_reading_is_in_float32_and_leaves_nothing_behind(network, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     tf32 = []
-    inception.network.register_forward_pre_hook(
+    network.network.register_forward_pre_hook(
         lambda *_: tf32.append(torch.backends.cudnn.allow_tf32)
     )
-    one, two = inception.read(IMAGES), inception.read(IMAGES)
+    one, two = network.read(IMAGES), network.read(IMAGES)
     assert tf32 == [False, False]
     assert torch.backends.cudnn.allow_tf32
     assert one.pool.equal(two.pool)
     assert one.spatial.equal(two.spatial)
-    assert not inception.network.Mixed_6d.branch1x1._forward_hooks
+    assert not network.network.Mixed_6d.branch1x1._forward_hooks
 
 
 def test_loading_draws_no_random_number(weights, monkeypatch):
-    monkeypatch.setattr(features, "SHA256", "")
+    monkeypatch.setattr(inception, "SHA256", "")
     torch.manual_seed(0)
     before = torch.get_rng_state()
     Inception(weights)
@@ -175,19 +173,19 @@ def test_loading_draws_no_random_number(weights, monkeypatch):
 def test_neither_torchvision_nor_the_rest_of_torch_fidelity_is_imported():
     code = """
 import sys
-from flowturbo import features
-assert features._extractor().__name__ == "FeatureExtractorInceptionV3"
+from flowturbo.evaluation import inception
+assert inception._extractor().__name__ == "FeatureExtractorInceptionV3"
 left = [name for name in sys.modules if name.split(".")[0] in ("torchvision", "torch_fidelity")]
 assert not left, left
-assert features._extractor().__name__ == "FeatureExtractorInceptionV3"
+assert inception._extractor().__name__ == "FeatureExtractorInceptionV3"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 def test_without_torch_fidelity_the_message_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(features, "SHA256", "")
+    monkeypatch.setattr(inception.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(inception, "SHA256", "")
     torch.save({}, tmp_path / "weights.pth")
     with pytest.raises(
         ValueError,
@@ -207,7 +205,7 @@ def nowhere(monkeypatch, tmp_path):
 def test_missing_weights_are_asked_for_by_name_and_place(nowhere):
     with pytest.raises(CheckpointError) as error:
         find_weights()
-    assert f"download {features.URL} (91 MB) and put it into {nowhere / 'cache'}" in str(
+    assert f"download {inception.URL} (91 MB) and put it into {nowhere / 'cache'}" in str(
         error.value
     )
     with pytest.raises(
@@ -251,7 +249,7 @@ class Canary:
 
 def test_weights_are_never_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(features, "SHA256", "")
+    monkeypatch.setattr(inception, "SHA256", "")
     torch.save({"fc.weight": Canary()}, "weights.pth")
     with pytest.raises(CheckpointError, match="is no whole torch file of plain tensors"):
         Inception("weights.pth")

@@ -70,3 +70,7 @@ def captured_model(limit: int = 8, config: SiTConfig = CONFIG) -> tuple[ft.FlowM
     model, recorder = tiny_model(config), Fake()
     model.captures.limit, model.captures.recorder = limit, recorder
     return model, recorder
+
+
+def plain(*args: object, **options: object) -> Tensor:
+    return ft.sample(tiny_model(), *args, **options)

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowturbo.evaluation import inception as features
+from flowturbo.evaluation import inception
 
 
 def random_weights() -> dict[str, torch.Tensor]:
     """Of the network's own shapes, of such sizes that activations neither vanish nor grow."""
-    kind = features._extractor()
+    kind = inception._extractor()
     blank = type("Blank", (kind,), {"load_state_dict": lambda self, state: None})
     generator = torch.Generator().manual_seed(0)
     path = Path(__file__)  # any file: reading it is stubbed out

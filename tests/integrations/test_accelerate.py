@@ -1,54 +1,33 @@
-"""accelerate(): a plan inside diffusers' own pipelines, with a refiner, fused adaLN, captures;
-restore() undoes all of it.
-"""
+"""accelerate(): a plan inside diffusers' own pipelines, with a refiner, fused adaLN, captures."""
 
 from __future__ import annotations
 
 import threading
-import warnings
 from typing import Any
 
 import pipelines
 import pytest
 import torch
+from accelerated import refiner_of
 from close import assert_close, relative_error
 from fake_recorder import Fake
 from pipelines import (
     SIZE,
     call,
-    diffusers,
     embeds,
     flux,
     flux_transformer,
     negative,
     sd3,
     sd3_transformer,
-    unet,
 )
 from torch import Tensor
 
 import flowturbo as ft
-from flowturbo.integrations import diffusers as integration
-from flowturbo.integrations.scheduler import PlanScheduler
+from flowturbo.integrations.diffusers import _MARK
 from flowturbo.models.text_to_image import packed
 
 MAKERS = {"sd3": sd3, "flux": flux}
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*steps were asked for")
-        yield
-
-
-def refiner_of(pipe: Any, seed: int = 11) -> Any:
-    made = ft.refiner_for(pipe.transformer)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in made.parameters():
-        scale = 0.02 if parameter.ndim == 1 else 0.2 / parameter[0].numel() ** 0.5
-        parameter.data = scale * torch.randn(parameter.shape, generator=generator)
-    return made.requires_grad_(False).eval()
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -271,141 +250,6 @@ def test_threads_share_a_pipeline():
     assert len(found) == 3
 
 
-def test_a_saved_pipeline_loads_as_a_stock_one_and_one_loads_with_the_plan(tmp_path):
-    pipe = sd3()
-    expected = call(pipe, num_inference_steps=4)
-    ft.accelerate(pipe, "H1P3")
-    planned = call(pipe)
-    pipe.save_pretrained(tmp_path)
-    absent = {
-        f"{part}{suffix}": None
-        for part in ("text_encoder", "tokenizer")
-        for suffix in ("", "_2", "_3")
-    }
-    again = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path, **absent)
-    assert type(again.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
-    again.set_progress_bar_config(disable=True)
-    assert_close(call(again, num_inference_steps=4), expected, 1e-6)
-    ours = PlanScheduler.from_pretrained(tmp_path, subfolder="scheduler")
-    third = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path, scheduler=ours, **absent)
-    third.set_progress_bar_config(disable=True)
-    assert_close(call(third), planned, 1e-6)
-
-
-# In and out.
-
-
-def attributes(pipe: Any) -> dict[str, Any]:
-    """Of the pipeline and of every module in it, without what was there before."""
-    found = {
-        "pipe": {k: v for k, v in vars(pipe).items() if not k.startswith("_callback")},
-        "config": dict(pipe.config),
-    }
-    for name, module in pipe.transformer.named_modules():
-        found[name] = {k: v for k, v in vars(module).items() if "hook" not in k}
-        found[name, "hooks"] = {
-            k: dict(v) for k, v in vars(module).items() if "hook" in k and isinstance(v, dict)
-        }
-    return found
-
-
-@pytest.mark.parametrize("kind", MAKERS)
-def test_restore_leaves_no_trace(kind):
-    pipe, other = MAKERS[kind](), MAKERS[kind]()
-    before = call(pipe, num_inference_steps=3)
-    classes = [
-        type(pipe),
-        type(pipe.transformer),
-        type(pipe.scheduler),
-        *map(type, pipe.transformer.modules()),
-    ]
-    of_classes = [dict(vars(one)) for one in classes]
-    scheduler, traces = pipe.scheduler, attributes(pipe)
-    ft.accelerate(pipe, "H1P1R1", refiner_of(pipe), graph=True)
-    assert [dict(vars(one)) for one in classes] == of_classes
-    call(pipe)
-    assert call(other, num_inference_steps=3).equal(before)
-    assert attributes(pipe) != traces
-    assert ft.restore(pipe) is pipe
-    assert pipe.scheduler is scheduler
-    after = attributes(pipe)
-    assert after.keys() == traces.keys()
-    of_calls = (
-        "_guidance",
-        "_joint",
-        "_interrupt",
-        "_num_timesteps",
-        "_skip",
-        "_clip",
-        "_current",
-    )  # what calling leaves behind
-    for name, values in traces.items():
-        kept = after[name]
-        assert values.keys() <= kept.keys(), name
-        changed = {
-            key for key, value in kept.items() if key not in values or values[key] is not value
-        }
-        assert not {
-            key
-            for key in changed
-            if not str(key).startswith(of_calls) and values.get(key) != kept[key]
-        }, name
-    assert call(pipe, num_inference_steps=3).equal(before)
-
-
-def test_accelerating_twice_and_restoring_nothing_are_refused():
-    pipe = sd3()
-    for undo in (ft.restore, ft.summary):
-        with pytest.raises(ValueError, match="not accelerated"):
-            undo(pipe)
-    ft.accelerate(pipe, "H1P1")
-    with pytest.raises(ValueError, match="accelerated by plan H1P1 already: restore it first"):
-        ft.accelerate(pipe, "H1P2")
-    ft.restore(pipe)
-    with pytest.raises(RuntimeError, match="inside"), ft.accelerated(pipe, "H1P2"):
-        raise RuntimeError("inside")
-    assert type(pipe.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
-
-
-def test_what_does_not_fit_is_refused_and_leaves_the_pipeline_as_it_was():
-    pipe = sd3()
-    traces = attributes(pipe)
-    other = flux()
-    for arguments, kind, message in (
-        (("H1R1",), ValueError, "has refiner steps: give a refiner"),
-        (("H1P1", refiner_of(pipe)), ValueError, "has no refiner steps"),
-        (("H1R1", refiner_of(other)), TypeError, "must be a SD3Transformer2DModel"),
-        (("H1R1", sd3_transformer()), ValueError, "must read 8 channels"),
-        (("H1Q1",), ValueError, "Q"),
-    ):
-        with pytest.raises(kind, match=message):
-            ft.accelerate(pipe, *arguments)
-        assert attributes(pipe) == traces
-    with pytest.raises(TypeError, match="with a scheduler, got int"):
-        ft.accelerate(3, "H1")
-    strange = diffusers.StableDiffusionPipeline(
-        vae=pipelines.vae(), text_encoder=None, tokenizer=None, unet=unet(),
-        scheduler=diffusers.DDIMScheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    with pytest.raises(TypeError, match="FlowMatchEulerDiscreteScheduler, not of DDIMScheduler"):
-        ft.accelerate(strange, "H1")
-    strange.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(TypeError, match="know the transformers"):
-        ft.accelerate(strange, "H1", graph=True)
-
-
-def test_true_guidance_of_flux_makes_two_calls_a_step_which_a_refiner_cannot_follow():
-    pipe = flux()
-    told = {f"negative_{name}": value for name, value in embeds(4).items()}
-    stock = call(pipe, num_inference_steps=3, true_cfg_scale=2.0, **told)
-    with ft.accelerated(pipe, "E3"):
-        assert_close(call(pipe, num_inference_steps=3, true_cfg_scale=2.0, **told), stock, 1e-6)
-    ft.accelerate(pipe, "H1R1", refiner_of(pipe))
-    with pytest.raises(ValueError, match="is true_cfg_scale in use"):
-        call(pipe, true_cfg_scale=2.0, **told)
-
-
 def test_summary_tells_plan_calls_and_milliseconds():
     pipe = sd3()
     ft.accelerate(pipe, "H1P3R2", refiner_of(pipe))
@@ -468,7 +312,7 @@ def test_calls_of_the_transformer_are_captured_by_their_shapes_and_kept_within_b
     pipe = sd3()
     expected = [call(pipe, seed=seed, num_inference_steps=3) for seed in range(2)]
     ft.accelerate(pipe, "E3", graph=True)
-    captures = vars(pipe)[integration._MARK].captures
+    captures = vars(pipe)[_MARK].captures
     captures.recorder, captures.limit = Fake(), 2
     for seed in (0, 1, 0):
         assert_close(call(pipe, seed=seed), expected[seed], 1e-5)
@@ -494,7 +338,7 @@ def test_captures_and_a_refiner_together():
     with ft.accelerated(pipe, "H1P1R1", refiner):
         expected = [call(pipe, seed=seed) for seed in range(3)]
     ft.accelerate(pipe, "H1P1R1", refiner, graph=True)
-    captures = vars(pipe)[integration._MARK].captures
+    captures = vars(pipe)[_MARK].captures
     captures.recorder = Fake()
     for seed in range(3):
         assert_close(call(pipe, seed=seed), expected[seed], 1e-5)

@@ -1,6 +1,4 @@
-"""SiT: its forward against a plain second reading, its sizes, positions, first weights and
-costs.
-"""
+"""SiT: its forward against a plain second reading, its sizes, positions and costs."""
 
 import itertools
 import math
@@ -10,60 +8,13 @@ import pytest
 import torch
 from close import assert_close, relative_error
 from oracle import sit_forward
+from sit_sizes import ALL, SMALL, every, inputs
 from tiny import random_sit
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import flowturbo as ft
-from flowturbo.models import checkpoint
-from flowturbo.models.checkpoint import build, load_sit, save_sit
+from flowturbo.models.checkpoint import build
 from flowturbo.models.sit import SIT_CONFIGS, SiT, SiTConfig, config_from_state, sincos_positions
-
-
-def inputs(
-    config: SiTConfig, seed: int, n: int = 3, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, ...]:
-    """x, t, y, and v for a refiner; the last label is the null class."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (n, config.channels, config.side, config.side)
-    x, v = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
-    )
-    t = torch.rand(n, generator=generator, dtype=torch.float64).to(dtype)
-    y = torch.randint(config.num_classes, (n,), generator=generator)
-    y[-1] = config.null_class
-    return (x, t, y, v) if config.reads_velocity else (x, t, y)
-
-
-SMALL = {
-    "patch 2": SiTConfig(hidden=96, depth=3, heads=4, patch=2, side=8, num_classes=10),
-    "patch 4": SiTConfig(hidden=32, depth=2, heads=2, patch=4, side=16, num_classes=3),
-    "patch 8": SiTConfig(hidden=40, depth=1, heads=5, patch=8, side=16, num_classes=10),
-    "head_dim 72": SiTConfig(hidden=144, depth=2, heads=2, patch=2, side=6, num_classes=10),
-    "one channel, 9 tokens": SiTConfig(
-        hidden=24, depth=2, heads=1, patch=2, side=6, channels=1, num_classes=1
-    ),
-    "three channels, one token": SiTConfig(
-        hidden=24, depth=2, heads=3, patch=2, side=2, channels=3, num_classes=5
-    ),
-}
-
-
-def variants(config: SiTConfig) -> dict[str, SiTConfig]:
-    return {
-        f"{role}, {'learned sigma' if sigma else 'velocity only'}": replace(
-            config, reads_velocity=role == "refiner", learned_sigma=sigma
-        )
-        for role, sigma in itertools.product(("predictor", "refiner"), (True, False))
-    }
-
-
-ALL = {
-    f"{size}, {kind}": config
-    for size, small in SMALL.items()
-    for kind, config in variants(small).items()
-}
-every = pytest.mark.parametrize("config", ALL.values(), ids=ALL.keys())
 
 
 def oracle(model: SiT, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor:
@@ -276,43 +227,6 @@ def test_positions_hold_the_column_first(hidden, side):
 
 
 @every
-def test_a_fresh_model_returns_zeros(config):
-    model = SiT(config).reset_parameters(torch.Generator().manual_seed(12))
-    x, *rest = inputs(config, 13, dtype=torch.float32)
-    out = model(x, *rest)
-    assert out.shape == x.shape
-    assert torch.equal(out, torch.zeros_like(x))
-
-
-def test_first_weights():
-    """SiT's: Xavier for products, 0.02 normal for embeddings, zero for what modulates; and a
-    function of the generator alone.
-    """
-    config = SiTConfig(hidden=192, depth=2, heads=3, patch=2, side=8)
-    first = SiT(config).reset_parameters(torch.Generator().manual_seed(1)).state_dict()
-    again = SiT(config).reset_parameters(torch.Generator().manual_seed(1)).state_dict()
-    other = SiT(config).reset_parameters(torch.Generator().manual_seed(2)).state_dict()
-    assert all(torch.equal(first[k], again[k]) for k in first)
-    for name, weight in first.items():
-        if name.endswith("bias") or "adaLN" in name or name == "final_layer.linear.weight":
-            assert not weight.any(), name
-            continue
-        if name == "pos_embed":
-            assert torch.equal(weight[0], sincos_positions(192, 4))
-            continue
-        assert not torch.equal(weight, other[name]), name
-        fan_out, fan_in = weight.flatten(1).shape
-        wanted = (
-            0.02
-            if "t_embedder" in name or "y_embedder" in name
-            else math.sqrt(2 / (fan_in + fan_out))
-        )
-        assert float(weight.std()) == pytest.approx(wanted, rel=0.1), name
-        if "embedder.mlp" not in name and "table" not in name:
-            assert float(weight.abs().max()) <= math.sqrt(3) * wanted * (1 + 1e-6)
-
-
-@every
 def test_macs_are_those_that_torch_counts(config):
     counter = FlopCounterMode(display=False)
     with torch.device("meta"):
@@ -327,122 +241,3 @@ def test_published_macs():
     config = SIT_CONFIGS["SiT-XL/2"]
     assert config.macs() == pytest.approx(118.62e9, rel=0.005)
     assert config.refiner().macs() == pytest.approx(4.26e9, rel=0.005)
-
-
-# Each weight is held once.
-
-
-@pytest.mark.parametrize("config", list(ALL.values())[:4], ids=list(ALL)[:4])
-def test_a_built_model_holds_the_given_tensors(config):
-    state = {k: v.clone() for k, v in random_sit(config, 15).state_dict().items()}
-    built = build(config, state)
-    assert {k: v.data_ptr() for k, v in built.state_dict().items()} == {
-        k: v.data_ptr() for k, v in state.items()
-    }
-    assert not any(p.requires_grad for p in built.parameters())
-    assert not built.training
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_loading_copies_no_weight_that_stands_well(tmp_path, monkeypatch, suffix):
-    config = ALL["patch 2, predictor, learned sigma"]
-    model = random_sit(config, 16)
-    path = tmp_path / f"model{suffix}"
-    if suffix == ".pt":
-        torch.save({"ema": model.state_dict()}, path)
-    else:
-        save_sit(path, model)
-    read, original = [], checkpoint.read_state
-    monkeypatch.setattr(
-        checkpoint, "read_state", lambda path: read.append(original(path)) or read[-1]
-    )
-    loaded = ft.load(path, heads=4, device="cpu", dtype=torch.float32).predictor
-    [(state, _)] = read
-    copied = [
-        state[k] for k, v in loaded.state_dict().items() if v.data_ptr() != state[k].data_ptr()
-    ]
-    assert all(
-        weight.data_ptr() % 64 for weight in copied
-    )  # products of what stands so round otherwise
-    assert not copied or suffix == ".safetensors"
-
-
-def test_heun_and_pseudo_corrector_share_one_predictor():
-    config = SMALL["patch 4"]
-    model = ft.load(
-        random_sit(config, 17).double(),
-        refiner=random_sit(config.refiner(), 18).double(),
-        device="cpu",
-    )
-    called = []
-    for module in (model.predictor, model.refiner):
-        module.x_embedder.register_forward_hook(lambda m, *_: called.append(m))
-    ft.sample(model, "H1P2R1", labels=[1], guidance=2.0, seed=0)
-    assert [m is model.predictor.x_embedder for m in called] == [True] * 4 + [False] * 2
-    assert called[-1] is model.refiner.x_embedder
-
-
-def test_a_module_is_taken_as_it_is():
-    predictor = random_sit(SMALL["patch 4"], 19)
-    before = {k: v.data_ptr() for k, v in predictor.state_dict().items()}
-    model = ft.load(predictor, device="cpu", dtype=torch.float32)
-    assert model.predictor is predictor
-    assert {k: v.data_ptr() for k, v in predictor.state_dict().items()} == before
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
-)
-def test_a_file_keeps_its_dtype(tmp_path, dtype):
-    model = random_sit(SMALL["patch 4"], 20).to(dtype)
-    save_sit(tmp_path / "m.safetensors", model)
-    loaded = load_sit(tmp_path / "m.safetensors", "predictor").model
-    assert {v.dtype for v in loaded.state_dict().values()} == {dtype}
-    assert (
-        ft.load(tmp_path / "m.safetensors", device="cpu").predictor.state_dict()["pos_embed"].dtype
-        == torch.float32
-    )
-
-
-@pytest.mark.parametrize("convention", ["sit", "repa"])
-def test_fp8_changes_the_velocity_by_some_percent(convention):
-    config = replace(SMALL["patch 4"], hidden=96, heads=4, depth=4)
-    plain, fp8 = (
-        ft.load(
-            random_sit(config, 21),
-            random_sit(config.refiner(), 22),
-            device="cpu",
-            convention=convention,
-            quantize=quantize,
-        )
-        for quantize in (None, "fp8")
-    )
-    x, t, y = torch.randn(4, *plain.latent_shape), torch.rand(4), torch.arange(4)
-    truth = plain.predictor(x, t, y)
-    error = float((fp8.predictor(x, t, y) - truth).norm() / truth.norm())
-    assert 1e-3 < error < 0.1
-    latents = [ft.sample(model, "H1P1R1", [1, 2], guidance=1.5, seed=0) for model in (plain, fp8)]
-    assert 1e-4 < float((latents[1] - latents[0]).norm() / latents[0].norm()) < 0.2
-
-
-def test_only_the_predictors_blocks_are_in_fp8():
-    model = ft.load(
-        random_sit(SMALL["patch 4"], 23),
-        random_sit(SMALL["patch 4"].refiner(), 24),
-        device="cpu",
-        quantize="fp8",
-    )
-    kinds = {name: value.dtype for name, value in model.predictor.state_dict().items()}
-    quantised = {name for name, dtype in kinds.items() if dtype == torch.float8_e4m3fn}
-    assert quantised == {
-        f"blocks.{i}.{part}.weight"
-        for i in range(len(model.predictor.blocks))
-        for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    }
-    assert {value.dtype for value in model.refiner.state_dict().values()} == {torch.float32}
-    assert model.predictor.quantize_() is model.predictor  # again: nothing more to do
-    with pytest.raises(ValueError, match="quantize must be 'fp8' or None, got 'int8'"):
-        ft.load("digits", quantize="int8")
-    refiner = random_sit(SMALL["patch 4"].refiner(), 25).quantize_()
-    with pytest.raises(ValueError, match="not quantised"):
-        refiner.refiner_weights()

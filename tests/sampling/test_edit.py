@@ -1,42 +1,18 @@
-"""Editing and inpainting: where they start, what they keep, and what they refuse."""
+"""Editing and inpainting: where they start and what they keep."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 from close import assert_close
+from edits import CONFIG_SHAPE, GREY, LABELS, half, pictures, pixel_model
 from fake_recorder import captured_model
-from PIL import Image
-from tiny import CONFIG, tiny_model
+from tiny import tiny_model
 from torch import Tensor
 
 import flowturbo as ft
-from flowturbo.cli.main import main
 from flowturbo.models.vae import Pixels
-from flowturbo.sampling.edit import edit_job
 from flowturbo.solver.path import on_path
-from flowturbo.storage.files import CheckpointError
-from flowturbo.storage.images import box_mask, read_mask, read_npz, read_transparency
-
-GREY = replace(CONFIG, channels=1)
-LABELS = [1, 8, 3]
-
-
-def pixel_model() -> ft.FlowModel:
-    model = tiny_model(GREY)
-    model.vae = Pixels()
-    return model
-
-
-def pictures(count: int = 3, seed: int = 0) -> Tensor:
-    grey = torch.randint(
-        256, (count, 8, 8, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
-    )
-    return grey.expand(-1, -1, -1, 3)
 
 
 class Blocks(Pixels):
@@ -140,15 +116,6 @@ def test_guidance_batches_and_captures_are_those_of_sampling():
     assert recorder.recorded == 2
 
 
-# Inpainting
-
-
-def half(height: int = 8, width: int = 8) -> Tensor:
-    mask = torch.zeros(height, width, dtype=torch.bool)
-    mask[:, width // 2 :] = True
-    return mask
-
-
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("plan", ["H1P2R2", "C3", "E1S1"])
 def test_outside_the_mask_latents_are_the_sources_own(plan, strength):
@@ -216,9 +183,6 @@ def test_masks_of_every_kind(make):
     )
 
 
-CONFIG_SHAPE = (4, 8, 8)
-
-
 def test_an_inpainting_stopped_by_its_callback_returns_what_there_is():
     model = pixel_model()
     after = ft.inpaint(
@@ -232,257 +196,3 @@ def test_an_inpainting_stopped_by_its_callback_returns_what_there_is():
         callback=lambda info: info.step < 2,
     )
     assert after.shape == (2, 8, 8, 3)
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    "arguments, kind, said",
-    [
-        (dict(strength=0.0), ValueError, "strength must be above 0 and at most 1, got 0"),
-        (dict(strength=1.5), ValueError, "strength must be above 0 and at most 1, got 1.5"),
-        (dict(strength=math.nan), ValueError, "strength must be finite"),
-        (
-            dict(images=pictures().float()),
-            ValueError,
-            r"images given as latents must have shape \(N, 1, 8, 8\)",
-        ),
-        (dict(images=torch.full((3, 1, 8, 8), math.nan)), ValueError, "images must be finite"),
-        (
-            dict(images=pictures()[..., :1]),
-            ValueError,
-            r"images must be uint8 of shape \(N, height, width, 3\)",
-        ),
-        (
-            dict(images=pictures()[0]),
-            ValueError,
-            r"images must be uint8 of shape \(N, height, width, 3\)",
-        ),
-        (dict(images=pictures().int()), ValueError, "images must be uint8 .* got torch.int32"),
-        (
-            dict(images=pictures()[:, :4]),
-            ValueError,
-            "images must be 8 x 8 for this model, got 4 x 8",
-        ),
-        (dict(images="a.png"), TypeError, "images must be an array or a tensor, got str"),
-        (dict(labels=None), ValueError, "labels must say what to make"),
-        (dict(labels=[1, 2, 11]), ValueError, "labels must be from 0 to 9, got 11"),
-        (dict(plan="R1"), ValueError, "R needs the velocity"),
-        (dict(guidance=math.inf), ValueError, "guidance must be finite"),
-        (dict(model=7), TypeError, "model must be a FlowModel"),
-    ],
-)
-def test_what_an_edit_refuses(arguments, kind, said):
-    with pytest.raises(kind, match=said):
-        ft.edit(
-            **{
-                "model": pixel_model(),
-                "plan": "H1R1",
-                "images": pictures(),
-                "labels": LABELS,
-                **arguments,
-            }
-        )
-
-
-@pytest.mark.parametrize(
-    "mask, kind, said",
-    [
-        (
-            half(8, 4),
-            ValueError,
-            r"mask must have the images' size, shape \(8, 8\) or \(3, 8, 8\), got \(8, 4\)",
-        ),
-        (half().expand(2, 8, 8), ValueError, r"got \(2, 8, 8\)"),
-        (
-            torch.zeros(8, 8, dtype=torch.bool),
-            ValueError,
-            "mask must choose at least one pixel of every image",
-        ),
-        (
-            torch.stack([half(), half(), half() & False]),
-            ValueError,
-            "mask must choose at least one pixel of every image",
-        ),
-        (half().int(), TypeError, "mask must be bool, uint8 or floating point, got torch.int32"),
-        ("mask.png", TypeError, "mask must be an array or a tensor"),
-    ],
-)
-def test_masks_that_do_not_fit_are_refused(mask, kind, said):
-    with pytest.raises(kind, match=said):
-        ft.inpaint(pixel_model(), "H1R1", pictures(), mask, LABELS)
-
-
-def test_images_need_a_vae_and_latents_do_not():
-    model = tiny_model(GREY)
-    with pytest.raises(ValueError, match="images need a model that was loaded with a vae"):
-        ft.edit(model, "H1", pictures(), LABELS, output="latents")
-    assert ft.edit(model, "H1", torch.randn(3, 1, 8, 8), LABELS, output="latents").shape == (
-        3,
-        1,
-        8,
-        8,
-    )
-    with pytest.raises(ValueError, match="output='uint8' needs a model"):
-        ft.edit(model, "H1", torch.randn(3, 1, 8, 8), LABELS)
-
-
-def test_a_plan_that_starts_later_is_for_edit():
-    plan = ft.Plan.parse("H1P1").starting_at(0.25)
-    assert plan.grid == (0.25, 0.625, 1.0)
-    assert plan.starting_at(0.0) == ft.Plan.parse("H1P1")
-    with pytest.raises(ValueError, match=r"plan must start at 0, got one that starts at 0.25"):
-        ft.sample(tiny_model(), plan, LABELS)
-    for t in (1.0, -0.1, math.nan):
-        with pytest.raises(ValueError, match="t must be"):
-            ft.Plan.parse("H1").starting_at(t)
-    _, job = edit_job(
-        tiny_model(), plan, torch.randn(1, *CONFIG_SHAPE), 3, 1.0, None, None, 0, "latents"
-    )
-    assert "from t = 0.25" in str(job)
-
-
-# Files
-
-
-def test_the_command_edits_and_inpaints_an_npz(tmp_path, capsys):
-    assert main(["sample", "--num", "3", "--plan", "H1P1R1", "--out", str(tmp_path / "d.npz")]) == 0
-    common = [str(tmp_path / "d.npz"), "--plan", "H1R1"]
-    assert (
-        main(
-            [
-                "edit",
-                *common,
-                "--labels",
-                "8",
-                "--strength",
-                "0.3",
-                "--out",
-                str(tmp_path / "e.npz"),
-            ]
-        )
-        == 0
-    )
-    with np.load(tmp_path / "e.npz") as found:
-        assert found["arr_0"].shape == (3, 8, 8, 3)
-        assert found["labels"].tolist() == [8, 8, 8]
-    arguments = [
-        "--labels",
-        "1",
-        "2",
-        "3",
-        "--box",
-        "0.5",
-        "0",
-        "1",
-        "1",
-        "--out",
-        str(tmp_path / "i.png"),
-    ]
-    assert main(["inpaint", *common, *arguments]) == 0
-    assert Image.open(tmp_path / "i.png").width > 3 * 96
-    before = read_npz(tmp_path / "d.npz")
-    assert main(["inpaint", *common, *arguments[:-1], str(tmp_path / "i.npz")]) == 0
-    after = read_npz(tmp_path / "i.npz")
-    assert np.array_equal(after[:, :, :4], before[:, :, :4])
-    assert not np.array_equal(after[:, :, 4:], before[:, :, 4:])
-    assert main(["edit", str(tmp_path / "d.npz")]) == 2
-    assert "images and labels (or prompts) must name at least one each" in capsys.readouterr().err
-
-
-def test_the_command_takes_image_files_of_any_size_and_masks_of_theirs(tmp_path, capsys):
-    picture = Image.fromarray(
-        np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
-    )
-    picture.save(tmp_path / "a.png")
-    mask = Image.new("L", (40, 30))
-    mask.paste(255, (0, 0, 20, 30))
-    mask.save(tmp_path / "m.png")
-    out = tmp_path / "o.npz"
-    assert (
-        main(
-            [
-                "inpaint",
-                str(tmp_path / "a.png"),
-                "--labels",
-                "3",
-                "--mask",
-                str(tmp_path / "m.png"),
-                "--plan",
-                "H1",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
-    assert read_npz(out).shape == (1, 8, 8, 3)
-    Image.new("L", (41, 30), 255).save(tmp_path / "wrong.png")
-    assert (
-        main(
-            [
-                "inpaint",
-                str(tmp_path / "a.png"),
-                "--labels",
-                "3",
-                "--mask",
-                str(tmp_path / "wrong.png"),
-            ]
-        )
-        == 2
-    )
-    assert "must have the size of" in capsys.readouterr().err
-    assert main(["inpaint", str(tmp_path / "a.png"), "--labels", "3"]) == 2
-    assert "mask or box must say what to make anew" in capsys.readouterr().err
-    clear = picture.convert("RGBA")
-    clear.paste((0, 0, 0, 0), (20, 0, 40, 30))
-    clear.save(tmp_path / "clear.png")
-    assert (
-        main(
-            [
-                "inpaint",
-                str(tmp_path / "clear.png"),
-                "--labels",
-                "3",
-                "--plan",
-                "H1",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
-    assert not (tmp_path / "inpainted.png").exists()
-
-
-def test_masks_are_cropped_as_their_images_are(tmp_path):
-    Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
-    mask = Image.new("L", (40, 20))
-    mask.paste(255, (20, 0, 40, 20))
-    mask.save(tmp_path / "m.png")
-    found = read_mask(tmp_path / "m.png", 10, tmp_path / "a.png")
-    assert not found[:, :4].any()
-    assert found[:, 6:].all()
-    clear = Image.new("RGBA", (40, 20), (9, 9, 9, 255))
-    clear.paste((9, 9, 9, 0), (20, 0, 40, 20))
-    clear.save(tmp_path / "c.png")
-    assert np.array_equal(read_transparency(tmp_path / "c.png", 10), found)
-    assert np.array_equal(read_mask(tmp_path / "c.png", 10, tmp_path / "a.png"), found)
-    assert read_transparency(tmp_path / "a.png", 10) is None
-
-
-def test_boxes_are_shares_of_the_image():
-    assert box_mask((0.5, 0, 1, 1), 4, 4).tolist() == [[False, False, True, True]] * 4
-    assert box_mask((0, 0.25, 0.3, 0.5), 4, 4).sum() == 1
-    for box in ((0.5, 0, 0.5, 1), (0, 0, 2, 1), (0, 0.8, 1, 0.2)):
-        with pytest.raises(ValueError, match="box must be left, top, right, bottom"):
-            box_mask(box, 4, 4)
-
-
-def test_files_that_hold_no_images_are_named(tmp_path):
-    np.savez(tmp_path / "bad.npz", arr_0=np.zeros((2, 3)))
-    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04")
-    for name in ("bad.npz", "torn.npz", "none.npz"):
-        with pytest.raises(CheckpointError, match=name):
-            read_npz(tmp_path / name)

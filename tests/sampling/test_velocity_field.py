@@ -11,14 +11,14 @@ from tiny import CONFIG, HEAD_DIM_72, random_sit, tiny_model
 from torch import Tensor
 
 import flowturbo as ft
-from flowturbo.sampling import velocity_field as fields
+from flowturbo.sampling import velocity_field
 from flowturbo.sampling.velocity_field import GuidedField, HoistedField, field_of
 from flowturbo.solver.steps import State
 
 EVERY_STEP = "H1P1R2S1E1A1B1C2"
 
 
-def integrate(field: fields.Field, plan: ft.Plan, x: Tensor) -> Tensor:
+def integrate(field: velocity_field.Field, plan: ft.Plan, x: Tensor) -> Tensor:
     state = State(x)
     for step, t0, t1 in plan.schedule():
         state = step(field, state, t0, t1)
@@ -83,7 +83,7 @@ def test_stretches_of_any_length_give_the_same_to_the_last_bit(monkeypatch, time
     plan = ft.Plan.parse("H3P2R2S1E2")
     _, whole = both(model, plan, 1.7)
     one_time = (CONFIG.depth * 6 + 2) * CONFIG.hidden * 6 * 8  # 3 images, 2 halves
-    monkeypatch.setattr(fields, "_HOISTED_BYTES", times_that_fit * one_time)
+    monkeypatch.setattr(velocity_field, "_HOISTED_BYTES", times_that_fit * one_time)
     plain, parts = both(model, plan, 1.7)
     assert_close(parts, whole, 1e-13)
     assert_close(parts, plain, 1e-13)

@@ -1,0 +1,124 @@
+"""What each operation means, written out in its formula."""
+
+import math
+
+import torch
+
+# What each operation means, written out in its formula.
+
+
+def long_adaln(x, shift, scale, eps=1e-6):
+    mean = x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = ((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1]
+    return (x - mean) / (variance + eps) ** 0.5 * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def long_seam(x, y, gate, shift, scale, eps=1e-6):
+    total = torch.stack([x[b] + gate[b] * y[b] for b in range(len(x))])
+    return total, long_adaln(total, shift, scale, eps)
+
+
+def long_attention(qkv):
+    B, T, _, heads, head_dim = qkv.shape
+    out = torch.empty(B, T, heads * head_dim, dtype=qkv.dtype)
+    for b in range(B):
+        for h in range(heads):
+            q, k, v = (qkv[b, :, j, h] for j in range(3))
+            scores = (q @ k.T / math.sqrt(head_dim)).exp()
+            out[b, :, h * head_dim : (h + 1) * head_dim] = scores @ v / scores.sum(1, keepdim=True)
+    return out
+
+
+def long_linear(x, weight, bias, activation=None):
+    y = torch.einsum("...k,nk->...n", x, weight) + bias
+    if activation is None:
+        return y
+    return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+
+
+def long_patch_embed(x, weight, bias, v=None, positions=None):
+    both = (
+        x if v is None else torch.stack([torch.cat([x[b % len(x)], v[b]]) for b in range(len(v))])
+    )
+    p = weight.shape[-1]
+    patches = [
+        both[:, :, row : row + p, column : column + p].reshape(len(both), -1)
+        for row in range(0, x.shape[2], p)
+        for column in range(0, x.shape[3], p)
+    ]
+    tokens = torch.stack(patches, 1) @ weight.reshape(len(weight), -1).T + bias
+    return tokens if positions is None else tokens + positions
+
+
+def long_velocity_update(x, velocities, weights):
+    out = x.clone()
+    for n in range(len(x)):
+        for v, weight in zip(velocities, weights, strict=True):
+            out[n] += weight * v[n]
+    return out
+
+
+def long_guide(v, scale, channels):
+    out, N = v.clone(), len(v) // 2
+    for n in range(N):
+        s = scale if isinstance(scale, float) else float(scale[n])
+        for c in range(channels):
+            out[n, c] = out[N + n, c] = v[N + n, c] + s * (v[n, c] - v[N + n, c])
+    return out
+
+
+def long_guided_update(x, raw, scale, channels, weight, base=None, velocities=(), weights=()):
+    v = raw if scale is None else long_guide(raw, scale, channels)
+    v = v if base is None else v + base
+    return long_velocity_update(x, [v, *velocities], [weight, *weights]), v
+
+
+def long_final_update(tokens, shift, scale, weight, bias, x, guidance, channels, weight_v, *rest):
+    h = long_adaln(tokens, shift, scale)
+    C, H, W = x.shape[1:]
+    p = math.isqrt(H * W // tokens.shape[1])
+    outputs = len(weight) // p**2
+    raw = x.new_zeros(len(tokens), C, H, W)
+    for token in range(tokens.shape[1]):
+        top, left = token // (W // p) * p, token % (W // p) * p
+        for i in range(p):
+            for j in range(p):
+                for c in range(C):
+                    row = (i * p + j) * outputs + c
+                    raw[:, c, top + i, left + j] = h[:, token] @ weight[row] + bias[row]
+    return long_guided_update(x, raw, guidance, channels, weight_v, *rest)
+
+
+def long_group_norm_silu(x, weight, bias, groups, eps=1e-6):
+    out = torch.empty_like(x)
+    size = x.shape[1] // groups
+    for n in range(len(x)):
+        for g in range(groups):
+            part = x[n, g * size : (g + 1) * size]
+            normal = (part - part.mean()) / (((part - part.mean()) ** 2).mean() + eps) ** 0.5
+            y = (
+                normal * weight[g * size : (g + 1) * size, None, None]
+                + bias[g * size : (g + 1) * size, None, None]
+            )
+            out[n, g * size : (g + 1) * size] = y / (1 + (-y).exp())
+    return out
+
+
+def long_linear_gated_residual(x, weight, bias, residual, gate):
+    y = long_linear(x, weight, bias)
+    return torch.stack([residual[b] + gate[b] * y[b] for b in range(len(x))])
+
+
+MEANING = {
+    "adaln_modulate": long_adaln,
+    "gated_residual_adaln": long_seam,
+    "attention": long_attention,
+    "linear": long_linear,
+    "linear_gated_residual": long_linear_gated_residual,
+    "patch_embed": long_patch_embed,
+    "velocity_update": long_velocity_update,
+    "guide": long_guide,
+    "guided_update": long_guided_update,
+    "final_update": long_final_update,
+    "group_norm_silu": long_group_norm_silu,
+}
