@@ -168,22 +168,12 @@ def kept_outside(page, image: np.ndarray, label: int) -> bool:
     return all(far)
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_a_visitors_way_through_the_page(model, page, tmp_path):
-    def made(plan: str, labels: list[int], **how: object) -> np.ndarray:
-        return ft.sample(
-            model, plan, labels, **{"guidance": 1.5, "seed": 0, "output": "uint8", **how}
-        ).numpy()
+def sampled(model: ft.FlowModel, plan: str, labels: list[int], **changes: object) -> np.ndarray:
+    options = {"guidance": 1.5, "seed": 0, "output": "uint8", **changes}
+    return ft.sample(model, plan, labels, **options).numpy()
 
-    every = list(range(10))
-    assert (shown(page, "sampled-a", "H1P5R3", every) == made("H1P5R3", every)).all()
-    assert (shown(page, "sampled-b", "H8", every) == made("H8", every)).all()
-    if picture := os.environ.get("FLOWTURBO_SCREENSHOT"):
-        page.mouse.move(0, 0)
-        time.sleep(1)  # until nothing fades any more
-        page.screenshot(path=picture)
 
-    # Another class, another plan, another seed.
+def choose_another_class_plan_and_seed(page, model: ft.FlowModel) -> None:
     choose(page, "class", "3")
     choose(page, "plan-b", "E4")
     page.locator("#next").click()
@@ -191,16 +181,17 @@ def test_a_visitors_way_through_the_page(model, page, tmp_path):
     page.wait_for_function(
         "document.querySelector('#sampled-summary').textContent.includes('levels')"
     )
-    expected = {plan: made(plan, [3] * 10, seed=1) for plan in ("H1P5R3", "E4")}
+    expected = {plan: sampled(model, plan, [3] * 10, seed=1) for plan in ("H1P5R3", "E4")}
     for _ in range(100):  # three changes, each shown when it is done
-        found = shown(page, "sampled-b", "E4", [3] * 10)
-        if (found == expected["E4"]).all():
+        images = shown(page, "sampled-b", "E4", [3] * 10)
+        if (images == expected["E4"]).all():
             break
         time.sleep(0.2)
-    assert (found == expected["E4"]).all()
+    assert (images == expected["E4"]).all()
     assert (shown(page, "sampled-a", "H1P5R3", [3] * 10) == expected["H1P5R3"]).all()
 
-    # A plan that is none, and a file of the server's.
+
+def choose_no_plan_and_a_file_of_the_server(page, secret: Path) -> None:
     for text in ("H1p3", "/etc/plan.json"):
         choose(page, "plan-b", text)
         page.wait_for_function(
@@ -212,11 +203,12 @@ def test_a_visitors_way_through_the_page(model, page, tmp_path):
     assert page.locator("#error").count() == 0 or not page.locator("#error").inner_text()
 
     with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.urlopen(f"{page.url}gradio_api/file={tmp_path / 'said'}")
+        urllib.request.urlopen(f"{page.url}gradio_api/file={secret}")
 
-    # Paint over the middle of an image, and have it made anew.
+
+def inpaint_an_image_and_a_photo(page, model: ft.FlowModel, photo: Path) -> None:
     page.get_by_role("tab", name="Inpaint").click()
-    image = made("H1P5R3", [3], noise=rng.noise(model.latent_shape, 1, [PICTURES]))[0]
+    image = sampled(model, "H1P5R3", [3], noise=rng.noise(model.latent_shape, 1, [PICTURES]))[0]
     page.locator("#editor canvas").first.wait_for()
     page.locator("#change").click()
     page.wait_for_function(
@@ -225,8 +217,7 @@ def test_a_visitors_way_through_the_page(model, page, tmp_path):
     )
     assert any(kept_outside(page, image, 3) for _ in range(TRIES))
 
-    # The same of a photo, of which the model's size is cut.
-    photo = tmp_path / "photo.png"
+    # The model's size is cut out of a photo.
     Image.effect_noise((90, 60), 100).convert("RGB").save(photo)
     page.locator("#editor input[type=file]").first.set_input_files(photo)
     with Image.open(photo) as opened:
@@ -234,7 +225,21 @@ def test_a_visitors_way_through_the_page(model, page, tmp_path):
     page.wait_for_timeout(3000)  # mostly enough, and quicker than another try
     assert any(kept_outside(page, image, 3) for _ in range(TRIES))
 
-    # The velocity.
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_visitors_way_through_the_page(model, page, tmp_path):
+    labels = list(range(10))
+    assert (shown(page, "sampled-a", "H1P5R3", labels) == sampled(model, "H1P5R3", labels)).all()
+    assert (shown(page, "sampled-b", "H8", labels) == sampled(model, "H8", labels)).all()
+    if picture := os.environ.get("FLOWTURBO_SCREENSHOT"):
+        page.mouse.move(0, 0)
+        time.sleep(1)  # until nothing fades any more
+        page.screenshot(path=picture)
+
+    choose_another_class_plan_and_seed(page, model)
+    choose_no_plan_and_a_file_of_the_server(page, tmp_path / "said")
+    inpaint_an_image_and_a_photo(page, model, tmp_path / "photo.png")
+
     page.get_by_role("tab", name="Velocity").click()
     page.wait_for_function("document.querySelector('#curve img')?.naturalWidth > 500")
     assert "guidance 1.5" in page.locator("#curve").inner_text()

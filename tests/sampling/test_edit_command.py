@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -58,6 +60,10 @@ def test_the_command_edits_and_inpaints_an_npz(tmp_path, capsys):
     assert "images and labels (or prompts) must name at least one each" in capsys.readouterr().err
 
 
+def inpaint(image: Path, *words: object) -> int:
+    return main(["inpaint", str(image), "--labels", "3", *map(str, words)])
+
+
 def test_the_command_takes_image_files_of_any_size_and_masks_of_theirs(tmp_path, capsys):
     picture = Image.fromarray(
         np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
@@ -67,59 +73,18 @@ def test_the_command_takes_image_files_of_any_size_and_masks_of_theirs(tmp_path,
     mask.paste(255, (0, 0, 20, 30))
     mask.save(tmp_path / "m.png")
     out = tmp_path / "o.npz"
-    assert (
-        main(
-            [
-                "inpaint",
-                str(tmp_path / "a.png"),
-                "--labels",
-                "3",
-                "--mask",
-                str(tmp_path / "m.png"),
-                "--plan",
-                "H1",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    options = ("--plan", "H1", "--out", out)
+    assert inpaint(tmp_path / "a.png", "--mask", tmp_path / "m.png", *options) == 0
     assert read_npz(out).shape == (1, 8, 8, 3)
     Image.new("L", (41, 30), 255).save(tmp_path / "wrong.png")
-    assert (
-        main(
-            [
-                "inpaint",
-                str(tmp_path / "a.png"),
-                "--labels",
-                "3",
-                "--mask",
-                str(tmp_path / "wrong.png"),
-            ]
-        )
-        == 2
-    )
+    assert inpaint(tmp_path / "a.png", "--mask", tmp_path / "wrong.png") == 2
     assert "must have the size of" in capsys.readouterr().err
-    assert main(["inpaint", str(tmp_path / "a.png"), "--labels", "3"]) == 2
+    assert inpaint(tmp_path / "a.png") == 2
     assert "mask or box must say what to make anew" in capsys.readouterr().err
     clear = picture.convert("RGBA")
     clear.paste((0, 0, 0, 0), (20, 0, 40, 30))
     clear.save(tmp_path / "clear.png")
-    assert (
-        main(
-            [
-                "inpaint",
-                str(tmp_path / "clear.png"),
-                "--labels",
-                "3",
-                "--plan",
-                "H1",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    assert inpaint(tmp_path / "clear.png", *options) == 0
     assert not (tmp_path / "inpainted.png").exists()
 
 
