@@ -1,6 +1,4 @@
-"""Without a GPU, Triton's kernels run in its interpreter; the variable must be set before Triton is
-imported.
-"""
+"""What holds for all tests: one thread, no deadlines, and Triton's interpreter without a GPU."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +14,12 @@ settings.register_profile("flowturbo", deadline=None)
 settings.load_profile("flowturbo")
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+# Here and in the processes that tests start. Products of tiny matrices gain nothing from threads,
+# take ten times as long with them on a busy machine, and sum in another order.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

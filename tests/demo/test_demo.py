@@ -40,7 +40,6 @@ def source(model: ft.FlowModel) -> np.ndarray:
     return ft.sample(model, "H4", [3], seed=1, output="uint8")[0].numpy()
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("classes", ["cycle", 3])
 def test_both_plans_make_what_the_library_makes_of_the_same_noise(model, session, classes):
     found = last(session.sample(ASKED._replace(classes=classes, low=0.1, high=0.9)))
@@ -85,7 +84,6 @@ def test_what_is_timed_has_no_previews(session, monkeypatch):
     assert not any("callback" in run.keywords for run in timed)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_inpainting_is_the_librarys_and_leaves_the_rest_untouched(model, session):
     image, mask = source(model), np.zeros((8, 8), bool)
     mask[2:5, 3:] = True
@@ -99,7 +97,6 @@ def test_inpainting_is_the_librarys_and_leaves_the_rest_untouched(model, session
         assert (side.images.numpy()[:, mask] != image[mask]).any()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_without_a_mask_the_whole_image_is_edited(model, session):
     image = source(model)
     found = last(session.change(ASKED, image, None, 0.5))

@@ -50,7 +50,6 @@ def served(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "flowturbo", "demo", "--port", "0", "--device", "cpu"]
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(ft.__file__).parent.parent),
     }
     with (
@@ -226,7 +225,6 @@ def inpaint_an_image_and_a_photo(page, model: ft.FlowModel, photo: Path) -> None
     assert any(kept_outside(page, image, 3) for _ in range(TRIES))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_visitors_way_through_the_page(model, page, tmp_path):
     labels = list(range(10))
     assert (shown(page, "sampled-a", "H1P5R3", labels) == sampled(model, "H1P5R3", labels)).all()

@@ -58,7 +58,7 @@ network)
 def test_a_killed_evaluation_goes_on_to_the_same_bits(files, tmp_path):
     words = [sys.executable, "-c", SCRIPT, str(files)]
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     here = str(ROOT / "tests" / "helpers")
     subprocess.run(
         [*words, str(tmp_path / "undisturbed"), here], env=environment, check=True, timeout=120

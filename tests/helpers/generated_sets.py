@@ -15,7 +15,6 @@ from flowturbo.sampling.generate import generate
 
 ENVIRONMENT = {
     **os.environ,
-    "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
 }
 LABELS = [i % 10 for i in range(22)]

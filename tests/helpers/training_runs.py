@@ -14,7 +14,6 @@ from flowturbo.training.train import Distill, Train
 
 ENVIRONMENT = {
     **os.environ,
-    "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
 }
 CLASSES = 3

@@ -20,7 +20,6 @@ def kernels() -> list[dict[str, Any]]:
     """What tests/helpers/aot.py reports; one process an architecture."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "aot.py")]
     running = [

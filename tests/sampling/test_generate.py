@@ -24,8 +24,6 @@ from flowturbo.storage import files
 from flowturbo.storage.files import CheckpointError, load_arrays
 from flowturbo.storage.image_shards import cut, join, save_shard, verify, write_manifest
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_a_set_is_what_sample_makes_and_the_manifest_says_so(
     digits: ft.FlowModel, image_set: Path

@@ -24,7 +24,6 @@ from flowturbo.storage.image_shards import verify
 
 KILL_RUNS = int(os.environ.get("FLOWTURBO_KILL_RUNS", "1"))
 """How often the test with real kills runs; it kills three times a run."""
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_two_processes_make_the_set_of_one(larger_set: Path, tmp_path: Path) -> None:

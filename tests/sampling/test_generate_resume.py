@@ -24,8 +24,6 @@ from flowturbo.storage import files
 from flowturbo.storage.files import CheckpointError, Lock
 from flowturbo.storage.image_shards import cut, verify
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_a_set_that_is_there_is_not_made_again(
     digits: ft.FlowModel, image_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -30,8 +30,6 @@ from flowturbo.training.train import Distill, distill
 KINDS = {"2rf": "2-rf", "sd3": "auto", "flux": "auto"}
 SIZE = pipelines.SIZE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 CAPTIONS = ["a cat", "two dogs", "", "a cat", "snow, snow"]
 

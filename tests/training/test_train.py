@@ -22,8 +22,6 @@ from flowturbo.runtime.rng import StepRandom
 from flowturbo.training.objectives import FlowMatching
 from flowturbo.training.train import Distill, Train, distill, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_the_loss_falls_on_the_digits(tmp_path):
     pytest.importorskip("sklearn")
@@ -191,7 +189,6 @@ def test_two_processes_learn_what_one_does(tmp_path, data, teacher):
 import os, torch
 from pathlib import Path
 from flowturbo.training.train import Distill, Train, distill, train
-torch.set_num_threads(1)
 here, data, ports = Path({str(tmp_path)!r}), {data!r}, {ports!r}
 assert os.environ["WORLD_SIZE"] == "2"
 settings = {TINY!r}

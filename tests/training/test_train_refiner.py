@@ -12,8 +12,6 @@ from flowturbo.models.checkpoint import load_sit
 from flowturbo.storage.files import CheckpointError
 from flowturbo.training.train import distill
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_a_refiner_from_end_to_end(tmp_path, data, teacher):
     path = distill(tiny_refiner(tmp_path, data, teacher, steps=150, batch_size=16, save_every=150))

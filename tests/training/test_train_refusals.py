@@ -8,8 +8,6 @@ from training_runs import tiny
 
 from flowturbo.training.train import Settings, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     "change",

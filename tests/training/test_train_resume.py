@@ -19,8 +19,6 @@ from flowturbo.storage import files
 from flowturbo.storage.files import CheckpointError, load_tensors
 from flowturbo.training.train import Train, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_a_run_in_pieces_is_the_run_in_one(tmp_path, data):
     train(tiny(tmp_path / "one", data))
@@ -159,7 +157,6 @@ def test_kills_at_any_time_lose_nothing(tmp_path, data):
 import sys, torch
 from pathlib import Path
 from flowturbo.training.train import Train, train
-torch.set_num_threads(1)
 train(Train(out=Path(sys.argv[1]), **{settings!r}))
 """)
     train(tiny(tmp_path / "undisturbed", data, steps=300, save_every=7))
