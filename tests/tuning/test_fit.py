@@ -71,9 +71,9 @@ def test_a_call_that_was_inserted_changes_nothing_until_it_is_fitted():
         assert len(longer) == 4
         assert longer.letters[at] == letter
         assert_close(run(longer, FIELD, TEST.noise), run(plan, FIELD, TEST.noise), 1e-14)
-        assert fit.rms_error(fit.fit_weights(longer, [CALIBRATION], iterations=2), [CALIBRATION]) < fit.rms_error(
-            plan, [CALIBRATION]
-        )
+        assert fit.rms_error(
+            fit.fit_weights(longer, [CALIBRATION], iterations=2), [CALIBRATION]
+        ) < fit.rms_error(plan, [CALIBRATION])
 
 
 def test_a_plan_that_diverges_has_an_infinite_error():
