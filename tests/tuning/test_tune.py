@@ -15,6 +15,7 @@ import flowturbo as ft
 from flowturbo import Plan
 from flowturbo.models.checkpoint import save_sit
 from flowturbo.runtime import rng
+from flowturbo.storage.resume import Keep
 from flowturbo.tuning import cost, search, tune
 from flowturbo.tuning.cost import CostModel, call_costs, step_costs
 from flowturbo.tuning.report import against
@@ -149,13 +150,13 @@ def test_tune_writes_table_figures_plot_and_the_best_plan(tuned, weights):
         assert (f"**{row['rms']:.4f} ± {row['rms_error']:.4f}**" in table) == row["on_front"]
     best = Plan.load(tuned / "best.json")
     least = min(found, key=lambda row: row["calibration_rms"])
-    assert best == tune.plan_from(least["record"])
+    assert best == Plan.from_record(least["record"])
     assert all(row["price"] <= 2.2 + 1e-9 for row in results["rows"])
     for row in results["rows"]:
         if row["how"] == "fitted":
             assert Plan.load(
                 tuned / "plans" / f"{row['record']['letters']}.json"
-            ) == tune.plan_from(row["record"])
+            ) == Plan.from_record(row["record"])
     model = ft.load(
         weights / "predictor.safetensors",
         weights / "refiner.safetensors",
@@ -195,10 +196,10 @@ def test_plans_are_found_without_the_noise_and_classes_they_are_measured_on(
     asked = torch.cat([batch.field(Plan.parse("E1")).labels for batch in batches])
     assert set(asked.tolist()) == set(range(8))  # of 10 classes, a fifth is held apart
     cost_model = CostModel(call_costs(model), 2.2)
-    keep = tune.Keep(tmp_path / "a.json", {"kept": {}})
-    found = tune.find(replace(other, images=500), model, cost_model, keep, lambda calls: None)
-    assert [tune.record(plan) for plan, _ in found] == [
-        tune.record(tune.plan_from(row["record"]))
+    keep = Keep(tmp_path / "a.json", {"kept": {}})
+    plans = tune.find(replace(other, images=500), model, cost_model, keep, lambda calls: None)
+    assert [plan for plan, _ in plans] == [
+        Plan.from_record(row["record"])
         for row in read(tuned)["rows"]
         if row["how"] in ("fitted", "searched")
     ]
