@@ -14,6 +14,8 @@ import pytest
 from limits import REGISTERS, SHARED, THREADS, registers
 from paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def kernels() -> list[dict[str, Any]]:
