@@ -56,11 +56,11 @@ def layer(module: str) -> int:
 
 
 def modules(package: str, root: Path = ROOT) -> dict[str, Path]:
-    found = {}
+    paths = {}
     for path in sorted((root / package).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
@@ -224,10 +224,10 @@ assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
 if {package!r} == {KERNELS!r}:
     assert not any(n.split(".")[0] == {PACKAGE!r} for n in new)
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
 def test_public_names():

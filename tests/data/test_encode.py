@@ -229,7 +229,7 @@ def test_settings_that_can_not_work_are_refused(folder: Path, tmp_path: Path) ->
 def test_the_encoder_runs_in_float32_without_gradients(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, torch.device, torch.dtype]] = []
+    loads: list[tuple[str, torch.device, torch.dtype]] = []
 
     class Learning(Halved):
         def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -237,9 +237,9 @@ def test_the_encoder_runs_in_float32_without_gradients(
             return super().encode(images)
 
     def loading(name: str, device: torch.device, dtype: torch.dtype) -> VAE:
-        asked.append((name, device, dtype))
+        loads.append((name, device, dtype))
         return Learning()
 
     monkeypatch.setattr(module, "load_vae", loading)
     encode(settings(folder, tmp_path / "out", vae="org/name"))
-    assert asked == [("org/name", CPU, torch.float32)]
+    assert loads == [("org/name", CPU, torch.float32)]

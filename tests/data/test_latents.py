@@ -206,9 +206,9 @@ def test_a_folder_of_images_needs_a_vae_and_a_size(folder: Path, tmp_path: Path)
     assert needs_vae(folder)
     assert needs_vae(str(folder))
     assert not needs_vae("digits")
-    for given in ({}, {"vae": Pixels()}, {"image_size": 8}):
+    for options in ({}, {"vae": Pixels()}, {"image_size": 8}):
         with pytest.raises(ValueError, match="needs a vae and an image_size"):
-            load_data(folder, **given)  # type: ignore[arg-type]
+            load_data(folder, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="image_size must be at least 1"):
         load_data(folder, vae=Pixels(), image_size=0)
     data = load_data(folder, vae=Halved(), image_size=8)

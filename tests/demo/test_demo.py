@@ -27,13 +27,13 @@ ASKED = Request("H1P2R1", "E3", "cycle", 4, seed=7, guidance=1.5)
 
 @pytest.fixture
 def session(model) -> Iterator[DemoSession]:
-    made = DemoSession(model, {"H1P2R1": None, "E3": None})
-    yield made
-    made.close()
+    session = DemoSession(model, {"H1P2R1": None, "E3": None})
+    yield session
+    session.close()
 
 
-def last(found: Iterator[Comparison]) -> Comparison:
-    return list(found)[-1]
+def last(comparisons: Iterator[Comparison]) -> Comparison:
+    return list(comparisons)[-1]
 
 
 def source(model: ft.FlowModel) -> np.ndarray:
@@ -42,29 +42,35 @@ def source(model: ft.FlowModel) -> np.ndarray:
 
 @pytest.mark.parametrize("classes", ["cycle", 3])
 def test_both_plans_make_what_the_library_makes_of_the_same_noise(model, session, classes):
-    found = last(session.sample(ASKED._replace(classes=classes, low=0.1, high=0.9)))
-    assert found.labels == ([0, 1, 2, 3] if classes == "cycle" else [3] * 4)
-    for side, text in ((found.a, "H1P2R1"), (found.b, "E3")):
+    comparison = last(session.sample(ASKED._replace(classes=classes, low=0.1, high=0.9)))
+    assert comparison.labels == ([0, 1, 2, 3] if classes == "cycle" else [3] * 4)
+    for side, text in ((comparison.a, "H1P2R1"), (comparison.b, "E3")):
         plan = ft.Plan.parse(text, guidance_interval=(0.1, 0.9))
         assert side.plan == plan
         assert side.images.equal(
-            ft.sample(model, plan, found.labels, guidance=1.5, seed=7, output="uint8")
+            ft.sample(model, plan, comparison.labels, guidance=1.5, seed=7, output="uint8")
         )
         assert side.speed.seconds > 0
         assert side.speed.runs >= 1
-    assert found.rms == pytest.approx(
-        float((found.a.images.double() - found.b.images.double()).square().mean().sqrt())
+    assert comparison.rms == pytest.approx(
+        float((comparison.a.images.double() - comparison.b.images.double()).square().mean().sqrt())
     )
 
 
 def test_previews_come_in_the_order_of_steps_and_milliseconds_after_the_images(session):
     seen = list(session.sample(ASKED._replace(plan_a="E64", plan_b="E64")))
     steps = [
-        (found.a.step, found.b.step, sum(side.speed is not None for side in (found.a, found.b)))
-        for found in seen
+        (
+            comparison.a.step,
+            comparison.b.step,
+            sum(side.speed is not None for side in (comparison.a, comparison.b)),
+        )
+        for comparison in seen
     ]
     assert steps == sorted(steps)
-    assert any(0 < found.a.step < 64 and found.a.images is not None for found in seen)
+    assert any(
+        0 < comparison.a.step < 64 and comparison.a.images is not None for comparison in seen
+    )
     assert steps[-1] == (64, 64, 2)
     assert seen[0].rms is None
 
@@ -87,10 +93,17 @@ def test_what_is_timed_has_no_previews(session, monkeypatch):
 def test_inpainting_is_the_librarys_and_leaves_the_rest_untouched(model, session):
     image, mask = source(model), np.zeros((8, 8), bool)
     mask[2:5, 3:] = True
-    found = last(session.change(ASKED, image, mask, 0.9))
-    for side in (found.a, found.b):
+    comparison = last(session.change(ASKED, image, mask, 0.9))
+    for side in (comparison.a, comparison.b):
         expected = ft.inpaint(
-            model, side.plan, image[None], mask, found.labels, strength=0.9, guidance=1.5, seed=7
+            model,
+            side.plan,
+            image[None],
+            mask,
+            comparison.labels,
+            strength=0.9,
+            guidance=1.5,
+            seed=7,
         )
         assert side.images.equal(expected)
         assert (side.images.numpy()[:, ~mask] == image[~mask]).all()
@@ -99,9 +112,17 @@ def test_inpainting_is_the_librarys_and_leaves_the_rest_untouched(model, session
 
 def test_without_a_mask_the_whole_image_is_edited(model, session):
     image = source(model)
-    found = last(session.change(ASKED, image, None, 0.5))
-    assert found.a.images.equal(
-        ft.edit(model, found.a.plan, image[None], found.labels, strength=0.5, guidance=1.5, seed=7)
+    comparison = last(session.change(ASKED, image, None, 0.5))
+    assert comparison.a.images.equal(
+        ft.edit(
+            model,
+            comparison.a.plan,
+            image[None],
+            comparison.labels,
+            strength=0.5,
+            guidance=1.5,
+            seed=7,
+        )
     )
 
 
@@ -193,9 +214,9 @@ def test_what_is_painted_is_a_pixel_by_a_quarter_of_it(session):
     paint[:48, :48] = 255  # all of the first
     paint[48:72, 48:72] = 255  # a quarter of another, and less of a third
     paint[96:119, 96:119] = 255
-    chosen = session.painted(paint)
-    assert chosen.shape == (8, 8)
-    assert np.argwhere(chosen).tolist() == [[0, 0], [1, 1]]
+    mask = session.painted(paint)
+    assert mask.shape == (8, 8)
+    assert np.argwhere(mask).tolist() == [[0, 0], [1, 1]]
     assert not session.painted(np.zeros((1, 1), np.uint8)).any()
 
 

@@ -60,14 +60,14 @@ def served(folder: Path) -> Iterator[str]:
     ):
         try:
             assert process.stdout is not None
-            found = next(
+            address = next(
                 filter(
                     None, (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stdout)
                 ),
                 None,
             )
-            assert found, (folder / "said").read_text()
-            yield found[0]
+            assert address, (folder / "said").read_text()
+            yield address[0]
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30) == 0
             assert (folder / "said").read_text() == ""
@@ -90,13 +90,13 @@ def page(tmp_path):
         )
         opened = browser.new_page(viewport={"width": 1280, "height": 720})
         opened.set_default_timeout(PATIENCE)
-        asked: list[str] = []
-        opened.on("request", lambda request: asked.append(request.url))
+        requests: list[str] = []
+        opened.on("request", lambda request: requests.append(request.url))
         opened.goto(address)
         yield opened
         browser.close()
-        elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
-        assert asked
+        elsewhere = [url for url in requests if not url.startswith((address, "data:", "blob:"))]
+        assert requests
         assert not elsewhere
 
 
@@ -115,13 +115,13 @@ def shown(page, side: str, plan: str, labels: list[int]) -> np.ndarray:
         }""",
         arg=[side, plan, "".join(f"class {label}" for label in labels)],
     )
-    found = handle.json_value()  # read in one go: the next change may be on its way
-    assert re.fullmatch(r"[0-9.]+ ms an image", found["speed"])
-    assert all(url.startswith("data:image/png;base64,") for url in found["urls"])
+    card = handle.json_value()  # read in one go: the next change may be on its way
+    assert re.fullmatch(r"[0-9.]+ ms an image", card["speed"])
+    assert all(url.startswith("data:image/png;base64,") for url in card["urls"])
     return np.stack(
         [
             np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))))
-            for url in found["urls"]
+            for url in card["urls"]
         ]
     )
 

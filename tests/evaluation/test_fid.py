@@ -80,8 +80,10 @@ def test_images_in_any_packing_give_the_same_figures(files, tmp_path):
             np.savez(tmp_path / f"{name}-shards" / f"images-{k:05d}-of-00003.npz", arr_0=part)
     rows = []
     for kind in ("shards", "png"):
-        given = dict(samples=tmp_path / f"samples-{kind}", reference=tmp_path / f"reference-{kind}")
-        fidelity(settings(files, tmp_path / kind, **given), RandomNetwork())
+        folders = dict(
+            samples=tmp_path / f"samples-{kind}", reference=tmp_path / f"reference-{kind}"
+        )
+        fidelity(settings(files, tmp_path / kind, **folders), RandomNetwork())
         rows += read(tmp_path / kind)["rows"]
     fidelity(settings(files, tmp_path / "npz"), RandomNetwork())
     assert rows == 2 * read(tmp_path / "npz")["rows"]
@@ -140,7 +142,7 @@ def test_the_report_names_all_that_a_rerun_needs(files, tmp_path):
             f"{row['recall']:.4f}",
         ]
     model = Path(ft.__file__).parent / "bundled" / "digits.safetensors"
-    for told in (
+    for words in (
         "H1R1",
         "guidance 1.5",
         "guidance_channels 1",
@@ -159,7 +161,7 @@ def test_the_report_names_all_that_a_rerun_needs(files, tmp_path):
         "name random",
         "model digits",
     ):
-        assert told in text, told
+        assert words in text, words
 
 
 def test_what_makes_figures_others_than_published_ones_is_said(files, tmp_path):

@@ -32,9 +32,9 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bits(files, tmp_path, few_a_fi
     fidelity(settings(files, tmp_path / "stopped"), rest)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
     assert network.asked + rest.asked < 105 + 8  # no more than a file is lost
-    done = RandomNetwork()
-    fidelity(settings(files, tmp_path / "stopped"), done)
-    assert done.asked == 0
+    unused = RandomNetwork()
+    fidelity(settings(files, tmp_path / "stopped"), unused)
+    assert unused.asked == 0
     assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
 
 
@@ -92,8 +92,8 @@ def test_plans_and_metrics_may_be_added(files, tmp_path, few_a_file):
     assert (first.asked, second.asked, third.asked) == (60 + 24, 24, 0)
     ours, theirs = (read(tmp_path / name)["rows"] for name in ("bit by bit", "at once"))
     for row in theirs:
-        found = next(other for other in ours if other["samples"] == row["samples"])
-        assert {k: found[k] for k in row} == row
+        same = next(other for other in ours if other["samples"] == row["samples"])
+        assert {k: same[k] for k in row} == row
 
 
 def test_a_models_evaluation_goes_on_to_the_same_bits(files, tmp_path, few_a_file):

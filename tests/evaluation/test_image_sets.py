@@ -180,7 +180,7 @@ def digits():
 
 
 def test_made_images_are_those_of_sample_in_any_parts(digits):
-    made = GeneratedImages(digits, Plan.parse("H1R1"), 23, 1.5, None, 3, 5)
+    images = GeneratedImages(digits, Plan.parse("H1R1"), 23, 1.5, None, 3, 5)
     expected = ft.sample(
         digits,
         "H1R1",
@@ -190,18 +190,18 @@ def test_made_images_are_those_of_sample_in_any_parts(digits):
         batch_size=5,
         output="uint8",
     ).numpy()
-    assert np.array_equal(made.read(0, 23), expected)
+    assert np.array_equal(images.read(0, 23), expected)
     assert np.array_equal(
-        np.concatenate([made.read(first, 5) for first in range(0, 23, 5)]), expected
+        np.concatenate([images.read(first, 5) for first in range(0, 23, 5)]), expected
     )
     assert len(np.unique(expected)) > 100
 
 
 def test_made_images_are_rounded_to_the_nearest_of_uint8(digits):
-    made = GeneratedImages(digits, Plan.parse("E2"), 10, 1.0, None, 0, 10)
+    images = GeneratedImages(digits, Plan.parse("E2"), 10, 1.0, None, 0, 10)
     latents = ft.sample(digits, "E2", range(10), seed=0, batch_size=10)
     exact = (latents.double().clamp(-1, 1) + 1) * 127.5
-    error = torch.from_numpy(made.read(0, 10)[..., 0]).double() - exact[:, 0]
+    error = torch.from_numpy(images.read(0, 10)[..., 0]).double() - exact[:, 0]
     assert error.abs().max() <= 0.5 + 1e-4
     assert error.mean().abs() < 0.1  # cutting off would give -0.5
     assert ((exact > 1) & (exact < 254)).double().mean() > 0.3

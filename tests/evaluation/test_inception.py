@@ -125,26 +125,26 @@ def mixed_6_conv(images: np.ndarray, w: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 def test_spatial_features_are_seven_channels_of_mixed_6_conv_in_tensorflows_order(network, weights):
-    found = network.read(IMAGES)
+    features = network.read(IMAGES)
     expected = mixed_6_conv(IMAGES, torch.load(weights, weights_only=True))[:, :7]
-    assert found.spatial.shape == (3, 17 * 17 * 7)
-    spatial = found.spatial.view(3, 17, 17, 7).double().permute(0, 3, 1, 2)
+    assert features.spatial.shape == (3, 17 * 17 * 7)
+    spatial = features.spatial.view(3, 17, 17, 7).double().permute(0, 3, 1, 2)
     assert (spatial - expected).abs().max() < 1e-4 * expected.abs().max()
     assert ((expected > 0).double().mean() - 0.5).abs() < 0.45  # neither all cut off nor none
 
 
 def test_pool_features_and_logits_are_the_librarys(network, weights):
     """Asked for both at once, as torch-fidelity's own evaluation asks."""
-    found = network.read(IMAGES)
+    features = network.read(IMAGES)
     direct = inception._extractor()(
         "x", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
     )
     pool, logits = direct(torch.from_numpy(IMAGES).permute(0, 3, 1, 2))
-    assert found.pool.dtype == torch.float32
-    assert found.pool.equal(pool)
+    assert features.pool.dtype == torch.float32
+    assert features.pool.equal(pool)
     assert pool.std() > 1e-3
-    assert (network.logits(found.pool) - logits).abs().max() < 1e-5 * logits.abs().max()
-    assert network.description["widths"] == [pool.shape[1], found.spatial.shape[1]]
+    assert (network.logits(features.pool) - logits).abs().max() < 1e-5 * logits.abs().max()
+    assert network.description["widths"] == [pool.shape[1], features.spatial.shape[1]]
 
 
 def test_reading_is_in_float32_and_leaves_nothing_behind(network, monkeypatch):
@@ -179,8 +179,10 @@ left = [name for name in sys.modules if name.split(".")[0] in ("torchvision", "t
 assert not left, left
 assert inception._extractor().__name__ == "FeatureExtractorInceptionV3"
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr
 
 
 def test_without_torch_fidelity_the_message_says_what_to_install(monkeypatch, tmp_path):

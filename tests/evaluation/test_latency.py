@@ -23,10 +23,10 @@ def test_the_table_and_the_file_hold_every_plan_and_batch(tmp_path):
     text = bench(Bench(plans=("E2", "H1R1"), batch_sizes=(1, 3), repeats=2, out=out))
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == ["E2", "E2", "H1R1", "H1R1"]
-    found = json.loads(out.read_text())
-    assert found["environment"]["model"] == "digits"
-    assert found["environment"]["output"] == "uint8"
-    for timing in found["timings"]:
+    report = json.loads(out.read_text())
+    assert report["environment"]["model"] == "digits"
+    assert report["environment"]["output"] == "uint8"
+    for timing in report["timings"]:
         assert 0 < timing["fastest"] <= timing["seconds"] <= timing["slowest"]
         assert 0 < timing["decode_seconds"] < timing["seconds"] < 2 * timing["first_seconds"] + 1
         assert timing["peak_bytes"] is None
@@ -126,7 +126,7 @@ def test_on_cuda_an_operations_time_is_that_of_the_kernels_it_launched_once():
         430.0,
         430.0,
     ]  # its own kernel, and that of torch's product in it
-    made = sum(
+    calls = sum(
         event.name == "aten::normal_" for event in events
     )  # outside: those that made the arguments
     table = operations_table([*events, *device], cuda=True)
@@ -136,10 +136,10 @@ def test_on_cuda_an_operations_time_is_that_of_the_kernels_it_launched_once():
         if row.startswith("| ")
     }
     assert rows["flowturbo::linear"][:2] == ["2", "0.860"]
-    assert rows["aten::randn"][:2] == [str(made), f"{made * 5e-3:.3f}"]
+    assert rows["aten::randn"][:2] == [str(calls), f"{calls * 5e-3:.3f}"]
     assert rows["outside all operations"][:2] == ["", "0.070"]
     assert "aten::addmm" not in rows
-    assert rows["all"][1] == f"{0.860 + made * 5e-3 + 0.070:.3f}"
+    assert rows["all"][1] == f"{0.860 + calls * 5e-3 + 0.070:.3f}"
 
 
 def on_device(name: str, microseconds: float, is_user_annotation: bool = False) -> FunctionEvent:

@@ -232,11 +232,11 @@ def gaussians(seed: int = 0, n: int = 300, d: int = 12) -> tuple[torch.Tensor, t
 def test_gaussians_are_summed_in_float64(monkeypatch):
     monkeypatch.setattr(metrics, "ROWS", 64)  # so that 300 rows are no multiple
     x = gaussians()[0] + 3000  # float32 sums of squares would lose the covariance
-    found = Gaussian.of(x)
-    assert found.mean.dtype == found.covariance.dtype == torch.float64
-    np.testing.assert_allclose(found.mean, np.mean(x.double().numpy(), axis=0), rtol=1e-12)
+    gaussian = Gaussian.of(x)
+    assert gaussian.mean.dtype == gaussian.covariance.dtype == torch.float64
+    np.testing.assert_allclose(gaussian.mean, np.mean(x.double().numpy(), axis=0), rtol=1e-12)
     np.testing.assert_allclose(
-        found.covariance, np.cov(x.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-9
+        gaussian.covariance, np.cov(x.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-9
     )
 
 

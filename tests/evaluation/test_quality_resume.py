@@ -88,16 +88,16 @@ def test_other_settings_are_refused(measured, models, changes, message):
 def test_another_model_under_the_same_name_is_refused(models, tmp_path, no_plot):
     path = tmp_path / "predictor.safetensors"
     path.write_bytes(models[0].read_bytes())
-    chosen = settings((path, models[1]), tmp_path / "out", plans=("E1",), reference_plan="H1")
-    evaluate(chosen)
+    these = settings((path, models[1]), tmp_path / "out", plans=("E1",), reference_plan="H1")
+    evaluate(these)
     save_sit(path, random_sit(DIGITS, 3))
     with pytest.raises(ValueError, match=r"model\.predictor_sha256 was"):
-        evaluate(chosen)
-    (chosen.out / "quality.json").unlink()
+        evaluate(these)
+    (these.out / "quality.json").unlink()
     with pytest.raises(
         CheckpointError, match=r"fine\.safetensors belongs to an evaluation with other settings"
     ):
-        evaluate(chosen)
+        evaluate(these)
 
 
 @pytest.mark.parametrize(

@@ -67,17 +67,17 @@ def test_velocity_that_turns_at_a_known_rate(tmp_path, monkeypatch):
 
 def test_inspected_velocity_does_not_depend_on_batches(models, tmp_path, monkeypatch):
     monkeypatch.setattr(velocity, "plot_velocity", lambda *_: None)
-    found = []
+    curves = []
     for size in (3, 12):
         inspect_velocity(
             InspectVelocity(
                 out=tmp_path / str(size), model=str(models[0]), images=12, batch_size=size, steps=6
             )
         )
-        found.append(json.loads((tmp_path / str(size) / "velocity.json").read_text()))
+        curves.append(json.loads((tmp_path / str(size) / "velocity.json").read_text()))
     for part, kind in (("rate", "mean"), ("rate", "p90"), ("change", "p10"), ("cosine", "0")):
-        np.testing.assert_allclose(found[0][part][kind], found[1][part][kind], rtol=1e-3)
-    assert found[0]["rate"]["p90"][2] > found[0]["rate"]["p10"][2] > 0
+        np.testing.assert_allclose(curves[0][part][kind], curves[1][part][kind], rtol=1e-3)
+    assert curves[0]["rate"]["p90"][2] > curves[0]["rate"]["p10"][2] > 0
 
 
 @pytest.mark.parametrize(

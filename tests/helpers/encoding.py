@@ -41,7 +41,7 @@ def make_images(path: Path, seed: int) -> Path:
 
 
 def settings(source: Path, out: Path, **changes: object) -> Encode:
-    given: dict[str, object] = dict(
+    defaults: dict[str, object] = dict(
         source=source,
         out=out,
         vae="any",
@@ -51,7 +51,7 @@ def settings(source: Path, out: Path, **changes: object) -> Encode:
         dtype="float32",
         device="cpu",
     )
-    return Encode(**(given | changes))  # type: ignore[arg-type]
+    return Encode(**(defaults | changes))  # type: ignore[arg-type]
 
 
 def contents(out: Path) -> dict[str, tuple[dict[str, Tensor], object]]:

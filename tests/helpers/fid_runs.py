@@ -20,7 +20,7 @@ SAMPLES, REFERENCE = images(0, 45, 120), images(1, 60, 140)
 
 
 def settings(files: Path, out: Path, **changes) -> Fidelity:
-    these = dict(
+    defaults = dict(
         metrics=ALL,
         reference=files / "reference.npz",
         samples=files / "samples.npz",
@@ -28,7 +28,7 @@ def settings(files: Path, out: Path, **changes) -> Fidelity:
         device="cpu",
         out=out,
     )
-    return Fidelity(**{**these, **changes})
+    return Fidelity(**{**defaults, **changes})
 
 
 def read(out: Path) -> dict:

@@ -23,8 +23,8 @@ OPTIONS: dict[str, Any] = dict(guidance=1.5, seed=3, batch_size=4, shard_size=8)
 
 def make(model: ft.FlowModel, out: Path, **changes: Any) -> dict[str, Any]:
     """22 images in shards of 8, 8 and 6."""
-    given = {"plan": "E1", "labels": LABELS, **OPTIONS, **changes}
-    return generate(model, given.pop("plan"), given.pop("labels"), out, **given)
+    options = {"plan": "E1", "labels": LABELS, **OPTIONS, **changes}
+    return generate(model, options.pop("plan"), options.pop("labels"), out, **options)
 
 
 def contents(out: Path) -> dict[str, bytes]:

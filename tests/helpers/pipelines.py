@@ -121,10 +121,10 @@ def flux(kind: str = "FluxPipeline", transformer: Any = None, **scheduler: Any) 
 def embeds(seed: int = 0, count: int = 2, pooled: bool = True) -> dict[str, torch.Tensor]:
     """Encoded prompts, as a pipeline takes them."""
     generator = torch.Generator().manual_seed(seed)
-    made = {"prompt_embeds": torch.randn(count, 5, 32, generator=generator)}
+    tensors = {"prompt_embeds": torch.randn(count, 5, 32, generator=generator)}
     if pooled:
-        made["pooled_prompt_embeds"] = torch.randn(count, 16, generator=generator)
-    return made
+        tensors["pooled_prompt_embeds"] = torch.randn(count, 16, generator=generator)
+    return tensors
 
 
 def negative(seed: int = 9, count: int = 2) -> dict[str, torch.Tensor]:

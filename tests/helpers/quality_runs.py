@@ -19,10 +19,10 @@ def settings(models, out: Path, **changes) -> Evaluate:
     few = dict(
         images=25, batch_size=10, reference_images=21, reference_plan="H20", classifier_steps=10
     )
-    these = dict(
+    defaults = dict(
         plans=PLANS_HERE, device="cpu", out=out, model=str(models[0]), refiner=str(models[1])
     )
-    return Evaluate(**{**few, **these, **changes})
+    return Evaluate(**{**few, **defaults, **changes})
 
 
 def read(out: Path) -> dict:

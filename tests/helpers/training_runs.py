@@ -44,15 +44,15 @@ def log_of(out: Path) -> list[dict[str, float]]:
 
 def contents(out: Path) -> dict[str, Tensor]:
     """All tensors that a run left: the model's and the state's."""
-    found = {}
+    everything = {}
     for name in ("model", "state"):
         tensors, described = load_tensors(out / f"{name}.safetensors")
         assert described is not None
         steps = described["step"] if name == "state" else described["provenance"]["steps"]
-        found |= {f"{name} {k}": v for k, v in tensors.items()} | {
+        everything |= {f"{name} {k}": v for k, v in tensors.items()} | {
             f"{name}, steps": torch.tensor(steps)
         }
-    return found
+    return everything
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -47,7 +47,7 @@ def heun_by_hand(
     pipe: Any, levels: list[float], plan: str, refiner: Any = None, guidance: float = 2.5
 ) -> Tensor:
     """H, P and R written out over the modules of an SD3 pipeline, for what `call` asks of it."""
-    told = embeds() | negative()
+    prompts = embeds() | negative()
 
     def run(module: Any, x: Tensor, level: float, v: Tensor | None = None) -> Tensor:
         x = torch.cat([x, x]) if v is None else torch.cat([torch.cat([x, v], 1)] * 2)
@@ -55,10 +55,10 @@ def heun_by_hand(
             hidden_states=x,
             timestep=torch.full((4,), 1000 * level),
             encoder_hidden_states=torch.cat(
-                [told["negative_prompt_embeds"], told["prompt_embeds"]]
+                [prompts["negative_prompt_embeds"], prompts["prompt_embeds"]]
             ),
             pooled_projections=torch.cat(
-                [told["negative_pooled_prompt_embeds"], told["pooled_prompt_embeds"]]
+                [prompts["negative_pooled_prompt_embeds"], prompts["pooled_prompt_embeds"]]
             ),
             return_dict=False,
         )[0]
@@ -88,20 +88,20 @@ def test_plans_in_a_guided_pipeline_are_the_loop_over_its_modules(plan):
     pipe = sd3()
     refiner = refiner_of(pipe) if "R" in plan else None
     ft.accelerate(pipe, plan, refiner, grid="corrected")
-    made = call(pipe, guidance_scale=2.5)
+    latents = call(pipe, guidance_scale=2.5)
     levels = [-t for t in pipe.scheduler._times]
-    assert_close(made, heun_by_hand(pipe, levels, plan, refiner), 2e-5)
+    assert_close(latents, heun_by_hand(pipe, levels, plan, refiner), 2e-5)
     if refiner is not None:
         without = heun_by_hand(pipe, levels, plan.replace("R", "P"), refiner)
-        assert relative_error(made, without) > 1e-3
+        assert relative_error(latents, without) > 1e-3
 
 
 def test_a_refiner_beside_flux_reads_packed_latents_and_its_guidance():
     pipe = flux()
     refiner = refiner_of(pipe)
     ft.accelerate(pipe, ft.Plan.parse("H1R1"), refiner, grid="plan")
-    made = call(pipe, guidance_scale=3.0)
-    told = dict(
+    latents = call(pipe, guidance_scale=3.0)
+    conditioning = dict(
         encoder_hidden_states=embeds()["prompt_embeds"],
         pooled_projections=embeds()["pooled_prompt_embeds"],
         guidance=torch.full((2,), 3.0),
@@ -113,7 +113,7 @@ def test_a_refiner_beside_flux_reads_packed_latents_and_its_guidance():
     )
 
     def run(module: Any, x: Tensor, level: float) -> Tensor:
-        return -module(hidden_states=x, timestep=torch.full((2,), level), **told)[0]
+        return -module(hidden_states=x, timestep=torch.full((2,), level), **conditioning)[0]
 
     shape = (1, 4, SIZE // 2, SIZE // 2)
     x = packed(
@@ -128,7 +128,7 @@ def test_a_refiner_beside_flux_reads_packed_latents_and_its_guidance():
         d = run(refiner, torch.cat([x, v], -1), 0.5) + v
         later = run(refiner, torch.cat([x + 0.5 * d, v], -1), 0.0) + d
         x = x + 0.25 * (d + later)
-    assert_close(made, x, 2e-5)
+    assert_close(latents, x, 2e-5)
 
 
 # The rest of what pipelines do.
@@ -169,14 +169,14 @@ def test_inpainting_leaves_the_outside_as_it_was():
     left[..., : SIZE // 2] = 1
     options: dict[str, Any] = dict(image=image, strength=0.7, padding_mask_crop=None)
     source = call(pipe, mask_image=nothing, num_inference_steps=6, **options)
-    half, made = SIZE // 4, {}
+    half, latents = SIZE // 4, {}
     for plan in ("E6", "H1P5", "H2P2"):
         with ft.accelerated(pipe, plan):
-            made[plan] = call(pipe, mask_image=left, **options)
+            latents[plan] = call(pipe, mask_image=left, **options)
             assert call(pipe, mask_image=nothing, **options).equal(source)
-        assert made[plan][..., half:].equal(source[..., half:])
-        assert relative_error(made[plan][..., :half], source[..., :half]) > 0.1
-    assert relative_error(made["E6"], made["H1P5"]) > 1e-3
+        assert latents[plan][..., half:].equal(source[..., half:])
+        assert relative_error(latents[plan][..., :half], source[..., :half]) > 0.1
+    assert relative_error(latents["E6"], latents["H1P5"]) > 1e-3
 
 
 def test_a_generator_for_each_image():
@@ -184,9 +184,9 @@ def test_a_generator_for_each_image():
     with ft.accelerated(pipe, "H1P2"):
         both = call(pipe, guidance_scale=1.0)
         generator = [torch.Generator().manual_seed(1)]
-        told = {name: value[1:] for name, value in embeds().items()}
+        prompts = {name: value[1:] for name, value in embeds().items()}
         one = pipe(
-            **told,
+            **prompts,
             generator=generator,
             guidance_scale=1.0,
             height=SIZE,
@@ -229,12 +229,16 @@ def test_threads_share_a_pipeline():
     pipe = sd3()
     ft.accelerate(pipe, "H1P2R1", refiner_of(pipe))
     expected = [call(pipe, seed=10 * i) for i in range(3)]
-    barrier, found, errors = threading.Barrier(3), dict[int, list[Tensor]](), list[BaseException]()
+    barrier, latents, errors = (
+        threading.Barrier(3),
+        dict[int, list[Tensor]](),
+        list[BaseException](),
+    )
 
     def work(number: int) -> None:
         try:
             barrier.wait()
-            found[number] = [call(pipe, seed=10 * number) for _ in range(4)]
+            latents[number] = [call(pipe, seed=10 * number) for _ in range(4)]
         except BaseException as error:
             errors.append(error)
 
@@ -244,10 +248,10 @@ def test_threads_share_a_pipeline():
     for thread in threads:
         thread.join()
     assert not errors
-    for number, results in found.items():
+    for number, results in latents.items():
         for result in results:
             assert_close(result, expected[number], 1e-6)
-    assert len(found) == 3
+    assert len(latents) == 3
 
 
 def test_summary_tells_plan_calls_and_milliseconds():
@@ -256,10 +260,10 @@ def test_summary_tells_plan_calls_and_milliseconds():
     assert "0 predictor calls so far" in ft.summary(pipe)
     call(pipe)
     call(pipe)
-    told = ft.summary(pipe)
-    assert "plan H1P3R2: 5 predictor and 4 refiner calls a run" in told
-    assert "10 predictor calls so far, " in told
-    assert " ms each" in told
+    text = ft.summary(pipe)
+    assert "plan H1P3R2: 5 predictor and 4 refiner calls a run" in text
+    assert "10 predictor calls so far, " in text
+    assert " ms each" in text
     ft.restore(pipe)
 
 
@@ -278,7 +282,7 @@ def test_summary_tells_plan_calls_and_milliseconds():
 def test_fused_adaln_is_the_networks_own(transformer, dtype, bound):
     network = transformer().to(dtype)
     pipe = (sd3 if "SD3" in type(network).__name__ else flux)(transformer=network)
-    told = {
+    prompts = {
         name: value.to(dtype)
         for name, value in (
             embeds() | (negative() if "SD3" in type(network).__name__ else {})
@@ -288,7 +292,7 @@ def test_fused_adaln_is_the_networks_own(transformer, dtype, bound):
 
     def made() -> Tensor:
         generator = [torch.Generator().manual_seed(i) for i in range(2)]
-        return pipe(**told, generator=generator, **options).images
+        return pipe(**prompts, generator=generator, **options).images
 
     plain = made()
     changed = [
@@ -323,9 +327,9 @@ def test_calls_of_the_transformer_are_captured_by_their_shapes_and_kept_within_b
         call(pipe, guidance_scale=scale)
         call(pipe, guidance_scale=scale)
     for height in (SIZE, SIZE // 2):
-        told = embeds() | negative()
+        prompts = embeds() | negative()
         for _ in range(2):
-            pipe(**told, height=height, width=SIZE, output_type="latent")
+            pipe(**prompts, height=height, width=SIZE, output_type="latent")
     assert len(captures.report()) == 2
     ft.restore(pipe)
     assert captures.report() == []

@@ -50,16 +50,16 @@ def test_a_saved_pipeline_loads_as_a_stock_one_and_one_loads_with_the_plan(tmp_p
 
 def attributes(pipe: Any) -> dict[str, Any]:
     """Of the pipeline and of every module in it, without what was there before."""
-    found = {
+    everything = {
         "pipe": {k: v for k, v in vars(pipe).items() if not k.startswith("_callback")},
         "config": dict(pipe.config),
     }
     for name, module in pipe.transformer.named_modules():
-        found[name] = {k: v for k, v in vars(module).items() if "hook" not in k}
-        found[name, "hooks"] = {
+        everything[name] = {k: v for k, v in vars(module).items() if "hook" not in k}
+        everything[name, "hooks"] = {
             k: dict(v) for k, v in vars(module).items() if "hook" in k and isinstance(v, dict)
         }
-    return found
+    return everything
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -150,10 +150,10 @@ def test_what_does_not_fit_is_refused_and_leaves_the_pipeline_as_it_was():
 
 def test_true_guidance_of_flux_makes_two_calls_a_step_which_a_refiner_cannot_follow():
     pipe = flux()
-    told = {f"negative_{name}": value for name, value in embeds(4).items()}
-    stock = call(pipe, num_inference_steps=3, true_cfg_scale=2.0, **told)
+    prompts = {f"negative_{name}": value for name, value in embeds(4).items()}
+    stock = call(pipe, num_inference_steps=3, true_cfg_scale=2.0, **prompts)
     with ft.accelerated(pipe, "E3"):
-        assert_close(call(pipe, num_inference_steps=3, true_cfg_scale=2.0, **told), stock, 1e-6)
+        assert_close(call(pipe, num_inference_steps=3, true_cfg_scale=2.0, **prompts), stock, 1e-6)
     ft.accelerate(pipe, "H1R1", refiner_of(pipe))
     with pytest.raises(ValueError, match="is true_cfg_scale in use"):
-        call(pipe, true_cfg_scale=2.0, **told)
+        call(pipe, true_cfg_scale=2.0, **prompts)

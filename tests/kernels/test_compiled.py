@@ -34,12 +34,12 @@ def kernels() -> list[dict[str, Any]]:
         )
         for arch in SHARED
     ]
-    found = []
+    kernels = []
     for process in running:
         out, err = process.communicate()
         assert process.returncode == 0, err[-3000:]
-        found += [json.loads(line) for line in out.splitlines()]
-    return found
+        kernels += [json.loads(line) for line in out.splitlines()]
+    return kernels
 
 
 def test_every_operation_with_a_triton_kernel_is_compiled(kernels):

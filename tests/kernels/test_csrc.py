@@ -279,13 +279,13 @@ def test_no_kernel_spills(arch, tmp_path):
             "-o",
             tmp_path / "x",
         ]
-        done = subprocess.run([*command, source], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        process = subprocess.run([*command, source], capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
         spills = re.findall(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
-            done.stderr,
+            process.stderr,
         )
-        assert all(stores == loads == "0" for _, stores, loads in spills), done.stderr
+        assert all(stores == loads == "0" for _, stores, loads in spills), process.stderr
 
 
 @pytest.mark.parametrize("arch", ["80", "86", "89", "90a", "100a"])

@@ -147,9 +147,9 @@ def test_what_was_chosen_is_said_and_nothing_measured_for_it(machine):
 
 def test_why_names_the_one_that_runs(machine, monkeypatch):
     x, weight, bias = torch.zeros(4, 64), torch.zeros(64, 64), torch.zeros(64)
-    chosen = ["torch", None]
+    choices = ["torch", None]
     monkeypatch.setattr(_op, "unavailable", lambda backend, device: None)
-    monkeypatch.setattr(Ways, "chosen", lambda self: chosen.pop(0))
+    monkeypatch.setattr(Ways, "chosen", lambda self: choices.pop(0))
     with _op.use_backend("triton"):
         assert linear.why(x, weight, bias) == ("torch", {})
         assert linear.why(x, weight, bias) == ("triton", {})

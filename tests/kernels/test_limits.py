@@ -139,13 +139,13 @@ def asked_for(walk: Any, launched: list[Launch]) -> list[tuple[Launch, str]]:
     """All launches of a walk over what the operations do not refuse, each with what asked for
     it.
     """
-    found = []
+    requests = []
     for dtype in DTYPES:
         for name, args in walk(dtype):
             backend = OPS[name].backends["cuda"]
             if backend.unsupported(*args) is None:
                 backend.run(*args)
-            found += [
+            requests += [
                 (
                     launch,
                     f"{name} {dtype} {[tuple(a.shape) for a in args if isinstance(a, Tensor)]}",
@@ -153,20 +153,23 @@ def asked_for(walk: Any, launched: list[Launch]) -> list[tuple[Launch, str]]:
                 for launch in launched
             ]
             launched.clear()
-    return found
+    return requests
 
 
 def resources(said: str) -> dict[str, tuple[int, int]]:
     """What ptxas says, by linkers' names: registers of a thread, and a block's shared memory beside
     what its launch asks for.
     """
-    found = {}
+    resources_of = {}
     for name, rest in re.findall(
         r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", said, re.DOTALL
     ):
         smem = re.search(r"(\d+) bytes smem", rest)
-        found[name] = int(re.search(r"Used (\d+) registers", rest)[1]), int(smem[1]) if smem else 0
-    return found
+        resources_of[name] = (
+            int(re.search(r"Used (\d+) registers", rest)[1]),
+            int(smem[1]) if smem else 0,
+        )
+    return resources_of
 
 
 def instances(names: set[str], arch: str, folder: Path) -> dict[str, list[tuple[int, int]]]:
@@ -177,7 +180,7 @@ def instances(names: set[str], arch: str, folder: Path) -> dict[str, list[tuple[
     files = defaultdict(list)
     for name in sorted(names):
         files[_nvrtc.FILES[name.split("::")[1].split("<")[0]]].append(name)
-    found = {}
+    by_name = {}
     for file, members in files.items():
         path = _nvrtc.sources() / file
         program = nvrtc.createProgram(path.read_text(), file, [], [])
@@ -196,26 +199,26 @@ def instances(names: set[str], arch: str, folder: Path) -> dict[str, list[tuple[
                 "-Xptxas",
                 "-v",
             ]
-            done = subprocess.run(
+            process = subprocess.run(
                 [*command, "-o", folder / "x.cubin", path],
                 check=True,
                 capture_output=True,
                 text=True,
             )
-            by_compiler.append(resources(done.stderr))
+            by_compiler.append(resources(process.stderr))
         for name in members:
-            found[name] = [known[nvrtc.getLoweredName(program, name)] for known in by_compiler]
+            by_name[name] = [known[nvrtc.getLoweredName(program, name)] for known in by_compiler]
         nvrtc.destroyProgram(program)
-    return found
+    return by_name
 
 
 @pytest.mark.parametrize("walk", WALKS)
 def test_every_block_of_csrc_fits_a_multiprocessor(walk, launched, tmp_path):
-    asked = asked_for(WALKS[walk], launched)
-    names = {launch.name for launch, _ in asked}
+    requests = asked_for(WALKS[walk], launched)
+    names = {launch.name for launch, _ in requests}
     for arch in ARCHS:
         known = instances(names, arch, tmp_path)
-        for launch, what in asked:
+        for launch, what in requests:
             assert 1 <= launch.threads <= THREADS, (launch, what)
             for each, static in known[launch.name]:
                 assert registers(each, launch.threads) <= REGISTERS, (arch, each, launch, what)

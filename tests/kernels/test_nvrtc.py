@@ -22,11 +22,11 @@ def programs(monkeypatch):
     """The names of the sources that were compiled."""
     from cupy.cuda import nvrtc
 
-    made, original = [], nvrtc.createProgram
+    sources, original = [], nvrtc.createProgram
     monkeypatch.setattr(
-        nvrtc, "createProgram", lambda *args: made.append(args[1]) or original(*args)
+        nvrtc, "createProgram", lambda *args: sources.append(args[1]) or original(*args)
     )
-    return made
+    return sources
 
 
 def test_what_was_compiled_is_kept_for_the_next_process(folder, programs):

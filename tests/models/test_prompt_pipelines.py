@@ -22,7 +22,7 @@ from flowturbo.storage.files import CheckpointError
 def test_texts_are_encoded_as_the_pipeline_does(kind, pipeline_folders):
     model = loaded(pipeline_folders, kind)
     texts, against = ["a cat", "two dogs, one cat"], ["", "blurry"]
-    found = model.encode(texts, against)
+    encoded = model.encode(texts, against)
     pipe = load_pipeline(pipeline_folders[kind])
     if kind == "sd3":
         expected = pipe.encode_prompt(texts, None, None, negative_prompt=against)
@@ -33,11 +33,11 @@ def test_texts_are_encoded_as_the_pipeline_does(kind, pipeline_folders):
     else:
         expected = pipe.encode_prompt(texts, "cpu", 1, True, against)
         names = ["embeds", "negative_embeds"]
-    assert found.keys() == set(names)
+    assert encoded.keys() == set(names)
     for name, value in zip(names, expected, strict=True):
-        assert_close(found[name], value, 1e-5)
+        assert_close(encoded[name], value, 1e-5)
     guidance = 2.0
-    made = ft.sample(
+    images = ft.sample(
         model,
         "H1P1",
         texts,
@@ -46,9 +46,11 @@ def test_texts_are_encoded_as_the_pipeline_does(kind, pipeline_folders):
         negative=None if kind == "flux" else against,
         output="uint8",
     )
-    assert made.shape == (2, SIZE, SIZE, 3)
-    assert made.equal(ft.sample(model, "H1P1", found, guidance=guidance, seed=3, output="uint8"))
-    assert model.encode("a cat")["embeds"].shape == found["embeds"][:1].shape
+    assert images.shape == (2, SIZE, SIZE, 3)
+    assert images.equal(
+        ft.sample(model, "H1P1", encoded, guidance=guidance, seed=3, output="uint8")
+    )
+    assert model.encode("a cat")["embeds"].shape == encoded["embeds"][:1].shape
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,8 +68,8 @@ def test_images_are_edited_and_inpainted_by_prompts(kind, pipeline_folders):
     )
     assert latents[..., half:].equal(source[..., half:])
     assert relative_error(latents[..., :half], source[..., :half]) > 0.1
-    made = ft.inpaint(model, "H1P2", images, mask, ["a cat", "a dog"], guidance=1.5, seed=1)
-    assert np.array_equal(made[:, :, SIZE // 2 :], images[:, :, SIZE // 2 :])
+    inpainted = ft.inpaint(model, "H1P2", images, mask, ["a cat", "a dog"], guidance=1.5, seed=1)
+    assert np.array_equal(inpainted[:, :, SIZE // 2 :], images[:, :, SIZE // 2 :])
     with pytest.raises(
         ValueError, match=r"images must be one or as many as there are of the other \(3\), got 2"
     ):

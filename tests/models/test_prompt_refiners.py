@@ -33,15 +33,19 @@ SD15 = dict(
 def test_the_refiner_of_2_rf_has_the_papers_size():
     with torch.device("meta"):
         teacher = diffusers.UNet2DConditionModel(**SD15)
-        made: Any = ft.refiner_for(teacher)
+        refiner: Any = ft.refiner_for(teacher)
     assert sum(p.numel() for p in teacher.parameters()) == 859_520_964
-    assert sum(p.numel() for p in made.parameters()) == 43_500_164
-    assert (made.config.in_channels, made.config.out_channels, made.config.layers_per_block) == (
+    assert sum(p.numel() for p in refiner.parameters()) == 43_500_164
+    assert (
+        refiner.config.in_channels,
+        refiner.config.out_channels,
+        refiner.config.layers_per_block,
+    ) == (
         8,
         4,
         1,
     )
-    assert tuple(made.config.block_out_channels) == (160, 160, 320, 320)
+    assert tuple(refiner.config.block_out_channels) == (160, 160, 320, 320)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -62,11 +66,11 @@ def test_refiners_of_published_transformers(depth):
             ),
             diffusers.FluxTransformer2DModel(guidance_embeds=True),
         ):
-            made: Any = ft.refiner_for(teacher, depth)
-            assert made.config.in_channels == 2 * teacher.config.in_channels
-            assert made.config.num_layers == depth
-            assert made.proj_out.weight.shape == teacher.proj_out.weight.shape
-            share = sum(p.numel() for p in made.parameters()) / sum(
+            refiner: Any = ft.refiner_for(teacher, depth)
+            assert refiner.config.in_channels == 2 * teacher.config.in_channels
+            assert refiner.config.num_layers == depth
+            assert refiner.proj_out.weight.shape == teacher.proj_out.weight.shape
+            share = sum(p.numel() for p in refiner.parameters()) / sum(
                 p.numel() for p in teacher.parameters()
             )
             assert share < 0.07 * depth
@@ -76,12 +80,12 @@ def test_refiners_of_published_transformers(depth):
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_new_refiner_passes_the_velocity_on_and_lives_in_a_folder(kind, depth, tmp_path):
     teacher = NETWORKS[kind]()
-    made: Any = ft.refiner_for(teacher, depth)
+    refiner: Any = ft.refiner_for(teacher, depth)
     x, v, c = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), conditioning(kind)
     more = {"embedded_guidance": torch.ones(2)} if kind == "flux" else {}
     with torch.no_grad():
-        assert PromptNetwork(made)(x, torch.tensor([0.2, 0.9]), {**c, **more}, v).eq(0).all()
-    made.save_pretrained(tmp_path)
+        assert PromptNetwork(refiner)(x, torch.tensor([0.2, 0.9]), {**c, **more}, v).eq(0).all()
+    refiner.save_pretrained(tmp_path)
     assert (
         ft.models.prompted.check_refiner(tmp_path, teacher).config.in_channels
         == 2 * teacher.config.in_channels

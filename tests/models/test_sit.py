@@ -32,8 +32,8 @@ def oracle(model: SiT, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None)
 @every
 def test_forward_agrees_with_a_second_reading(config, dtype, bound):
     model = random_sit(config, seed=1).to(dtype)
-    given = inputs(config, 2, dtype=dtype)
-    assert_close(model(*given), oracle(model, *given), bound)
+    batch = inputs(config, 2, dtype=dtype)
+    assert_close(model(*batch), oracle(model, *batch), bound)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -65,12 +65,12 @@ def test_autocast_runs_and_trains(kind):
     """
     config = ALL[f"patch 2, {kind}, velocity only"]
     model = random_sit(config, 21).requires_grad_(True)
-    given = inputs(config, 22, dtype=torch.float32)
+    batch = inputs(config, 22, dtype=torch.float32)
     weights = list(model.parameters())
-    truth = model(*given)
+    truth = model(*batch)
     true_grads = torch.autograd.grad(truth.square().mean(), weights)
     with torch.autocast("cpu", torch.bfloat16):
-        got = model(*given)
+        got = model(*batch)
         loss = got.float().square().mean()
     grads = torch.autograd.grad(loss, weights)
     eps = torch.finfo(torch.bfloat16).eps
@@ -83,9 +83,9 @@ def test_autocast_runs_and_trains(kind):
 @every
 def test_every_parameter_matters(config):
     model = random_sit(config, seed=5).double().requires_grad_(True)
-    given = inputs(config, 6)
+    batch = inputs(config, 6)
     generator = torch.Generator().manual_seed(7)
-    out = model(*given)
+    out = model(*batch)
     direction = torch.randn(out.shape, generator=generator, dtype=out.dtype)
     named = dict(model.named_parameters())
     grads = torch.autograd.grad((out * direction).sum(), list(named.values()), allow_unused=True)
@@ -96,17 +96,17 @@ def test_every_parameter_matters(config):
 
 def test_rows_do_not_mix():
     config = ALL["patch 2, refiner, learned sigma"]
-    model, given = random_sit(config, 8).double(), inputs(config, 9, n=4)
-    together = model(*given)
+    model, batch = random_sit(config, 8).double(), inputs(config, 9, n=4)
+    together = model(*batch)
     for i in range(4):
-        assert_close(model(*(g[i : i + 1] for g in given)), together[i : i + 1], 1e-13)
+        assert_close(model(*(g[i : i + 1] for g in batch)), together[i : i + 1], 1e-13)
 
 
 def test_the_number_of_heads_matters():
     config = SMALL["patch 2"]
-    model, given = random_sit(config, 10).double(), inputs(config, 11)
+    model, batch = random_sit(config, 10).double(), inputs(config, 11)
     other = build(replace(config, heads=2), model.state_dict())
-    assert relative_error(other(*given), model(*given)) > 1e-3
+    assert relative_error(other(*batch), model(*batch)) > 1e-3
 
 
 # Sizes.
@@ -231,9 +231,9 @@ def test_macs_are_those_that_torch_counts(config):
     counter = FlopCounterMode(display=False)
     with torch.device("meta"):
         model = SiT(config)
-    given = [g.to("meta") for g in inputs(config, 14, n=1, dtype=torch.float32)]
+    batch = [g.to("meta") for g in inputs(config, 14, n=1, dtype=torch.float32)]
     with counter:
-        model(*given)
+        model(*batch)
     assert counter.get_total_flops() == 2 * config.macs()
 
 

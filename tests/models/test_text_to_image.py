@@ -38,18 +38,18 @@ def by_hand(
     time.
     """
     level, N = 1 - t, len(x)
-    given = x if v is None else torch.cat([x, v], 1)
+    input = x if v is None else torch.cat([x, v], 1)
     if kind == "2rf":
         return module(
-            given, torch.full((N,), 1000 * level), encoder_hidden_states=c["embeds"]
+            input, torch.full((N,), 1000 * level), encoder_hidden_states=c["embeds"]
         ).sample
     if kind == "sd3":
-        out = module(given, c["embeds"], c["pooled"], torch.full((N,), 1000 * level)).sample
+        out = module(input, c["embeds"], c["pooled"], torch.full((N,), 1000 * level)).sample
         return -out
     _, _, H, W = x.shape
     pipe = diffusers.FluxPipeline
     ids = pipe._prepare_latent_image_ids(N, H // 2, W // 2, torch.device("cpu"), torch.float32)
-    tokens = pipe._pack_latents(given, N, given.shape[1], H, W)
+    tokens = pipe._pack_latents(input, N, input.shape[1], H, W)
     scale = torch.full((N,), guidance) if module.config.guidance_embeds else None
     zeros = torch.zeros(c["embeds"].shape[1], 3)
     out = module(
@@ -71,15 +71,15 @@ def loop(
     halves = kind != "flux" and guidance != 1
 
     def run(module: Any, x: Tensor, t: float, v: Tensor | None = None) -> Tensor:
-        found = by_hand(
+        output = by_hand(
             kind, module, x, t, {k: c[k] for k in c if "negative" not in k}, v, guidance
         )
         if not halves:
-            return found
+            return output
         u = by_hand(
             kind, module, x, t, {k.removeprefix("negative_"): c[k] for k in c if "negative" in k}, v
         )
-        return u + guidance * (found - u)
+        return u + guidance * (output - u)
 
     cache: Any = None
     predictor, refiner = model.predictor.module, model.refiner and model.refiner.module
@@ -116,11 +116,11 @@ def test_time_and_sign_are_ours(kind):
     x, t, c = torch.randn(2, 4, 8, 8), torch.tensor([0.15, 0.8]), conditioning(kind)
     c = {name: value for name, value in c.items() if "negative" not in name}
     more = {"embedded_guidance": torch.full((2,), 2.5)} if kind == "flux" else {}
-    made = network(x, t, {**c, **more})
+    velocity = network(x, t, {**c, **more})
     for i in range(2):
         mine = {name: value[i : i + 1] for name, value in c.items()}
         assert_close(
-            made[i : i + 1],
+            velocity[i : i + 1],
             by_hand(kind, module, x[i : i + 1], float(t[i]), mine, guidance=2.5),
             1e-5,
         )
@@ -134,10 +134,10 @@ def test_plans_are_loops_over_the_modules(kind, plan, guidance):
     model = model_of(kind, refined="R" in plan)
     grid = [0.0, 0.2, 0.55, 0.8, 1.0] if len(plan) == 4 else [0.0, 0.3, 0.7, 1.0]
     x, c = noise_of(model), conditioning(kind)
-    made = ft.sample(model, ft.Plan.parse(plan, grid=grid), c, guidance=guidance, noise=x)
+    latents = ft.sample(model, ft.Plan.parse(plan, grid=grid), c, guidance=guidance, noise=x)
     with torch.no_grad():
         expected = loop(kind, model, plan, grid, x, c, guidance)
-        assert_close(made, expected, 2e-5)
+        assert_close(latents, expected, 2e-5)
         if "R" in plan:
             assert (
                 relative_error(
@@ -162,8 +162,8 @@ def test_e_plans_make_the_latents_of_the_pipeline(kind):
         k.replace("prompt_embeds", "embeds").replace("pooled_embeds", "pooled"): v
         for k, v in (embeds() | negative()).items()
     }
-    made = ft.sample(model, ft.Plan.parse("E5", grid=grid), c, guidance=3.0, noise=noise)
-    assert_close(made, unpacked(expected, *shape[2:]) if kind == "flux" else expected, 1e-5)
+    latents = ft.sample(model, ft.Plan.parse("E5", grid=grid), c, guidance=3.0, noise=noise)
+    assert_close(latents, unpacked(expected, *shape[2:]) if kind == "flux" else expected, 1e-5)
 
 
 def test_plans_as_text_run_on_the_models_own_shift():
@@ -236,14 +236,14 @@ def test_batches_are_parts_of_the_whole():
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_are_captured_and_replayed_for_other_prompts(kind):
     model = model_of(kind, refined=True)
-    asked = [(conditioning(kind, seed), 1.5 + seed, seed) for seed in range(3)]
-    expected = [ft.sample(model, "H1P1R1", c, guidance=g, seed=seed) for c, g, seed in asked]
+    runs = [(conditioning(kind, seed), 1.5 + seed, seed) for seed in range(3)]
+    expected = [ft.sample(model, "H1P1R1", c, guidance=g, seed=seed) for c, g, seed in runs]
     model.captures.recorder = Fake()
     for _ in range(2):
-        for (c, g, seed), result in zip(asked, expected, strict=True):
+        for (c, g, seed), result in zip(runs, expected, strict=True):
             assert_close(ft.sample(model, "H1P1R1", c, guidance=g, seed=seed), result, 1e-5)
     assert (model.captures.recorder.recorded, model.captures.recorder.replayed >= 4) == (1, True)
-    longer = {k: torch.cat([v, v], 1) if "pooled" not in k else v for k, v in asked[0][0].items()}
+    longer = {k: torch.cat([v, v], 1) if "pooled" not in k else v for k, v in runs[0][0].items()}
     ft.sample(model, "H1P1R1", longer, guidance=2.0)
     model.captures.clear()
     ft.compile(model, "H1P1R1", 2, prompts={k: v[:1] for k, v in longer.items()})

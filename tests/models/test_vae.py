@@ -91,7 +91,7 @@ def test_half_precision_is_left_to_devices_that_are_good_at_it(
 ) -> None:
     safe = make_folder(tmp_path / "safe", force_upcast=False)
     meta = torch.device("meta")  # stands for an accelerator: it has no numbers, but types
-    for place, device, asked, runs in (
+    for place, device, dtype, runs in (
         (folder, CPU, torch.bfloat16, torch.float32),
         (folder, CPU, torch.float16, torch.float32),
         (folder, CPU, torch.float64, torch.float64),
@@ -104,7 +104,7 @@ def test_half_precision_is_left_to_devices_that_are_good_at_it(
         ),  # its configuration says that float16 overflows
         (safe, meta, torch.float16, torch.float16),
     ):
-        vae = load_vae(place, device, asked)
+        vae = load_vae(place, device, dtype)
         assert isinstance(vae, DiffusersVAE)
         assert (vae.network.dtype, vae.network.device.type) == (runs, device.type)
         mean, std = vae.encode(images(8, 1, 16, 16))  # from the CPU, wherever the network is

@@ -13,8 +13,8 @@ from flowturbo.runtime.cuda_graphs import Captures, Key
 
 def test_compile_captures_every_plan_with_every_batch_size():
     model, recorder = captured_model()
-    made = ft.compile(model, ["H1R1", ft.Plan.parse("E2")], [1, 4])
-    assert [(str(c.key.what.plan), c.key.size) for c in made] == [
+    captures = ft.compile(model, ["H1R1", ft.Plan.parse("E2")], [1, 4])
+    assert [(str(c.key.what.plan), c.key.size) for c in captures] == [
         ("H1R1", 1),
         ("H1R1", 4),
         ("E2", 1),
@@ -22,12 +22,12 @@ def test_compile_captures_every_plan_with_every_batch_size():
     ]
     assert recorder.recorded == 4
     assert [c.precaptured for c in model.captures.report()] == [True] * 4
-    assert ft.compile(model, "E2", 4) == made[3:]
+    assert ft.compile(model, "E2", 4) == captures[3:]
     assert recorder.recorded == 4
     assert ft.sample(model, "E2", LABELS, guidance=2.0, seed=1).equal(
         plain("E2", LABELS, guidance=2.0, seed=1, batch_size=4)
     )
-    assert (recorder.recorded, made[3].hits) == (4, 1)
+    assert (recorder.recorded, captures[3].hits) == (4, 1)
 
 
 def test_a_run_that_compiles_is_not_the_one_that_is_timed():

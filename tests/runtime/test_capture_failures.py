@@ -47,8 +47,8 @@ def test_out_of_memory_gives_up_other_captures_and_tries_again():
     model, recorder = captured_model()
     ft.compile(model, ["E1", "E2"])
     recorder.failures = [OOM]
-    [made] = ft.compile(model, "E3")
-    assert model.captures.report() == [made]
+    [capture] = ft.compile(model, "E3")
+    assert model.captures.report() == [capture]
 
 
 def test_out_of_memory_for_good_leaves_the_model_usable_and_says_what_was_asked_for():
@@ -74,8 +74,8 @@ def test_libraries_lack_memory_too(said):
     model, recorder = captured_model()
     ft.compile(model, ["E1", "E2"])
     recorder.failures = [RuntimeError(said)]
-    [made] = ft.compile(model, "E3")
-    assert model.captures.report() == [made]
+    [capture] = ft.compile(model, "E3")
+    assert model.captures.report() == [capture]
 
 
 def test_a_first_run_that_lacks_memory_makes_compile_fail_as_it_says():
@@ -98,22 +98,22 @@ def test_a_first_run_that_lacks_memory_makes_compile_fail_as_it_says():
 def test_what_a_failed_body_had_made_is_let_go_before_memory_is_given_back():
     captures, recorder = Captures(recorder=Fake()), Fake()
     captures.recorder = recorder
-    made, seen = [], []
+    partials, seen = [], []
 
     def deeper(x: Tensor) -> Tensor:
         partial = x + 1
-        made.append(weakref.ref(partial))
+        partials.append(weakref.ref(partial))
         raise OOM.with_traceback(None)
 
     def body(x: Tensor) -> Tensor:
         partial = x + 2
-        made.append(weakref.ref(partial))
+        partials.append(weakref.ref(partial))
         try:
             return deeper(partial)
         except torch.OutOfMemoryError:
             raise torch.OutOfMemoryError("again") from None
 
-    recorder.release = lambda: seen.append([tensor() is None for tensor in made])
+    recorder.release = lambda: seen.append([tensor() is None for tensor in partials])
     try:
         raise ValueError("the caller's own")
     except ValueError as error:

@@ -184,11 +184,11 @@ def test_a_capture_serves_calls_in_inference_mode_and_outside_it(first):
 def test_weights_that_were_made_in_inference_mode_are_captured():
     with torch.inference_mode():
         model, recorder = captured_model()
-        [made] = ft.compile(model, "H1P1R1", 3)
+        [capture] = ft.compile(model, "H1P1R1", 3)
     assert ft.sample(model, "H1P1R1", LABELS, guidance=2.0, seed=0).equal(
         plain("H1P1R1", LABELS, guidance=2.0, seed=0)
     )
-    assert (recorder.recorded, made.hits) == (1, 1)
+    assert (recorder.recorded, capture.hits) == (1, 1)
 
 
 def test_no_capture_is_part_of_anybodys_gradients():
@@ -196,6 +196,6 @@ def test_no_capture_is_part_of_anybodys_gradients():
     x = torch.ones(2, requires_grad=True)
     captures.precapture(Key("it", 2), lambda x: x * 2, {"x": x}, [])
     assert captures.run(Key("it", 2), lambda x: x * 2, {"x": x}, []).tolist() == [2.0, 2.0]
-    [made] = captures.report()
-    assert not made.inputs["x"].requires_grad
-    assert not made.result.requires_grad
+    [capture] = captures.report()
+    assert not capture.inputs["x"].requires_grad
+    assert not capture.result.requires_grad

@@ -175,8 +175,8 @@ def test_clearing_gives_memory_back():
 
 def test_a_capture_that_was_given_up_holds_no_memory_whoever_holds_it():
     model, recorder = captured_model()
-    [made] = ft.compile(model, "E1")
-    buffers = [weakref.ref(tensor) for tensor in made.inputs.values()]
+    [capture] = ft.compile(model, "E1")
+    buffers = [weakref.ref(tensor) for tensor in capture.inputs.values()]
     whole = []
     recorder.settle = lambda: whole.append(
         all(buffer() is not None for buffer in buffers)
@@ -185,11 +185,11 @@ def test_a_capture_that_was_given_up_holds_no_memory_whoever_holds_it():
     recorder.buffers.clear()
     assert whole == [True]
     assert [buffer() for buffer in buffers] == [None] * len(buffers)
-    assert (made.inputs, made.result.numel(), made.watched.kept, made.memory) == (
+    assert (capture.inputs, capture.result.numel(), capture.watched.kept, capture.memory) == (
         {},
         0,
         [],
         1 << 20,
     )
     with pytest.raises(RuntimeError, match="was given up"):
-        made.replay()
+        capture.replay()

@@ -33,9 +33,9 @@ def test_the_command_edits_and_inpaints_an_npz(tmp_path, capsys):
         )
         == 0
     )
-    with np.load(tmp_path / "e.npz") as found:
-        assert found["arr_0"].shape == (3, 8, 8, 3)
-        assert found["labels"].tolist() == [8, 8, 8]
+    with np.load(tmp_path / "e.npz") as arrays:
+        assert arrays["arr_0"].shape == (3, 8, 8, 3)
+        assert arrays["labels"].tolist() == [8, 8, 8]
     arguments = [
         "--labels",
         "1",
@@ -93,14 +93,14 @@ def test_masks_are_cropped_as_their_images_are(tmp_path):
     mask = Image.new("L", (40, 20))
     mask.paste(255, (20, 0, 40, 20))
     mask.save(tmp_path / "m.png")
-    found = read_mask(tmp_path / "m.png", 10, tmp_path / "a.png")
-    assert not found[:, :4].any()
-    assert found[:, 6:].all()
+    cropped = read_mask(tmp_path / "m.png", 10, tmp_path / "a.png")
+    assert not cropped[:, :4].any()
+    assert cropped[:, 6:].all()
     clear = Image.new("RGBA", (40, 20), (9, 9, 9, 255))
     clear.paste((9, 9, 9, 0), (20, 0, 40, 20))
     clear.save(tmp_path / "c.png")
-    assert np.array_equal(read_transparency(tmp_path / "c.png", 10), found)
-    assert np.array_equal(read_mask(tmp_path / "c.png", 10, tmp_path / "a.png"), found)
+    assert np.array_equal(read_transparency(tmp_path / "c.png", 10), cropped)
+    assert np.array_equal(read_mask(tmp_path / "c.png", 10, tmp_path / "a.png"), cropped)
     assert read_transparency(tmp_path / "a.png", 10) is None
 
 

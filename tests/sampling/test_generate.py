@@ -95,9 +95,9 @@ def test_a_longer_set_begins_with_the_shorter(
 def test_defaults_are_batches_of_64_and_shards_of_256_or_the_next_multiple(
     digits: ft.FlowModel, tmp_path: Path
 ) -> None:
-    for given, made_of in ((None, (64, 256)), (100, (100, 300)), (300, (300, 300))):
+    for batch_size, made_of in ((None, (64, 256)), (100, (100, 300)), (300, (300, 300))):
         described = make(
-            digits, tmp_path / str(given), labels=[1], batch_size=given, shard_size=None
+            digits, tmp_path / str(batch_size), labels=[1], batch_size=batch_size, shard_size=None
         )["settings"]
         assert (described["batch_size"], described["shard_size"]) == made_of
 

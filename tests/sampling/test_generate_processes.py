@@ -191,7 +191,7 @@ needs_proc = pytest.mark.skipif(
 
 def processes(mark: str) -> dict[str, int]:
     """The live processes of a run by their rank; the launcher, which has none, is left out."""
-    found = {}
+    by_rank = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (path / "environ").read_bytes().split(b"\0")
@@ -200,8 +200,8 @@ def processes(mark: str) -> dict[str, int]:
                 and (path / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
             ):
                 ranks = [word[5:].decode() for word in words if word.startswith(b"RANK=")]
-                found |= {rank: int(path.name) for rank in ranks}
-    return found
+                by_rank |= {rank: int(path.name) for rank in ranks}
+    return by_rank
 
 
 def shard_count(out: Path) -> int:

@@ -203,12 +203,12 @@ class Thumbnails:
 
 
 def test_a_refiner_that_the_plan_does_not_use_does_not_matter(tmp_path: Path) -> None:
-    made = []
+    manifests = []
     for seed in (True, False):
         model = tiny_model(refiner=seed)
         model.vae = Thumbnails()
-        made.append(make(model, tmp_path, labels=[1, 2]))
-    assert made[0] == made[1]
+        manifests.append(make(model, tmp_path, labels=[1, 2]))
+    assert manifests[0] == manifests[1]
 
 
 def test_files_of_another_kind_are_not_touched(digits: ft.FlowModel, tmp_path: Path) -> None:

@@ -63,18 +63,18 @@ def test_images_are_those_of_sample_each_with_its_prompt(
 ) -> None:
     model = models[kind]
     manifest = made(model, tmp_path)
-    found = arrays(tmp_path)
-    assert found["labels"].tolist() == CAPTIONS
-    assert found["indices"].tolist() == list(range(5))
+    stored = arrays(tmp_path)
+    assert stored["labels"].tolist() == CAPTIONS
+    assert stored["indices"].tolist() == list(range(5))
     for first in (0, 2, 4):  # as they are made, batch by batch
         numbers = range(first, min(first + 2, 5))
-        chosen = [CAPTIONS[i] for i in numbers]
+        captions = [CAPTIONS[i] for i in numbers]
         noise = rng.noise(model.latent_shape, 3, numbers)
         images = ft.sample(
-            model, "H1", chosen, noise=noise, guidance=2.0, batch_size=2, output="uint8"
+            model, "H1", captions, noise=noise, guidance=2.0, batch_size=2, output="uint8"
         )
-        assert np.array_equal(found["arr_0"][first : first + 2], images.numpy())
-    assert not np.array_equal(found["arr_0"][0], found["arr_0"][4])  # one prompt, two images
+        assert np.array_equal(stored["arr_0"][first : first + 2], images.numpy())
+    assert not np.array_equal(stored["arr_0"][0], stored["arr_0"][4])  # one prompt, two images
     assert verify(tmp_path) == manifest
     encoders = manifest["settings"]["text_encoders"]
     assert (
@@ -94,11 +94,11 @@ def test_a_kill_loses_nothing_and_other_prompts_are_refused(
     class Killed(BaseException):
         pass
 
-    def save_shard(*given: object, real=module.save_shard) -> None:
+    def save_shard(*shard: object, real=module.save_shard) -> None:
         if saved:
             raise Killed
-        saved.append(given)
-        real(*given)
+        saved.append(shard)
+        real(*shard)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_shard", save_shard)

@@ -19,8 +19,8 @@ def test_every_call_is_recorded():
 
 @pytest.mark.parametrize("name", calls.CALLS)
 def test_the_same_results(name):
-    recorded, found = RECORD["results"][name], calls.result(name)
+    recorded, result = RECORD["results"][name], calls.result(name)
     if calls.machine() == RECORD["machine"]:
-        assert found == recorded
+        assert result == recorded
     else:
-        assert found["size"] == pytest.approx(recorded["size"], rel=1e-2)
+        assert result["size"] == pytest.approx(recorded["size"], rel=1e-2)

@@ -76,8 +76,8 @@ with atomic_write({str(path)!r}) as file:
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120)
+    assert process.returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
 
 

@@ -44,9 +44,9 @@ class Recorded:
         self.calls: list[tuple[Tensor, ...]] = []
         self.results: list[Tensor] = []
 
-    def __call__(self, *given: Tensor) -> Tensor:
-        self.calls.append(given)
-        self.results.append(self.function(*given))
+    def __call__(self, *args: Tensor) -> Tensor:
+        self.calls.append(args)
+        self.results.append(self.function(*args))
         return self.results[-1]
 
 

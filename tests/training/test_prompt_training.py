@@ -111,11 +111,13 @@ def test_shards_hold_what_the_pipeline_makes_of_images_and_captions(
     )
     pipe = load_pipeline(pipeline_folders[kind])
     expected = encode_prompts(pipe, CAPTIONS, [""] * 5, "cpu")
-    latents, told = data.batch(np.array([4, 0, 3]), StepRandom(0, 0, range(3)))
+    latents, prompts = data.batch(np.array([4, 0, 3]), StepRandom(0, 0, range(3)))
     assert (
-        {"embeds"} <= told.keys() == {name for name in expected if not name.startswith("negative_")}
+        {"embeds"}
+        <= prompts.keys()
+        == {name for name in expected if not name.startswith("negative_")}
     )
-    for name, value in told.items():
+    for name, value in prompts.items():
         assert_close(value, expected[name][[4, 0, 3]], 1e-6)
         assert_close(data.null[name], expected[f"negative_{name}"][:1], 1e-6)
     images = torch.from_numpy(scan_captions(captioned).read([4], SIZE))
@@ -225,7 +227,7 @@ def test_the_objective_told_prompts_is_the_formula(
         parameter.data.normal_(0, 0.05)
     teacher, student = PromptNetwork(module), PromptNetwork(student_module.requires_grad_(False))
     rows, delta_max, drop = 4, 0.3, 0.5
-    latents, told = data.batch(np.arange(rows), StepRandom(1, 0, range(rows)))
+    latents, prompts = data.batch(np.arange(rows), StepRandom(1, 0, range(rows)))
     embedded = kind == "flux"
     objective = Refinement(
         teacher,
@@ -236,20 +238,20 @@ def test_the_objective_told_prompts_is_the_formula(
         guidance=guidance,
         embedded=embedded,
     )
-    loss = objective(student, latents, told, StepRandom(2, 0, range(rows)))
+    loss = objective(student, latents, prompts, StepRandom(2, 0, range(rows)))
 
     draws = StepRandom(2, 0, range(rows))
     x0, t, dropped = draws.normal(latents.shape[1:]), draws.uniform(), draws.uniform() < drop
     assert 0 < int(dropped.sum()) < rows
     if embedded:
         scale = guidance[0] + (guidance[1] - guidance[0]) * draws.uniform()
-        told = {**told, "embedded_guidance": scale}
+        prompts = {**prompts, "embedded_guidance": scale}
     delta = delta_max * float(draws.shared.random())
     if not embedded and guidance[1] > 1:
         scale = guidance[0] + (guidance[1] - guidance[0]) * draws.uniform()
     total = torch.zeros(())
     for i in range(rows):
-        mine = {name: value[i : i + 1] for name, value in told.items()}
+        mine = {name: value[i : i + 1] for name, value in prompts.items()}
         null = {**mine, **data.null}
         x, time = t[i] * latents[i : i + 1] + (1 - t[i]) * x0[i : i + 1], t[i : i + 1]
         v = cached = teacher(x, time, mine)

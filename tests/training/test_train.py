@@ -218,8 +218,8 @@ except ValueError as error:
         "2",
         str(script),
     ]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
     train(tiny(tmp_path / "one", data))
     distill(Distill(out=tmp_path / "one-refiner", data=data, teacher=str(teacher), **common))
     for one, two in (("one", "two"), ("one", "resumed by two"), ("one-refiner", "two-refiner")):

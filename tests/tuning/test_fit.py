@@ -37,10 +37,10 @@ def test_times_alone_are_fitted_for_steps_without_weights():
     "plan", [Plan.parse("H1P1"), fit.weighted(Plan.parse("L3"), 3), random_plan("LML", 1)]
 )
 def test_a_fit_never_gets_worse_and_keeps_letters_cost_and_order_of_times(plan):
-    found = fit.fit_weights(plan, [CALIBRATION], iterations=3)
-    assert fit.rms_error(found, [CALIBRATION]) <= fit.rms_error(plan, [CALIBRATION])
-    assert (found.letters, found.cost) == (plan.letters, plan.cost)
-    assert all(a < b for a, b in itertools.pairwise(found.grid))
+    fitted = fit.fit_weights(plan, [CALIBRATION], iterations=3)
+    assert fit.rms_error(fitted, [CALIBRATION]) <= fit.rms_error(plan, [CALIBRATION])
+    assert (fitted.letters, fitted.cost) == (plan.letters, plan.cost)
+    assert all(a < b for a, b in itertools.pairwise(fitted.grid))
 
 
 def test_derivatives_are_those_of_autograd():
@@ -60,8 +60,8 @@ def test_derivatives_are_those_of_autograd():
     )
     batch = Batch(CALIBRATION.field, CALIBRATION.noise[:7], CALIBRATION.fine[:7])
     states = fit._states(plan, batch)
-    found = torch.stack(fit._derivatives(plan, batch, states, lambda calls: None), dim=-1)
-    assert_close(found, torch.cat([e.double() for e in expected], dim=-1), 0.02)
+    derivatives = torch.stack(fit._derivatives(plan, batch, states, lambda calls: None), dim=-1)
+    assert_close(derivatives, torch.cat([e.double() for e in expected], dim=-1), 0.02)
 
 
 def test_a_call_that_was_inserted_changes_nothing_until_it_is_fitted():

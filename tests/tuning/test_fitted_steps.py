@@ -286,14 +286,14 @@ def test_sample_takes_a_plans_file_and_no_other_grid_beside_it(tmp_path, capsys)
 def test_a_pipelines_scheduler_keeps_the_grid_that_weights_were_fitted_on():
     scheduler = pytest.importorskip("flowturbo.integrations.scheduler")
     plan = fit.weighted(Plan.parse("L4"), 2)  # on a uniform grid
-    made = scheduler.PlanScheduler(plan)
-    assert made.grid == "plan"
+    pipeline_scheduler = scheduler.PlanScheduler(plan)
+    assert pipeline_scheduler.grid == "plan"
     with pytest.raises(ValueError, match="grid must be 'plan' for a plan with fitted weights"):
         scheduler.PlanScheduler(plan, grid="pipeline")
-    made.set_timesteps(4)
+    pipeline_scheduler.set_timesteps(4)
     x = start = TEST.noise[:2].float()
-    for i, t in enumerate(made.timesteps):
-        x = made.step(-FIELD.predict(x, plan.grid[i]), t, x, return_dict=False)[0]
+    for i, t in enumerate(pipeline_scheduler.timesteps):
+        x = pipeline_scheduler.step(-FIELD.predict(x, plan.grid[i]), t, x, return_dict=False)[0]
     assert_close(x, run(plan, FIELD, start), 1e-5)
 
 

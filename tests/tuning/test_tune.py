@@ -104,7 +104,7 @@ def weights(tmp_path_factory):
 
 
 def settings(weights: Path, out: Path, **options: object) -> tune.Tune:
-    given = dict(
+    defaults = dict(
         budget_calls=2.2,
         images=20,
         calibration_images=12,
@@ -118,7 +118,7 @@ def settings(weights: Path, out: Path, **options: object) -> tune.Tune:
         refiner=str(weights / "refiner.safetensors"),
         heads=CONFIG.heads,
         device="cpu",
-        **{**given, "iterations": 2, **options},
+        **{**defaults, "iterations": 2, **options},
     )
 
 
@@ -137,7 +137,7 @@ def test_tune_writes_table_figures_plot_and_the_best_plan(tuned, weights):
     results = read(tuned)
     table = (tuned / "tuning.md").read_text()
     assert (tuned / "tuning.png").read_bytes()[1:4] == b"PNG"
-    found = [row for row in results["rows"] if row["how"] in ("fitted", "searched")]
+    plans = [row for row in results["rows"] if row["how"] in ("fitted", "searched")]
     assert {row["plan"] for row in results["rows"]} >= {"L1", "L2", "A2", "E1", "H1"}
     assert all(f"| {row['plan']} | {row['group']} |" in table for row in results["rows"])
     for row in results["rows"]:
@@ -149,7 +149,7 @@ def test_tune_writes_table_figures_plot_and_the_best_plan(tuned, weights):
         assert row["on_front"] == (not beaten), row["plan"]
         assert (f"**{row['rms']:.4f} ± {row['rms_error']:.4f}**" in table) == row["on_front"]
     best = Plan.load(tuned / "best.json")
-    least = min(found, key=lambda row: row["calibration_rms"])
+    least = min(plans, key=lambda row: row["calibration_rms"])
     assert best == Plan.from_record(least["record"])
     assert all(row["price"] <= 2.2 + 1e-9 for row in results["rows"])
     for row in results["rows"]:
@@ -193,8 +193,8 @@ def test_plans_are_found_without_the_noise_and_classes_they_are_measured_on(
     batches = tune.calibration_batches(other, model, lambda calls: None)
     assert drawn == [[tune.CALIBRATION + i for i in range(12)]]
     assert sum(len(batch.noise) for batch in batches) == 12
-    asked = torch.cat([batch.field(Plan.parse("E1")).labels for batch in batches])
-    assert set(asked.tolist()) == set(range(8))  # of 10 classes, a fifth is held apart
+    labels = torch.cat([batch.field(Plan.parse("E1")).labels for batch in batches])
+    assert set(labels.tolist()) == set(range(8))  # of 10 classes, a fifth is held apart
     cost_model = CostModel(call_costs(model), 2.2)
     keep = Keep(tmp_path / "a.json", {"kept": {}})
     plans = tune.find(replace(other, images=500), model, cost_model, keep, lambda calls: None)
