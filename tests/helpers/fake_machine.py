@@ -8,7 +8,7 @@ import torch
 
 from flowturbo_kernels import _choices, _tune
 from flowturbo_kernels._measure import Timing
-from flowturbo_kernels._tune import Ways
+from flowturbo_kernels._tune import Candidates
 
 GPU = torch.device("cuda", 0)
 FACTS = {"device": "GPU / 1", "torch": torch.__version__, "triton": "3", "clock_rate": 1980000}
@@ -25,8 +25,8 @@ def too_few(cold, device):
 
 
 def another_process() -> None:
-    _tune._chosen.clear()
-    _tune._read.clear()
+    _tune._in_memory.clear()
+    _tune._on_disk.clear()
 
 
 def timed(log: list[str], **times: float | Exception | Timing):
@@ -43,7 +43,7 @@ def timed(log: list[str], **times: float | Exception | Timing):
 
 
 def fastest(question: str, candidates) -> str:
-    return _tune.fastest(Ways((question,), candidates, GPU))
+    return _tune.fastest(Candidates((question,), candidates, GPU))
 
 
 def on_disk() -> dict[str, _choices.Entry]:

@@ -13,7 +13,7 @@ from fake_machine import FACTS, GPU, another_process, fastest, on_disk, timed, t
 
 from flowturbo_kernels import BackendError, _cache, _choices, _tune
 from flowturbo_kernels._measure import Timing
-from flowturbo_kernels._tune import Ways
+from flowturbo_kernels._tune import Candidates
 
 # What is kept
 
@@ -171,7 +171,7 @@ def test_a_full_disk_keeps_nothing_half_written(machine, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(_cache.os, "replace", full)
-    _cache.whole_file(machine / "entry", b"bytes")
+    _cache.write_atomically(machine / "entry", b"bytes")
     assert not [path for path in machine.iterdir() if "entry" in path.name or path.suffix == ".tmp"]
 
 
@@ -201,10 +201,8 @@ def test_where_there_are_no_locks_it_is_written_all_the_same(machine, monkeypatc
 
 
 def entry_of_another_process(question: str, candidates, choice: str) -> None:
-    ways = Ways((question,), candidates, GPU)
-    _choices.add(
-        FACTS, _tune._written(ways), {"fastest": choice, "us": {}, "cannot": {}}, candidates
-    )
+    key = _tune._disk_key(Candidates((question,), candidates, GPU))
+    _choices.add(FACTS, key, {"fastest": choice, "us": {}, "cannot": {}}, candidates)
 
 
 def test_what_others_measured_meanwhile_is_seen(machine):

@@ -11,7 +11,7 @@ import torch
 from fake_machine import FACTS, GPU, another_process, fastest, on_disk, timed
 
 from flowturbo_kernels import _choices, _op, _tune, linear
-from flowturbo_kernels._tune import Ways, form
+from flowturbo_kernels._tune import Candidates, form
 
 
 def test_the_fastest_is_measured_once_and_remembered_on_disk(machine):
@@ -113,8 +113,8 @@ def test_nothing_is_measured_in_a_capture(machine, monkeypatch):
 
 def test_nothing_is_measured_on_the_cpu(machine):
     log: list[str] = []
-    ways = Ways(("op 1",), timed(log, a=3.0, b=1.0), torch.device("cpu"))
-    assert (_tune.fastest(ways), ways.chosen()) == ("a", None)
+    candidates = Candidates(("op 1",), timed(log, a=3.0, b=1.0), torch.device("cpu"))
+    assert (_tune.fastest(candidates), candidates.known_fastest()) == ("a", None)
     assert log == []
 
 
@@ -136,20 +136,20 @@ def test_threads_that_ask_together_measure_once(machine):
 
 def test_what_was_chosen_is_said_and_nothing_measured_for_it(machine):
     log: list[str] = []
-    ways = Ways(("op 1",), timed(log, a=3.0, b=1.0), GPU)
-    assert ways.chosen() is None
+    candidates = Candidates(("op 1",), timed(log, a=3.0, b=1.0), GPU)
+    assert candidates.known_fastest() is None
     assert log == []
-    _tune.fastest(ways)
-    assert ways.chosen() == "b"
+    _tune.fastest(candidates)
+    assert candidates.known_fastest() == "b"
     another_process()
-    assert ways.chosen() == "b"
+    assert candidates.known_fastest() == "b"
 
 
 def test_why_names_the_one_that_runs(machine, monkeypatch):
     x, weight, bias = torch.zeros(4, 64), torch.zeros(64, 64), torch.zeros(64)
     choices = ["torch", None]
     monkeypatch.setattr(_op, "unavailable", lambda backend, device: None)
-    monkeypatch.setattr(Ways, "chosen", lambda self: choices.pop(0))
+    monkeypatch.setattr(Candidates, "known_fastest", lambda self: choices.pop(0))
     with _op.use_backend("triton"):
         assert linear.why(x, weight, bias) == ("torch", {})
         assert linear.why(x, weight, bias) == ("triton", {})
