@@ -74,10 +74,11 @@ def state(seed: int, **sizes: int) -> dict[str, Tensor]:
     return sd
 
 
-def checkpoints(config: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(predictor of 28 blocks, refiner of 1 block) state dicts."""
+def checkpoints(config: str, depth: int = 28) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(predictor of so many blocks, refiner of 1 block) state dicts."""
     sizes = CONFIGS[config]
-    return state(101, depth=28, in_channels=4, **sizes), state(102, depth=1, in_channels=8, **sizes)
+    predictor = state(101, depth=depth, in_channels=4, **sizes)
+    return predictor, state(102, depth=1, in_channels=8, **sizes)
 
 
 def inputs(config: str) -> tuple[Tensor, Tensor]:

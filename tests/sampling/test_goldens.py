@@ -49,20 +49,22 @@ def test_the_public_codes_results(name, config, counts, guidance, suffix, wrappe
 
 
 @pytest.mark.parametrize("config", recipe.CONFIGS)
-@pytest.mark.parametrize("plan, counts", [("H1P5R3", (1, 5, 3)), ("H8P9R5", (8, 9, 5))])
+@pytest.mark.parametrize(
+    "plan, counts, depth", [("H1P5R3", (1, 5, 3), 28), ("H8P9R5", (8, 9, 5), 4)]
+)
 @pytest.mark.parametrize("channels", [3, 4])
-def test_an_independent_reading_of_the_method(config, plan, counts, channels, tmp_path):
-    predictor, refiner = recipe.checkpoints(config)
+def test_an_independent_reading_of_the_method(config, plan, counts, depth, channels, tmp_path):
+    states = recipe.checkpoints(config, depth)
     heads = recipe.CONFIGS[config]["heads"]
-    files = [write(sd, tmp_path / f"{i}.pt", None) for i, sd in enumerate((predictor, refiner))]
+    files = [write(sd, tmp_path / f"{i}.pt", None) for i, sd in enumerate(states)]
     noise, labels = recipe.inputs(config)
+    wide = [{name: weight.double() for name, weight in sd.items()} for sd in states]
+    truth = run(counts, *wide, heads, noise.double(), labels, 1.5, channels)
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         model = ft.load(*files, heads=heads, device="cpu", dtype=dtype)
         latents = ft.sample(
             model, plan, labels, guidance=1.5, guidance_channels=channels, noise=noise.to(dtype)
         )
-        wide = [{k: v.double() for k, v in sd.items()} for sd in (predictor, refiner)]
-        truth = run(counts, *wide, heads, noise.double(), labels, 1.5, channels)
         assert_close(latents, truth, bound)
 
 
