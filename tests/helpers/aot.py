@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import triton
-from limits import largest
+from launch_limits import largest
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

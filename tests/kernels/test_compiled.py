@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import pytest
-from limits import REGISTERS, SHARED, THREADS, registers
+from launch_limits import REGISTERS, SHARED, THREADS, registers
 from paths import ROOT
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from limits import GRID, PLAIN_SHARED, REGISTERS, THREADS, registers
+from launch_limits import GRID, PLAIN_SHARED, REGISTERS, THREADS, registers
 from ops import DTYPES
 from torch import Tensor
 
