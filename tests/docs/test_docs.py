@@ -29,7 +29,7 @@ from feature_network import RandomNetwork
 
 from flowturbo.cli.main import main, parse
 from flowturbo.evaluation import fid as fidelity
-from flowturbo.tuning import cost, tune
+from flowturbo.tuning import cost, measure, tune
 
 FASTER = {"--dtype": "float32"}  # matrix products in float16 are slow on a CPU
 SMALLER = {
@@ -39,7 +39,7 @@ SMALLER = {
     "train": {"--steps": "2", "--batch-size": "4", "--model SiT-XL/2": "SiT-S/8"},
     "distill": {"--steps": "2", "--batch-size": "4"},
     "bench": {"--batch-sizes": "1", "--model SiT-XL/2": "SiT-S/8", **FASTER},
-    "evaluate --metrics": {"--images": "6", **FASTER},
+    "fid": {"--images": "6", **FASTER},
     "tune": {"--budget-calls": "1", "--iterations": "1"},
     "solvers.py": {"--most": "2"},
     "test_plans.py": {"--rivals": "ours", "--sizes": "64", "--batches": "1", "--plans": "H1R1"},
@@ -60,7 +60,7 @@ ADDED = {
         },
         **{"--reference-images": "20", "--reference-plan": "H3"},
     },
-    "evaluate --metrics": {"--batch-size": "3"},
+    "fid": {"--batch-size": "3"},
     "inspect-velocity": {"--steps": "4", "--images": "4"},
     "tune": {
         **{"--calibration-images": "8", "--images": "20", "--batch-size": "10"},
@@ -103,7 +103,7 @@ def kind_of(command: list[str]) -> str:
     words = flowturbo_words(command)
     if words is None:
         return Path(next(word for word in command if word.endswith(".py"))).name
-    return "evaluate --metrics" if words[0] == "evaluate" and "--metrics" in words else words[0]
+    return words[0]
 
 
 def replaced(words: list[str], flag: str, values: str) -> list[str]:
@@ -209,9 +209,9 @@ def make_tuning_brief(patch: pytest.MonkeyPatch) -> None:
     batches = tune.calibration_batches
     small = {"calibration_images": 8, "reference_plan": "C9"}
     patch.setattr(tune, "calibration_batches", lambda s, *more: batches(replace(s, **small), *more))
-    patch.setattr(tune, "train_classifier", partial(tune.train_classifier, steps=20))
-    patch.setattr(tune, "milliseconds", partial(cost.milliseconds, turns=1))
-    patch.setattr(cost, "milliseconds", partial(cost.milliseconds, turns=1))
+    patch.setattr(measure, "train_classifier", partial(measure.train_classifier, steps=20))
+    for module in (measure, cost):
+        patch.setattr(module, "milliseconds", partial(module.milliseconds, turns=1))
 
 
 def run_example(block: Block, page: Path, names: dict[str, Any]) -> None:
