@@ -14,7 +14,7 @@ from sampling import Sampler
 from subjects import subject
 from torch import Tensor
 
-from flowturbo_kernels._op import tensors
+from flowturbo_kernels.arguments import tensors
 
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.04, torch.float8_e4m3fn: 0.1}
 """How far latents may be apart, of what the plan has changed in the noise, by the dtype of the
