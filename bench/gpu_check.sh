@@ -180,8 +180,8 @@ import sys
 from pathlib import Path
 from flowturbo.evaluation.latency import Bench, bench
 model, folder, plan, repeats, batch = sys.argv[1:]
-sizes = (int(batch),)
-print(bench(Bench(model, (plan,), sizes, repeats=int(repeats), profile=Path(folder))))' \
+what = dict(model=model, plans=(plan,), batch_sizes=(int(batch),))
+print(bench(Bench(**what, repeats=int(repeats), profile=Path(folder))))' \
         "${FLOWTURBO_BENCH_MODEL:-SiT-XL/2}" "$logs/profile" "${plans%% *}" \
         "${FLOWTURBO_BENCH_ROUNDS:-5}" "$1"
 }
