@@ -118,11 +118,12 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     if not refined:
         return ["No plan here has refiner steps."]
     lines = [
-        "Each plan with refiner steps is compared with the best plan without: at most at the same "
-        "cost plus 3 %; the same, among plans of Heun and pseudo-corrector steps alone; at most at "
-        "its cost rounded up to whole predictor calls; and at most at the same milliseconds plus "
-        "3 %. Better and worse mean by more than two standard errors of the difference "
-        f"(jackknife over {BLOCKS} blocks of images, the same noise for both)."
+        "Each plan with refiner steps is compared with the best plan without them that costs no "
+        "more (plus 3 %); with the best such plan of Heun and pseudo-corrector steps alone; with "
+        "the best whose cost is at most its own rounded up to whole predictor calls; and with the "
+        "best that takes no more milliseconds (plus 3 %). Better and worse mean by more than two "
+        f"standard errors of the difference (jackknife over {BLOCKS} blocks of images, the same "
+        "noise for both)."
     ]
     for quality, title in MEASURES.items():
         columns = []
