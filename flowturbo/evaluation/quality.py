@@ -85,7 +85,8 @@ class Evaluate:
     Writes a table (Markdown and JSON) and a plot. The defaults take about 20 minutes on two idle
     cores. Other work on the machine makes the milliseconds meaningless.
 
-    To compute FID for a model of any kind of images, use `flowturbo fid`.
+    To compute FID for images of any kind, use `flowturbo fid`. Its former name, this command
+    with --metrics, still works.
     """
 
     out: Path = Path("evaluation")
