@@ -142,11 +142,11 @@ def test_damaged_and_foreign_files_are_refused(files, tmp_path):
     stored.write_bytes(
         (tmp_path / "b" / "features" / "samples" / "00000000.safetensors").read_bytes()
     )
-    with pytest.raises(ValueError, match="is of an evaluation with other settings"):
+    with pytest.raises(ValueError, match=r"00000000\.safetensors was made with other settings"):
         fidelity(settings(files, tmp_path / "a"), RandomNetwork())
     stored.write_bytes(whole[:-1] + b"x")
     with pytest.raises(CheckpointError, match="damaged"):
         fidelity(settings(files, tmp_path / "a"), RandomNetwork())
     (tmp_path / "a" / "report.json").write_text('{"format": 1}')
-    with pytest.raises(ValueError, match="holds no report of an evaluation"):
+    with pytest.raises(ValueError, match="holds no results of an evaluation"):
         fidelity(settings(files, tmp_path / "a"), RandomNetwork())

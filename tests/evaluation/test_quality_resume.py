@@ -12,7 +12,6 @@ import flowturbo.evaluation.quality as module
 from flowturbo.evaluation.quality import evaluate
 from flowturbo.evaluation.velocity import InspectVelocity, inspect_velocity
 from flowturbo.models.checkpoint import save_sit
-from flowturbo.storage.files import CheckpointError
 
 
 def test_killed_evaluation_goes_on(models, measured, tmp_path, monkeypatch, no_plot):
@@ -94,9 +93,7 @@ def test_another_model_under_the_same_name_is_refused(models, tmp_path, no_plot)
     with pytest.raises(ValueError, match=r"model\.predictor_sha256 was"):
         evaluate(these)
     (these.out / "quality.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"fine\.safetensors belongs to an evaluation with other settings"
-    ):
+    with pytest.raises(ValueError, match=r"fine\.safetensors was made with other settings"):
         evaluate(these)
 
 
