@@ -17,11 +17,8 @@ from prompt_models import KINDS, NETWORKS, conditioning
 from torch import nn
 
 import flowturbo as ft
-from flowturbo.models.text_to_image import PromptNetwork
+from flowturbo.models.text_to_image import PromptNetwork, check_refiner
 from flowturbo.storage.files import CheckpointError
-
-# Refiners.
-
 
 SD15 = dict(
     sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
@@ -86,13 +83,10 @@ def test_a_new_refiner_passes_the_velocity_on_and_lives_in_a_folder(kind, depth,
     with torch.no_grad():
         assert PromptNetwork(refiner)(x, torch.tensor([0.2, 0.9]), {**c, **more}, v).eq(0).all()
     refiner.save_pretrained(tmp_path)
-    assert (
-        ft.models.prompted.check_refiner(tmp_path, teacher).config.in_channels
-        == 2 * teacher.config.in_channels
-    )
+    assert check_refiner(tmp_path, teacher).config.in_channels == 2 * teacher.config.in_channels
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointError, match=r"refiner .* can't be read"):
-        ft.models.prompted.check_refiner(tmp_path, teacher)
+        check_refiner(tmp_path, teacher)
 
 
 def test_refiners_that_do_not_fit_are_refused():
