@@ -131,9 +131,6 @@ def test_a_refiner_beside_flux_reads_packed_latents_and_its_guidance():
     assert_close(latents, x, 2e-5)
 
 
-# The rest of what pipelines do.
-
-
 @pytest.mark.parametrize("kind", ["StableDiffusion3", "Flux"])
 def test_image_to_image_enters_in_the_middle(kind):
     maker = sd3 if kind == "StableDiffusion3" else flux
@@ -265,9 +262,6 @@ def test_summary_tells_plan_calls_and_milliseconds():
     assert "10 predictor calls so far, " in text
     assert " ms each" in text
     ft.restore(pipe)
-
-
-# Fused adaLN and captures.
 
 
 @pytest.mark.parametrize(

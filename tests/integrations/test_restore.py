@@ -45,9 +45,6 @@ def test_a_saved_pipeline_loads_as_a_stock_one_and_one_loads_with_the_plan(tmp_p
     assert_close(call(third), planned, 1e-6)
 
 
-# In and out.
-
-
 def attributes(pipe: Any) -> dict[str, Any]:
     """Of the pipeline and of every module in it, without what was there before."""
     everything = {

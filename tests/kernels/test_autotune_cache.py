@@ -15,8 +15,6 @@ from flowturbo_kernels import BackendError, _cache, _choices, _tune
 from flowturbo_kernels._measure import Timing
 from flowturbo_kernels._tune import Candidates
 
-# What is kept
-
 
 class OutOfResources(Exception):
     """As Triton's, which need not be there."""
@@ -107,9 +105,6 @@ def test_what_was_raised_is_not_held(machine, monkeypatch):
         return Timing(5.0, True)
 
     assert fastest("op 1", {"a": fails, "b": succeeds}) == "b"
-
-
-# The file, and who else writes it
 
 
 def damaged(machine) -> dict[str, bytes]:

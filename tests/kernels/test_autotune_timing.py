@@ -11,8 +11,6 @@ from fake_machine import GPU
 from flowturbo_kernels import _measure
 from flowturbo_kernels._measure import Timing
 
-# Timing
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_copies_have_values_strides_and_alignment(dtype):

@@ -131,9 +131,6 @@ def test_threads_that_ask_together_measure_once(machine):
     assert log == ["a", "b"]
 
 
-# What was chosen
-
-
 def test_what_was_chosen_is_said_and_nothing_measured_for_it(machine):
     log: list[str] = []
     candidates = Candidates(("op 1",), timed(log, a=3.0, b=1.0), GPU)
@@ -153,9 +150,6 @@ def test_why_names_the_one_that_runs(machine, monkeypatch):
     with _op.use_backend("triton"):
         assert linear.why(x, weight, bias) == ("torch", {})
         assert linear.why(x, weight, bias) == ("triton", {})
-
-
-# What a key holds of a tensor
 
 
 def test_form_tells_what_kernels_go_by():

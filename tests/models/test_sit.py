@@ -109,8 +109,6 @@ def test_the_number_of_heads_matters():
     assert relative_error(other(*batch), model(*batch)) > 1e-3
 
 
-# Sizes.
-
 PUBLISHED = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
@@ -202,9 +200,6 @@ def test_sizes_that_do_not_fit_are_refused(change, message):
     sizes = dict(hidden=96, depth=3, heads=4, patch=2, side=8)
     with pytest.raises(ValueError, match=message):
         SiTConfig(**{**sizes, **change})
-
-
-# Positions, first weights, cost.
 
 
 @pytest.mark.parametrize("hidden, side", [(8, 1), (8, 3), (72, 4), (1152, 16)])

@@ -51,9 +51,6 @@ def test_first_weights():
             assert float(weight.abs().max()) <= math.sqrt(3) * wanted * (1 + 1e-6)
 
 
-# Each weight is held once.
-
-
 @pytest.mark.parametrize("config", list(ALL.values())[:4], ids=list(ALL)[:4])
 def test_a_built_model_holds_the_given_tensors(config):
     state = {k: v.clone() for k, v in random_sit(config, 15).state_dict().items()}

@@ -98,9 +98,6 @@ def loop(
     return x
 
 
-# The networks.
-
-
 def test_packing_is_diffusers_own():
     x = torch.randn(2, 3, 8, 12)
     tokens = packed(x)

@@ -136,9 +136,6 @@ def test_pixels_and_diffusers_are_both_vaes(folder: Path) -> None:
     assert isinstance(load_vae(folder, CPU, torch.float32), VAE)
 
 
-# Kernels in the decoder
-
-
 def test_every_norm_that_silu_follows_is_fused_in_this_instance_only(folder: Path) -> None:
     from diffusers import AutoencoderKL
 
@@ -181,9 +178,6 @@ def test_norms_that_other_activations_follow_are_left_alone() -> None:
     before = network.decode(z).sample.detach()
     fuse(network)
     assert relative_error(network.decode(z).sample.detach(), before) < 1e-6
-
-
-# Slices
 
 
 def peak_of(limit: int, sizes: list[int]):

@@ -154,9 +154,6 @@ def test_what_was_downloaded_before_needs_no_network(
     assert torch.equal(got, expected)
 
 
-# The tiny autoencoder
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random AutoencoderTiny as save_pretrained writes it: 4 channels, an eighth of the side, as

@@ -28,9 +28,6 @@ class Blocks(Pixels):
         return super().decode(latents.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
-# Editing
-
-
 @pytest.mark.parametrize("plan", ["H1P2R1", "P2", "C3", "E4"])
 def test_an_edit_is_the_whole_plan_from_the_path_on(plan):
     """By hand: a plain function, on a clock that starts at 0, integrates the same equation."""

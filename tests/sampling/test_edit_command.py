@@ -12,8 +12,6 @@ from flowturbo.cli.main import main
 from flowturbo.storage.files import CheckpointError
 from flowturbo.storage.images import box_mask, read_mask, read_npz, read_transparency
 
-# Files
-
 
 def test_the_command_edits_and_inpaints_an_npz(tmp_path, capsys):
     assert main(["sample", "--num", "3", "--plan", "H1P1R1", "--out", str(tmp_path / "d.npz")]) == 0
@@ -80,7 +78,7 @@ def test_the_command_takes_image_files_of_any_size_and_masks_of_theirs(tmp_path,
     assert inpaint(tmp_path / "a.png", "--mask", tmp_path / "wrong.png") == 2
     assert "must have the size of" in capsys.readouterr().err
     assert inpaint(tmp_path / "a.png") == 2
-    assert "mask or box must say what to make anew" in capsys.readouterr().err
+    assert "mask or box must be given" in capsys.readouterr().err
     clear = picture.convert("RGBA")
     clear.paste((0, 0, 0, 0), (20, 0, 40, 30))
     clear.save(tmp_path / "clear.png")

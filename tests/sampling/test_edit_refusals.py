@@ -12,8 +12,6 @@ from tiny import tiny_model
 import flowturbo as ft
 from flowturbo.sampling.edit import edit_job
 
-# Refusals
-
 
 @pytest.mark.parametrize(
     "arguments, kind, said",

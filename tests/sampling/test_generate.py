@@ -274,7 +274,7 @@ def test_the_command_makes_sets_proves_them_and_joins_them(
     ).numpy()
     digest = hashlib.sha256(expected.tobytes()).hexdigest()
     assert (
-        "cfg1.5: 21 images by E1 (1 predictor and 0 refiner calls), each once and whole in 3 "
+        "cfg1.5: 21 images by E1 (1 predictor and 0 refiner calls), complete in 3 "
         f"shards, images_sha256 {digest}"
     ) in capsys.readouterr().out
     assert verify(out)["about"] == {
@@ -286,7 +286,7 @@ def test_the_command_makes_sets_proves_them_and_joins_them(
     }
     assert main(["verify", str(out), "--npz", str(tmp_path / "all.npz")]) == 0
     assert (
-        f"all.npz: images 0 to 20, each once and whole in 3 shards, images_sha256 {digest}"
+        f"all.npz: images 0 to 20, complete in 3 shards, images_sha256 {digest}"
         in capsys.readouterr().out
     )
     with np.load(tmp_path / "all.npz") as arrays:

@@ -32,8 +32,7 @@ def test_two_processes_make_the_set_of_one(larger_set: Path, tmp_path: Path) -> 
     assert process.returncode == 0, said
     assert (
         said.count(
-            f"set: {NUM} images by H1P2 (4 predictor and 0 refiner calls), each once and whole in "
-            "12 shards"
+            f"set: {NUM} images by H1P2 (4 predictor and 0 refiner calls), complete in 12 shards"
         )
         == 1
     )

@@ -125,7 +125,7 @@ def test_a_set_knows_its_networks_and_its_text_encoders(
     (tmp_path / "images-00001-of-00003.npz").unlink()
     for name, network in (
         ("predictor", model.predictor),
-        ("text_encoders", model.pipe.text_encoder_2),
+        ("text_encoders.text_encoder_2", model.pipe.text_encoder_2),
         ("vae", model.pipe.vae),
     ):
         assert isinstance(network, nn.Module)
@@ -196,7 +196,7 @@ def test_the_command_reads_a_prompt_a_line(
     manifest = made(models["sd3"], tmp_path / "set", repeated)
     assert arrays(out)["labels"].tolist() == repeated
     said = (
-        "coco: 5 images by H1 (2 predictor and 0 refiner calls), each once and whole in 3 "
+        "coco: 5 images by H1 (2 predictor and 0 refiner calls), complete in 3 "
         "shards, images_sha256 "
     )
     assert said + manifest["images_sha256"] in capsys.readouterr().out

@@ -25,8 +25,6 @@ from flowturbo.storage.files import (
     write_text,
 )
 
-# Writing: whole or absent.
-
 
 def test_a_written_file_is_whole(tmp_path):
     path = tmp_path / "new" / "folder" / "a.bin"
@@ -110,8 +108,6 @@ def test_relative_paths(tmp_path, monkeypatch):
     assert torch.equal(load_tensors("b.safetensors")[0]["x"], torch.ones(2))
     assert sorted(os.listdir()) == ["a.txt", "b.safetensors"]
 
-
-# Our own files of tensors.
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),

@@ -25,8 +25,6 @@ from flowturbo.storage.files import (
     load_torch_file,
 )
 
-# Pickles of others.
-
 
 class Calls:
     """Unpickles as function(*args)."""
