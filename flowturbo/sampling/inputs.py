@@ -77,9 +77,10 @@ def _labels(labels: Any, num_classes: int) -> Tensor:
             f"labels must be a list of at least one class number, got shape {tuple(classes.shape)}"
         )
     classes = classes.to(torch.int64)
-    outside = classes[(classes < 0) | (classes >= num_classes)]  # synchronises once
-    if len(outside):
-        raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {int(outside[0])}")
+    # One copy to the host: asking a device for each label would wait for it as many times.
+    outside = [label for label in classes.tolist() if not 0 <= label < num_classes]
+    if outside:
+        raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {outside[0]}")
     return classes
 
 
