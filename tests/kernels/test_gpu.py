@@ -308,9 +308,9 @@ def test_images_are_decoded_inside_the_graph():
 
 def test_a_capture_inside_the_callers_own_is_not_made():
     m = model(CONFIG, "cuda", None)
-    noise = torch.randn(2, *m.latent_shape, device="cuda")
-    labels = torch.tensor([1, 2], device="cuda")
+    noise, labels = torch.randn(2, *m.latent_shape), torch.tensor([1, 2])
     expected = ft.sample(m, "E2", labels, noise=noise, callback=lambda info: None)
+    noise, labels = noise.cuda(), labels.cuda()
     graph = torch.cuda.CUDAGraph()
     job = Job.of(m, ft.Plan.parse("E2"), 1.0, None, "latents", torch.float32)
     with torch.no_grad(), torch.cuda.graph(graph):
