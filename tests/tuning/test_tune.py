@@ -21,13 +21,12 @@ from flowturbo.tuning.cost import CostModel, call_costs, step_costs
 from flowturbo.tuning.report import against
 
 
-@pytest.mark.parametrize("budget", [0.4, 1.0, 2.3, 3.0])
+@pytest.mark.parametrize("budget", [0.4, 2.3])
 def test_every_plan_that_is_tried_keeps_to_the_budget(budget):
     model = tiny_model()
     cost_model = CostModel(call_costs(model), budget)
-    tried = search.affordable(cost_model, True, [(0.0, 1.0), (0.2, 0.8)]) + tune.published(
-        cost_model, True
-    )
+    sequences = search.affordable(cost_model, True, [(0.0, 1.0), (0.2, 0.8)])
+    tried = sequences + tune.published(cost_model, True)
     share = model.macs[1] / model.macs[0]
     for plan in tried:
         calls = plan.cost
@@ -35,8 +34,7 @@ def test_every_plan_that_is_tried_keeps_to_the_budget(budget):
         halves += share * (calls.guided_refiner + calls.refiner)
         assert halves / 2 <= budget + 1e-6, plan
     assert bool(tried) == (budget >= 1)
-    letters = [plan.letters for plan in search.affordable(cost_model, True, [(0.0, 1.0)])]
-    assert len(letters) == len(set(letters))
+    assert len(sequences) == len({(plan.letters, plan.guidance_interval) for plan in sequences})
 
 
 def test_prices_are_those_of_the_calls_that_a_plan_makes():
