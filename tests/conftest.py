@@ -32,17 +32,6 @@ def nothing_that_cuda_forbids() -> Iterator[None]:
         pytest.fail("what CUDA forbids was done:\n" + "\n".join(done))
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Products of tiny matrices gain nothing from threads, and sums in another order would not be
-    equal to the last bit.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def pipeline_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small text-to-image pipeline of each kind, saved: 2rf, sd3 and flux."""

@@ -222,7 +222,7 @@ def run_example(block: Block, page: Path, names: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, pipeline_folders, one_thread) -> Path:
+def folder(tmp_path, monkeypatch, pipeline_folders) -> Path:
     """The working folder, with small files under published names. Inception is a small random
     network, and long work is short.
     """
