@@ -1,4 +1,5 @@
-// A capture under way: shared by the runtime's section, which begins and ends it, and the record of work.
+// A capture under way: shared by the runtime's section, which begins and ends it, and the record of
+// work.
 #pragma once
 #include <pthread.h>
 

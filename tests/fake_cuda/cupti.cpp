@@ -20,8 +20,14 @@ FINE(cuptiFinalize)
 FINE(cuptiSubscribe)
 FINE(cuptiUnsubscribe)
 
-API int cuptiActivityGetNextRecord(...) { return 12; }  // CUPTI_ERROR_MAX_LIMIT_REACHED: there is none
-API int cuptiActivityGetNumDroppedRecords(void*, unsigned, std::size_t* dropped) { return *dropped = 0, 0; }
+API int cuptiActivityGetNextRecord(...) {
+    return 12;
+}  // CUPTI_ERROR_MAX_LIMIT_REACHED: there is none
+API int cuptiActivityGetNumDroppedRecords(void*, unsigned, std::size_t* dropped) {
+    return *dropped = 0, 0;
+}
 API int cuptiGetVersion(unsigned* version) { return *version = 130000, 0; }
-API int cuptiGetResultString(int, const char** text) { return *text = "a result of the stand-in for CUPTI", 0; }
+API int cuptiGetResultString(int, const char** text) {
+    return *text = "a result of the stand-in for CUPTI", 0;
+}
 API int cuptiGetCallbackName(unsigned, unsigned, const char** name) { return *name = "?", 0; }

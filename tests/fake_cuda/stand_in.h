@@ -1,4 +1,5 @@
-// What the sections of the stand-in share: one device's properties, streams and captures, launches, and what CUDA forbids.
+// What the sections of the stand-in share: one device's properties, streams and captures, launches,
+// and what CUDA forbids.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,7 +14,8 @@ namespace fake {
 struct Device {
     const char* key;  // as FAKE_CUDA names it
     const char* name;
-    int major, minor, multiprocessors, memory_mib, l2_mib, shared_optin, shared_multiprocessor, threads_multiprocessor;
+    int major, minor, multiprocessors, memory_mib, l2_mib, shared_optin, shared_multiprocessor,
+        threads_multiprocessor;
     int clock_khz, memory_khz, bus_bits;
 };
 const Device& device();
@@ -32,11 +34,13 @@ void violation(const std::string& what);
 enum class Work { kernel, copy, fill, host };
 void submit(Work kind, const std::string& name, void* stream);
 
-// Captures, by the rules of "CUDA Graphs, prohibited and unhandled operations" in the programming guide.
+// Captures, by the rules of "CUDA Graphs, prohibited and unhandled operations" in the programming
+// guide.
 enum class Mode { global, thread_local_, relaxed };
 Mode exchange_mode(Mode mode);
 bool capturing(void* stream);
-// A call that may not be made now: `unsafe` ones by the modes of captures under way, `whole` ones (of the device) by any capture.
+// A call that may not be made now: `unsafe` ones by the modes of captures under way, `whole` ones
+// (of the device) by any capture.
 bool forbidden_unsafe(const char* call);
 bool forbidden_whole(const char* call);
 void invalidate(void* stream, const std::string& why);
@@ -47,7 +51,7 @@ struct Shape {
     std::size_t shared;
 };
 struct Limits {
-    int registers = 0;      // a thread; 0: not known
+    int registers = 0;  // a thread; 0: not known
     int most_threads = 1024;
     std::size_t static_shared = 0, dynamic_shared = 48 << 10;
 };
@@ -62,7 +66,8 @@ bool pinned(const void* memory);
 void pin(void* memory, std::size_t bytes);
 bool unpin(void* memory);
 std::size_t used_memory();
-// Neither writes much to the device: weights of which nothing is computed would only fill the host's memory.
+// Neither writes much to the device: weights of which nothing is computed would only fill the
+// host's memory.
 void fill(void* to, int value, std::size_t bytes);
 void copy(void* to, const void* from, std::size_t bytes);
 

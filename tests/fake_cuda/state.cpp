@@ -1,4 +1,5 @@
-// The device that is none: memory, streams, captures, launch limits, and the record of what was done.
+// The device that is none: memory, streams, captures, launch limits, and the record of what was
+// done.
 #include "stand_in.h"
 
 #include <cxxabi.h>
@@ -25,11 +26,15 @@ std::recursive_mutex mutex;
 // ---- devices
 
 static const Device DEVICES[] = {
-    // key, name, capability, multiprocessors, MiB, L2, shared memory (block, multiprocessor), threads, kHz, kHz, bits
-    {"H100", "NVIDIA H100 80GB HBM3", 9, 0, 132, 81559, 50, 232448, 233472, 2048, 1980000, 2619000, 5120},
+    // key, name, capability, multiprocessors, MiB, L2, shared memory (block, multiprocessor),
+    // threads, kHz, kHz, bits
+    {"H100", "NVIDIA H100 80GB HBM3", 9, 0, 132, 81559, 50, 232448, 233472, 2048, 1980000, 2619000,
+     5120},
     {"H200", "NVIDIA H200", 9, 0, 132, 143771, 50, 232448, 233472, 2048, 1980000, 3201000, 6144},
-    {"A100", "NVIDIA A100-SXM4-80GB", 8, 0, 108, 81920, 40, 166912, 167936, 2048, 1410000, 1593000, 5120},
-    {"RTX4090", "NVIDIA GeForce RTX 4090", 8, 9, 128, 24564, 72, 101376, 102400, 1536, 2520000, 10501000, 384},
+    {"A100", "NVIDIA A100-SXM4-80GB", 8, 0, 108, 81920, 40, 166912, 167936, 2048, 1410000, 1593000,
+     5120},
+    {"RTX4090", "NVIDIA GeForce RTX 4090", 8, 9, 128, 24564, 72, 101376, 102400, 1536, 2520000,
+     10501000, 384},
 };
 
 const Device& device() {
@@ -52,7 +57,8 @@ static std::atomic<std::size_t> memory_limit{0};
 std::size_t total_memory() {
     if (!memory_limit) {
         const char* mib = getenv("FAKE_CUDA_MEMORY");
-        memory_limit = (mib ? strtoull(mib, nullptr, 10) : (unsigned long long)device().memory_mib) << 20;
+        memory_limit = (mib ? strtoull(mib, nullptr, 10) : (unsigned long long)device().memory_mib)
+                       << 20;
     }
     return memory_limit;
 }
@@ -96,8 +102,7 @@ static int copied_out(const std::string& text, char* out, int size) {
     return (int)text.size() + 1;
 }
 
-template <class List>
-static std::string joined(const List& list) {
+template <class List> static std::string joined(const List& list) {
     std::string text;
     for (const auto& line : list) text += demangled(line) + "\n";
     return text;
@@ -139,7 +144,9 @@ bool forbidden_unsafe(const char* call) {
         const bool by_another = c->mode == Mode::global && thread_mode == Mode::global;
         const bool by_itself = mine(*c) && c->mode != Mode::relaxed;
         if (by_another || by_itself) {
-            break_capture(*c, std::string(call) + (mine(*c) ? "" : ", by another thread,") + " while it is under way");
+            break_capture(
+                *c, std::string(call) + (mine(*c) ? "" : ", by another thread,") +
+                        " while it is under way");
             return true;
         }
     }
@@ -148,14 +155,16 @@ bool forbidden_unsafe(const char* call) {
 
 bool forbidden_whole(const char* call) {
     Lock lock;
-    for (auto& [stream, c] : captures) break_capture(*c, std::string(call) + " of the device while it is under way");
+    for (auto& [stream, c] : captures)
+        break_capture(*c, std::string(call) + " of the device while it is under way");
     return !captures.empty();
 }
 
 bool begin_capture(void* stream, Mode mode) {
     Lock lock;
     if (!stream || capturing(stream)) return false;
-    captures[stream] = std::make_shared<Capture>(Capture{next_capture++, mode, pthread_self(), stream});
+    captures[stream] =
+        std::make_shared<Capture>(Capture{next_capture++, mode, pthread_self(), stream});
     return true;
 }
 
@@ -163,10 +172,13 @@ std::shared_ptr<Capture> end_capture(void* stream) {
     Lock lock;
     auto c = capture_of(stream);
     if (!c) return nullptr;
-    if (!mine(*c) && c->mode != Mode::relaxed) break_capture(*c, "it is ended by another thread than began it");
+    if (!mine(*c) && c->mode != Mode::relaxed)
+        break_capture(*c, "it is ended by another thread than began it");
     if (stream != c->origin) break_capture(*c, "it is ended on another stream than it began on");
-    if (!c->unjoined.empty()) break_capture(*c, "work that it forked to another stream is not joined");
-    for (auto it = captures.begin(); it != captures.end();) it = it->second == c ? captures.erase(it) : std::next(it);
+    if (!c->unjoined.empty())
+        break_capture(*c, "work that it forked to another stream is not joined");
+    for (auto it = captures.begin(); it != captures.end();)
+        it = it->second == c ? captures.erase(it) : std::next(it);
     last_capture = c->nodes;
     if (loud()) fprintf(stderr, "[fake_cuda] captured %zu nodes\n", c->nodes.size());
     return c;
@@ -182,7 +194,10 @@ void join_capture(void* stream, const std::shared_ptr<Capture>& c) {
 void submit(Work kind, const std::string& name, void* stream) {
     Lock lock;
     auto c = capture_of(stream);
-    if (loud()) fprintf(stderr, "[fake_cuda] %s on %p%s\n", demangled(name).c_str(), stream, c ? " (captured)" : "");
+    if (loud())
+        fprintf(
+            stderr, "[fake_cuda] %s on %p%s\n", demangled(name).c_str(), stream,
+            c ? " (captured)" : "");
     if (c) {
         c->nodes.push_back(name);
         if (stream != c->origin) c->unjoined.insert(stream);
@@ -194,7 +209,9 @@ void submit(Work kind, const std::string& name, void* stream) {
     }
     for (auto& [other, under_way] : captures)
         if (mine(*under_way)) {
-            violation(demangled(name) + " is launched on another stream than the one that this thread captures");
+            violation(
+                demangled(name) +
+                " is launched on another stream than the one that this thread captures");
             return;
         }
 }
@@ -210,12 +227,16 @@ std::string misfit(const Shape& s, const Limits& limits) {
     if (s.grid_z > 65535) return wrong("grid z", s.grid_z, 65535);
     if (s.block_z > 64) return wrong("block z", s.block_z, 64);
     if (threads > 1024) return wrong("threads a block", threads, 1024);
-    if (threads > (unsigned)limits.most_threads) return wrong("threads of this kernel", threads, limits.most_threads);
-    const unsigned long long warps = (threads + 31) / 32, registers = (limits.registers + 7) / 8 * 8 * 32 * warps;
+    if (threads > (unsigned)limits.most_threads)
+        return wrong("threads of this kernel", threads, limits.most_threads);
+    const unsigned long long warps = (threads + 31) / 32,
+                             registers = (limits.registers + 7) / 8 * 8 * 32 * warps;
     if (registers > 65536) return wrong("registers a block", registers, 65536);
-    if (s.shared > limits.dynamic_shared) return wrong("dynamic shared memory", s.shared, limits.dynamic_shared);
+    if (s.shared > limits.dynamic_shared)
+        return wrong("dynamic shared memory", s.shared, limits.dynamic_shared);
     const std::size_t shared = s.shared + limits.static_shared;
-    if (shared > (std::size_t)device().shared_optin) return wrong("shared memory", shared, device().shared_optin);
+    if (shared > (std::size_t)device().shared_optin)
+        return wrong("shared memory", shared, device().shared_optin);
     return "";
 }
 
@@ -237,7 +258,8 @@ static bool within(const std::map<uintptr_t, std::size_t>& ranges, const void* m
 void* allocate(std::size_t bytes) {
     Lock lock;
     if (used + bytes > total_memory()) return nullptr;
-    void* got = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* got = mmap(
+        nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (got == MAP_FAILED) return nullptr;
     device_memory[(uintptr_t)got] = bytes;
     used += bytes;
@@ -322,7 +344,8 @@ API void* dlsym(void* handle, const char* name) {
     return real(handle, name);
 }
 
-// ---- what tests ask (tests/fake_cuda/__init__.py). Texts: lines; the size that is needed is returned, and if it fits they are drained.
+// ---- what tests ask (tests/fake_cuda/__init__.py). Texts: lines; the size that is needed is
+// returned, and if it fits they are drained.
 
 API int fake_cuda_version() { return 1; }
 API int fake_cuda_violations(char* out, int size) {

@@ -24,29 +24,44 @@ bool alive(void* stream, const char* call) {
     fake::violation(std::string(call) + " of a stream that was destroyed");
     return false;
 }
-API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) { return *stream = (cudaStream_t)fake::new_handle(), cudaSuccess; }
-API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreateWithPriority(stream, 0, 0); }
-API cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
+API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
+    return *stream = (cudaStream_t)fake::new_handle(), cudaSuccess;
+}
+API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+    return cudaStreamCreateWithPriority(stream, 0, 0);
+}
+API cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+    return cudaStreamCreateWithPriority(stream, 0, 0);
+}
 API cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     Lock lock;
     fake::invalidate(stream, "its stream is destroyed");
     destroyed.insert(stream);
     return cudaSuccess;
 }
-API cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) { return *priority = 0, cudaSuccess; }
+API cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) {
+    return *priority = 0, cudaSuccess;
+}
 API cudaError_t cudaStreamQuery(cudaStream_t stream) {
     if (!alive(stream, "cudaStreamQuery")) return result(cudaErrorInvalidResourceHandle);
-    if (fake::capturing(stream)) return fake::invalidate(stream, "its stream is queried"), result(UNSUPPORTED);
+    if (fake::capturing(stream))
+        return fake::invalidate(stream, "its stream is queried"), result(UNSUPPORTED);
     return cudaSuccess;
 }
 API cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     if (!alive(stream, "cudaStreamSynchronize")) return result(cudaErrorInvalidResourceHandle);
-    if (fake::capturing(stream)) return fake::invalidate(stream, "its stream is waited for by the host"), result(UNSUPPORTED);
+    if (fake::capturing(stream))
+        return fake::invalidate(stream, "its stream is waited for by the host"),
+               result(UNSUPPORTED);
     return fake::forbidden_unsafe("cudaStreamSynchronize") ? result(UNSUPPORTED) : cudaSuccess;
 }
-API cudaError_t cudaDeviceSynchronize() { return fake::forbidden_whole("cudaDeviceSynchronize") ? result(UNSUPPORTED) : cudaSuccess; }
-API cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t call, void* data, unsigned) {
-    if (fake::capturing(stream)) return fake::invalidate(stream, "cudaStreamAddCallback"), result(UNSUPPORTED);
+API cudaError_t cudaDeviceSynchronize() {
+    return fake::forbidden_whole("cudaDeviceSynchronize") ? result(UNSUPPORTED) : cudaSuccess;
+}
+API cudaError_t
+cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t call, void* data, unsigned) {
+    if (fake::capturing(stream))
+        return fake::invalidate(stream, "cudaStreamAddCallback"), result(UNSUPPORTED);
     return call(stream, cudaSuccess, data), cudaSuccess;
 }
 API cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t call, void* data) {
@@ -55,7 +70,8 @@ API cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t call, void*
     return cudaSuccess;
 }
 
-// ---- events. Times are of a clock that goes on by a step at each record: no figure means anything.
+// ---- events. Times are of a clock that goes on by a step at each record: no figure means
+// anything.
 
 struct Event {
     std::shared_ptr<fake::Capture> capture;  // in which it was recorded
@@ -66,9 +82,12 @@ struct Event {
 };
 static std::map<void*, Event> events;
 static double now = 0;
-static const double STEP = 5;  // a warm-up of 25 ms and 100 ms of repeats, as benchmarks take them, are then a few calls
+static const double STEP =
+    5;  // a warm-up of 25 ms and 100 ms of repeats, as benchmarks take them, are then a few calls
 
-API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *event = (cudaEvent_t)fake::new_handle(), cudaSuccess; }
+API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+    return *event = (cudaEvent_t)fake::new_handle(), cudaSuccess;
+}
 API cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
 API cudaError_t cudaEventDestroy(cudaEvent_t event) {
     Lock lock;
@@ -82,12 +101,15 @@ API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     events[event] = {capture, stream, capture ? capture->nodes.size() : 0, now += STEP, true};
     return cudaSuccess;
 }
-API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) { return cudaEventRecord(event, stream); }
+API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
+    return cudaEventRecord(event, stream);
+}
 static bool captured(cudaEvent_t event) {
     Lock lock;
     auto it = events.find(event);
     if (it == events.end() || !it->second.capture) return false;
-    fake::invalidate(it->second.stream, "an event that was recorded in it is asked for by the host");
+    fake::invalidate(
+        it->second.stream, "an event that was recorded in it is asked for by the host");
     return true;
 }
 API cudaError_t cudaEventQuery(cudaEvent_t event) {
@@ -100,7 +122,8 @@ API cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 }
 API cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
     Lock lock;
-    if (!events[from].recorded || !events[to].recorded) return result(cudaErrorInvalidResourceHandle);
+    if (!events[from].recorded || !events[to].recorded)
+        return result(cudaErrorInvalidResourceHandle);
     *milliseconds = float(events[to].milliseconds - events[from].milliseconds);
     return cudaSuccess;
 }
@@ -108,7 +131,8 @@ API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsi
     if (!alive(stream, "cudaStreamWaitEvent")) return result(cudaErrorInvalidResourceHandle);
     Lock lock;
     auto it = events.find(event);
-    if (it == events.end() || !it->second.recorded) return cudaSuccess;  // never recorded: nothing to wait for
+    if (it == events.end() || !it->second.recorded)
+        return cudaSuccess;  // never recorded: nothing to wait for
     auto mine = fake::capture_of(stream), theirs = it->second.capture;
     const bool under_way = theirs && fake::capture_of(theirs->origin) == theirs;
     if (mine && theirs != mine) {
@@ -124,15 +148,18 @@ API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsi
 
 static cudaStreamCaptureStatus status_of(void* stream) {
     auto capture = fake::capture_of(stream);
-    return !capture ? cudaStreamCaptureStatusNone : capture->invalid ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
+    return !capture           ? cudaStreamCaptureStatusNone
+           : capture->invalid ? cudaStreamCaptureStatusInvalidated
+                              : cudaStreamCaptureStatusActive;
 }
 API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
     Lock lock;
     return *status = status_of(stream), cudaSuccess;
 }
 API cudaError_t cudaStreamGetCaptureInfo(
-    cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t* graph, const cudaGraphNode_t** nodes,
-    const cudaGraphEdgeData** edges, size_t* count) {
+    cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
+    cudaGraph_t* graph, const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges,
+    size_t* count) {
     Lock lock;
     *status = status_of(stream);
     auto capture = fake::capture_of(stream);
@@ -149,30 +176,37 @@ API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode)
 }
 API cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
     if (!stream) return result(UNSUPPORTED);
-    return fake::begin_capture(stream, (fake::Mode)(int)mode) ? cudaSuccess : result(cudaErrorIllegalState);
+    return fake::begin_capture(stream, (fake::Mode)(int)mode) ? cudaSuccess
+                                                              : result(cudaErrorIllegalState);
 }
 
-static std::map<void*, std::shared_ptr<fake::Capture>> graphs;  // a graph's handle is its capture's address
-static std::map<void*, size_t> executables;                     // and how many nodes it has
+static std::map<void*, std::shared_ptr<fake::Capture>>
+    graphs;                                  // a graph's handle is its capture's address
+static std::map<void*, size_t> executables;  // and how many nodes it has
 
 API cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
     Lock lock;
     *graph = nullptr;
     auto capture = fake::end_capture(stream);
     if (!capture) return result(cudaErrorIllegalState);
-    if (capture->invalid) return result(capture->unjoined.empty() ? cudaErrorStreamCaptureInvalidated : cudaErrorStreamCaptureUnjoined);
+    if (capture->invalid)
+        return result(
+            capture->unjoined.empty() ? cudaErrorStreamCaptureInvalidated
+                                      : cudaErrorStreamCaptureUnjoined);
     graphs[capture.get()] = capture;
     *graph = (cudaGraph_t)capture.get();
     return cudaSuccess;
 }
-API cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+API cudaError_t
+cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
     Lock lock;
     if (!graphs.count(graph)) return result(cudaErrorInvalidValue);
     *executable = (cudaGraphExec_t)fake::new_handle();
     executables[*executable] = graphs[graph]->nodes.size();
     return cudaSuccess;
 }
-API cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags) {
+API cudaError_t
+cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags) {
     return cudaGraphInstantiateWithFlags(executable, graph, flags);
 }
 API cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
@@ -181,7 +215,8 @@ API cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream)
         fake::violation("a graph is launched after it was destroyed");
         return result(cudaErrorInvalidValue);
     }
-    fake::submit(Work::kernel, "graph of " + std::to_string(executables[executable]) + " nodes", stream);
+    fake::submit(
+        Work::kernel, "graph of " + std::to_string(executables[executable]) + " nodes", stream);
     return cudaSuccess;
 }
 API cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) { return cudaSuccess; }
@@ -198,10 +233,16 @@ API cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* c
     *count = graphs.count(graph) ? graphs[graph]->nodes.size() : 0;
     return cudaSuccess;
 }
-API cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t, cudaGraphNode_t*, cudaGraphEdgeData*, size_t* count) { return *count = 0, cudaSuccess; }
+API cudaError_t
+cudaGraphNodeGetDependencies(cudaGraphNode_t, cudaGraphNode_t*, cudaGraphEdgeData*, size_t* count) {
+    return *count = 0, cudaSuccess;
+}
 API cudaError_t cudaGraphDebugDotPrint(cudaGraph_t, const char*, unsigned) { return cudaSuccess; }
-API cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned, unsigned) { return cudaSuccess; }
-API cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void*, cudaHostFn_t, unsigned, unsigned) {
+API cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned, unsigned) {
+    return cudaSuccess;
+}
+API cudaError_t
+cudaUserObjectCreate(cudaUserObject_t* object, void*, cudaHostFn_t, unsigned, unsigned) {
     return *object = (cudaUserObject_t)fake::new_handle(), cudaSuccess;
 }
 API cudaError_t cudaUserObjectRelease(cudaUserObject_t, unsigned) { return cudaSuccess; }
