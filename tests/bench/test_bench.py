@@ -52,6 +52,7 @@ def rows(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("| ")]
 
 
+@pytest.mark.slow
 def test_kernel_benchmarks_run_and_are_tabled(tmp_path):
     report, page = tmp_path / "kernels.json", tmp_path / "RESULTS.md"
     entries = benchmarked(report, "bench/test_kernels.py")
@@ -62,6 +63,7 @@ def test_kernel_benchmarks_run_and_are_tabled(tmp_path):
     assert all(row.count("|") == found[0].count("|") for row in found)
 
 
+@pytest.mark.slow
 def test_plan_benchmarks_run_and_are_tabled(tmp_path):
     report, page = tmp_path / "plans.json", tmp_path / "RESULTS.md"
     arguments = "--rivals", "ours eager autocast", "--plans", "H2P4R2 H8", "--batches", "1 2"
@@ -79,6 +81,7 @@ def test_plan_benchmarks_run_and_are_tabled(tmp_path):
     assert all(row.count("|") == rows(plans)[0].count("|") for row in rows(plans))
 
 
+@pytest.mark.slow
 def test_rivals_and_providers_that_are_none_are_refused():
     for suite, option in (("plans", "rivals"), ("kernels", "providers")):
         command = [
@@ -97,6 +100,7 @@ def test_rivals_and_providers_that_are_none_are_refused():
         )
 
 
+@pytest.mark.slow
 def test_growth_is_measured_and_drawn(tmp_path):
     run("bench/growth.py", str(tmp_path))
     curves = json.loads((tmp_path / "growth.json").read_text())["curves"]

@@ -167,6 +167,7 @@ def test_every_rival_is_measured_by_some_part():
     )
 
 
+@pytest.mark.slow
 def test_all_parts_leave_few_files_and_a_summary_each(checkout, tmp_path):
     folder = tmp_path / "results"
     rivals = "ours ours-fp8 ours-eager eager autocast compile max-autotune plan-graph-fp8"
@@ -248,6 +249,7 @@ def check_page(page: str) -> None:
     assert "- `tests/kernels/test_gpu.py::test_wrong`: assert 1 == 2" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deaf", ["", "eager"], ids=["interrupted", "killed"])
 def test_a_stage_that_passes_its_limit_keeps_what_it_measured(checkout, tmp_path, deaf):
     """It ends in the middle of a benchmark, and what comes after it in the part is measured all the
@@ -288,6 +290,7 @@ def test_a_stage_that_passes_its_limit_keeps_what_it_measured(checkout, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_what_is_measured_again_is_replaced_and_the_rest_is_kept(checkout, tmp_path):
     check(checkout, tmp_path, "max-autotune-1", FLOWTURBO_BENCH_PLANS="H1")
     check(checkout, tmp_path, "plan-graph-1", FLOWTURBO_BENCH_PLANS="H1")
@@ -301,6 +304,7 @@ def test_what_is_measured_again_is_replaced_and_the_rest_is_kept(checkout, tmp_p
         assert any(name.endswith("max-autotune-1-ours.log") for name in archive.getnames())
 
 
+@pytest.mark.slow
 def test_a_part_resumes_from_its_own_caches_and_says_that_they_are_warm(checkout, tmp_path):
     """What another part has compiled is in none of its first images."""
     seen = []

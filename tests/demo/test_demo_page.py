@@ -225,6 +225,7 @@ def inpaint_an_image_and_a_photo(page, model: ft.FlowModel, photo: Path) -> None
     assert any(kept_outside(page, image, 3) for _ in range(TRIES))
 
 
+@pytest.mark.slow
 def test_a_visitors_way_through_the_page(model, page, tmp_path):
     labels = list(range(10))
     assert (shown(page, "sampled-a", "H1P5R3", labels) == sampled(model, "H1P5R3", labels)).all()

@@ -235,6 +235,7 @@ def kill_when_under_way(out: Path, victim: str, chance: random.Random) -> tuple[
     return process.returncode != 0, mark
 
 
+@pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize("run", range(KILL_RUNS))
 def test_kills_at_any_time_lose_nothing(

@@ -149,6 +149,7 @@ def test_a_kill_between_any_two_files_loses_nothing(tmp_path, data, when):
     )  # none is left after the log's start and three times state and model
 
 
+@pytest.mark.slow
 def test_kills_at_any_time_lose_nothing(tmp_path, data):
     """kill -9 of a real process, three times, at random moments after it has begun to learn."""
     script = tmp_path / "run.py"
