@@ -243,7 +243,15 @@ RUNNABLE = [
 ]
 
 
-@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
+LONG = {"benchmarks.md", "reproduce.md", "search.md"}
+"""Pages whose commands take the longest."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.name in LONG else []) for p in RUNNABLE],
+    ids=lambda page: page.name,
+)
 def test_every_command_and_example_runs(page, folder):
     names: dict[str, Any] = {"__name__": page.stem}
     for block in blocks(page.read_text()):

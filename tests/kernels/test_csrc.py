@@ -264,6 +264,7 @@ def test_cuda_on_cpu_tensors_is_refused_by_name():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_no_kernel_spills(arch, tmp_path):
     """ptxas tells registers and spills of every instance."""

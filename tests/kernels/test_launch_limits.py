@@ -212,6 +212,7 @@ def instances(names: set[str], arch: str, folder: Path) -> dict[str, list[tuple[
     return by_name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("walk", WALKS)
 def test_every_block_of_csrc_fits_a_multiprocessor(walk, launched, tmp_path):
     requests = asked_for(WALKS[walk], launched)

@@ -79,7 +79,11 @@ def test_a_kernel_errs_as_torch_does(name, index, device):
 
 
 @pytest.mark.parametrize("layout", ["every other", "axes turned", "rows repeated"])
-@pytest.mark.parametrize("name, index", TRITON)
+@pytest.mark.parametrize(
+    "name, index",
+    # Two sizes of each operation always, the others with the slow tests.
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[1] > 1 else []) for case in TRITON],
+)
 def test_strides_change_nothing(name, index, layout, device):
     def change(t: Tensor) -> Tensor:
         t = t.to(device)
