@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..models.flow_model import FlowModel
 from ..models.load import load, model_digests
 from ..runtime.device import choose_device
 from ..solver.plan import as_plan
-from ..storage.files import write_text
+from ..storage.files import write_json, write_text
 from ..storage.provenance import environment
 from ..storage.resume import resumed_report
 from .fid_report import TITLES, fidelity_table
@@ -135,7 +134,7 @@ def fidelity(settings: Fidelity, network: FeatureNetwork | None = None) -> Path:
     files = {name: str(file) for name in _FILES if (file := getattr(settings, name)) is not None}
     results = resumed_report(path, identity, {"files": files, "rows": []}, "an evaluation")
     results["files"] = files  # paths may have changed: only the digests are compared
-    write_text(path, json.dumps(results, indent=1) + "\n")
+    write_json(path, results)
     rows = {row["samples"]: row for row in results["rows"]}
     for name, images in sets.items():
         row = rows.setdefault(name, {"samples": name, "images": len(images)})
@@ -143,7 +142,7 @@ def fidelity(settings: Fidelity, network: FeatureNetwork | None = None) -> Path:
         if missing:
             row |= _scores(settings, results, reference, name, images, network, device, missing)
             results["rows"] = list(rows.values())
-            write_text(path, json.dumps(results, indent=1) + "\n")
+            write_json(path, results)
     write_text(settings.out / "report.md", fidelity_table(results))
     return settings.out / "report.md"
 

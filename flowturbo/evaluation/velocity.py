@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..runtime import rng
 from ..sampling.sampler import sample
 from ..sampling.velocity_field import GuidedField
 from ..solver.plan import Plan
-from ..storage.files import write_text
+from ..storage.files import write_json
 from ..storage.provenance import environment
 from .plots import need_matplotlib, plot_velocity
 
@@ -78,7 +77,7 @@ def inspect_velocity(settings: InspectVelocity) -> Path:
         "environment": environment(model.device, model.dtype),
         **velocity_curve(model, **options, progress=sys.stderr.isatty()),
     }
-    write_text(settings.out / "velocity.json", json.dumps(results, indent=1) + "\n")
+    write_json(settings.out / "velocity.json", results)
     plot_velocity(results, settings.out / "velocity.png")
     return settings.out / "velocity.png"
 

@@ -73,6 +73,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         file.write(text.encode())
 
 
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """A report as JSON, whole, or the file as it was."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
 # The digest is of the whole file with these 64 characters in place of the digest.
 _BLANK = "0" * 64
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .files import CheckpointError, atomic_write, load_arrays, save_arrays, write_text
+from .files import CheckpointError, atomic_write, load_arrays, save_arrays, write_json
 from .resume import check_same, difference, remove_partial_files
 
 MANIFEST = "manifest.json"
@@ -99,7 +99,7 @@ def write_manifest(out: Path, about: Mapping[str, Any] | None = None) -> dict[st
     about: notes to store in it. Raises CheckpointError as `verify` does.
     """
     manifest = {**_manifest_of(out), "about": dict(about or {})}
-    write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_json(out / MANIFEST, manifest)
     return manifest
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .files import load_tensors, write_text
+from .files import load_tensors, write_json
 
 OTHER_FOLDER = "choose another folder as out"
 
@@ -127,5 +127,5 @@ class Keep:
         values = self.results["kept"]
         if name not in values:
             values[name] = json.loads(json.dumps(make()))
-            write_text(self.path, json.dumps(self.results, indent=1) + "\n")
+            write_json(self.path, self.results)
         return values[name]

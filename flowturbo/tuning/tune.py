@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +20,7 @@ from ..sampling.sampler import sample
 from ..sampling.velocity_field import GuidedField
 from ..solver.plan import Plan, as_plan, shifted_grid
 from ..solver.steps import MAX_PAST
-from ..storage.files import write_text
+from ..storage.files import write_json, write_text
 from ..storage.provenance import environment
 from ..storage.resume import Keep, resumed_report
 from . import search
@@ -74,7 +73,7 @@ def tune(settings: Tune) -> Path:
     results["rows"] = described(rows)
     for row, error in zip(results["rows"], errors, strict=False):
         row["calibration_rms"] = error
-    write_text(keep.path, json.dumps(results, indent=1) + "\n")
+    write_json(keep.path, results)
     write_text(settings.out / "tuning.md", front_table(results))
     plot_tuning(results, settings.out / "tuning.png")
     _save_plans(settings, results)
