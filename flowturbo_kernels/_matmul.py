@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import dot_precision, kernel, tl
+from ._triton import dot_precision, in_turn, kernel, tl
 
 
 class Tile(NamedTuple):
@@ -80,7 +80,9 @@ def _product_kernel(
     SCALED: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    in_turn(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile, part = tl.program_id(0), tl.program_id(1)
     group = tile // (GROUP * tiles_n)  # GROUP rows of tiles at a time, column by column
@@ -119,7 +121,9 @@ def _sum_kernel(
     parts, x_scale, weight_scale, bias, residual, gate, out, M, N, T, gate_b, SCALED: tl.constexpr,
     GELU: tl.constexpr,
     RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    in_turn(PDL)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]

@@ -20,6 +20,7 @@ else:
 __all__ = [
     "Kernel",
     "dot_precision",
+    "in_turn",
     "kernel",
     "next_power_of_2",
     "pieces",
@@ -35,6 +36,9 @@ __all__ = [
 class Kernel:
     """A function in Triton's language; launch(grid, *args, **options) is Triton's
     kernel[grid](*args, **options).
+
+    One whose last parameter is PDL calls in_turn(PDL) before all else, and takes part in
+    programmatic dependent launch where the current device has it.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -56,13 +60,59 @@ class Kernel:
                 names[name] = names[name].jit
         return triton.jit(self.function)
 
+    @functools.cached_property
+    def in_turn(self) -> bool:
+        return "PDL" in self.function.__code__.co_varnames[: self.function.__code__.co_argcount]
+
     def launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        if self.in_turn:
+            options |= pdl_options(_dependent_launch())
         self.jit[grid](*args, **options)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Decorator: a Kernel."""
     return Kernel(function)
+
+
+def pdl_options(on: bool) -> dict[str, bool]:
+    """A launch's options with programmatic dependent launch, or without."""
+    return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
+
+
+@kernel
+def in_turn(PDL: tl.constexpr):
+    """Programmatic dependent launch: this kernel was launched while those before it may still run.
+
+    So it waits for them before it reads or writes anything; then it lets the next one start, whose
+    blocks come up while this kernel's last ones run. A kernel without this wait must not be
+    launched so: neither it nor those after it would see what was written before.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def _dependent_launch() -> bool:
+    """Whether the current device and this Triton have programmatic dependent launch.
+
+    The variable FLOWTURBO_PDL=0 turns it off, to measure what it gains.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
+        return False
+    return _has_dependent_launch(torch.cuda.current_device()) and (
+        os.environ.get("FLOWTURBO_PDL") != "0"
+    )
+
+
+@functools.cache
+def _has_dependent_launch(device: int) -> bool:
+    if torch.cuda.get_device_capability(device) < (9, 0) or torch.version.hip:
+        return False
+    from triton.backends.nvidia.compiler import CUDAOptions
+    from triton.language.extra import cuda
+
+    return "launch_pdl" in CUDAOptions.__dataclass_fields__ and hasattr(cuda, "gdc_wait")
 
 
 def unavailable(device: torch.device) -> str | None:

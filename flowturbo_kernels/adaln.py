@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _cuda
 from ._op import op
-from ._triton import kernel, pieces, rows, tl, too_many_rows
+from ._triton import in_turn, kernel, pieces, rows, tl, too_many_rows
 from .arguments import Make, expect_floating, expect_shape, wide
 
 EPS = 1e-6
@@ -55,8 +55,9 @@ def _modulate(
 @kernel
 def _adaln_kernel(
     x, shift, scale, out, T, x_b, x_t, shift_b, scale_b, eps, D: tl.constexpr, MAIN: tl.constexpr,
-    TAIL: tl.constexpr
+    TAIL: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    in_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     b, t = row // T, row % T
     main, tail = _load(x + b * x_b + t * x_t, D, MAIN, TAIL)
@@ -67,8 +68,9 @@ def _adaln_kernel(
 @kernel
 def _residual_adaln_kernel(
     x, y, gate, shift, scale, total, out, T, x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b, eps,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    in_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     b, t = row // T, row % T
     main, tail = _load(x + b * x_b + t * x_t, D, MAIN, TAIL)

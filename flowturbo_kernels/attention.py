@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import op, requested_backend
-from ._triton import dot_precision, kernel, next_power_of_2, tl, too_large
+from ._triton import dot_precision, in_turn, kernel, next_power_of_2, tl, too_large
 from ._tune import Candidates, form
 from .arguments import Make, expect_floating, expect_shape
 
@@ -24,9 +24,10 @@ from .arguments import Make, expect_floating, expect_shape
 def _attention_kernel(
     qkv, out, T, qkv_b, qkv_t, scale, HEADS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
     TAIL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # All in axis 0: the others end at 65535, which batch times heads may exceed.
+    in_turn(PDL)
     blocks = tl.cdiv(T, BLOCK_M)
     head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     b, h = head // HEADS, head % HEADS

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import op
-from ._triton import dot_precision, kernel, next_power_of_2, rows, tl, too_large, too_many_images
+from ._triton import (
+    dot_precision,
+    in_turn,
+    kernel,
+    next_power_of_2,
+    rows,
+    tl,
+    too_large,
+    too_many_images,
+)
 from .adaln import EPS, adaln_modulate
 from .arguments import Make, expect_floating, expect_one_dtype, expect_shape, wide
 from .guidance import check_guided, guided_update, scale_per_image
@@ -88,8 +97,9 @@ def _final_kernel(
     D: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, P: tl.constexpr, GUIDED: tl.constexpr,
     BASE: tl.constexpr,
     COUNT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    in_turn(PDL)
     n = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o = tl.arange(0, BLOCK_O)

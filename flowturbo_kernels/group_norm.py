@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _cuda
 from ._op import op
-from ._triton import kernel, next_power_of_2, tl, too_many_images
+from ._triton import in_turn, kernel, next_power_of_2, tl, too_many_images
 from .arguments import Make, expect_floating, expect_shape, wide
 
 EPS = 1e-6
@@ -34,8 +34,9 @@ _MAX_HELD = 4096
 def _statistics_kernel(
     x, means, squares, HW, blocks, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    in_turn(PDL)
     n, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     group = tl.arange(0, BLOCK_G)
     inner = tl.arange(0, BLOCK_C)
@@ -68,7 +69,9 @@ def _apply_kernel(
     x, weight, bias, means, squares, out, HW, blocks, eps, C: tl.constexpr, G: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    in_turn(PDL)
     n, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     group = tl.arange(0, BLOCK_G)
     total = tl.zeros((BLOCK_G,), dtype=tl.float32)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _cuda
 from ._op import op
-from ._triton import kernel, next_power_of_2, tl, too_large, too_many_images
+from ._triton import in_turn, kernel, next_power_of_2, tl, too_large, too_many_images
 from .arguments import Make, expect_floating, expect_shape, wide
 from .velocity_update import (
     BLOCK,
@@ -40,7 +40,8 @@ def _guided(v, scale, n, N, i, mask, S, HW, channels):
 
 
 @kernel
-def _guide_kernel(v, scale, out, N, S, HW, channels, BLOCK: tl.constexpr):
+def _guide_kernel(v, scale, out, N, S, HW, channels, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    in_turn(PDL)
     n, i = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < S
     c, u = _guided(v, scale, n, N, i, mask, S, HW, channels)
@@ -53,7 +54,9 @@ def _guide_kernel(v, scale, out, N, S, HW, channels, BLOCK: tl.constexpr):
 def _guided_update_kernel(
     x, raw, scale, base, v0, v1, v2, v3, out, velocity, weight, w0, w1, w2, w3, N, S, HW, channels,
     GUIDED: tl.constexpr, BASE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    in_turn(PDL)
     n, i = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < S
     at = n.to(tl.int64) * S + i

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._matmul import FP8_TILES, MASKED_TILES, Tile, product
 from ._op import op, requested_backend
-from ._triton import kernel, next_power_of_2, rows, tl, too_many_rows
+from ._triton import in_turn, kernel, next_power_of_2, rows, tl, too_many_rows
 from ._tune import Candidates, form
 from .arguments import Make, expect_floating, expect_shape, wide
 from .batch_invariant import gelu_tanh
@@ -26,7 +26,10 @@ _TINY = 1e-12
 
 
 @kernel
-def _quantize_kernel(x, out, scale, x_m, K: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_kernel(
+    x, out, scale, x_m, K: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    in_turn(PDL)
     m = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     row = tl.load(x + m * x_m + k, mask=k < K, other=0.0).to(tl.float32)

@@ -13,6 +13,7 @@ from ._op import op
 from ._triton import (
     MAX_IMAGES,
     dot_precision,
+    in_turn,
     kernel,
     next_power_of_2,
     tl,
@@ -36,8 +37,9 @@ def _patch_kernel(
     v_w,
     D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr, HAS_V: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    in_turn(PDL)
     b = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

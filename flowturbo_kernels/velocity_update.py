@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _cuda
 from ._op import op
-from ._triton import kernel, tl, too_many_images
+from ._triton import in_turn, kernel, tl, too_many_images
 from .arguments import Make, expect_floating, wide
 
 MAX_VELOCITIES = 4
@@ -39,8 +39,10 @@ def add_velocities(x, v0, v1, v2, v3, w0, w1, w2, w3, at, mask, COUNT: tl.conste
 
 @kernel
 def _update_kernel(
-    x, v0, v1, v2, v3, out, w0, w1, w2, w3, size, COUNT: tl.constexpr, BLOCK: tl.constexpr
+    x, v0, v1, v2, v3, out, w0, w1, w2, w3, size, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    in_turn(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     tl.store(

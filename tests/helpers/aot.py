@@ -88,10 +88,13 @@ def every(candidates: _tune.Candidates) -> str:
     return next(iter(candidates.functions))
 
 
-def source(kernel: Any, args: tuple[Any, ...]) -> tuple[str, ASTSource]:
-    """(what tells it from others, the kernel specialised as a launch with these arguments
-    would).
+def source(kernel: Any, args: tuple[Any, ...], pdl: bool) -> tuple[str, ASTSource]:
+    """(what tells it from others, the kernel specialised as a launch with these arguments would).
+
+    pdl: whether with programmatic dependent launch, where the kernel takes part in it.
     """
+    if kernel.in_turn:
+        args = (*args, _triton.pdl_options(pdl)["PDL"])
     signature: dict[str, str] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attrs: dict[tuple[int, ...], Any] = {}
@@ -138,19 +141,31 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
+def waits_first(ptx: str) -> bool:
+    """Whether a kernel waits for those before it ahead of all its accesses to global memory."""
+    wait = ptx.find("griddepcontrol.wait")
+    access = re.search(r"\b(ld|st|atom|red)\.global|cp\.async\.c[ag]|cp\.async\.bulk", ptx)
+    return 0 <= wait < (access.start() if access else len(ptx))
+
+
 def main(archs: list[int]) -> None:
     assert os.environ.get("TRITON_INTERPRET") != "1"
     done = set()
     for dtype in (torch.bfloat16, torch.float32):
         for name, sizes_of, kernel, args, options in launches(dtype):
-            key, src = source(kernel, args)
-            if (key, str(options)) in done:
-                continue
-            done.add((key, str(options)))
             for arch in archs:
+                pdl = kernel.in_turn and arch >= 90
+                key, src = source(kernel, args, pdl)
+                if (arch, key, str(options)) in done:
+                    continue
+                done.add((arch, key, str(options)))
                 if arch < 89 and any("fp8" in kind for kind in src.signature.values()):
                     continue  # no e4m3 there, as the operations say
-                compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
+                compiled = triton.compile(
+                    src,
+                    target=GPUTarget("cuda", arch, 32),
+                    options=options | ({"launch_pdl": True} if pdl else {}),
+                )
                 ptx = compiled.asm["ptx"]
                 print(
                     json.dumps(
@@ -168,6 +183,7 @@ def main(archs: list[int]) -> None:
                             **resources(compiled.asm["cubin"]),
                             "wgmma": "wgmma.mma_async" in ptx,
                             "mma": "mma.sync" in ptx,
+                            "waits_first": waits_first(ptx),
                             "wide_loads": len(re.findall(WIDE, ptx)),
                         }
                     ),

@@ -84,6 +84,11 @@ def test_products_of_16_bits_run_on_tensor_cores(kernels):
             assert k["mma"] or k["wgmma"], k
 
 
+def test_kernels_wait_for_those_before_them_where_launches_overlap(kernels):
+    """Programmatic dependent launch exists from sm_90 on; before it, the wait would not compile."""
+    assert [k for k in kernels if k["waits_first"] != (k["arch"] >= 90)] == []
+
+
 PRODUCTS = {
     "_patch_kernel": False,
     "_final_kernel": False,
