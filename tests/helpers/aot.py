@@ -2,7 +2,9 @@
 a compiled kernel.
 
 A process of its own, because Triton's interpreter, which other tests turn on, must be off: python
-tests/helpers/aot.py ARCH...
+tests/helpers/aot.py ARCH... [real]
+
+With "real" only in bfloat16, at the sizes of real models.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import machine_code
 import torch
 import triton
 from launch_limits import largest
@@ -39,7 +41,6 @@ WIDE = (
     r"|cp\.async\.c[ag]\.shared\.global[^;]*, 0x10"
 )
 """Loads of 16 bytes."""
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Any, tuple[Any, ...], dict[str, Any]]]:
@@ -125,13 +126,22 @@ def described(value: Any) -> tuple[str, bool]:
     return "constexpr", False
 
 
+def tile(kernel: Any, args: tuple[Any, ...]) -> dict[str, int]:
+    """The constants that say what one program works on."""
+    return {
+        name.removeprefix("BLOCK_").lower(): value
+        for name, value in zip(inspect.signature(kernel.function).parameters, args, strict=False)
+        if name.startswith(("BLOCK", "SPLIT", "MAIN", "PIXELS"))
+    }
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local bytes of a kernel, as cuobjdump reads them off it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", file.name],
+            [machine_code.tool("cuobjdump"), "--dump-resource-usage", file.name],
             capture_output=True,
             text=True,
             check=True,
@@ -148,11 +158,19 @@ def waits_first(ptx: str) -> bool:
     return 0 <= wait < (access.start() if access else len(ptx))
 
 
-def main(archs: list[int]) -> None:
+def in_depth(cubin: bytes, threads: int, shared: int) -> dict[str, Any]:
+    """What the machine code says, and how many such blocks a multiprocessor holds."""
+    code = machine_code.read(cubin)
+    return {"code": code._asdict() | {"blocks": code.blocks(threads, shared)}}
+
+
+def main(archs: list[int], real_only: bool) -> None:
     assert os.environ.get("TRITON_INTERPRET") != "1"
     done = set()
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16,) if real_only else (torch.bfloat16, torch.float32):
         for name, sizes_of, kernel, args, options in launches(dtype):
+            if real_only and sizes_of != "real":
+                break
             for arch in archs:
                 pdl = kernel.in_turn and arch >= 90
                 key, src = source(kernel, args, pdl)
@@ -166,7 +184,8 @@ def main(archs: list[int]) -> None:
                     target=GPUTarget("cuda", arch, 32),
                     options=options | ({"launch_pdl": True} if pdl else {}),
                 )
-                ptx = compiled.asm["ptx"]
+                ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+                threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
                 print(
                     json.dumps(
                         {
@@ -178,9 +197,15 @@ def main(archs: list[int]) -> None:
                             "arch": arch,
                             "constants": [v for v in args if isinstance(v, int | str)][-12:],
                             "options": options,
-                            "threads": 32 * compiled.metadata.num_warps,
-                            "shared": compiled.metadata.shared,
-                            **resources(compiled.asm["cubin"]),
+                            "tile": tile(kernel, args),
+                            "threads": threads,
+                            "shared": shared,
+                            **resources(cubin),
+                            **(
+                                in_depth(cubin, threads, shared)
+                                if arch == 90 and sizes_of == "real"
+                                else {}
+                            ),
                             "wgmma": "wgmma.mma_async" in ptx,
                             "mma": "mma.sync" in ptx,
                             "waits_first": waits_first(ptx),
@@ -192,4 +217,4 @@ def main(archs: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(arch) for arch in sys.argv[1:]])
+    main([int(arch) for arch in sys.argv[1:] if arch != "real"], "real" in sys.argv)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
+import machine_code_table
 import pytest
 from launch_limits import REGISTERS, SHARED, THREADS, registers
 from paths import ROOT
@@ -87,6 +88,36 @@ def test_products_of_16_bits_run_on_tensor_cores(kernels):
 def test_kernels_wait_for_those_before_them_where_launches_overlap(kernels):
     """Programmatic dependent launch exists from sm_90 on; before it, the wait would not compile."""
     assert [k for k in kernels if k["waits_first"] != (k["arch"] >= 90)] == []
+
+
+def test_wgmma_is_of_the_shape_meant_at_the_sizes_of_real_models(kernels):
+    """64 rows by a tile's columns (at most 256) by 32 bytes of K."""
+    for k in kernels:
+        if k["arch"] != 90 or k["kernel"] != "_product_kernel" or not k["real"]:
+            continue
+        if k["dtype"] == "float32" and k["op"] != "linear_fp8":
+            continue
+        shapes = k["code"]["products"]
+        depth = 32 if k["op"] == "linear_fp8" else 16
+        kind = "QGMMA" if k["op"] == "linear_fp8" else "HGMMA"
+        assert len(shapes) == 1, k
+        name, shape = shapes[0].split()
+        rows, columns, deep = map(int, shape.split("x"))
+        assert (name, rows, deep) == (kind, 64, depth), k
+        assert k["tile"]["n"] % columns == 0, k
+        assert columns >= min(64, k["tile"]["n"]), k
+        assert k["code"]["asynchronous"], k
+
+
+def test_the_page_of_machine_code_is_of_these_kernels(kernels):
+    import triton
+
+    page = machine_code_table.PAGE.read_text()
+    table = machine_code_table.table(kernels)
+    if f"Triton {triton.__version__} makes" in page:  # another compiler, other registers
+        assert table in page, f"{machine_code_table.PAGE.name} is to be made again:\n{table}"
+    rows = [line.split("|")[1:3] for line in table.splitlines()]
+    assert rows == [line.split("|")[1:3] for line in page.splitlines() if line.startswith("|")]
 
 
 PRODUCTS = {
