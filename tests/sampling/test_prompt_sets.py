@@ -226,6 +226,7 @@ def test_the_command_reads_a_prompt_a_line(
     assert "give prompts or prompts_file, not both" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes(
     pipeline_folders: dict[str, Path], models: dict[str, PromptModel], tmp_path: Path
 ) -> None:

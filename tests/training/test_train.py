@@ -174,6 +174,7 @@ def test_the_average_follows_its_formula(tmp_path, data):
             ), (steps, name)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path, data, teacher):
     """Under torchrun, with gloo. Not to the last bit, since sums over the batch round in another
     order, and AdamW makes a step of size lr of any gradient, however small: measured after 12

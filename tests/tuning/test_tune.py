@@ -21,6 +21,7 @@ from flowturbo.tuning.cost import CostModel, call_costs, step_costs
 from flowturbo.tuning.report import against
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0.4, 2.3])
 def test_every_plan_that_is_tried_keeps_to_the_budget(budget):
     model = tiny_model()
@@ -45,6 +46,7 @@ def test_prices_are_those_of_the_calls_that_a_plan_makes():
     assert cost_model.of(half) == pytest.approx(0.5 + 3)
 
 
+@pytest.mark.slow
 def test_step_costs_are_told_for_each_kind_of_step():
     costs = step_costs(tiny_model(), 1.5, 4, True)
     assert costs.keys() == {"E", "H", "P", "A", "B", "C", "L", "R", "S", "M", "fixed"}
@@ -166,6 +168,7 @@ def test_tune_writes_table_figures_plot_and_the_best_plan(tuned, weights):
     assert float((ours - fine).square().mean().sqrt()) == pytest.approx(least["rms"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_tuning_is_the_same_again_to_the_last_bit(tuned, weights, tmp_path):
     tune.tune(settings(weights, tmp_path))
     assert (tmp_path / "best.json").read_bytes() == (tuned / "best.json").read_bytes()
@@ -175,6 +178,7 @@ def test_tuning_is_the_same_again_to_the_last_bit(tuned, weights, tmp_path):
     assert first == second
 
 
+@pytest.mark.slow
 def test_plans_are_found_without_the_noise_and_classes_they_are_measured_on(
     tuned, weights, tmp_path, monkeypatch
 ):
@@ -204,6 +208,7 @@ def test_plans_are_found_without_the_noise_and_classes_they_are_measured_on(
     assert all(min(numbers) >= tune.CALIBRATION for numbers in drawn)
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_where_it_was(tuned, weights, tmp_path, monkeypatch):
     def killed(*rest):
         raise KeyboardInterrupt
