@@ -9,6 +9,7 @@ Usable alone:
 Every operation is an `Op` in `OPS`; its `.reference` is plain torch and differentiable.
 """
 
+from . import _flash_attention, _quack
 from ._op import (
     BACKENDS,
     OPS,
@@ -30,8 +31,12 @@ from .patch_embed import patch_embed
 from .refiner_forward import refiner_forward
 from .velocity_update import velocity_update
 
+LIBRARIES = {"quack": _quack.LIBRARY, "FlashAttention-4": _flash_attention.LIBRARY}
+"""Packages whose kernels are candidates where they are installed, by name."""
+
 __all__ = [
     "BACKENDS",
+    "LIBRARIES",
     "OPS",
     "BackendError",
     "Op",

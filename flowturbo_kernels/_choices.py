@@ -1,5 +1,5 @@
 """The fastest candidates, on disk: a file for each kind of machine and each version of torch,
-Triton and these kernels.
+Triton, the libraries whose kernels are candidates, and these kernels.
 
 The file holds the facts it is valid for, and under each key an entry: {"fastest": name, "us":
 {name: microseconds per call}, "cannot": {name: why}}. Several processes may write: each adds to
@@ -82,6 +82,9 @@ def _versions() -> dict[str, str | None]:
         "triton": version,
         "cublas": _installed("nvidia-cublas", "nvidia-cublas-cu12"),
         "cudnn": cudnn,
+        "quack": _installed("quack-kernels"),
+        "flash_attn": _installed("flash-attn-4"),
+        "cutlass": _installed("nvidia-cutlass-dsl"),
         "kernels": _digest_of_kernels(),
     }
 

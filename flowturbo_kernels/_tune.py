@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _choices
+from ._library import LibraryError, LibraryKernel
 from ._measure import Timing, rotating, timing
 
 _lock = threading.Lock()
@@ -40,23 +41,38 @@ class Candidates(NamedTuple):
     cold: tuple[Tensor, ...] = ()
 
     def run(self) -> Any:
-        """The result of the fastest."""
-        return self.functions[fastest(self)](*self.cold)
+        """The result of the fastest; where that is a library's and fails now, of the fastest other
+        one.
+        """
+        name = fastest(self)
+        try:
+            return self.functions[name](*self.cold)
+        except LibraryError:
+            if len(self.functions) == 1:
+                raise
+            return self._without(name).run()
+
+    def _without(self, name: str) -> Candidates:
+        return self._replace(functions={k: f for k, f in self.functions.items() if k != name})
 
     def known_fastest(self) -> str | None:
         """The name of the fastest if it was measured before, here or by another process; nothing is
         measured now.
         """
         measurable = self.device.type == "cuda" and len(self.functions) > 1
-        return _known(self, _key(self)) if measurable else None
+        name = _known(self, _key(self)) if measurable else None
+        run = None if name is None else self.functions[name]
+        if name is not None and isinstance(run, LibraryKernel) and run.failed():
+            return self._without(name).known_fastest()
+        return name
 
 
 def fastest(candidates: Candidates) -> str:
     """The name of the candidate that runs fastest on the device.
 
     The default, with nothing measured or kept, off CUDA and while a CUDA graph is being captured,
-    which forbids measuring. A candidate that fails is taken only if all do: then the default, whose
-    error says why. Disk gets only what will hold in other processes as well: not a choice where a
+    which forbids measuring, and a library's kernel that was not compiled before. A candidate that
+    fails is taken only if all do: then the default, whose error says why. Disk gets only what will hold in other processes as well: not a choice where a
     candidate failed for a passing reason, where timings varied much, or where memory did not
     suffice for rotating the weights. Those hold in this process alone.
     """
@@ -66,7 +82,9 @@ def fastest(candidates: Candidates) -> str:
     key = _key(candidates)
     choice = _known(candidates, key)
     if choice is not None:
-        return choice
+        run = candidates.functions[choice]
+        unready = isinstance(run, LibraryKernel) and not run.ready()
+        return default if unready and torch.cuda.is_current_stream_capturing() else choice
     if torch.cuda.is_current_stream_capturing():
         return default
     with _lock:  # another thread, or process, may have measured it meanwhile
@@ -124,7 +142,13 @@ def _measure(candidates: Candidates) -> str:
     return str(_on_disk[candidates.device][_disk_key(candidates)]["fastest"])
 
 
-_LASTING = {"OutOfResources", "CompilationError", "BackendError", "NotImplementedError"}
+_LASTING = {
+    "OutOfResources",
+    "CompilationError",
+    "WrongResult",
+    "BackendError",
+    "NotImplementedError",
+}
 """Errors of Triton, ours and Python's, by name, since Triton may not be installed."""
 
 

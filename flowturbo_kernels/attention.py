@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _flash_attention
 from ._op import op, requested_backend
 from ._triton import dot_precision, in_turn, kernel, next_power_of_2, tl, too_large
 from ._tune import Candidates, form
@@ -131,15 +132,15 @@ def _unsupported(qkv: Tensor) -> str | None:
 
 
 def _candidates(qkv: Tensor) -> Candidates:
-    """Our tiles and, under "auto", torch's own attention. Nothing is cold: in a plan, too, the
-    projection before has just written qkv, and what fits of it is in the cache.
+    """Our tiles and, under "auto", torch's backends and FlashAttention-4. Nothing is cold: in a
+    plan, too, the projection before has just written qkv, and what fits of it is in the cache.
     """
     tiles = EXACT_TILES if qkv.dtype == torch.float32 else TILES
     functions: dict[str, Callable[..., Tensor]] = {
         f"triton {tile}": partial(run_tile, qkv, tile) for tile in tiles
     }
     if requested_backend() == "auto":
-        functions["torch"] = partial(attention.reference, qkv)
+        functions |= _flash_attention.candidates(qkv, attention.reference)
     return Candidates(("attention", form(qkv)), functions, qkv.device)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import _quack
 from ._matmul import EXACT_TILES, MASKED_TILES, SPLITS, TILES, WIDE_TILES, Tile, product
 from ._op import op, requested_backend
 from ._triton import rows
@@ -84,8 +85,8 @@ def _tilings(M: int, K: int, N: int, exact: bool, residual: bool) -> list[tuple[
 def _candidates(
     x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None
 ) -> Candidates:
-    """Our tiles and, under "auto", torch's product and cuBLASLt's GELU epilogue, which on CUDA is
-    torch._addmm_activation.
+    """Our tiles and, under "auto", torch's product, cuBLASLt's GELU epilogue, which on CUDA is
+    torch._addmm_activation, and quack's products where that is installed.
     """
     flat = rows(x.reshape(-1, x.shape[-1]))
     gelu = activation == "gelu_tanh"
@@ -94,6 +95,7 @@ def _candidates(
         functions = {"torch": partial(linear.reference, flat, activation=activation), **functions}
         if gelu and x.dtype != torch.float32:  # for which cuBLASLt's accuracy is not documented
             functions = {"cublaslt gelu": partial(_product_with_gelu, flat), **functions}
+        functions |= _quack.linear(flat, weight, bias, gelu)
     return Candidates(
         ("linear", activation, form(flat), form(weight), form(bias)),
         functions,
@@ -160,6 +162,7 @@ def _gated_candidates(
         functions = {
             "torch": partial(linear_gated_residual.reference, x, residual=residual, gate=gate),
             **functions,
+            **_quack.linear_gated_residual(x, weight, bias, residual, gate),
         }
     question = "linear_gated_residual", *map(form, (x, weight, bias, residual, gate))
     return Candidates(question, functions, x.device, (weight, bias))

@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from flowturbo_kernels import OPS, BackendError, requested_backend
+from flowturbo_kernels import LIBRARIES, OPS, BackendError, requested_backend
 
 from ..runtime.device import device_name
 
@@ -23,6 +23,7 @@ def report() -> str:
         f"devices: {_devices()}",
         *(f"{name} {_version(name)}" for name in ("triton", "diffusers", "scikit-learn")),
         f"cupy {_version('cupy-cuda13x', 'cupy-cuda12x')}",
+        *(f"{name} {library.describe(_device())}" for name, library in LIBRARIES.items()),
         f"CUDA extension: {_extension()}",
         "",
         "operation             backend    why",
@@ -33,7 +34,7 @@ def report() -> str:
 
 def _backend(name: str) -> str:
     """The backend of an operation on this machine, and why those before it are not used."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     args = next(iter(OPS[name].example(lambda *shape: torch.zeros(shape, device=device))))
     try:
         backend, refusals = OPS[name].why(*args)
@@ -43,6 +44,10 @@ def _backend(name: str) -> str:
     if not reasons:
         reasons = "first available" if requested_backend() == "auto" else "requested by name"
     return f"{name:<21} {backend:<10} {reasons}"
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _version(*names: str) -> str:
