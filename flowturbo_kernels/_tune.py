@@ -72,9 +72,10 @@ def fastest(candidates: Candidates) -> str:
 
     The default, with nothing measured or kept, off CUDA and while a CUDA graph is being captured,
     which forbids measuring, and a library's kernel that was not compiled before. A candidate that
-    fails is taken only if all do: then the default, whose error says why. Disk gets only what will hold in other processes as well: not a choice where a
-    candidate failed for a passing reason, where timings varied much, or where memory did not
-    suffice for rotating the weights. Those hold in this process alone.
+    fails is taken only if all do: then the default, whose error says why. Disk gets only what will
+    hold in other processes as well: not a choice where a candidate failed for a passing reason,
+    where timings varied much, or where memory did not suffice for rotating the weights. Those hold
+    in this process alone.
     """
     default = next(iter(candidates.functions))
     if candidates.device.type != "cuda" or len(candidates.functions) == 1:

@@ -5,6 +5,7 @@ A process of its own, since the compilers read their settings at import:
 python tests/helpers/quack_aot.py [WORD...], only kernels whose name holds one of the words.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import json
@@ -108,7 +109,7 @@ def compiled(name: str, run: Callable[[], Any]) -> None:
                 "waits_for_the_kernel_before": "ACQBULK",
             }.items()
         }
-        registers = re.findall(r"USETMAXREG\S*\s+(\d+|0x[0-9a-f]+)", code)
+        registers = re.findall(r"USETMAXREG\S*\s+(0x[0-9a-f]+|\d+)", code)
         print(
             json.dumps(
                 {
