@@ -109,7 +109,7 @@ def compiled(name: str, run: Callable[[], Any]) -> None:
                 "waits_for_the_kernel_before": "ACQBULK",
             }.items()
         }
-        registers = re.findall(r"USETMAXREG\S*\s+(0x[0-9a-f]+|\d+)", code)
+        registers = re.findall(r"USETMAXREG\S*\s+(?:UP\w+,\s*)?(0x[0-9a-f]+|\d+)", code)
         print(
             json.dumps(
                 {
