@@ -69,9 +69,10 @@ class Library:
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why its kernels are no candidates on that device, or None."""
-        if device.type != "cuda":
+        reason = self._installed()
+        if not reason and device.type != "cuda":
             return f"tensors are on the {device.type}"
-        reason = self._installed() or self._lacks(_capability(device)) or self._problem
+        reason = reason or self._lacks(_capability(device)) or self._problem
         if reason or self.loaded is not None:
             return reason
         if torch.cuda.is_current_stream_capturing():
@@ -85,10 +86,11 @@ class Library:
 
     def describe(self, device: torch.device) -> str:
         """Its version, or why it is not used; and which of its kernels failed in this process."""
-        reason = self.unavailable(device)
-        text = f"not used: {reason}" if reason else str(version(self.distribution))
+        reason, found = self.unavailable(device), version(self.distribution)
+        if reason:
+            return f"{found or 'not installed'}, not used: {reason}"
         failed = "; ".join(f"{key[0]}: {why}" for key, why in self.failures.items())
-        return f"{text} (failed: {failed})" if failed and not reason else text
+        return f"{found} (failed: {failed})" if failed else str(found)
 
     def _wrong_version(self) -> str | None:
         found = version(self.distribution)

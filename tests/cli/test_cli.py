@@ -140,5 +140,5 @@ def test_info_names_versions_and_every_operation():
     ).stdout
     from flowturbo_kernels import OPS
 
-    for word in ("torch", "triton", "CUDA extension:", *OPS):
+    for word in ("torch", "triton", "quack", "FlashAttention-4", "CUDA extension:", *OPS):
         assert word in shown
