@@ -72,6 +72,8 @@ class Library:
         reason = self._installed()
         if not reason and device.type != "cuda":
             return f"tensors are on the {device.type}"
+        if torch.version.hip:
+            return "it is for NVIDIA's GPUs"
         reason = reason or self._lacks(_capability(device)) or self._problem
         if reason or self.loaded is not None:
             return reason
@@ -88,7 +90,7 @@ class Library:
         """Its version, or why it is not used; and which of its kernels failed in this process."""
         reason, found = self.unavailable(device), version(self.distribution)
         if reason:
-            return f"{found or 'not installed'}, not used: {reason}"
+            return f"{found}, not used: {reason}" if found else f"not used: {reason}"
         failed = "; ".join(f"{key[0]}: {why}" for key, why in self.failures.items())
         return f"{found} (failed: {failed})" if failed else str(found)
 

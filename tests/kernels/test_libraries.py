@@ -96,8 +96,9 @@ def test_where_quack_can_not_run_it_is_not_offered_and_says_why(fakes, change, r
     assert list(candidates.functions) == ["torch"]
     assert candidates.run().shape == (M, N)
     assert _quack.unavailable(GPU).startswith(reason)
-    version = fakes.versions.get("quack-kernels", "not installed")
-    assert _quack.LIBRARY.describe(GPU).startswith(f"{version}, not used: {reason}")
+    version = fakes.versions.get("quack-kernels")
+    described = f"{version}, not used: {reason}" if version else f"not used: {reason}"
+    assert _quack.LIBRARY.describe(GPU).startswith(described)
 
 
 def test_what_is_on_the_cpu_is_not_offered_to_it(fakes):
