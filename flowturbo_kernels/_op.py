@@ -15,8 +15,8 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from . import _cuda, _triton
-from ._tune import Candidates
+from . import _cuda, _triton, _tune
+from ._tune import Candidates, form
 from .arguments import Make, tensors
 
 P = ParamSpec("P")
@@ -31,7 +31,8 @@ class Backend(NamedTuple):
     """One implementation of an operation.
 
     unsupported: arguments -> why it can't take them, or None. candidates: arguments -> what it
-    chooses the fastest of, where it has several.
+    chooses the fastest of, where it has several; of an operation with several backends these
+    return its result, and their names begin with the backend's or are "torch".
     """
 
     run: Callable[..., Any]
@@ -51,7 +52,8 @@ class Op(Generic[P, R]):
         torch.compile and torch.export.
     lower: the op's arguments -> the schema's, where they differ. memory_format: of the operator's
         results.
-    backends: in order of preference; see `backend`.
+    backends: see `backend`. Where several can take the arguments, "auto" takes the fastest as
+        measured, and the first of them where nothing may be measured.
     """
 
     def __init__(
@@ -90,9 +92,7 @@ class Op(Generic[P, R]):
         unsupported: Callable[..., str | None],
         candidates: Callable[..., Candidates] | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorator: registers a backend, which comes after those registered before. Its function
-        takes all arguments, checked, by position.
-        """
+        """Decorator: registers a backend. Its function takes all arguments by position."""
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
             self.backends[name] = Backend(run, unsupported, candidates)
@@ -132,18 +132,24 @@ class Op(Generic[P, R]):
         return self._run(*positional)
 
     def why(self, *args: P.args, **kwargs: P.kwargs) -> tuple[str, dict[str, str]]:
-        """Which backend these arguments get, and why each one before it does not.
+        """Which backend these arguments get, and why not each other one that was considered.
 
-        Where the backend has several candidates and the fastest is known: that one's name, "torch"
-        or "triton" and its tile.
+        Where there are several candidates and the fastest is known: that one's name, the backend's
+        or "torch" or "triton" and its tile.
         """
         positional = self._positional(args, kwargs)
         reason = _reference_only(positional)
         if reason:
             return "reference", dict.fromkeys(self.backends, reason)
-        name, refused = self._choose(positional)
-        candidates = self.backends[name].candidates if name in self.backends else None
-        return (candidates(*positional).known_fastest() if candidates else None) or name, refused
+        able, refused = self._choose(positional)
+        if not able:
+            return "reference", refused
+        candidates = self._candidates(able, positional)
+        known = candidates.known_fastest() if candidates else None
+        chosen = known or next(iter(able))
+        why = "not the fastest when measured" if known else "not measured yet at these sizes"
+        others = [name for name in able if chosen.split()[0] != name and len(able) > 1]
+        return chosen, refused | dict.fromkeys(others, why)
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments in order, with defaults; `check`, of the same signature, has refused
@@ -153,34 +159,73 @@ class Op(Generic[P, R]):
             kwargs.get(name, default) for name, default in self._parameters[len(args) :]
         )
 
-    def _choose(self, args: tuple[Any, ...]) -> tuple[str, dict[str, str]]:
+    def _choose(self, args: tuple[Any, ...]) -> tuple[dict[str, Backend], dict[str, str]]:
+        """The backends that can take these arguments, and why each other one that was asked can't.
+        No backend: the reference runs.
+        """
         name, device = requested_backend(), next(tensors(args)).device
+        able: dict[str, Backend] = {}
         refused: dict[str, str] = {}
         if name == "reference" or (name == "auto" and device.type != "cuda"):
-            return "reference", {} if name == "reference" else dict.fromkeys(
+            return able, {} if name == "reference" else dict.fromkeys(
                 self.backends, f"tensors are on the {device.type}"
             )
+        unsupported = _unsupported_tensor(args)
         for candidate, backend in self.backends.items():
             if name not in ("auto", candidate):
                 continue
-            reason = unavailable(candidate, device) or _unsupported_tensor(args)
+            reason = unavailable(candidate, device) or unsupported
             reason = reason or backend.unsupported(*args)
             if reason is None:
-                return candidate, refused
-            refused[candidate] = reason
+                able[candidate] = backend
+            else:
+                refused[candidate] = reason
         if name in refused:
             raise BackendError(f"{self.name}: {name} was asked for, but: {refused[name]}")
-        return "reference", refused
+        return able, refused
+
+    def _candidates(self, able: dict[str, Backend], args: tuple[Any, ...]) -> Candidates | None:
+        """All ways of these backends, as one choice; None where there is but one."""
+        if len(able) == 1:
+            (backend,) = able.values()
+            return backend.candidates(*args) if backend.candidates else None
+        functions: dict[str, Callable[..., Any]] = {}
+        for name, backend in able.items():
+            if backend.candidates is None:
+                functions[name] = functools.partial(backend.run, *args)
+            else:
+                own = backend.candidates(*args)
+                functions |= {n: functools.partial(f, *own.cold) for n, f in own.functions.items()}
+        return Candidates((self.name, *map(_matters, args)), functions, next(tensors(args)).device)
 
     def _run(self, *args: Any) -> R:
-        name, _ = self._choose(args)
-        if name == "reference":
-            return self.reference(*args)  # type: ignore[call-arg, arg-type]
         device = next(tensors(args)).device
+        if len(self.backends) > 1 and device.type == "cuda" and requested_backend() == "auto":
+            known = _tune.recalled(device, (self.name, *map(_matters, args)))
+            if known:  # asking the backends again would take longer than a launch
+                return self._run_on(device, self.backends[known].run, args)
+        able, _ = self._choose(args)
+        if not able:
+            return self.reference(*args)  # type: ignore[call-arg, arg-type]
+        if len(able) == 1:
+            (backend,) = able.values()
+            return self._run_on(device, backend.run, args)
+        return self._run_on(device, functools.partial(self._run_fastest, able), args)
+
+    def _run_fastest(self, able: dict[str, Backend], *args: Any) -> R:
+        candidates = self._candidates(able, args)
+        assert candidates is not None
+        result = candidates.run()
+        if candidates.functions.keys() == able.keys():  # none of torch's, so no setting matters
+            _tune.shorten(candidates)
+        return result  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _run_on(device: torch.device, run: Callable[..., R], args: tuple[Any, ...]) -> R:
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self.backends[name].run(*args)
-        return self.backends[name].run(*args)
+                return run(*args)
+        return run(*args)
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
@@ -288,6 +333,15 @@ def _reference_only(args: tuple[Any, ...]) -> str | None:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return "under autocast torch chooses the dtypes"
     return None
+
+
+def _matters(value: Any) -> Any:
+    """What matters of an argument to a choice: kernels are not specialised on floats."""
+    if isinstance(value, Tensor):
+        return form(value)
+    if isinstance(value, list | tuple):
+        return tuple(map(_matters, value))
+    return "float" if isinstance(value, float) else value
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -93,6 +93,19 @@ def fastest(candidates: Candidates) -> str:
     return choice
 
 
+def shorten(candidates: Candidates) -> None:
+    """Remember the fastest, if it is known, by the question alone: for candidates that no setting
+    matters to, where another call with this question has the same ones.
+    """
+    if (known := candidates.known_fastest()) is not None:
+        _in_memory[candidates.device, candidates.question] = known
+
+
+def recalled(device: torch.device, question: tuple[Hashable, ...]) -> str | None:
+    """What `shorten` remembers."""
+    return _in_memory.get((device, question))
+
+
 def _key(candidates: Candidates) -> Hashable:
     return candidates.device, candidates.question, tuple(candidates.functions), _settings()
 
