@@ -1,70 +1,101 @@
-// adaLN: LayerNorm without affine, then modulation; alone, and after the gated residual. One block
-// per row (b, t), which stays in registers, so it is read once and written once. Each thread holds
-// ITEMS vectors of V numbers.
+// adaLN: LayerNorm without affine, then modulation; alone, and after the gated residual. One warp a
+// row, which stays in registers, so it is read once and written once; each lane holds ITEMS vectors
+// of V numbers, 16 bytes each. A warp takes several rows of an image one after another, and keeps
+// that image's modulation in registers meanwhile.
 #include "common.cuh"
 
 namespace flowturbo {
 
-// Of a block, at most: as a launch bound it keeps a block's registers within a multiprocessor's.
-constexpr int kThreads = 1024;
+constexpr int kThreads = 128;  // of a block: four warps, which share the modulation in the L1 cache
+constexpr int kBlocks = 3;     // of a multiprocessor, at least: as a launch bound it limits registers
 
 struct AdaLN {
     const void *x, *y;                 // (B, T, D)
     const void *gate, *shift, *scale;  // (B, D)
     void *total, *out;  // (B, T, D), dense; y, gate and total: null without a residual
-    long long T, D, x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b, rows;
+    long long x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b;
+    unsigned B, T, D, per_warp;  // rows of a warp
     float eps;
 };
 
 FT_SHARED_CODE float residual(float x, float gate, float y) { return x + gate * y; }
-FT_SHARED_CODE float inverse_deviation(float squares, long long count, float eps) {
-    return 1.0f / sqrtf(squares / count + eps);
+FT_SHARED_CODE float inverse_deviation(float variance, float eps) {
+#ifdef __CUDA_ARCH__
+    return rsqrtf(variance + eps);
+#else
+    return 1.0f / sqrtf(variance + eps);
+#endif
 }
 FT_SHARED_CODE float modulated(float x, float mean, float rstd, float shift, float scale) {
     return (x - mean) * rstd * (1.0f + scale) + shift;
 }
 
-template <typename T, int V, int ITEMS> __global__ void __launch_bounds__(kThreads) adaln(AdaLN a) {
-    __shared__ float scratch[32];
-    const long long row = blockIdx.x, b = row / a.T, t = row % a.T;
-    const T* x = static_cast<const T*>(a.x) + b * a.x_b + t * a.x_t;
-    float h[ITEMS][V], sum = 0;
+template <typename T, int V, int ITEMS, bool RESIDUAL>
+__global__ void __launch_bounds__(kThreads, kBlocks) adaln(AdaLN a) {
+    in_turn();
+    constexpr bool kHeld = sizeof(T) == 2;  // shift and scale, where registers suffice
+    const int lane = threadIdx.x % 32;
+    const unsigned turn = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;  // of all warps
+    const unsigned turns = (a.T + a.per_warp - 1) / a.per_warp;               // of an image
+    const long long b = turn / turns, first = turn % turns * a.per_warp;
+    if (b >= a.B) return;
+    const long long end = first + a.per_warp < a.T ? first + a.per_warp : a.T;
+    const float share = 1.0f / a.D;
+    const T* gates = static_cast<const T*>(a.gate) + b * a.gate_b;
+    const T* shifts = static_cast<const T*>(a.shift) + b * a.shift_b;
+    const T* scales = static_cast<const T*>(a.scale) + b * a.scale_b;
+    Vector<T, V> gate[ITEMS] = {}, shift[ITEMS], scale[ITEMS];
+    for (long long t = first; t < end; ++t) {
+        Vector<T, V> x[ITEMS] = {}, y[ITEMS] = {};
 #pragma unroll
-    for (int item = 0; item < ITEMS; ++item) {
-        const long long d = (static_cast<long long>(item) * blockDim.x + threadIdx.x) * V;
-        if (d < a.D) {
-            load<V>(x + d, h[item]);
-            if (a.y) {
-                float y[V], gate[V];
-                load<V>(static_cast<const T*>(a.y) + b * a.y_b + t * a.y_t + d, y);
-                load<V>(static_cast<const T*>(a.gate) + b * a.gate_b + d, gate);
+        for (int item = 0; item < ITEMS; ++item) {
+            const unsigned d = (item * 32 + lane) * V;
+            if (d >= a.D) continue;
+            x[item] = fetch<V>(static_cast<const T*>(a.x) + b * a.x_b + t * a.x_t + d);
+            if (RESIDUAL)
+                y[item] = fetch<V>(static_cast<const T*>(a.y) + b * a.y_b + t * a.y_t + d);
+        }
+        if (t == first)
 #pragma unroll
-                for (int j = 0; j < V; ++j) h[item][j] = residual(h[item][j], gate[j], y[j]);
-                store<V>(static_cast<T*>(a.total) + row * a.D + d, h[item]);
+            for (int item = 0; item < ITEMS; ++item) {
+                const unsigned d = (item * 32 + lane) * V;
+                if (d >= a.D) continue;
+                if (RESIDUAL) gate[item] = fetch<V>(gates + d);
+                if (kHeld) shift[item] = fetch<V>(shifts + d), scale[item] = fetch<V>(scales + d);
+            }
+        float h[ITEMS][V], other[V], factor[V], sum = 0, squares = 0;
+#pragma unroll
+        for (int item = 0; item < ITEMS; ++item) {
+            const unsigned d = (item * 32 + lane) * V;
+            widen<V>(x[item], h[item]);
+            if (RESIDUAL) {
+                widen<V>(y[item], other);
+                widen<V>(gate[item], factor);
+#pragma unroll
+                for (int j = 0; j < V; ++j) h[item][j] = residual(h[item][j], factor[j], other[j]);
+                if (d < a.D)
+                    store<V>(static_cast<T*>(a.total) + (b * a.T + t) * a.D + d, h[item]);
             }
 #pragma unroll
-            for (int j = 0; j < V; ++j) sum += h[item][j];
+            for (int j = 0; j < V; ++j) sum += h[item][j];  // zero behind the row's end
         }
-    }
-    const float mean = block_sum(sum, scratch) / a.D;
-    float squares = 0;
+        const float mean = warp_sum(sum) * share;
 #pragma unroll
-    for (int item = 0; item < ITEMS; ++item)
-        if ((static_cast<long long>(item) * blockDim.x + threadIdx.x) * V < a.D)
+        for (int item = 0; item < ITEMS; ++item)
+            if ((item * 32 + lane) * V < a.D)
 #pragma unroll
-            for (int j = 0; j < V; ++j) squares += (h[item][j] - mean) * (h[item][j] - mean);
-    const float rstd = inverse_deviation(block_sum(squares, scratch), a.D, a.eps);
+                for (int j = 0; j < V; ++j) squares += (h[item][j] - mean) * (h[item][j] - mean);
+        const float rstd = inverse_deviation(warp_sum(squares) * share, a.eps);
 #pragma unroll
-    for (int item = 0; item < ITEMS; ++item) {
-        const long long d = (static_cast<long long>(item) * blockDim.x + threadIdx.x) * V;
-        if (d < a.D) {
-            float shift[V], scale[V];
-            load<V>(static_cast<const T*>(a.shift) + b * a.shift_b + d, shift);
-            load<V>(static_cast<const T*>(a.scale) + b * a.scale_b + d, scale);
+        for (int item = 0; item < ITEMS; ++item) {
+            const unsigned d = (item * 32 + lane) * V;
+            if (d >= a.D) continue;
+            widen<V>(kHeld ? shift[item] : fetch<V>(shifts + d), other);
+            widen<V>(kHeld ? scale[item] : fetch<V>(scales + d), factor);
 #pragma unroll
             for (int j = 0; j < V; ++j)
-                h[item][j] = modulated(h[item][j], mean, rstd, shift[j], scale[j]);
-            store<V>(static_cast<T*>(a.out) + row * a.D + d, h[item]);
+                h[item][j] = modulated(h[item][j], mean, rstd, other[j], factor[j]);
+            store<V>(static_cast<T*>(a.out) + (b * a.T + t) * a.D + d, h[item]);
         }
     }
 }
@@ -80,7 +111,7 @@ namespace {
 template <typename T> void on_host(const void* args) {
     const auto& a = *static_cast<const AdaLN*>(args);
     std::vector<float> h(a.D);
-    for (long long row = 0; row < a.rows; ++row) {
+    for (long long row = 0; row < static_cast<long long>(a.B) * a.T; ++row) {
         const long long b = row / a.T, t = row % a.T;
         float mean = 0, squares = 0;
         for (long long d = 0; d < a.D; ++d) {
@@ -94,7 +125,7 @@ template <typename T> void on_host(const void* args) {
         }
         mean /= a.D;
         for (long long d = 0; d < a.D; ++d) squares += (h[d] - mean) * (h[d] - mean);
-        const float rstd = inverse_deviation(squares, a.D, a.eps);
+        const float rstd = inverse_deviation(squares / a.D, a.eps);
         for (long long d = 0; d < a.D; ++d)
             static_cast<T*>(a.out)[row * a.D + d] = from_float<T>(modulated(
                 h[d], mean, rstd, to_float(static_cast<const T*>(a.shift)[b * a.shift_b + d]),
@@ -102,18 +133,22 @@ template <typename T> void on_host(const void* args) {
     }
 }
 
-template <typename T, int V, int ITEMS> Entry entry(const char* name) {
-    return {name, reinterpret_cast<const void*>(&adaln<T, V, ITEMS>), &on_host<T>, sizeof(AdaLN)};
+template <typename T, int V, int ITEMS, bool RESIDUAL> Entry entry(const char* name) {
+    return {name, reinterpret_cast<const void*>(&adaln<T, V, ITEMS, RESIDUAL>), &on_host<T>,
+            sizeof(AdaLN)};
 }
 
 }  // namespace
 
-#define FT_ENTRY(T, V, ITEMS) entry<T, V, ITEMS>("flowturbo::adaln<" #T "," #V "," #ITEMS ">")
-#define FT_ENTRIES(T, V) \
-    FT_ENTRY(T, V, 1), FT_ENTRY(T, V, 4), FT_ENTRY(T, 1, 1), FT_ENTRY(T, 1, 4), FT_ENTRY(T, 1, 16)
+#define FT_ENTRY(T, V, ITEMS, RESIDUAL) \
+    entry<T, V, ITEMS, RESIDUAL>("flowturbo::adaln<" #T "," #V "," #ITEMS "," #RESIDUAL ">")
+#define FT_BOTH(T, V, ITEMS) FT_ENTRY(T, V, ITEMS, false), FT_ENTRY(T, V, ITEMS, true)
+#define FT_ENTRIES(T, V, A, B, C) FT_BOTH(T, V, A), FT_BOTH(T, V, B), FT_BOTH(T, V, C)
 
+// ITEMS for widths up to 512, 768 and 1280 in 16 bits, 384, 768 and 1152 in 32.
 std::vector<Entry> adaln_entries() {
-    return {FT_ENTRIES(float, 4), FT_ENTRIES(half, 8), FT_ENTRIES(bfloat16, 8)};
+    return {FT_ENTRIES(float, 4, 3, 6, 9), FT_ENTRIES(half, 8, 2, 3, 5),
+            FT_ENTRIES(bfloat16, 8, 2, 3, 5)};
 }
 
 }  // namespace flowturbo

@@ -1,8 +1,11 @@
-// What the kernels share: number types, vectors of 16 bytes, sums over a block. Compiled by nvcc
+// What the kernels share: number types, vectors of 16 bytes, sums, dependent launch. Compiled by nvcc
 // for device and host, and by NVRTC, which has no host headers, for the device alone.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#ifndef __CUDACC_RTC__
+#include <cstring>
+#endif
 
 #define FT_SHARED_CODE __host__ __device__ __forceinline__
 
@@ -20,36 +23,106 @@ template <> FT_SHARED_CODE float from_float<float>(float x) { return x; }
 template <> FT_SHARED_CODE half from_float<half>(float x) { return __float2half_rn(x); }
 template <> FT_SHARED_CODE bfloat16 from_float<bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
-// V numbers that are loaded and stored at once.
+// Whole words of memory, from the numbers in them and back.
+template <typename To, typename From> FT_SHARED_CODE To same_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "");
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+FT_SHARED_CODE void unpack(unsigned word, float (&to)[1], float) {
+    to[0] = same_bits<float>(word);
+}
+FT_SHARED_CODE void unpack(unsigned word, float (&to)[2], half) {
+    const float2 both = __half22float2(same_bits<half2>(word));
+    to[0] = both.x, to[1] = both.y;
+}
+FT_SHARED_CODE void unpack(unsigned word, float (&to)[2], bfloat16) {
+    to[0] = same_bits<float>(word << 16), to[1] = same_bits<float>(word & 0xffff0000u);
+}
+FT_SHARED_CODE unsigned pack(const float (&from)[1], float) {
+    return same_bits<unsigned>(from[0]);
+}
+FT_SHARED_CODE unsigned pack(const float (&from)[2], half) {
+    return same_bits<unsigned>(__floats2half2_rn(from[0], from[1]));
+}
+FT_SHARED_CODE unsigned pack(const float (&from)[2], bfloat16) {
+    return same_bits<unsigned>(__floats2bfloat162_rn(from[0], from[1]));
+}
+
+// V numbers that are loaded and stored at once. As words, because a compiler gives each number of an
+// array of 16-bit ones a register of its own.
 template <typename T, int V> struct alignas(sizeof(T) * V) Vector {
-    T at[V];
+    static constexpr int kWord = 4 / sizeof(T);
+    unsigned words[V / kWord];
+};
+template <typename T> struct Vector<T, 1> {
+    T number;
 };
 
-template <int V, typename T> FT_SHARED_CODE void load(const T* from, float (&to)[V]) {
-    const Vector<T, V> v = *reinterpret_cast<const Vector<T, V>*>(from);
+// Apart from `widen`, so that all loads of a thread can be under way before the first is waited for.
+template <int V, typename T> FT_SHARED_CODE Vector<T, V> fetch(const T* from) {
+    return *reinterpret_cast<const Vector<T, V>*>(from);
+}
+
+template <int V, typename T> FT_SHARED_CODE void widen(const Vector<T, V>& from, float (&to)[V]) {
+    if constexpr (V == 1) {
+        to[0] = to_float(from.number);
+    } else {
+        constexpr int kWord = Vector<T, V>::kWord;
 #pragma unroll
-    for (int i = 0; i < V; ++i) to[i] = to_float(v.at[i]);
+        for (int i = 0; i < V / kWord; ++i) {
+            float numbers[kWord];
+            unpack(from.words[i], numbers, T());
+#pragma unroll
+            for (int k = 0; k < kWord; ++k) to[i * kWord + k] = numbers[k];
+        }
+    }
 }
 
 template <int V, typename T> FT_SHARED_CODE void store(T* to, const float (&from)[V]) {
     Vector<T, V> v;
+    if constexpr (V == 1) {
+        v.number = from_float<T>(from[0]);
+    } else {
+        constexpr int kWord = Vector<T, V>::kWord;
 #pragma unroll
-    for (int i = 0; i < V; ++i) v.at[i] = from_float<T>(from[i]);
+        for (int i = 0; i < V / kWord; ++i) {
+            float numbers[kWord];
+#pragma unroll
+            for (int k = 0; k < kWord; ++k) numbers[k] = from[i * kWord + k];
+            v.words[i] = pack(numbers, T());
+        }
+    }
     *reinterpret_cast<Vector<T, V>*>(to) = v;
 }
 
 #ifdef __CUDACC__
-// The sum over a block of whole warps, in every thread. `scratch`: 32 floats, reusable at once.
-__device__ __forceinline__ float block_sum(float x, float* scratch) {
+// Programmatic dependent launch: this kernel may have been launched while those before it still run,
+// so it waits for them before it reads or writes anything; then it lets the next one start. Every
+// kernel begins so, because launch.cu and _nvrtc.py launch all of them so.
+__device__ __forceinline__ void in_turn() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// The sum over a warp, in every lane.
+__device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(~0u, x, offset);
-    const int warps = blockDim.x / 32;
-    if (warps == 1) return x;
+    return x;
+}
+
+// The sum over a block of whole warps, in every thread. `scratch`: 32 floats, reusable at once.
+__device__ __forceinline__ float block_sum(float x, float* scratch) {
+    x = warp_sum(x);
     __syncthreads();
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
     __syncthreads();
     float total = 0;
-    for (int warp = 0; warp < warps; ++warp) total += scratch[warp];
+    for (int warp = 0; warp < blockDim.x / 32; ++warp) total += scratch[warp];
     return total;
 }
 #endif

@@ -39,13 +39,21 @@ std::vector<std::string> names() {
 }
 
 void launch(const std::string& name, const std::vector<unsigned>& grid, unsigned threads,
-            unsigned shared, const std::string& bytes, std::size_t stream) {
+            unsigned shared, const std::string& bytes, std::size_t stream, bool dependent) {
     const Entry& entry = find(name, bytes);
     std::vector<char> args(bytes.begin(), bytes.end());  // new[] aligns enough for pointers
     void* pointers[] = {args.data()};
-    const dim3 blocks(grid.at(0), grid.size() > 1 ? grid[1] : 1, grid.size() > 2 ? grid[2] : 1);
-    const cudaError_t status = cudaLaunchKernel(entry.kernel, blocks, dim3(threads), pointers,
-                                                shared, reinterpret_cast<cudaStream_t>(stream));
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(grid.at(0), grid.size() > 1 ? grid[1] : 1, grid.size() > 2 ? grid[2] : 1);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = reinterpret_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = dependent ? 1 : 0;
+    const cudaError_t status = cudaLaunchKernelExC(&config, entry.kernel, pointers);
     if (status != cudaSuccess) {
         cudaGetLastError();  // clears it: any later call would report it again
         throw std::runtime_error(name + ": " + cudaGetErrorString(status));

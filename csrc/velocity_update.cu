@@ -1,10 +1,11 @@
 // What surrounds the network in a solver step: guidance, base velocity, cache write and the update
-// of x, in one pass. One thread per vector of an image; grid (vectors per image / threads, N).
+// of x, in one pass. One thread per vector of an image, which loads all that it needs before it
+// computes; grid (vectors per image / threads, N).
 #include "common.cuh"
 
 namespace flowturbo {
 
-constexpr int kThreads = 256;      // of a block, at most
+constexpr int kThreads = 64;       // of a block, at most: an image has few vectors, and many blocks
 constexpr int kMaxVelocities = 4;  // those of Adams-Bashforth of order 4
 
 struct VelocityUpdate {
@@ -22,37 +23,47 @@ struct VelocityUpdate {
 
 FT_SHARED_CODE float guided(float c, float u, float scale) { return u + scale * (c - u); }
 
-// Elements i to i + V of image n, which lie in one channel.
+// Elements i to i + V of image n.
 template <typename T, typename R, int V>
 FT_SHARED_CODE void velocity_update_at(const VelocityUpdate& a, long long n, long long i) {
     const long long at = n * a.S + i, other = (n + a.N) * a.S + i;
-    float total[V], v[V];
-    load<V>(static_cast<const T*>(a.x) + at, total);
-    for (int k = 0; k < a.count; ++k) {
-        load<V>(static_cast<const T*>(a.velocities[k]) + at, v);
+    const bool halves = a.raw && a.scale, based = a.raw && a.base;
+    const Vector<T, V> x = fetch<V>(static_cast<const T*>(a.x) + at);
+    Vector<T, V> velocities[kMaxVelocities] = {}, base_c = {}, base_u = {};
+    Vector<R, V> raw_c = {}, raw_u = {};
 #pragma unroll
-        for (int j = 0; j < V; ++j) total[j] += a.weights[k] * v[j];
-    }
+    for (int k = 0; k < kMaxVelocities; ++k)
+        if (k < a.count) velocities[k] = fetch<V>(static_cast<const T*>(a.velocities[k]) + at);
+    if (a.raw) raw_c = fetch<V>(static_cast<const R*>(a.raw) + at);
+    if (halves) raw_u = fetch<V>(static_cast<const R*>(a.raw) + other);
+    if (based) base_c = fetch<V>(static_cast<const T*>(a.base) + at);
+    if (based && halves) base_u = fetch<V>(static_cast<const T*>(a.base) + other);
+    const float scale = halves ? a.scale[n] : 0.0f;
+    float total[V], v[V], c[V], u[V];
+    widen<V>(x, total);
+#pragma unroll
+    for (int k = 0; k < kMaxVelocities; ++k)
+        if (k < a.count) {
+            widen<V>(velocities[k], v);
+#pragma unroll
+            for (int j = 0; j < V; ++j) total[j] += a.weights[k] * v[j];
+        }
     if (a.raw) {
-        float c[V];
-        load<V>(static_cast<const R*>(a.raw) + at, c);
-        if (a.scale) {
-            float u[V];
-            load<V>(static_cast<const R*>(a.raw) + other, u);
-            if (i / a.HW < a.channels) {
-                const float scale = a.scale[n];
+        widen<V>(raw_c, c);
+        if (halves) {
+            widen<V>(raw_u, u);
 #pragma unroll
-                for (int j = 0; j < V; ++j) c[j] = u[j] = guided(c[j], u[j], scale);
-            }
-            if (a.base) {
-                load<V>(static_cast<const T*>(a.base) + other, v);
+            for (int j = 0; j < V; ++j)
+                if (i + j < a.channels * a.HW) c[j] = u[j] = guided(c[j], u[j], scale);
+            if (based) {
+                widen<V>(base_u, v);
 #pragma unroll
                 for (int j = 0; j < V; ++j) u[j] += v[j];
             }
             store<V>(static_cast<T*>(a.velocity) + other, u);
         }
-        if (a.base) {
-            load<V>(static_cast<const T*>(a.base) + at, v);
+        if (based) {
+            widen<V>(base_c, v);
 #pragma unroll
             for (int j = 0; j < V; ++j) c[j] += v[j];
         }
@@ -65,6 +76,7 @@ FT_SHARED_CODE void velocity_update_at(const VelocityUpdate& a, long long n, lon
 
 template <typename T, typename R, int V>
 __global__ void __launch_bounds__(kThreads) velocity_update(VelocityUpdate a) {
+    in_turn();
     const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
     if (i < a.S) velocity_update_at<T, R, V>(a, blockIdx.y, i);
 }

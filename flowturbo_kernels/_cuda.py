@@ -14,17 +14,27 @@ import torch
 from torch import Tensor
 
 from . import _nvrtc
+from ._pdl import dependent_launch
+from ._triton import rows
 
 NAMES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
 """csrc's names of dtypes."""
 
-MAX_THREADS = 1024
-"""Of a block."""
-
 
 class Launcher(Protocol):
+    """dependent: by programmatic dependent launch. All of csrc's kernels wait for those before
+    them, as such a kernel must.
+    """
+
     def __call__(
-        self, name: str, grid: tuple[int, ...], threads: int, shared: int, args: bytes, stream: int
+        self,
+        name: str,
+        grid: tuple[int, ...],
+        threads: int,
+        shared: int,
+        args: bytes,
+        stream: int,
+        dependent: bool,
     ) -> None: ...
 
 
@@ -41,10 +51,16 @@ def launch(
     """Launch a kernel, by the name of its template instance, on torch's current stream.
     RuntimeError, which names it, if it can't run.
     """
-    launcher, problem = _launcher(torch.cuda.get_device_capability())
+    launcher, problem = _launcher_on(torch.cuda.current_device())
     if launcher is None:
         raise RuntimeError(f"{name}: {problem}")
-    launcher(name, grid, threads, shared, bytes(args), torch.cuda.current_stream().cuda_stream)
+    stream = torch.cuda.current_stream().cuda_stream
+    launcher(name, grid, threads, shared, bytes(args), stream, dependent_launch())
+
+
+@functools.cache
+def _launcher_on(device: int) -> tuple[Launcher | None, str | None]:
+    return _launcher(torch.cuda.get_device_capability(device))
 
 
 @functools.cache
@@ -101,9 +117,20 @@ def misaligned(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.data_ptr() % 16 for t in tensors)
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy, in memory that starts at a multiple of 16 bytes."""
-    return tensor.clone() if misaligned(tensor) else tensor
+def in_vectors(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, whose last axis is dense, with rows that start at multiples of 16
+    bytes; its length must be a multiple of them, too.
+    """
+    tensor, size = rows(tensor), 16 // tensor.element_size()
+    if misaligned(tensor) or any(s % size for s in tensor.stride()[:-1]):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
+def no_vectors(dtype: torch.dtype, what: str, size: int) -> str | None:
+    """Why a kernel of 16-byte vectors can't take rows of that many numbers, or None."""
+    multiple = 16 // dtype.itemsize
+    return f"{what} must be a multiple of {multiple}, got {size}" if size % multiple else None
 
 
 def same_dtype(*tensors: Any) -> str | None:

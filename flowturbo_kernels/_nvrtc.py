@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
 from ._cache import cache_folder, write_atomically
 
 FILES = {"adaln": "adaln.cu", "velocity_update": "velocity_update.cu"} | dict.fromkeys(
-    ("group_norm_statistics", "group_norm_apply"), "group_norm_silu.cu"
+    ("group_norm_statistics", "group_norm_merge", "group_norm_apply"), "group_norm_silu.cu"
 )
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_: ClassVar[Any] = [
+        ("id", ctypes.c_int),
+        ("filler", ctypes.c_int),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    ]
+
+
+_DEPENDENT = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_: ClassVar[Any] = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
 
 
 def sources() -> Path:
@@ -39,10 +70,11 @@ def options() -> tuple[str, ...]:
 
 
 class Launcher:
-    """launch(name, grid, threads, shared, args, stream) on the current device, as the extension has
-    it. ImportError without CuPy.
+    """launch(name, grid, threads, shared, args, stream, dependent) on the current device, as the
+    extension has it. ImportError without CuPy.
 
     Of CuPy it uses NVRTC and the driver alone: CuPy's runtime would be a second one beside torch's.
+    The driver's launch with attributes, which CuPy does not have, is called by ctypes.
     """
 
     def __init__(self) -> None:
@@ -51,7 +83,14 @@ class Launcher:
         self._functions: dict[tuple[int, str], int] = {}
 
     def __call__(
-        self, name: str, grid: tuple[int, ...], threads: int, shared: int, args: bytes, stream: int
+        self,
+        name: str,
+        grid: tuple[int, ...],
+        threads: int,
+        shared: int,
+        args: bytes,
+        stream: int,
+        dependent: bool,
     ) -> None:
         from cupy_backends.cuda.api import driver
 
@@ -61,11 +100,14 @@ class Launcher:
             torch.cuda.mem_get_info()
         struct = ctypes.create_string_buffer(args, len(args))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
-        x, y, z = (*grid, 1, 1)[:3]
-        function = self._function(torch.cuda.current_device(), name)
-        driver.launchKernel(
-            function, x, y, z, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
-        )
+        function = ctypes.c_void_p(self._function(torch.cuda.current_device(), name))
+        config = _Config((*grid, 1, 1)[:3], (threads, 1, 1), shared, stream)
+        if dependent:  # NVRTC since CUDA 12 knows sm_90, so the code has the wait that this needs
+            attributes = (_Attribute * 1)(_Attribute(_DEPENDENT, 0, 1))
+            config.attributes, config.count = attributes, 1
+        status = _driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
+        if status:
+            raise RuntimeError(f"{name}: {driver.CUDADriverError(status)}")
 
     def _function(self, device: int, name: str) -> int:
         """The kernel's handle on that device, loaded at first use and never unloaded."""
@@ -77,6 +119,12 @@ class Launcher:
                 driver.moduleLoadData(code), lowered
             )
         return self._functions[device, name]
+
+
+@functools.cache
+def _driver() -> Any:
+    """CUDA's driver, which torch and CuPy have loaded by this name."""
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def compiled(name: str, capability: tuple[int, int], flags: tuple[str, ...]) -> tuple[str, bytes]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._pdl import dependent_launch
+
 if TYPE_CHECKING:
     import triton.language as tl
 else:
@@ -94,21 +96,16 @@ def in_turn(PDL: tl.constexpr):
 
 
 def _dependent_launch() -> bool:
-    """Whether the current device and this Triton have programmatic dependent launch.
-
-    The variable FLOWTURBO_PDL=0 turns it off, to measure what it gains.
+    """Whether the current device and this Triton have programmatic dependent launch, and it is
+    wanted.
     """
     if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
         return False
-    return _has_dependent_launch(torch.cuda.current_device()) and (
-        os.environ.get("FLOWTURBO_PDL") != "0"
-    )
+    return dependent_launch() and _triton_has_it()
 
 
 @functools.cache
-def _has_dependent_launch(device: int) -> bool:
-    if torch.cuda.get_device_capability(device) < (9, 0) or torch.version.hip:
-        return False
+def _triton_has_it() -> bool:
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.language.extra import cuda
 

@@ -195,52 +195,72 @@ def _residual_adaln_triton(
     return total, out
 
 
-# CUDA: csrc/adaln.cu, one block per row.
+# CUDA: csrc/adaln.cu, one warp a row.
 
 
 class _AdaLN(ctypes.Structure):
     _fields_: ClassVar[Any] = (
         [(name, ctypes.c_void_p) for name in ("x", "y", "gate", "shift", "scale", "total", "out")]
-        + [(name, ctypes.c_longlong) for name in ("T", "D", "x_b", "x_t", "y_b", "y_t")]
-        + [(name, ctypes.c_longlong) for name in ("gate_b", "shift_b", "scale_b", "rows")]
+        + [(name, ctypes.c_longlong) for name in ("x_b", "x_t", "y_b", "y_t")]
+        + [(name, ctypes.c_longlong) for name in ("gate_b", "shift_b", "scale_b")]
+        + [(name, ctypes.c_uint) for name in ("B", "T", "D", "per_warp")]
         + [("eps", ctypes.c_float)]
     )
+
+
+_WARPS = 4
+"""Of a block."""
+_BUSY = 1024
+"""Warps that keep a GPU's memory busy: with fewer, none takes more than one row."""
+
+
+def _items(dtype: torch.dtype) -> tuple[int, ...]:
+    """Vectors of a lane, as csrc has instances."""
+    return (3, 6, 9) if dtype == torch.float32 else (2, 3, 5)
 
 
 def cuda_call(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor,
     total: Tensor | None, out: Tensor, eps: float,
-) -> tuple[str, int, ctypes.Structure]:  # fmt: skip
-    """(instance, threads, arguments) of csrc's kernel. All last axes are dense; y, gate and total
-    come together or not at all.
+) -> tuple[str, tuple[int], int, ctypes.Structure]:  # fmt: skip
+    """(instance, grid, threads, arguments) of csrc's kernel. All rows are whole vectors, dense and
+    aligned (see _cuda.in_vectors); y, gate and total come together or not at all.
     """
-    D, operands = x.shape[-1], (x, y, gate, shift, scale, total, out)
-    outer = (stride for t in operands if t is not None for stride in t.stride()[:-1])
-    V = 1 if _cuda.misaligned(*operands) else _cuda.vector(x.dtype, D, *outer)
-    vectors = -(-D // V)
-    items = next(i for i in ((1, 4) if V > 1 else (1, 4, 16)) if vectors <= 1024 * i or i == 16)
-    threads = min(1024, -(-vectors // (32 * items)) * 32)
+    B, T, D = x.shape
+    V = 16 // x.element_size()
+    items = next(i for i in _items(x.dtype) if 32 * V * i >= D)
+    per_warp = 1
+    while per_warp < 8 and 2 * per_warp * _BUSY <= B * T:
+        per_warp *= 2
     strides = (
         *x.stride()[:2],
         *((0, 0) if y is None else y.stride()[:2]),
         0 if gate is None else gate.stride(0),
     )
-    pointers = map(_cuda.pointer, operands)
-    rows = x.shape[0] * x.shape[1]
-    args = _AdaLN(*pointers, x.shape[1], D, *strides, shift.stride(0), scale.stride(0), rows, eps)
-    return f"flowturbo::adaln<{_cuda.NAMES[x.dtype]},{V},{items}>", threads, args
+    pointers = map(_cuda.pointer, (x, y, gate, shift, scale, total, out))
+    args = _AdaLN(*pointers, *strides, shift.stride(0), scale.stride(0), B, T, D, per_warp, eps)
+    grid = -(-B * -(-T // per_warp) // _WARPS)
+    name = f"flowturbo::adaln<{_cuda.NAMES[x.dtype]},{V},{items},{str(y is not None).lower()}>"
+    return name, (grid,), 32 * _WARPS, args
 
 
-def _unsupported_cuda(*args: Any) -> str | None:
-    return _unsupported(*args) or _cuda.same_dtype(*args)
+def _unsupported_cuda(x: Tensor, *rest: Any) -> str | None:
+    D, most = x.shape[2], 512 // x.element_size() * _items(x.dtype)[-1]
+    if most < D:
+        return f"the hidden size must be at most {most} in {x.dtype}, got {D}"
+    return (
+        _cuda.no_vectors(x.dtype, "the hidden size", D)
+        or _unsupported(x)
+        or _cuda.same_dtype(x, *rest)
+    )
 
 
 @adaln_modulate.backend("cuda", unsupported=_unsupported_cuda)
 def _adaln_cuda(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    x, shift, scale = rows(x), rows(shift), rows(scale)
+    x, shift, scale = map(_cuda.in_vectors, (x, shift, scale))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    name, threads, args = cuda_call(x, None, None, shift, scale, None, out, eps)
-    _cuda.launch(name, (x.shape[0] * x.shape[1],), threads, 0, args)
+    name, grid, threads, args = cuda_call(x, None, None, shift, scale, None, out, eps)
+    _cuda.launch(name, grid, threads, 0, args)
     return out
 
 
@@ -248,8 +268,8 @@ def _adaln_cuda(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 def _residual_adaln_cuda(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    x, y, gate, shift, scale = map(rows, (x, y, gate, shift, scale))
+    x, y, gate, shift, scale = map(_cuda.in_vectors, (x, y, gate, shift, scale))
     total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    name, threads, args = cuda_call(x, y, gate, shift, scale, total, out, eps)
-    _cuda.launch(name, (x.shape[0] * x.shape[1],), threads, 0, args)
+    name, grid, threads, args = cuda_call(x, y, gate, shift, scale, total, out, eps)
+    _cuda.launch(name, grid, threads, 0, args)
     return total, out

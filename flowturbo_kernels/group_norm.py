@@ -184,59 +184,87 @@ def _group_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps
     return out
 
 
-# CUDA: csrc/group_norm_silu.cu, the same two passes.
+# CUDA: csrc/group_norm_silu.cu
 
 
 class _GroupNorm(ctypes.Structure):
     _fields_: ClassVar[Any] = (
-        [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "means", "squares", "out")]
-        + [(name, ctypes.c_longlong) for name in ("N", "HW", "C", "G", "blocks", "pixels")]
-        + [("eps", ctypes.c_float)]
+        [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "parts", "affine", "out")]
+        + [(name, ctypes.c_longlong) for name in ("N", "HW", "C", "G", "tiles")]
+        + [("lanes", ctypes.c_int), ("eps", ctypes.c_float)]
     )
 
 
-def cuda_calls(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, partial: Tensor, out: Tensor
-) -> list[tuple[str, tuple[int, int], int, int, ctypes.Structure]]:
-    """(instance, grid, threads, bytes of shared memory, arguments) of csrc's two kernels.
+_THREADS = 256
+"""Of a block, at most."""
+_ITEMS = 8
+"""Pixels of a lane."""
+_FULL = 128
+"""Blocks that leave few of a GPU's multiprocessors idle."""
 
-    x, out (N, C, H, W), channels-last; partial (2, N, blocks, groups), float32.
+
+def cuda_lanes(x: Tensor) -> int:
+    """Lanes of a tile of csrc's kernels on x (N, C, H, W): as many as a block has threads for, or
+    fewer, but two warps at least, where there would be too few blocks.
     """
     N, C, H, W = x.shape
-    V = 1 if _cuda.misaligned(x, weight, bias, out) else _cuda.vector(x.dtype, C)
-    assert C // V <= _cuda.MAX_THREADS, f"{C} channels one by one"
-    pointers = map(_cuda.pointer, (x, weight, bias, partial[0], partial[1], out))
-    args = _GroupNorm(*pointers, N, H * W, C, groups, partial.shape[2], _PIXELS, eps)
-    lanes = max(1, min(_PIXELS, 256 // (C // V)))
-    threads = max(lanes * (C // V), groups)
-    grid = partial.shape[2], N
-    kind = f"<{_cuda.NAMES[x.dtype]},{V}>"
-    shared = 4 * (threads * V + groups), 8 * groups + 12 * 256
+    vectors = C * x.element_size() // 16
+    lanes = max(1, _THREADS // vectors)
+    while lanes > 1 and lanes * vectors > 64 and N * -(-H * W // (lanes * _ITEMS)) < _FULL:
+        lanes = -(-lanes // 2)
+    return lanes
+
+
+def cuda_calls(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, parts: Tensor, affine: Tensor,
+    out: Tensor,
+) -> list[tuple[str, tuple[int, int], int, ctypes.Structure]]:  # fmt: skip
+    """(instance, grid, threads, arguments) of csrc's three kernels.
+
+    x, out (N, C, H, W), channels-last; parts (N, groups, tiles, 2) and affine (N, 2, C), float32.
+    """
+    N, C, H, W = x.shape
+    V, lanes, tiles = 16 // x.element_size(), cuda_lanes(x), parts.shape[2]
+    slot = next(s for s in (V, 4, 1) if C // groups % s == 0)
+    pointers = map(_cuda.pointer, (x, weight, bias, parts, affine, out))
+    args = _GroupNorm(*pointers, N, H * W, C, groups, tiles, lanes, eps)
+    kind, threads = _cuda.NAMES[x.dtype], lanes * C // V
+    merging = min(_THREADS, -(-tiles // 32) * 32)
     return [
-        (f"flowturbo::group_norm_statistics{kind}", grid, threads, shared[0], args),
-        (f"flowturbo::group_norm_apply{kind}", grid, 256, shared[1], args),
+        (f"flowturbo::group_norm_statistics<{kind},{V},{slot}>", (tiles, N), threads, args),
+        (f"flowturbo::group_norm_merge<{kind}>", (groups, N), merging, args),
+        (f"flowturbo::group_norm_apply<{kind},{V}>", (tiles, N), threads, args),
     ]
+
+
+def cuda_buffers(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """`parts` and `affine` of `cuda_calls`."""
+    N, C, H, W = x.shape
+    tiles = -(-H * W // (cuda_lanes(x) * _ITEMS))
+    sizes = (N, groups, tiles, 2), (N, 2, C)
+    parts, affine = (torch.empty(s, dtype=torch.float32, device=x.device) for s in sizes)
+    return parts, affine
 
 
 def _unsupported_cuda(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> str | None:
-    C = x.shape[1]
-    most = _cuda.MAX_THREADS * _cuda.vector(x.dtype, C)
-    if most < C or groups > _cuda.MAX_THREADS:
-        return f"at most {most} channels and 1024 groups, got {C} and {groups}"
-    return too_many_images(len(x)) or _cuda.same_dtype(x, weight, bias)
+    C, most = x.shape[1], _THREADS * 16 // x.element_size()
+    if most < C:
+        return f"at most {most} channels in {x.dtype}, got {C}"
+    return (
+        _cuda.no_vectors(x.dtype, "channels", C)
+        or too_many_images(len(x))
+        or _cuda.same_dtype(x, weight, bias)
+    )
 
 
 @group_norm_silu.backend("cuda", unsupported=_unsupported_cuda)
 def _group_norm_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    N, C, H, W = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
-    weight, bias = weight.contiguous(), bias.contiguous()
-    if C > _cuda.MAX_THREADS:  # threads must take vectors, which must be aligned
-        x, weight, bias = map(_cuda.aligned, (x, weight, bias))
-    partial = torch.empty(2, N, -(-H * W // _PIXELS), groups, dtype=torch.float32, device=x.device)
+    x = x.clone() if _cuda.misaligned(x) else x
     out = torch.empty_like(x)
-    for name, grid, threads, shared, args in cuda_calls(x, weight, bias, groups, eps, partial, out):
-        _cuda.launch(name, grid, threads, shared, args)
+    tensors = x, weight.contiguous(), bias.contiguous(), groups, eps
+    for name, grid, threads, args in cuda_calls(*tensors, *cuda_buffers(x, groups), out):
+        _cuda.launch(name, grid, threads, 0, args)
     return out

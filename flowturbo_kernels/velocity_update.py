@@ -128,6 +128,9 @@ def _update_triton(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[fl
 
 # CUDA: csrc/velocity_update.cu, which guided_update launches as well.
 
+_THREADS = 64
+"""Of a block, at most."""
+
 
 class _VelocityUpdate(ctypes.Structure):
     _fields_: ClassVar[Any] = (
@@ -150,8 +153,8 @@ def cuda_call(
     """
     N, S, HW = len(x), x[0].numel(), x[0, 0].numel() if x.ndim > 2 else x[0].numel()
     misaligned = _cuda.misaligned(x, raw, base, *velocities, out, velocity)
-    V = 1 if misaligned else _cuda.vector(x.dtype, S, HW)
-    threads = min(256, -(-S // V // 32) * 32)
+    V = 1 if misaligned else _cuda.vector(x.dtype, S)
+    threads = min(_THREADS, -(-S // V // 32) * 32)
     args = _VelocityUpdate(
         *map(_cuda.pointer, (x, raw, scale, base)),
         (ctypes.c_void_p * MAX_VELOCITIES)(*map(_cuda.pointer, velocities)),

@@ -55,6 +55,13 @@ def launches() -> list[str]:
     return _lines(_library.fake_cuda_launches)
 
 
+def dependents() -> list[str]:
+    """Kernels launched by programmatic dependent launch since the last call, by name, in captures
+    too.
+    """
+    return _lines(_library.fake_cuda_dependents)
+
+
 def captured() -> list[str]:
     """The nodes of the graph whose capture ended last, by name."""
     return _lines(_library.fake_cuda_captured)

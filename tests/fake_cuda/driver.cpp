@@ -99,7 +99,7 @@ API CUresult cuPointerGetAttributes(
 }
 
 // ---- machine code: an ELF file, of which registers, shared memory and the largest block of each
-// kernel are read
+// kernel are read, and whether it waits for the kernels before it
 
 struct Function {
     std::string name;
@@ -108,6 +108,12 @@ struct Function {
 static std::map<void*, std::map<std::string, fake::Limits>> modules;
 static std::map<void*, Function> functions;
 
+// Whether some instruction of sm_90 and newer, of 16 bytes each, is ACQBULK: griddepcontrol.wait.
+static bool waits(const unsigned char* code, std::size_t size) {
+    for (std::size_t at = 0; at + 16 <= size; at += 16)
+        if ((code[at] | (code[at + 1] & 0xf) << 8) == 0x82e) return true;
+    return false;
+}
 static std::map<std::string, fake::Limits> kernels_of(const unsigned char* code) {
     std::map<std::string, fake::Limits> found;
     const auto* head = (const Elf64_Ehdr*)code;
@@ -124,7 +130,9 @@ static std::map<std::string, fake::Limits> kernels_of(const unsigned char* code)
     }
     for (int i = 0; i < head->e_shnum; i++) {
         const std::string section = names + sections[i].sh_name;
-        if (!section.compare(0, 6, ".text.")) found[section.substr(6)];
+        if (!section.compare(0, 6, ".text."))
+            found[section.substr(6)].waits =
+                waits(code + sections[i].sh_offset, sections[i].sh_size);
     }
     for (int i = 0; i < head->e_shnum; i++) {
         const std::string section = names + sections[i].sh_name;
@@ -233,28 +241,34 @@ static void run(const std::string& name, void** arguments) {
     if (name == "_one" && arguments) *(float*)*(CUdeviceptr*)arguments[0] = 1.0f;
 }
 static CUresult launch(
-    CUfunction function, const fake::Shape& shape, void* stream, void** arguments) {
+    CUfunction function, const fake::Shape& shape, void* stream, void** arguments,
+    bool dependent = false) {
     Lock lock;
     if (without_context("a launch by the driver")) return CUDA_ERROR_INVALID_CONTEXT;
     auto it = functions.find(function);
     if (it == functions.end())
         return fake::violation("a function is launched that no module holds"),
                CUDA_ERROR_INVALID_HANDLE;
-    const std::string wrong = fake::misfit(shape, it->second.limits);
+    std::string wrong = fake::misfit(shape, it->second.limits);
+    if (wrong.empty() && dependent) wrong = fake::dependent_misfit(it->second.limits);
     if (!wrong.empty())
         return fake::violation(it->second.name + " can't be launched: " + wrong),
                CUDA_ERROR_INVALID_VALUE;
-    fake::submit(Work::kernel, it->second.name, stream);
+    fake::submit(Work::kernel, it->second.name, stream, dependent);
     if (!fake::capturing(stream)) run(it->second.name, arguments);
     return CUDA_SUCCESS;
 }
 API CUresult
 cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** arguments, void**) {
+    bool dependent = false;
+    for (unsigned i = 0; i < c->numAttrs; i++)
+        dependent |= c->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION &&
+                     c->attrs[i].value.programmaticStreamSerializationAllowed;
     return launch(
         function,
         {c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ,
          c->sharedMemBytes},
-        c->hStream, arguments);
+        c->hStream, arguments, dependent);
 }
 API CUresult cuLaunchKernel(
     CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,

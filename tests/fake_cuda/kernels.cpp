@@ -22,7 +22,9 @@ static std::string name_of(const void* kernel) {
     auto it = kernels.find(kernel);
     return it == kernels.end() ? "a kernel without a name" : it->second;
 }
-static cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared, void* stream) {
+static cudaError_t launch(
+    const void* kernel, dim3 grid, dim3 block, size_t shared, void* stream,
+    bool dependent = false) {
     fake_make_context_current();
     Lock lock;
     if (!alive(stream, "a launch")) return result(cudaErrorInvalidResourceHandle);
@@ -30,12 +32,12 @@ static cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shar
     auto raised = dynamic_shared.find(kernel);
     if (raised != dynamic_shared.end())
         limits.dynamic_shared = std::max(limits.dynamic_shared, raised->second);
-    const auto wrong =
-        fake::misfit({grid.x, grid.y, grid.z, block.x, block.y, block.z, shared}, limits);
+    auto wrong = fake::misfit({grid.x, grid.y, grid.z, block.x, block.y, block.z, shared}, limits);
+    if (wrong.empty() && dependent) wrong = fake::dependent_misfit(limits);
     if (!wrong.empty())
         return fake::violation(name_of(kernel) + " can't be launched: " + wrong),
                result(cudaErrorInvalidConfiguration);
-    fake::submit(Work::kernel, name_of(kernel), stream);
+    fake::submit(Work::kernel, name_of(kernel), stream, dependent);
     return cudaSuccess;
 }
 API cudaError_t cudaLaunchKernel(
@@ -47,8 +49,13 @@ API cudaError_t cudaLaunchCooperativeKernel(
     return launch(kernel, grid, block, shared, stream);
 }
 API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void**) {
+    bool dependent = false;
+    for (unsigned i = 0; i < config->numAttrs; i++)
+        dependent |= config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                     config->attrs[i].val.programmaticStreamSerializationAllowed;
     return launch(
-        kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream);
+        kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream,
+        dependent);
 }
 API cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
     return *kernel = (cudaKernel_t)function, cudaSuccess;

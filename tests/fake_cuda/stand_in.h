@@ -32,7 +32,8 @@ void violation(const std::string& what);
 
 // Work given to a stream: a node where the stream is captured, else a launch.
 enum class Work { kernel, copy, fill, host };
-void submit(Work kind, const std::string& name, void* stream);
+// dependent: by programmatic dependent launch.
+void submit(Work kind, const std::string& name, void* stream, bool dependent = false);
 
 // Captures, by the rules of "CUDA Graphs, prohibited and unhandled operations" in the programming
 // guide.
@@ -54,7 +55,10 @@ struct Limits {
     int registers = 0;  // a thread; 0: not known
     int most_threads = 1024;
     std::size_t static_shared = 0, dynamic_shared = 48 << 10;
+    bool waits = true;  // for the kernels before it, where its code says so or is not known
 };
+// What is wrong with a programmatic dependent launch of such a kernel, or an empty string.
+std::string dependent_misfit(const Limits& limits);
 std::string misfit(const Shape& shape, const Limits& limits);
 
 void* new_handle();

@@ -66,7 +66,7 @@ std::size_t total_memory() {
 // ---- what was done
 
 static std::vector<std::string> violations;
-static std::deque<std::string> launches;
+static std::deque<std::string> launches, dependents;
 static std::vector<std::string> last_capture;
 static bool loud() {
     static const bool value = getenv("FAKE_CUDA_LOG") != nullptr;
@@ -191,9 +191,13 @@ void join_capture(void* stream, const std::shared_ptr<Capture>& c) {
 
 // ---- work
 
-void submit(Work kind, const std::string& name, void* stream) {
+void submit(Work kind, const std::string& name, void* stream, bool dependent) {
     Lock lock;
     auto c = capture_of(stream);
+    if (dependent) {
+        dependents.push_back(name);
+        if (dependents.size() > (1u << 20)) dependents.pop_front();
+    }
     if (loud())
         fprintf(
             stderr, "[fake_cuda] %s on %p%s\n", demangled(name).c_str(), stream,
@@ -238,6 +242,11 @@ std::string misfit(const Shape& s, const Limits& limits) {
     if (shared > (std::size_t)device().shared_optin)
         return wrong("shared memory", shared, device().shared_optin);
     return "";
+}
+
+std::string dependent_misfit(const Limits& limits) {
+    if (device().major < 9) return "programmatic dependent launch begins with sm_90";
+    return limits.waits ? "" : "it may start before the kernels before it end, and does not wait";
 }
 
 void* new_handle() {
@@ -360,6 +369,12 @@ API int fake_cuda_launches(char* out, int size) {
     const std::string text = fake::joined(fake::launches);
     const int needed = fake::copied_out(text, out, size);
     if (out && size >= needed) fake::launches.clear();
+    return needed;
+}
+API int fake_cuda_dependents(char* out, int size) {
+    fake::Lock lock;
+    const int needed = fake::copied_out(fake::joined(fake::dependents), out, size);
+    if (out && size >= needed) fake::dependents.clear();
     return needed;
 }
 API int fake_cuda_captured(char* out, int size) {

@@ -15,7 +15,7 @@ import fake_cuda
 if not fake_cuda.PRESENT:
     pytest.skip("needs the stand-in for a CUDA device", allow_module_level=True)
 
-from flowturbo_kernels import OPS, _cuda, use_backend
+from flowturbo_kernels import OPS, _cuda, _triton, use_backend
 from flowturbo_kernels.adaln import _AdaLN
 
 THREAD = "thread_local"
@@ -157,7 +157,7 @@ def test_memory_ends_where_the_device_does():
 def test_launch_limits_are_the_devices(grid, threads, shared, said):
     """csrc's kernels by CuPy's driver calls, or the extension's by the runtime."""
     with pytest.raises(Exception, match=r"(?i)invalid"):
-        _cuda.launch("flowturbo::adaln<float,1,1>", grid, threads, shared, _AdaLN())
+        _cuda.launch("flowturbo::adaln<float,4,3,false>", grid, threads, shared, _AdaLN())
     [violation] = fake_cuda.violations()
     assert said in violation
 
@@ -186,9 +186,43 @@ def test_code_of_another_architecture_is_not_loaded():
 
     major, _ = torch.cuda.get_device_capability()
     _, code = _nvrtc.compiled(
-        "flowturbo::adaln<float,1,1>", (12, 0) if major == 9 else (9, 0), _nvrtc.options()
+        "flowturbo::adaln<float,4,3,false>", (12, 0) if major == 9 else (9, 0), _nvrtc.options()
     )
     with pytest.raises(driver.CUDADriverError):
         driver.moduleLoadData(code)
     [violation] = fake_cuda.violations()
     assert "is loaded on a device of sm_" in violation
+
+
+newer = pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="from sm_90 on")
+
+
+@newer
+def test_a_kernel_that_does_not_wait_must_not_be_launched_while_others_run():
+    _triton._one.jit[(1,)](on_device(1), launch_pdl=False)
+    assert fake_cuda.violations() == []
+    with pytest.raises(Exception, match=r"(?i)invalid"):
+        _triton._one.jit[(1,)](on_device(1), launch_pdl=True)
+    [violation] = fake_cuda.violations()
+    assert "_one can't be launched: it may start before" in violation
+
+
+@pytest.mark.parametrize("setting", ["0", "1"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_kernels_are_launched_while_others_run_where_the_device_and_the_user_allow_it(
+    backend, setting, monkeypatch
+):
+    monkeypatch.setenv("FLOWTURBO_PDL", setting)
+    row, latents = on_device(1, 64), on_device(1, 8, 8, 8)
+    image = latents.contiguous(memory_format=torch.channels_last)
+    fake_cuda.launches()
+    fake_cuda.dependents()
+    with use_backend(backend):
+        OPS["adaln_modulate"](on_device(1, 2, 64), row, row)
+        OPS["velocity_update"](latents, [latents], [0.5])
+        OPS["guided_update"](latents, latents, None, 1, 0.5)
+        OPS["group_norm_silu"](image, row[0, :8].clone(), row[0, :8].clone(), 2)
+    launched = [n for n in fake_cuda.launches() if "flowturbo::" in n or "_kernel" in n[-8:]]
+    on = setting == "1" and torch.cuda.get_device_capability() >= (9, 0)
+    assert len(launched) >= 5
+    assert fake_cuda.dependents() == (launched if on else [])

@@ -94,6 +94,11 @@ def group_norm(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
                     "group_norm_silu",
                     (x.contiguous(memory_format=torch.channels_last), weight, bias, groups, 1e-6),
                 )
+    x, weight = make(dtype, False)(1, 8, 512, 512), make(dtype, False)(8)  # of many tiles
+    yield (
+        "group_norm_silu",
+        (x.contiguous(memory_format=torch.channels_last), weight, weight, 8, 1e-6),
+    )
 
 
 def updates(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -234,8 +239,8 @@ def test_the_walks_reach_the_largest_blocks(launched):
             kernel = launch.name.split("<")[0].removeprefix("flowturbo::")
             most[kernel] = max(most[kernel], launch.threads)
     assert dict(most) == {
-        "adaln": 1024, "group_norm_statistics": 1024, "group_norm_apply": 256,
-        "velocity_update": 256
+        "adaln": 128, "group_norm_statistics": 256, "group_norm_merge": 256,
+        "group_norm_apply": 256, "velocity_update": 64
     }  # fmt: skip
 
 
@@ -258,8 +263,8 @@ def huge() -> Iterator[tuple[str, tuple[Any, ...]]]:
     count, and the last before that.
     """
     for rows in (2**31 - 1, 2**31):
-        yield "adaln_modulate", (empty(rows, 1, 2), empty(rows, 2), empty(rows, 2))
-        yield "gated_residual_adaln", (*[empty(1, rows, 2)] * 2, *[empty(1, 2)] * 3)
+        yield "adaln_modulate", (empty(rows, 1, 8), empty(rows, 8), empty(rows, 8))
+        yield "gated_residual_adaln", (*[empty(1, rows, 8)] * 2, *[empty(1, 8)] * 3)
         yield "velocity_update", (empty(rows, 2), [empty(rows, 2)], [0.1])
         yield "quantize_rows", (empty(rows, 8),)
         fp8 = torch.empty(8, 8, dtype=torch.float8_e4m3fn, device="meta")
@@ -273,7 +278,7 @@ def huge() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "guide", (v, 1.5, 1)
         yield "guided_update", (x, v, 1.5, 1, 0.1)
         yield "guided_update", (v[:N], x, None, 1, 0.1)
-        yield "group_norm_silu", (x, empty(1), empty(1), 1)
+        yield "group_norm_silu", (empty(N, 8, 2, 2), empty(8), empty(8), 1)
         yield "patch_embed", (x, empty(8, 1, 2, 2), empty(8))
         yield "patch_embed", (x[:1], empty(8, 2, 2, 2), empty(8), x)
         layer = empty(2 * N, 1, 8), empty(2 * N, 8), empty(2 * N, 8), empty(4, 8), empty(4)
@@ -289,7 +294,7 @@ def huge() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "velocity_update", (x, [x], [0.1])
         yield "guide", (empty(2, 1, side, side), 1.5, 1)
         yield "guided_update", (x, x, None, 1, 0.1)
-        yield "group_norm_silu", (x, empty(1), empty(1), 1)
+        yield "group_norm_silu", (empty(1, 8, side, side), empty(8), empty(8), 1)
         yield "patch_embed", (x, empty(8, 1, 2, 2), empty(8))
         layer = empty(1, side * side // 4, 8), empty(1, 8), empty(1, 8), empty(4, 8), empty(4)
         yield "final_update", (*layer, x, None, 1, 0.1)

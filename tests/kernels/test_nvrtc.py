@@ -8,7 +8,7 @@ from flowturbo_kernels import _nvrtc
 
 pytest.importorskip("cupy", reason="CuPy is not installed")
 
-NAME = "flowturbo::adaln<float,1,1>"
+NAME = "flowturbo::adaln<float,4,3,false>"
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_gpu_newer_than_nvrtc_gets_ptx(folder):
 def test_a_source_that_does_not_compile_is_named_with_the_compilers_words(folder, monkeypatch):
     monkeypatch.setattr(_nvrtc, "source", lambda name: "no such thing;")
     with pytest.raises(
-        RuntimeError, match=r"adaln<float,1,1> does not compile for -arch=sm_90: (.|\n)*error"
+        RuntimeError, match=r"adaln<float,4,3,false> does not compile for -arch=sm_90: (.|\n)*error"
     ):
         _nvrtc.compiled(NAME, (9, 0), _nvrtc.options())
     assert not folder.exists()
