@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) adaln(AdaLN a) {
     const T* gates = static_cast<const T*>(a.gate) + b * a.gate_b;
     const T* shifts = static_cast<const T*>(a.shift) + b * a.shift_b;
     const T* scales = static_cast<const T*>(a.scale) + b * a.scale_b;
-    Vector<T, V> gate[ITEMS] = {}, shift[ITEMS], scale[ITEMS];
+    Vector<T, V> gate[ITEMS] = {}, shift[ITEMS] = {}, scale[ITEMS] = {};
     for (long long t = first; t < end; ++t) {
         Vector<T, V> x[ITEMS] = {}, y[ITEMS] = {};
 #pragma unroll
@@ -55,14 +55,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) adaln(AdaLN a) {
             if (RESIDUAL)
                 y[item] = fetch<V>(static_cast<const T*>(a.y) + b * a.y_b + t * a.y_t + d);
         }
-        if (t == first)
 #pragma unroll
-            for (int item = 0; item < ITEMS; ++item) {
-                const unsigned d = (item * 32 + lane) * V;
-                if (d >= a.D) continue;
-                if (RESIDUAL) gate[item] = fetch<V>(gates + d);
-                if (kHeld) shift[item] = fetch<V>(shifts + d), scale[item] = fetch<V>(scales + d);
-            }
+        for (int item = 0; item < ITEMS; ++item) {
+            const unsigned d = (item * 32 + lane) * V;
+            const bool needed = t == first && d < a.D;
+            if (RESIDUAL) fetch_if(needed, gates + d, gate[item]);
+            if (kHeld) fetch_if(needed, shifts + d, shift[item]);
+            if (kHeld) fetch_if(needed, scales + d, scale[item]);
+        }
         float h[ITEMS][V], other[V], factor[V], sum = 0, squares = 0;
 #pragma unroll
         for (int item = 0; item < ITEMS; ++item) {

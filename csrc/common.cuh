@@ -108,6 +108,22 @@ __device__ __forceinline__ void in_turn() {
 #endif
 }
 
+// The 16 bytes at `from` if they are needed, else `to` stays. Without a branch: a compiler moves work
+// on earlier loads ahead of one, and the loads behind it would wait for those.
+template <typename T, int V>
+__device__ __forceinline__ void fetch_if(bool needed, const T* from, Vector<T, V>& to) {
+    static_assert(sizeof to == 16, "");
+#ifdef __CUDA_ARCH__
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t.reg .u64 at;\n\tsetp.ne.u32 p, %5, 0;\n\t"
+        "cvta.to.global.u64 at, %4;\n\t@p ld.global.v4.u32 {%0, %1, %2, %3}, [at];\n\t}"
+        : "+r"(to.words[0]), "+r"(to.words[1]), "+r"(to.words[2]), "+r"(to.words[3])
+        : "l"(from), "r"(static_cast<unsigned>(needed)));
+#else
+    if (needed) to = fetch<V>(from);
+#endif
+}
+
 // The sum over a warp, in every lane.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

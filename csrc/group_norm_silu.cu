@@ -41,6 +41,15 @@ FT_SHARED_CODE void write_affine(const GroupNorm& a, long long n, int c, float m
     a.affine[2 * n * a.C + c] = gain;
     a.affine[(2 * n + 1) * a.C + c] = bias - mean * gain;
 }
+// Of ordinary numbers: the general one calls a function, for which registers go to memory.
+FT_SHARED_CODE float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+    const float inverse = __fdividef(1.0f, b), q = a * inverse;
+    return fmaf(fmaf(-q, b, a), inverse, q);
+#else
+    return a / b;
+#endif
+}
 FT_SHARED_CODE float silu(float y) {
 #ifdef __CUDA_ARCH__
     return __fdividef(y, 1.0f + __expf(-y));  // the exact ones would take longer than the memory
@@ -94,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) group_norm_statistics(GroupNorm a) {
 #pragma unroll
             for (int j = slot * SLOT; j < (slot + 1) * SLOT; ++j) sum += v[j];
         }
-        const float mean = pixels ? sum / (pixels * SLOT) : 0.0f;
+        const float mean = pixels ? quotient(sum, pixels * SLOT) : 0.0f;
 #pragma unroll
         for (int item = 0; item < kItems; ++item)
             if (item < pixels) {
@@ -115,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) group_norm_statistics(GroupNorm a) {
         for (int l = 0; l < a.lanes; ++l)
             for (int s = g * slots; s < (g + 1) * slots; ++s)
                 sum += means[l * all + s] * (pixels_of_lane(a, blockIdx.x, l) * SLOT);
-        const float mean = sum / count;
+        const float mean = quotient(sum, count);
         for (int l = 0; l < a.lanes; ++l)
             for (int s = g * slots; s < (g + 1) * slots; ++s)
                 total += shifted(static_cast<float>(pixels_of_lane(a, blockIdx.x, l) * SLOT),

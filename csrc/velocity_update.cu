@@ -6,6 +6,7 @@
 namespace flowturbo {
 
 constexpr int kThreads = 64;       // of a block, at most: an image has few vectors, and many blocks
+constexpr int kBlocks = 8;         // of a multiprocessor, at least: registers for all the loads
 constexpr int kMaxVelocities = 4;  // those of Adams-Bashforth of order 4
 
 struct VelocityUpdate {
@@ -75,7 +76,7 @@ FT_SHARED_CODE void velocity_update_at(const VelocityUpdate& a, long long n, lon
 }
 
 template <typename T, typename R, int V>
-__global__ void __launch_bounds__(kThreads) velocity_update(VelocityUpdate a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) velocity_update(VelocityUpdate a) {
     in_turn();
     const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
     if (i < a.S) velocity_update_at<T, R, V>(a, blockIdx.y, i);

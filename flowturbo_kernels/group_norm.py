@@ -264,7 +264,8 @@ def _group_norm_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: 
     x = x.contiguous(memory_format=torch.channels_last)
     x = x.clone() if _cuda.misaligned(x) else x
     out = torch.empty_like(x)
-    tensors = x, weight.contiguous(), bias.contiguous(), groups, eps
-    for name, grid, threads, args in cuda_calls(*tensors, *cuda_buffers(x, groups), out):
+    weight, bias, (parts, affine) = weight.contiguous(), bias.contiguous(), cuda_buffers(x, groups)
+    calls = cuda_calls(x, weight, bias, groups, eps, parts, affine, out)
+    for name, grid, threads, args in calls:  # which hold pointers, not tensors
         _cuda.launch(name, grid, threads, 0, args)
     return out

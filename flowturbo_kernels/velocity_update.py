@@ -180,8 +180,7 @@ def _unsupported_cuda(
 def _update_cuda(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
-    name, grid, threads, args = cuda_call(
-        x, None, None, None, [v[: len(x)].contiguous() for v in velocities], weights, out, None
-    )
+    dense = [v[: len(x)].contiguous() for v in velocities]  # kept until the launch
+    name, grid, threads, args = cuda_call(x, None, None, None, dense, weights, out, None)
     _cuda.launch(name, grid, threads, 0, args)
     return out
