@@ -22,9 +22,12 @@ from ._op import (
 )
 from .adaln import adaln_modulate, gated_residual_adaln
 from .attention import attention
+from .doubling import double_pixels, doubled_convolution, interleaved_group_norm, summed_weights
 from .final_update import final_update
 from .group_norm import group_norm_silu
 from .guidance import guide, guided_update
+from .image_blocks import residual_group_norm, shifted_group_norm, shifted_sum
+from .image_ends import image_bytes, unscale_latents
 from .linear import linear, linear_gated_residual
 from .linear_fp8 import linear_fp8, quantize_rows
 from .patch_embed import patch_embed
@@ -42,11 +45,15 @@ __all__ = [
     "Op",
     "adaln_modulate",
     "attention",
+    "double_pixels",
+    "doubled_convolution",
     "final_update",
     "gated_residual_adaln",
     "group_norm_silu",
     "guide",
     "guided_update",
+    "image_bytes",
+    "interleaved_group_norm",
     "linear",
     "linear_fp8",
     "linear_gated_residual",
@@ -54,8 +61,13 @@ __all__ = [
     "quantize_rows",
     "refiner_forward",
     "requested_backend",
+    "residual_group_norm",
+    "shifted_group_norm",
+    "shifted_sum",
     "skip_checks",
+    "summed_weights",
     "unavailable",
+    "unscale_latents",
     "use_backend",
     "velocity_update",
 ]

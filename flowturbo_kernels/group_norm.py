@@ -11,107 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _cuda
+from ._group_norm import MAX_HELD, normalise, statistics
 from ._op import op
-from ._triton import in_turn, kernel, next_power_of_2, tl, too_many_images
+from ._triton import next_power_of_2, too_many_images
 from .arguments import Make, expect_floating, expect_shape, wide
 
 EPS = 1e-6
 _PIXELS = 256
-"""Pixels of one program. One program per group would leave most of a GPU idle: 32 groups, 132
+"""Pixels of one block of csrc's. One block per group would leave most of a GPU idle: 32 groups, 132
 multiprocessors.
 """
-
-_MAX_HELD = 4096
-"""Numbers that a Triton program holds at once, 32 per thread: with 16384 the registers spill."""
-
-# Triton, two passes. Statistics: a program reads all channels of a block of pixels and writes each
-# group's mean and sum of squared deviations. Application: a program merges its image's partial
-# statistics (Chan et al. 1983), without cancellation whatever the mean of the data, and writes a
-# block of pixels. Channels are contiguous, so both passes read whole lines.
-
-
-@kernel
-def _statistics_kernel(
-    x, means, squares, HW, blocks, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    in_turn(PDL)
-    n, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    group = tl.arange(0, BLOCK_G)
-    inner = tl.arange(0, BLOCK_C)
-    channel = group[:, None] * (C // G) + inner[None, :]
-    valid = (group < G)[:, None] & (inner < C // G)[None, :]
-    first = block * PIXELS
-    count = tl.minimum(HW - first, PIXELS) * (C // G)
-    total = tl.zeros((BLOCK_P, BLOCK_G, BLOCK_C), dtype=tl.float32)
-    for start in range(0, PIXELS, BLOCK_P):
-        pixel = first + start + tl.arange(0, BLOCK_P)
-        at = (n * HW + pixel[:, None, None]) * C + channel[None, :, :]
-        total += tl.load(
-            x + at, mask=(pixel < HW)[:, None, None] & valid[None, :, :], other=0.0
-        ).to(tl.float32)
-    mean = tl.sum(tl.sum(total, axis=2), axis=0) / count
-    total = tl.zeros((BLOCK_P, BLOCK_G, BLOCK_C), dtype=tl.float32)
-    for start in range(0, PIXELS, BLOCK_P):
-        pixel = first + start + tl.arange(0, BLOCK_P)
-        at = (n * HW + pixel[:, None, None]) * C + channel[None, :, :]
-        inside = (pixel < HW)[:, None, None] & valid[None, :, :]
-        difference = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mean[None, :, None]
-        total += tl.where(inside, difference * difference, 0.0)
-    place = (n * blocks + block) * G + group
-    tl.store(means + place, mean, mask=group < G)
-    tl.store(squares + place, tl.sum(tl.sum(total, axis=2), axis=0), mask=group < G)
-
-
-@kernel
-def _apply_kernel(
-    x, weight, bias, means, squares, out, HW, blocks, eps, C: tl.constexpr, G: tl.constexpr,
-    PIXELS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    in_turn(PDL)
-    n, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    group = tl.arange(0, BLOCK_G)
-    total = tl.zeros((BLOCK_G,), dtype=tl.float32)
-    for first in range(0, blocks, BLOCK_B):
-        b = first + tl.arange(0, BLOCK_B)
-        valid = (b < blocks)[:, None] & (group < G)[None, :]
-        share = tl.minimum(HW - b * PIXELS, PIXELS) * 1.0 / HW
-        part = tl.load(
-            means + (n * blocks + b[:, None]) * G + group[None, :], mask=valid, other=0.0
-        )
-        total += tl.sum(part * share[:, None], axis=0)
-    mean = total
-    total = tl.zeros((BLOCK_G,), dtype=tl.float32)
-    for first in range(0, blocks, BLOCK_B):
-        b = first + tl.arange(0, BLOCK_B)
-        valid = (b < blocks)[:, None] & (group < G)[None, :]
-        count = tl.minimum(HW - b * PIXELS, PIXELS) * (C // G) * 1.0
-        place = (n * blocks + b[:, None]) * G + group[None, :]
-        difference = tl.load(means + place, mask=valid, other=0.0) - mean[None, :]
-        square = (
-            tl.load(squares + place, mask=valid, other=0.0)
-            + count[:, None] * difference * difference
-        )
-        total += tl.sum(tl.where(valid, square, 0.0), axis=0)
-    rstd = 1.0 / tl.sqrt(total / (HW * (C // G) * 1.0) + eps)
-    inner = tl.arange(0, BLOCK_C)
-    channel = group[:, None] * (C // G) + inner[None, :]
-    valid = (group < G)[:, None] & (inner < C // G)[None, :]
-    gain = tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32) * rstd[:, None]
-    offset = tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32) - mean[:, None] * gain
-    for start in range(0, PIXELS, BLOCK_P):
-        pixel = block * PIXELS + start + tl.arange(0, BLOCK_P)
-        at = (n * HW + pixel[:, None, None]) * C + channel[None, :, :]
-        inside = (pixel < HW)[:, None, None] & valid[None, :, :]
-        y = (
-            tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * gain[None, :, :]
-            + offset[None, :, :]
-        )
-        y = tl.where(inside, y, 0.0)  # or the exponential of masked lanes may overflow
-        tl.store(out + at, y / (1.0 + tl.exp(-y)), mask=inside)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 32, eps: float = EPS) -> None:
@@ -155,33 +64,39 @@ def group_norm_silu(
     return F.silu(y).to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _unsupported(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> str | None:
+def unsupported(x: Tensor, groups: int) -> str | None:
+    """Why the kernels can't normalise images of x's shape in so many groups, or None."""
     C = x.shape[1]
-    if next_power_of_2(groups) * next_power_of_2(C // groups) > _MAX_HELD:
+    if next_power_of_2(groups) * next_power_of_2(C // groups) > MAX_HELD:
         return (
-            f"at most {_MAX_HELD} channels, with groups and their sizes filled up to powers of "
+            f"at most {MAX_HELD} channels, with groups and their sizes filled up to powers of "
             f"two, got {C} in {groups} groups"
         )
     return too_many_images(len(x))
 
 
+def _unsupported(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> str | None:
+    return unsupported(x, groups)
+
+
 @group_norm_silu.backend("triton", unsupported=_unsupported)
 def _group_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    N, C, H, W = x.shape
+    return normalised(x, weight, bias, groups, eps, None, True)
+
+
+def normalised(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    shift: Tensor | None,
+    silu: bool,
+) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
-    blocks = -(-H * W // _PIXELS)
-    means, squares = (
-        torch.empty(N, blocks, groups, dtype=torch.float32, device=x.device) for _ in range(2)
-    )
-    out = torch.empty_like(x)
-    block_g, block_c = next_power_of_2(groups), next_power_of_2(C // groups)
-    block_p = max(1, min(_PIXELS, _MAX_HELD // (block_g * block_c)))
-    block_b = min(64, next_power_of_2(blocks), _MAX_HELD // block_g)
-    sizes = (C, groups, _PIXELS, block_p, block_g, block_c)
-    _statistics_kernel.launch((blocks, N), x, means, squares, H * W, blocks, *sizes, num_warps=4)
-    tensors = x, weight.contiguous(), bias.contiguous(), means, squares, out
-    _apply_kernel.launch((blocks, N), *tensors, H * W, blocks, eps, *sizes, block_b, num_warps=4)
-    return out
+    shift = None if shift is None else shift.contiguous()
+    found = statistics(x, shift, groups)
+    return normalise(x, shift, found, weight.contiguous(), bias.contiguous(), eps, silu)
 
 
 # CUDA: csrc/group_norm_silu.cu

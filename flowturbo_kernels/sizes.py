@@ -63,8 +63,33 @@ def sit_fp8(
 
 def vae(make: Make, batch: int, side: int = 32) -> Iterator[tuple[str, Any]]:
     """(operation, arguments) of the SD autoencoder's decoder on latents of that side: one norm of
-    each width.
+    each width, and what else stands between its convolutions.
     """
-    for channels, scale in ((512, 1), (512, 4), (256, 8), (128, 8)):
-        x = make(batch, channels, side * scale, side * scale).to(memory_format=torch.channels_last)
-        yield "group_norm_silu", (x, make(channels), make(channels), 32)
+
+    def images(channels: int, scale: int) -> torch.Tensor:
+        shape = batch, channels, side * scale, side * scale
+        return make(*shape).to(memory_format=torch.channels_last)
+
+    def norm(channels: int) -> tuple[Any, ...]:
+        return make(channels), make(channels), 32, 1e-6
+
+    widths = (512, 1), (512, 4), (256, 8), (128, 8)
+    for C, scale in widths:
+        yield "group_norm_silu", (images(C, scale), make(C), make(C), 32)
+    for C, scale in widths:
+        yield "shifted_group_norm", (images(C, scale), make(C), *norm(C), True)
+    for C, scale in widths:
+        yield (
+            "residual_group_norm",
+            (images(C, scale), make(C), images(C, scale), None, *norm(C), True),
+        )
+    for C, scale in ((512, 2), (256, 4)):
+        yield "shifted_sum", (images(C, scale), make(C), images(C, scale), None)
+    for C, scale in ((512, 1), (512, 2), (256, 4)):
+        yield "double_pixels", (images(C, scale),)
+        four = make(batch, 4 * C, side * scale + 1, side * scale + 1)
+        four = four.to(memory_format=torch.channels_last)
+        yield "interleaved_group_norm", (four, make(C), *norm(C), True)
+    latents = make(batch, 4, side, side)
+    yield "unscale_latents", (latents, 0.18215, 0.0, latents.dtype)
+    yield "image_bytes", (images(3, 8),)

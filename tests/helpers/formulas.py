@@ -104,6 +104,45 @@ def long_group_norm_silu(x, weight, bias, groups, eps=1e-6):
     return out
 
 
+def long_shifted_group_norm(x, shift, weight, bias, groups, eps, silu):
+    if shift is not None:
+        x = torch.stack([x[:, c] + shift[c] for c in range(len(shift))], dim=1)
+    size = x.shape[1] // groups
+    parts = x.unflatten(1, (groups, size))
+    mean = parts.sum((2, 3, 4), keepdim=True) / parts[0, 0].numel()
+    variance = ((parts - mean) ** 2).sum((2, 3, 4), keepdim=True) / parts[0, 0].numel()
+    y = ((parts - mean) / (variance + eps) ** 0.5).flatten(1, 2)
+    y = torch.einsum("nchw,c->nchw", y, weight) + bias[:, None, None]
+    return y / (1 + (-y).exp()) if silu else y
+
+
+def long_shifted_sum(y, shift, residual, residual_shift):
+    total = torch.stack([y[:, c] + shift[c] for c in range(len(shift))], dim=1)
+    if residual is not None:
+        total = residual + total
+    return total if residual_shift is None else total + residual_shift.view(1, -1, 1, 1)
+
+
+def long_residual_group_norm(y, shift, residual, residual_shift, *norm):
+    h = long_shifted_sum(y, shift, residual, residual_shift)
+    return h, long_shifted_group_norm(h, None, *norm)
+
+
+def long_double_pixels(x):
+    return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
+def long_interleaved_group_norm(y, shift, *norm):
+    N, C, H, W = y.shape[0], y.shape[1] // 4, y.shape[2] - 1, y.shape[3] - 1
+    h = y.new_zeros(N, C, 2 * H, 2 * W)
+    for row in range(2 * H):
+        for column in range(2 * W):
+            part = 2 * (row % 2) + column % 2
+            at = (row + 1) // 2, (column + 1) // 2
+            h[:, :, row, column] = y[:, part * C : (part + 1) * C, at[0], at[1]] + shift
+    return h, long_shifted_group_norm(h, None, *norm)
+
+
 def long_linear_gated_residual(x, weight, bias, residual, gate):
     y = long_linear(x, weight, bias)
     return torch.stack([residual[b] + gate[b] * y[b] for b in range(len(x))])
@@ -121,4 +160,9 @@ MEANING = {
     "guided_update": long_guided_update,
     "final_update": long_final_update,
     "group_norm_silu": long_group_norm_silu,
+    "shifted_group_norm": long_shifted_group_norm,
+    "shifted_sum": long_shifted_sum,
+    "residual_group_norm": long_residual_group_norm,
+    "double_pixels": long_double_pixels,
+    "interleaved_group_norm": long_interleaved_group_norm,
 }

@@ -41,7 +41,9 @@ FP8 = "quantize_rows", "linear_fp8"
 """Operations that take and give fp8, whose errors are of its own size:
 tests/kernels/test_fp8.py.
 """
-NAMES = [name for name in OPS if name not in FP8]
+ENDS = "unscale_latents", "image_bytes"
+"""Operations whose results have a dtype of their own: tests/kernels/test_image_ends.py."""
+NAMES = [name for name in OPS if name not in FP8 + ENDS]
 CASES = [(name, i) for name in NAMES for i, _ in enumerate(examples(name, torch.float32))]
 
 
