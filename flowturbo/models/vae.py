@@ -14,7 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from flowturbo_kernels import image_bytes, unscale_latents
+
 from ..storage.files import CheckpointError
+from .convolution_search import convolution_search
 from .diffusers_io import ask_hub, is_path, read_pretrained
 from .vae_fusion import fuse
 
@@ -84,16 +87,16 @@ class DiffusersVAE:
                 f"latents must have shape (N, {self.channels}, H, W) for this vae, got "
                 f"{tuple(latents.shape)}"
             )
-        wide = latents.to(self.network.device, torch.promote_types(latents.dtype, torch.float32))
-        z = (
-            (wide / self.scale + self.shift)
-            .to(self.network.dtype)
-            .contiguous(memory_format=torch.channels_last)
+        numbers = latents if latents.is_floating_point() else latents.float()
+        z = unscale_latents(
+            numbers.to(self.network.device), self.scale, self.shift, self.network.dtype
         )
         return in_slices(self._images, z, max(1, DECODE_BYTES // self._decode_bytes(*z.shape[2:])))
 
     def _images(self, z: Tensor) -> Tensor:
-        return to_uint8(self.network.decode(z).sample).permute(0, 2, 3, 1)
+        with convolution_search(self.network, z):
+            images = self.network.decode(z).sample
+        return image_bytes(images if images.dtype.itemsize <= 4 else images.float())
 
     def _decode_bytes(self, height: int, width: int) -> int:
         """About the bytes that decoding one image takes.

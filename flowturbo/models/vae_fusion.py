@@ -8,24 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from flowturbo_kernels import group_norm_silu
-
-
-class GroupNormSiLU(nn.GroupNorm):
-    """silu(GroupNorm(x)) in one operation, with the parameters of a GroupNorm."""
-
-    def __init__(self, norm: nn.GroupNorm) -> None:
-        super().__init__(norm.num_groups, norm.num_channels, norm.eps, device="meta")
-        self.weight, self.bias = norm.weight, norm.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
+from .vae_decoder import FusedDecoder, GroupNormSiLU, fits, untouched
 
 
 def fuse(network: nn.Module) -> int:
-    """Fuse every GroupNorm of an AutoencoderKL that a SiLU follows -> how many.
+    """Fuse every GroupNorm of an AutoencoderKL that a SiLU follows -> how many; and its decoder, if
+    it is as FusedDecoder knows it.
 
     The network is changed in place, to channels_last; its state dict keeps its keys.
     """
@@ -48,7 +38,17 @@ def fuse(network: nn.Module) -> int:
         if _are_fit(getattr(part, "conv_act", None), norm):
             part.conv_norm_out, part.conv_act = GroupNormSiLU(norm), nn.Identity()  # type: ignore[union-attr]
             count += 1
+    decoder = getattr(network, "decoder", None)
+    if isinstance(decoder, nn.Module) and _is_known(decoder):
+        network.decoder = FusedDecoder(decoder)
     return count
+
+
+def _is_known(decoder: nn.Module) -> bool:
+    own = decoder._forward_hooks or decoder._forward_pre_hooks or "forward" in decoder.__dict__
+    return (
+        not own and not isinstance(decoder, FusedDecoder) and untouched(decoder) and fits(decoder)
+    )
 
 
 def _are_fit(activation: Any, *norms: Any) -> bool:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from vae_folders import CPU, images, make_folder, relative_error
 
-from flowturbo.models import vae_fusion
+from flowturbo.models import vae_decoder
 from flowturbo.models.vae import VAE, DiffusersVAE, Pixels, in_slices, load_vae
-from flowturbo.models.vae_fusion import GroupNormSiLU, fuse
+from flowturbo.models.vae_decoder import GroupNormSiLU
+from flowturbo.models.vae_fusion import fuse
 
 
 def test_grey_images_are_their_own_latents() -> None:
@@ -157,9 +158,9 @@ def test_the_fused_decoder_runs_the_librarys_operation(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    original = vae_fusion.group_norm_silu
+    original = vae_decoder.group_norm_silu
     monkeypatch.setattr(
-        vae_fusion, "group_norm_silu", lambda x, *rest: calls.append(x) or original(x, *rest)
+        vae_decoder, "group_norm_silu", lambda x, *rest: calls.append(x) or original(x, *rest)
     )
     vae = load_vae(folder, CPU, torch.float32)
     vae.decode(torch.randn(2, 4, 8, 8))
