@@ -158,7 +158,6 @@ def _add_kernel(
     inside = tl.arange(0, P) < count
     numbers, at = _source(HW, W, part * P, C, P, SOURCE)
     total = _read(y + n * numbers, at, inside, C, G, P, BLOCK_G, BLOCK_C)
-    numbers, at = _source(HW, W, part * P, C, P, 0)
     if HAS_RESIDUAL:
         other = _read(residual + n * numbers, at, inside, C, G, P, BLOCK_G, BLOCK_C)
     _all_loads_first()
@@ -169,6 +168,7 @@ def _add_kernel(
     if HAS_RESIDUAL_SHIFT:
         total += _vector(residual_shift, C, G, BLOCK_G, BLOCK_C)[None, :, :]
     total = total.to(out.dtype.element_ty)
+    numbers, at = _source(HW, W, part * P, C, P, 0)
     _write(out + n * numbers, at, inside, total, C, G, P, BLOCK_G, BLOCK_C)
     if STATISTICS:
         at = (n * parts + part) * G
@@ -316,7 +316,8 @@ def add(
     """Fill out (N, C, H, W), channels-last, with y + shift + residual + residual_shift -> its
     statistics, if it has groups.
 
-    y: as out; (N, 4C, H / 2 + 1, W / 2 + 1) if interleaved, (N, C, H / 2, W / 2) if doubled.
+    y: as out; (N, 4C, H / 2 + 1, W / 2 + 1) if interleaved, without a residual; (N, C, H / 2, W /
+    2) if doubled, as the residual is.
     """
     found = None if groups is None else Statistics.empty(out, groups)
     tiling = _whole(out) if found is None else found.tiling

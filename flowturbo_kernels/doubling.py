@@ -17,45 +17,71 @@ from ._triton import too_large, too_many_images
 from ._tune import Candidates, form
 from .arguments import Make, expect_floating, expect_shape, wide
 from .group_norm import EPS, unsupported
-from .image_blocks import CHANNELS_LAST, column, expect_norm, normal, residual_group_norm
+from .image_blocks import (
+    CHANNELS_LAST,
+    check_sum,
+    column,
+    dense,
+    expect_norm,
+    normal,
+    residual_group_norm,
+    shifted_sum,
+)
 
 
-def _check_double(x: Tensor) -> None:
-    expect_shape("double_pixels", "x", x, (None, None, None, None))
-    expect_floating("double_pixels", x=x)
+def _check_double(
+    y: Tensor,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+) -> None:
+    check_sum(y, shift, residual, residual_shift, "double_pixels")
 
 
 def _example_double(make: Make) -> Iterable[tuple[Any, ...]]:
-    for shape in ((1, 3, 1, 1), (2, 96, 5, 7), (1, 512, 9, 8)):
-        yield (make(*shape).to(memory_format=CHANNELS_LAST),)
+    for i, shape in enumerate(((1, 3, 1, 1), (2, 96, 5, 7), (1, 512, 9, 8))):
+        y, other = (make(*shape).to(memory_format=CHANNELS_LAST) for _ in range(2))
+        C = shape[1]
+        yield (y, make(C), other, make(C) if i == 1 else None) if i else (y,)
 
 
 @op(
     check=_check_double,
     example=_example_double,
-    schema="(Tensor x) -> Tensor",
+    schema="(Tensor y, Tensor? shift, Tensor? residual, Tensor? residual_shift) -> Tensor",
     memory_format=CHANNELS_LAST,
 )
-def double_pixels(x: Tensor) -> Tensor:
-    """Every pixel four times. x (N, C, H, W), best in channels-last memory -> (N, C, 2H, 2W),
-    channels-last.
+def double_pixels(
+    y: Tensor,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+) -> Tensor:
+    """Every pixel four times: of y, or of shifted_sum(y, shift, residual, residual_shift), which is
+    then written doubled only.
+
+    y, residual (N, C, H, W), best in channels-last memory; shift, residual_shift (C,) -> (N, C, 2H,
+    2W), channels-last.
     """
+    x = y if shift is None else shifted_sum.reference(y, shift, residual, residual_shift)
     N, C, H, W = x.shape
     rows = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(N, H, 2, W, 2, C)
     return rows.reshape(N, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
 
 
-def _no_double(x: Tensor) -> str | None:
-    return too_many_images(len(x)) or too_large(4 * x[0].numel())
+def _no_double(y: Tensor, *_: Any) -> str | None:
+    return too_many_images(len(y)) or too_large(4 * y[0].numel())
 
 
 @double_pixels.backend("triton", unsupported=_no_double)
-def _double_triton(x: Tensor) -> Tensor:
-    N, C, H, W = x.shape
+def _double_triton(
+    y: Tensor, shift: Tensor | None, residual: Tensor | None, residual_shift: Tensor | None
+) -> Tensor:
+    N, C, H, W = y.shape
     out = torch.empty(
-        N, C, 2 * H, 2 * W, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST
+        N, C, 2 * H, 2 * W, dtype=y.dtype, device=y.device, memory_format=CHANNELS_LAST
     )
-    add(out, x.contiguous(memory_format=CHANNELS_LAST), source=DOUBLED)
+    add(out, *dense(y, shift, residual, residual_shift), DOUBLED)
     return out
 
 
@@ -172,7 +198,7 @@ def _interleaved_triton(
 
 
 def doubled_convolution(
-    x: Tensor,
+    total: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     kernel: Tensor,
     summed: Tensor | None,
     shift: Tensor,
@@ -182,27 +208,31 @@ def doubled_convolution(
     eps: float,
     silu: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """h = conv2d(double_pixels(x), kernel, shift, padding=1), and GroupNorm of h -> (h,
+    """h = conv2d(double_pixels(*total), kernel, shift, padding=1), and GroupNorm of h -> (h,
     normalised).
 
-    kernel (O, C, 3, 3). Where summed_weights(kernel) is given, "auto" takes the faster on this
-    device of the convolution and of its four parts, which do 16 multiplications where it does 36,
-    and round differently. The default is the convolution. Convolutions are torch's: in float32 they
-    follow torch.backends.cudnn.allow_tf32.
+    total: what shifted_sum takes. kernel (O, C, 3, 3). Where summed_weights(kernel) is given,
+    "auto" takes the faster on this device of the convolution and of its four parts, which do 16
+    multiplications where it does 36, and round differently. The default is the convolution.
+    Convolutions are torch's: in float32 they follow torch.backends.cudnn.allow_tf32.
     """
     norm = weight, bias, groups, eps, silu
 
     def whole(kernel: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:
-        y = F.conv2d(double_pixels(x), kernel, padding=1)
+        y = F.conv2d(double_pixels(*total), kernel, padding=1)
         return residual_group_norm(y, shift, None, None, *norm)
 
     def parts(kernel: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:
-        return interleaved_group_norm(F.conv2d(x, summed, padding=1), shift, *norm)
+        y = F.conv2d(shifted_sum(*total), summed, padding=1)
+        return interleaved_group_norm(y, shift, *norm)
 
     if summed is None or requested_backend() != "auto":
         return whole(kernel, kernel)
     settings = torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
-    question = "doubled_convolution", form(x), form(kernel), groups, *settings
+    forms = [None if t is None else form(t) for t in total]
+    question = "doubled_convolution", *forms, form(kernel), groups, *settings
     ways = {"one convolution": whole, "four 2 x 2 convolutions": parts}
-    found: tuple[Tensor, Tensor] = Candidates(question, ways, x.device, (kernel, summed)).run()
+    found: tuple[Tensor, Tensor] = Candidates(
+        question, ways, total[0].device, (kernel, summed)
+    ).run()
     return found

@@ -127,16 +127,21 @@ def _norm_triton(
 # The residual stream: written once, with the statistics of the GroupNorm after it
 
 
-def _check_sum(
+def check_sum(
     y: Tensor,
-    shift: Tensor,
+    shift: Tensor | None,
     residual: Tensor | None = None,
     residual_shift: Tensor | None = None,
     name: str = "shifted_sum",
 ) -> None:
+    """Raise unless these can be summed."""
     expect_shape(name, "y", y, (None, None, None, None))
-    expect_floating(name, y=y, shift=shift)
-    expect_shape(name, "shift", shift, (y.shape[1],))
+    expect_floating(name, y=y)
+    if shift is not None:
+        expect_floating(name, y=y, shift=shift)
+        expect_shape(name, "shift", shift, (y.shape[1],))
+    elif residual is not None:
+        raise ValueError(f"{name}: residual needs a shift, and there is none")
     if residual is not None:
         expect_floating(name, y=y, residual=residual)
         expect_shape(name, "residual", residual, tuple(y.shape))
@@ -154,7 +159,7 @@ def _example_sum(make: Make) -> Iterable[tuple[Any, ...]]:
 
 
 @op(
-    check=_check_sum,
+    check=check_sum,
     example=_example_sum,
     schema="(Tensor y, Tensor shift, Tensor? residual, Tensor? residual_shift) -> Tensor",
     memory_format=CHANNELS_LAST,
@@ -189,11 +194,11 @@ def _sum_triton(
     y: Tensor, shift: Tensor, residual: Tensor | None, residual_shift: Tensor | None
 ) -> Tensor:
     out = torch.empty_like(y, memory_format=CHANNELS_LAST)
-    add(out, *_dense(y, shift, residual, residual_shift))
+    add(out, *dense(y, shift, residual, residual_shift))
     return out
 
 
-def _dense(
+def dense(
     y: Tensor,
     shift: Tensor | None,
     residual: Tensor | None = None,
@@ -219,7 +224,7 @@ def _check_seam(
     silu: bool = True,
 ) -> None:
     name = "residual_group_norm"
-    _check_sum(y, shift, residual, residual_shift, name)
+    check_sum(y, shift, residual, residual_shift, name)
     expect_floating(name, y=y, weight=weight, bias=bias)
     expect_norm(name, y.shape[1], weight, bias, groups)
 
@@ -284,6 +289,6 @@ def _seam_triton(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     h = torch.empty_like(y, memory_format=CHANNELS_LAST)
-    found = add(h, *_dense(y, shift, residual, residual_shift), PLAIN, groups)
+    found = add(h, *dense(y, shift, residual, residual_shift), PLAIN, groups)
     assert found is not None
     return h, normalise(h, None, found, weight.contiguous(), bias.contiguous(), eps, silu)

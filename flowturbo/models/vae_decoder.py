@@ -87,19 +87,19 @@ class FusedDecoder(nn.Module):
         one: Any = self
         parts = list(_parts(one))
         norms = [*map(_first_norm, parts[1:]), one.conv_norm_out]
-        y = _convolved(one.conv_in, sample)
-        h, normalised = _seam((y, one.conv_in.bias, None, None), _first_norm(parts[0]))
+        total: Sum = _convolved(one.conv_in, sample), one.conv_in.bias, None, None
+        h, normalised = _seam(total, _first_norm(parts[0]))
         for i, (part, norm) in enumerate(zip(parts, norms, strict=True)):
-            if _is_upsampler(part):
-                summed = self._summed_weights(str(i), part.conv.weight)
-                norm_of = norm.weight, norm.bias, norm.num_groups, norm.eps, _is_silu(norm)
-                h, normalised = doubled_convolution(
-                    h, part.conv.weight, summed, part.conv.bias, *norm_of
-                )
-            elif norm is None:  # before a doubling
-                h = shifted_sum(*_branch(part, h, normalised))
-            else:
-                h, normalised = _seam(_branch(part, h, normalised), norm)
+            if not _is_upsampler(part):
+                total = _branch(part, h, normalised)
+                if norm is not None:  # no doubling is next
+                    h, normalised = _seam(total, norm)
+                continue
+            summed = self._summed_weights(str(i), part.conv.weight)
+            norm_of = norm.weight, norm.bias, norm.num_groups, norm.eps, _is_silu(norm)
+            h, normalised = doubled_convolution(
+                total, part.conv.weight, summed, part.conv.bias, *norm_of
+            )
         return shifted_sum(_convolved(one.conv_out, normalised), one.conv_out.bias)
 
     def _summed_weights(self, name: str, weight: Tensor) -> Tensor | None:

@@ -128,7 +128,8 @@ def long_residual_group_norm(y, shift, residual, residual_shift, *norm):
     return h, long_shifted_group_norm(h, None, *norm)
 
 
-def long_double_pixels(x):
+def long_double_pixels(x, *others):
+    x = long_shifted_sum(x, *others) if others else x
     return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
 
