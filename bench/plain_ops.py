@@ -133,6 +133,69 @@ def group_norm_silu(
     return F.silu(F.group_norm(x, groups, weight, bias, eps))
 
 
+def shifted_group_norm(
+    x: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int = 32,
+    eps: float = EPS,
+    silu: bool = True,
+) -> Tensor:
+    x = x if shift is None else x + shift[:, None, None]
+    y = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(y) if silu else y
+
+
+def shifted_sum(
+    y: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+) -> Tensor:
+    y = y + shift[:, None, None]
+    if residual_shift is not None:
+        residual = residual + residual_shift[:, None, None]
+    return y if residual is None else residual + y
+
+
+def residual_group_norm(
+    y: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    residual_shift: Tensor | None,
+    *norm: Any,
+) -> tuple[Tensor, Tensor]:
+    h = shifted_sum(y, shift, residual, residual_shift)
+    return h, shifted_group_norm(h, None, *norm)
+
+
+def double_pixels(y: Tensor, shift: Tensor | None = None, *residual: Any) -> Tensor:
+    x = y if shift is None else shifted_sum(y, shift, *residual)
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def interleaved_group_norm(y: Tensor, shift: Tensor, *norm: Any) -> tuple[Tensor, Tensor]:
+    parts = y.unflatten(1, (4, -1))
+    views = [
+        parts[:, 2 * i + j, :, i : y.shape[2] - 1 + i, j : y.shape[3] - 1 + j]
+        for i in range(2)
+        for j in range(2)
+    ]
+    h = F.pixel_shuffle(torch.stack(views, dim=2).flatten(1, 2), 2)
+    h = h.contiguous(memory_format=torch.channels_last) + shift[:, None, None]
+    return h, shifted_group_norm(h, None, *norm)
+
+
+def unscale_latents(x: Tensor, scale: float, shift: float, dtype: torch.dtype) -> Tensor:
+    y = x.float() / scale + shift
+    return y.to(dtype, memory_format=torch.channels_last)
+
+
+def image_bytes(x: Tensor) -> Tensor:
+    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
 PLAIN: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
@@ -149,6 +212,13 @@ PLAIN: dict[str, Callable[..., Any]] = {
         guided_update,
         final_update,
         group_norm_silu,
+        shifted_group_norm,
+        shifted_sum,
+        residual_group_norm,
+        double_pixels,
+        interleaved_group_norm,
+        unscale_latents,
+        image_bytes,
     )
 }
 """By the operations' names."""

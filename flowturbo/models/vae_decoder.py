@@ -106,7 +106,7 @@ class FusedDecoder(nn.Module):
         """The weights of the four 2 x 2 convolutions, if they may be candidates, made when they are
         first needed and when the weight has changed. A buffer: captures watch its address.
         """
-        if weight.device.type != "cuda" or requested_backend() != "auto":
+        if not _has_candidates(weight):
             return None
         version = None if weight.is_inference() else weight._version
         now = weight.data_ptr(), version, weight.dtype, weight.device
@@ -119,6 +119,11 @@ class FusedDecoder(nn.Module):
             self._summed[name] = now
         found: Tensor = getattr(self, buffer)
         return found
+
+
+def _has_candidates(weight: Tensor) -> bool:
+    """Whether ways of a convolution with this weight are measured against each other."""
+    return weight.device.type == "cuda" and requested_backend() == "auto"
 
 
 def _parts(decoder: Any) -> Iterator[Any]:

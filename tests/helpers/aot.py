@@ -35,6 +35,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float8_e4m3fn: "fp8e4nv",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 WIDE = (
     r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64"

@@ -39,6 +39,8 @@ def largest(make: Make) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for channels, groups in ((4096, 1), (4096, 4096), (2049, 683)):
         x = make(1, channels, 128, 128).to(memory_format=torch.channels_last)
         yield "group_norm_silu", (x, make(channels), make(channels), groups)
+        vectors = (make(channels) for _ in range(3))
+        yield "residual_group_norm", (x, next(vectors), x, None, *vectors, groups)
     for C, p in ((16, 4), (256, 1)):
         x, v = make(1, C, 2 * p, 2 * p), [make(2, C, 2 * p, 2 * p)] * 4
         yield "patch_embed", (x, make(96, 2 * C, p, p), make(96), v[0])

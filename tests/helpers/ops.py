@@ -51,6 +51,20 @@ def case(name: str, index: int, dtype: torch.dtype, seed: int = 0) -> tuple[Any,
     return list(examples(name, dtype, seed))[index]
 
 
+def poison_new_memory(monkeypatch: Any) -> None:
+    """Whatever memory a kernel is given holds NaN, not by chance the right result of an earlier
+    call.
+    """
+    for name in ("empty", "empty_like"):
+        allocate = getattr(torch, name)
+
+        def poison(*args: Any, allocate: Any = allocate, **kwargs: Any) -> Tensor:
+            t = allocate(*args, **kwargs)
+            return t.fill_(math.nan) if t.is_floating_point() and t.device.type != "meta" else t
+
+        monkeypatch.setattr(torch, name, poison)
+
+
 def strided(t: Tensor) -> Tensor:
     """The same values, every other element of a larger tensor in every axis, the rest poisoned."""
     larger = torch.full([2 * s for s in t.shape], math.nan, dtype=t.dtype, device=t.device)

@@ -279,6 +279,7 @@ def huge() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "guided_update", (x, v, 1.5, 1, 0.1)
         yield "guided_update", (v[:N], x, None, 1, 0.1)
         yield "group_norm_silu", (empty(N, 8, 2, 2), empty(8), empty(8), 1)
+        yield from decoding(x)
         yield "patch_embed", (x, empty(8, 1, 2, 2), empty(8))
         yield "patch_embed", (x[:1], empty(8, 2, 2, 2), empty(8), x)
         layer = empty(2 * N, 1, 8), empty(2 * N, 8), empty(2 * N, 8), empty(4, 8), empty(4)
@@ -295,6 +296,7 @@ def huge() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "guide", (empty(2, 1, side, side), 1.5, 1)
         yield "guided_update", (x, x, None, 1, 0.1)
         yield "group_norm_silu", (empty(1, 8, side, side), empty(8), empty(8), 1)
+        yield from decoding(x)
         yield "patch_embed", (x, empty(8, 1, 2, 2), empty(8))
         layer = empty(1, side * side // 4, 8), empty(1, 8), empty(1, 8), empty(4, 8), empty(4)
         yield "final_update", (*layer, x, None, 1, 0.1)
@@ -306,6 +308,19 @@ def huge() -> Iterator[tuple[str, tuple[Any, ...]]]:
             "group_norm_silu",
             (empty(1, channels, 2, 2), empty(channels), empty(channels), channels),
         )
+
+
+def decoding(x: Tensor) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """What stands between a decoder's convolutions, on images of one channel."""
+    one = empty(1)
+    yield "shifted_group_norm", (x, one, one, one, 1)
+    yield "shifted_sum", (x, one, x)
+    yield "residual_group_norm", (x, one, x, one, one, one, 1)
+    yield "double_pixels", (x[..., : x.shape[3] // 2],)
+    four = x[:, :, : x.shape[2] // 4 + 2].expand(-1, 4, -1, -1)
+    yield "interleaved_group_norm", (four, one, one, one, 1)
+    yield "unscale_latents", (x, 0.5, 0.0, torch.bfloat16)
+    yield "image_bytes", (x,)
 
 
 def positional(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -341,7 +356,16 @@ def test_every_grid_is_one_or_its_inputs_are_refused(backend, launched, monkeypa
         launched.clear()
     assert all(any(ways) for ways in taken.values()), taken
     refused = {name for name, ways in taken.items() if not all(ways)}
-    in_triton_alone = {"attention", "linear_fp8", "quantize_rows"} if backend == "triton" else set()
+    in_triton_alone = (
+        {
+            "attention",
+            "linear_fp8",
+            "quantize_rows",
+            *(name for name, _ in decoding(empty(1, 1, 2, 2))),
+        }
+        if backend == "triton"
+        else set()
+    )
     assert (
         refused
         >= {"adaln_modulate", "gated_residual_adaln", "guided_update", "group_norm_silu"}

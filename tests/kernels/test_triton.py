@@ -15,7 +15,16 @@ import torch
 from close import assert_close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from ops import CASES, DTYPES, assert_errs_as_torch, case, mapped, strided, tensors
+from ops import (
+    CASES,
+    DTYPES,
+    assert_errs_as_torch,
+    case,
+    mapped,
+    poison_new_memory,
+    strided,
+    tensors,
+)
 from torch import Tensor
 
 from flowturbo_kernels import (
@@ -45,17 +54,7 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Whatever memory a kernel is given holds NaN, not by chance the right result of an earlier
-    call.
-    """
-    for name in ("empty", "empty_like"):
-        allocate = getattr(torch, name)
-
-        def poison(*args: Any, allocate: Any = allocate, **kwargs: Any) -> Tensor:
-            t = allocate(*args, **kwargs)
-            return t.fill_(float("nan")) if t.is_floating_point() and t.device.type != "meta" else t
-
-        monkeypatch.setattr(torch, name, poison)
+    poison_new_memory(monkeypatch)
 
 
 def dtypes_of(device: str) -> list[torch.dtype]:
