@@ -35,7 +35,7 @@ def _check_double(
     residual: Tensor | None = None,
     residual_shift: Tensor | None = None,
 ) -> None:
-    check_sum(y, shift, residual, residual_shift, "double_pixels")
+    check_sum("double_pixels", y, shift, residual, residual_shift)
 
 
 def _example_double(make: Make) -> Iterable[tuple[Any, ...]]:

@@ -128,11 +128,11 @@ def _norm_triton(
 
 
 def check_sum(
+    name: str,
     y: Tensor,
     shift: Tensor | None,
-    residual: Tensor | None = None,
-    residual_shift: Tensor | None = None,
-    name: str = "shifted_sum",
+    residual: Tensor | None,
+    residual_shift: Tensor | None,
 ) -> None:
     """Raise unless these can be summed."""
     expect_shape(name, "y", y, (None, None, None, None))
@@ -152,6 +152,15 @@ def check_sum(
         expect_shape(name, "residual_shift", residual_shift, (y.shape[1],))
 
 
+def _check_sum(
+    y: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+) -> None:
+    check_sum("shifted_sum", y, shift, residual, residual_shift)
+
+
 def _example_sum(make: Make) -> Iterable[tuple[Any, ...]]:
     for i, (y, _) in enumerate(_images(make)):
         other, C = make(*y.shape).to(memory_format=CHANNELS_LAST), y.shape[1]
@@ -159,7 +168,7 @@ def _example_sum(make: Make) -> Iterable[tuple[Any, ...]]:
 
 
 @op(
-    check=check_sum,
+    check=_check_sum,
     example=_example_sum,
     schema="(Tensor y, Tensor shift, Tensor? residual, Tensor? residual_shift) -> Tensor",
     memory_format=CHANNELS_LAST,
@@ -224,7 +233,7 @@ def _check_seam(
     silu: bool = True,
 ) -> None:
     name = "residual_group_norm"
-    check_sum(y, shift, residual, residual_shift, name)
+    check_sum(name, y, shift, residual, residual_shift)
     expect_floating(name, y=y, weight=weight, bias=bias)
     expect_norm(name, y.shape[1], weight, bias, groups)
 

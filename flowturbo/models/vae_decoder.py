@@ -55,6 +55,9 @@ class FusedDecoder(nn.Module):
         self._plain = (plain,)  # in a tuple, it is no part of this one
         self._summed: dict[str, tuple[Any, ...]] = {}
         self.training = plain.training
+        for i, part in enumerate(_parts(self)):
+            if _is_upsampler(part) and part.conv.weight.device.type == "cuda":
+                self._sum_weights(str(i), part.conv.weight)
 
     def forward(self, sample: Tensor, *args: Any, **options: Any) -> Tensor:
         """Latents after post_quant_conv (N, C, H, W) -> images (N, 3, height, width)."""
@@ -103,22 +106,29 @@ class FusedDecoder(nn.Module):
         return shifted_sum(_convolved(one.conv_out, normalised), one.conv_out.bias)
 
     def _summed_weights(self, name: str, weight: Tensor) -> Tensor | None:
-        """The weights of the four 2 x 2 convolutions, if they may be candidates, made when they are
-        first needed and when the weight has changed. A buffer: captures watch its address.
-        """
+        """The weights of the four 2 x 2 convolutions, if these are a candidate."""
         if not _has_candidates(weight):
             return None
-        version = None if weight.is_inference() else weight._version
-        now = weight.data_ptr(), version, weight.dtype, weight.device
-        buffer = f"summed_{name}"
-        if self._summed.get(name) != now:
+        if self._summed.get(name) != _identity(weight):
             if torch.cuda.is_current_stream_capturing():
                 return None
-            with torch.inference_mode(False), torch.no_grad():
-                self.register_buffer(buffer, summed_weights(weight), persistent=False)
-            self._summed[name] = now
-        found: Tensor = getattr(self, buffer)
+            self._sum_weights(name, weight)
+        found: Tensor = getattr(self, f"summed_{name}")
         return found
+
+    def _sum_weights(self, name: str, weight: Tensor) -> None:
+        """Again when the weight has changed: then it is another buffer, at another address, which
+        captures watch.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            summed = summed_weights(weight)
+        self.register_buffer(f"summed_{name}", summed, persistent=False)
+        self._summed[name] = _identity(weight)
+
+
+def _identity(weight: Tensor) -> tuple[Any, ...]:
+    version = None if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.dtype, weight.device
 
 
 def _has_candidates(weight: Tensor) -> bool:

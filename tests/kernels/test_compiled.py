@@ -141,12 +141,23 @@ a program can't.
         "_attention_kernel",
         "_product_kernel",
         "_sum_kernel",
+        "_bytes_kernel",
     ],
 )
 def test_memory_bound_kernels_load_16_bytes_at_a_time(kernels, name):
-    """At the sizes of real models. (GroupNorm's load what a group has: 8 bytes for 4 channels of 16
-    bits, of whole lines.)
-    """
+    """At the sizes of real models."""
     real = [k for k in kernels if k["kernel"] == name and k["real"]]
     assert real
     assert all(k["wide_loads"] for k in real), real
+
+
+@pytest.mark.parametrize(
+    "name, loads",
+    [("_statistics_kernel", {8}), ("_apply_kernel", {8, 10}), ("_add_kernel", {8, 16})],
+)
+def test_a_tile_of_a_decoder_is_loaded_in_eight_loads_of_16_bytes(kernels, name, loads):
+    """One of a residual as well; beside them the statistics of up to 32 parts, and vectors."""
+    real = [k for k in kernels if k["kernel"] == name and k["real"] and k["threads"] == 256]
+    assert real
+    assert {k["wide_loads"] // 2 * 2 for k in real} <= loads | {n + 2 for n in loads}, real
+    assert all(k["reg"] <= 128 for k in real), real  # two blocks on a multiprocessor
