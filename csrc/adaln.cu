@@ -11,13 +11,14 @@ constexpr int kBlocks = 3;     // of a multiprocessor, at least: as a launch bou
 
 struct AdaLN {
     const void *x, *y;                 // (B, T, D)
-    const void *gate, *shift, *scale;  // (B, D)
+    const void *gate, *shift, *scale;  // (M, D); rows of x beyond M have the last one's
     void *total, *out;  // (B, T, D), dense; y, gate and total: null without a residual
     long long x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b;
-    unsigned B, T, D, per_warp;  // rows of a warp
+    unsigned B, T, D, per_warp, M;  // per_warp: rows of a warp
     float eps;
 };
 
+FT_SHARED_CODE long long modulation(long long b, long long M) { return b < M ? b : M - 1; }
 FT_SHARED_CODE float residual(float x, float gate, float y) { return x + gate * y; }
 FT_SHARED_CODE float inverse_deviation(float variance, float eps) {
 #ifdef __CUDA_ARCH__
@@ -41,9 +42,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) adaln(AdaLN a) {
     if (b >= a.B) return;
     const long long end = first + a.per_warp < a.T ? first + a.per_warp : a.T;
     const float share = 1.0f / a.D;
-    const T* gates = static_cast<const T*>(a.gate) + b * a.gate_b;
-    const T* shifts = static_cast<const T*>(a.shift) + b * a.shift_b;
-    const T* scales = static_cast<const T*>(a.scale) + b * a.scale_b;
+    const long long m = modulation(b, a.M);
+    const T* gates = static_cast<const T*>(a.gate) + m * a.gate_b;
+    const T* shifts = static_cast<const T*>(a.shift) + m * a.shift_b;
+    const T* scales = static_cast<const T*>(a.scale) + m * a.scale_b;
     Vector<T, V> gate[ITEMS] = {}, shift[ITEMS] = {}, scale[ITEMS] = {};
     for (long long t = first; t < end; ++t) {
         Vector<T, V> x[ITEMS] = {}, y[ITEMS] = {};
@@ -112,12 +114,12 @@ template <typename T> void on_host(const void* args) {
     const auto& a = *static_cast<const AdaLN*>(args);
     std::vector<float> h(a.D);
     for (long long row = 0; row < static_cast<long long>(a.B) * a.T; ++row) {
-        const long long b = row / a.T, t = row % a.T;
+        const long long b = row / a.T, t = row % a.T, m = modulation(b, a.M);
         float mean = 0, squares = 0;
         for (long long d = 0; d < a.D; ++d) {
             h[d] = to_float(static_cast<const T*>(a.x)[b * a.x_b + t * a.x_t + d]);
             if (a.y) {
-                h[d] = residual(h[d], to_float(static_cast<const T*>(a.gate)[b * a.gate_b + d]),
+                h[d] = residual(h[d], to_float(static_cast<const T*>(a.gate)[m * a.gate_b + d]),
                                 to_float(static_cast<const T*>(a.y)[b * a.y_b + t * a.y_t + d]));
                 static_cast<T*>(a.total)[row * a.D + d] = from_float<T>(h[d]);
             }
@@ -128,8 +130,8 @@ template <typename T> void on_host(const void* args) {
         const float rstd = inverse_deviation(squares / a.D, a.eps);
         for (long long d = 0; d < a.D; ++d)
             static_cast<T*>(a.out)[row * a.D + d] = from_float<T>(modulated(
-                h[d], mean, rstd, to_float(static_cast<const T*>(a.shift)[b * a.shift_b + d]),
-                to_float(static_cast<const T*>(a.scale)[b * a.scale_b + d])));
+                h[d], mean, rstd, to_float(static_cast<const T*>(a.shift)[m * a.shift_b + d]),
+                to_float(static_cast<const T*>(a.scale)[m * a.scale_b + d])));
     }
 }
 

@@ -15,7 +15,14 @@ from torch import Tensor
 from . import _cuda
 from ._op import op
 from ._triton import in_turn, kernel, pieces, rows, tl, too_many_rows
-from .arguments import Make, expect_floating, expect_shape, wide
+from .arguments import (
+    Make,
+    expect_floating,
+    expect_modulation,
+    expect_shape,
+    modulation_rows,
+    wide,
+)
 
 EPS = 1e-6
 
@@ -54,20 +61,21 @@ def _modulate(
 
 @kernel
 def _adaln_kernel(
-    x, shift, scale, out, T, x_b, x_t, shift_b, scale_b, eps, D: tl.constexpr, MAIN: tl.constexpr,
-    TAIL: tl.constexpr, PDL: tl.constexpr
+    x, shift, scale, out, T, M, x_b, x_t, shift_b, scale_b, eps, D: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     in_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     b, t = row // T, row % T
     main, tail = _load(x + b * x_b + t * x_t, D, MAIN, TAIL)
-    main, tail = _modulate(main, tail, shift + b * shift_b, scale + b * scale_b, eps, D, MAIN, TAIL)
+    m = tl.minimum(b, M - 1)  # the last row of M is that of all rows of x beyond it
+    main, tail = _modulate(main, tail, shift + m * shift_b, scale + m * scale_b, eps, D, MAIN, TAIL)
     _store(out + row * D, main, tail, D, MAIN, TAIL)
 
 
 @kernel
 def _residual_adaln_kernel(
-    x, y, gate, shift, scale, total, out, T, x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b, eps,
+    x, y, gate, shift, scale, total, out, T, M, x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b, eps,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     in_turn(PDL)
@@ -75,11 +83,12 @@ def _residual_adaln_kernel(
     b, t = row // T, row % T
     main, tail = _load(x + b * x_b + t * x_t, D, MAIN, TAIL)
     y_main, y_tail = _load(y + b * y_b + t * y_t, D, MAIN, TAIL)
-    gate_main, gate_tail = _load(gate + b * gate_b, D, MAIN, TAIL)
+    m = tl.minimum(b, M - 1)
+    gate_main, gate_tail = _load(gate + m * gate_b, D, MAIN, TAIL)
     main += gate_main * y_main
     tail += gate_tail * y_tail
     _store(total + row * D, main, tail, D, MAIN, TAIL)
-    main, tail = _modulate(main, tail, shift + b * shift_b, scale + b * scale_b, eps, D, MAIN, TAIL)
+    main, tail = _modulate(main, tail, shift + m * shift_b, scale + m * scale_b, eps, D, MAIN, TAIL)
     _store(out + row * D, main, tail, D, MAIN, TAIL)
 
 
@@ -97,7 +106,7 @@ def _warps(D: int) -> int:
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     normalised = F.layer_norm(x, x.shape[-1:], eps=eps)
-    scale, shift = scale.to(x.dtype)[:, None], shift.to(x.dtype)[:, None]
+    scale, shift = (modulation_rows(m, len(x)).to(x.dtype)[:, None] for m in (scale, shift))
     if torch.is_grad_enabled():
         return normalised * (1 + scale) + shift
     return normalised.mul_(1 + scale).add_(shift)
@@ -107,13 +116,16 @@ def _check(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) -> None:
     expect_shape("adaln_modulate", "x", x, (None, None, None))
     expect_floating("adaln_modulate", x=x, shift=shift, scale=scale)
     B, _, D = x.shape
-    expect_shape("adaln_modulate", "shift", shift, (B, D))
-    expect_shape("adaln_modulate", "scale", scale, (B, D))
+    expect_modulation("adaln_modulate", "shift", shift, B, D)
+    expect_shape("adaln_modulate", "scale", scale, tuple(shift.shape))
+
+
+_SHAPES = (1, 1, 1, 8), (2, 2, 7, 72), (3, 3, 16, 96), (6, 4, 5, 96), (2, 2, 64, 1152)
 
 
 def _example(make: Make) -> Iterable[tuple[Tensor, ...]]:
-    for B, T, D in ((1, 1, 8), (2, 7, 72), (3, 16, 96), (2, 64, 1152)):
-        yield make(B, T, D), make(B, D), make(B, D)
+    for B, M, T, D in _SHAPES:
+        yield make(B, T, D), make(M, D), make(M, D)
 
 
 @op(
@@ -125,7 +137,8 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) ->
     """LayerNorm without affine, times (1 + scale), plus shift.
 
     x (B, T, D); shift, scale (B, D), rows may be strided -> (B, T, D) in x's dtype. Statistics in
-    float32 or wider.
+    float32 or wider. With B = 2N, shift and scale may be (N + 1, D): their last row is that of the
+    last N rows of x, the half of guidance with the null class.
     """
     return _modulated(x.to(wide(x)), shift, scale, eps).to(x.dtype)
 
@@ -137,8 +150,9 @@ def _adaln_triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor
     out = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
     strides = (*x.stride()[:2], shift.stride(0), scale.stride(0))
     _adaln_kernel.launch(
-        (B * T,), x, shift, scale, out, T, *strides, eps, D, *pieces(D), num_warps=_warps(D)
-    )
+        (B * T,), x, shift, scale, out, T, len(shift), *strides, eps, D, *pieces(D),
+        num_warps=_warps(D)
+    )  # fmt: skip
     return out
 
 
@@ -149,13 +163,14 @@ def _check_residual(
     expect_floating("gated_residual_adaln", x=x, y=y, gate=gate, shift=shift, scale=scale)
     B, T, D = x.shape
     expect_shape("gated_residual_adaln", "y", y, (B, T, D))
-    for argument, tensor in (("gate", gate), ("shift", shift), ("scale", scale)):
-        expect_shape("gated_residual_adaln", argument, tensor, (B, D))
+    expect_modulation("gated_residual_adaln", "gate", gate, B, D)
+    for argument, tensor in (("shift", shift), ("scale", scale)):
+        expect_shape("gated_residual_adaln", argument, tensor, tuple(gate.shape))
 
 
 def _example_residual(make: Make) -> Iterable[tuple[Tensor, ...]]:
-    for B, T, D in ((1, 1, 8), (2, 7, 72), (3, 16, 96), (2, 64, 1152)):
-        yield make(B, T, D), make(B, T, D), make(B, D), make(B, D), make(B, D)
+    for B, M, T, D in _SHAPES:
+        yield make(B, T, D), make(B, T, D), make(M, D), make(M, D), make(M, D)
 
 
 @op(
@@ -172,11 +187,12 @@ def gated_residual_adaln(
     """Residual + adaLN, between two sub-blocks: add the gated branch to the residual stream, and
     modulate the input of the next branch.
 
-    x, y (B, T, D); gate, shift, scale (B, D) -> (x + gate*y, adaln_modulate of that), both (B, T,
-    D) in x's dtype. The second output is computed from the sum before it is rounded to x's dtype.
+    x, y (B, T, D); gate, shift, scale (B, D), or (N + 1, D) as in `adaln_modulate` -> (x + gate*y,
+    adaln_modulate of that), both (B, T, D) in x's dtype. The second output is computed from the sum
+    before it is rounded to x's dtype.
     """
     dtype = wide(x)
-    total = x.to(dtype) + gate.to(dtype)[:, None] * y.to(dtype)
+    total = x.to(dtype) + modulation_rows(gate, len(x)).to(dtype)[:, None] * y.to(dtype)
     return total.to(x.dtype), _modulated(total, shift, scale, eps).to(x.dtype)
 
 
@@ -189,7 +205,7 @@ def _residual_adaln_triton(
     total, out = (torch.empty(B, T, D, dtype=x.dtype, device=x.device) for _ in range(2))
     strides = (*x.stride()[:2], *y.stride()[:2], gate.stride(0), shift.stride(0), scale.stride(0))
     _residual_adaln_kernel.launch(
-        (B * T,), x, y, gate, shift, scale, total, out, T, *strides, eps, D, *pieces(D),
+        (B * T,), x, y, gate, shift, scale, total, out, T, len(shift), *strides, eps, D, *pieces(D),
         num_warps=_warps(D)
     )  # fmt: skip
     return total, out
@@ -203,7 +219,7 @@ class _AdaLN(ctypes.Structure):
         [(name, ctypes.c_void_p) for name in ("x", "y", "gate", "shift", "scale", "total", "out")]
         + [(name, ctypes.c_longlong) for name in ("x_b", "x_t", "y_b", "y_t")]
         + [(name, ctypes.c_longlong) for name in ("gate_b", "shift_b", "scale_b")]
-        + [(name, ctypes.c_uint) for name in ("B", "T", "D", "per_warp")]
+        + [(name, ctypes.c_uint) for name in ("B", "T", "D", "per_warp", "M")]
         + [("eps", ctypes.c_float)]
     )
 
@@ -238,7 +254,8 @@ def cuda_call(
         0 if gate is None else gate.stride(0),
     )
     pointers = map(_cuda.pointer, (x, y, gate, shift, scale, total, out))
-    args = _AdaLN(*pointers, *strides, shift.stride(0), scale.stride(0), B, T, D, per_warp, eps)
+    strides = (*strides, shift.stride(0), scale.stride(0))
+    args = _AdaLN(*pointers, *strides, B, T, D, per_warp, len(shift), eps)
     grid = -(-B * -(-T // per_warp) // _WARPS)
     name = f"flowturbo::adaln<{_cuda.NAMES[x.dtype]},{V},{items},{str(y is not None).lower()}>"
     return name, (grid,), 32 * _WARPS, args

@@ -48,6 +48,21 @@ def expect_shape(
         raise ValueError(f"{op_name}: {argument} must have shape ({sizes}), got {tuple(shape)}")
 
 
+def expect_modulation(op_name: str, argument: str, tensor: Tensor, rows: int, width: int) -> None:
+    """ValueError unless `tensor` (M, width) modulates that many rows; see `modulation_rows`."""
+    half = tensor.ndim == 2 and rows % 2 == 0 and len(tensor) == rows // 2 + 1
+    expect_shape(op_name, argument, tensor, (rows // 2 + 1 if half else rows, width))
+
+
+def modulation_rows(tensor: Tensor, rows: int) -> Tensor:
+    """A modulation (M, D) as a row for each of `rows`: M is that many, or, with both halves of
+    guidance, N + 1, whose last row, of the null class, is that of the whole second half.
+    """
+    if len(tensor) == rows:
+        return tensor
+    return torch.cat([tensor, tensor[-1:].expand(rows - len(tensor), -1)])
+
+
 def expect_floating(op_name: str, **tensors: Tensor) -> None:
     """TypeError unless all tensors are floating point; ValueError unless they share a device."""
     device = None

@@ -20,23 +20,26 @@ from ._triton import (
     too_large,
     too_many_images,
 )
-from .arguments import Make, expect_floating, expect_one_dtype, expect_shape
+from .arguments import Make, expect_floating, expect_one_dtype, expect_shape, wide
 from .batch_invariant import matmul
+from .velocity_update import check_velocities
 
 _FEATURES = 32
 """Of one program, in float32: more would spill, outside the tensor cores. In 16 bits twice as many.
 """
 
 # Triton: one program per block of tokens and block of features; element k = (channel, row, column)
-# of a patch is read in place, from x or from v.
+# of a patch is read in place, from x or from v. Tokens of x alone are stored for both halves of
+# guidance.
 
 
 @kernel
 def _patch_kernel(
-    x, v, weight, bias, positions, out, x_rows, tokens, columns, x_b, x_c, x_h, x_w, v_b, v_c, v_h,
-    v_w,
+    x, v, ahead, weight, bias, positions, out, step, x_rows, tokens, columns,
+    x_b, x_c, x_h, x_w, v_b, v_c, v_h, v_w, ahead_b, ahead_c, ahead_h, ahead_w,
     D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr, HAS_V: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, AHEAD: tl.constexpr, COPIES: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     in_turn(PDL)
@@ -49,37 +52,33 @@ def _patch_kernel(
         k = start + tl.arange(0, BLOCK_K)
         c, i, j = k // (P * P), (k // P) % P, k % P
         inside = (token < tokens)[:, None] & (k < K)[None, :]
-        at_x = (
-            (b % x_rows) * x_b
-            + c[None, :] * x_c
-            + (row[:, None] + i[None, :]) * x_h
-            + (column[:, None] + j[None, :]) * x_w
-        )
-        patches = tl.load(x + at_x, mask=inside & (c < C)[None, :], other=0.0).to(
-            weight.dtype.element_ty
-        )
+        h, w = row[:, None] + i[None, :], column[:, None] + j[None, :]
+        of_x = inside & (c < C)[None, :]
+        at = (b % x_rows) * x_b + c[None, :] * x_c + h * x_h + w * x_w
+        patches = tl.load(x + at, mask=of_x, other=0.0)
+        if AHEAD:
+            at = (b % x_rows) * ahead_b + c[None, :] * ahead_c + h * ahead_h + w * ahead_w
+            moved = step * tl.load(ahead + at, mask=of_x, other=0.0).to(tl.float32)
+            patches = patches.to(tl.float32) + moved
+        patches = patches.to(weight.dtype.element_ty)
         if HAS_V:
-            at_v = (
-                b * v_b
-                + (c - C)[None, :] * v_c
-                + (row[:, None] + i[None, :]) * v_h
-                + (column[:, None] + j[None, :]) * v_w
-            )
-            patches += tl.load(v + at_v, mask=inside & (c >= C)[None, :], other=0.0).to(
+            at = b * v_b + (c - C)[None, :] * v_c + h * v_h + w * v_w
+            patches += tl.load(v + at, mask=inside & (c >= C)[None, :], other=0.0).to(
                 weight.dtype.element_ty
             )
-        w = tl.load(
+        kernels = tl.load(
             weight + feature[None, :] * K + k[:, None],
             mask=(feature < D)[None, :] & (k < K)[:, None],
             other=0.0,
         )
-        total = tl.dot(patches, w, total, input_precision=PRECISION)
+        total = tl.dot(patches, kernels, total, input_precision=PRECISION)
     total += tl.load(bias + feature, mask=feature < D, other=0.0).to(tl.float32)[None, :]
     inside = (token < tokens)[:, None] & (feature < D)[None, :]
     at = token[:, None] * D + feature[None, :]
     if HAS_POSITIONS:
         total += tl.load(positions + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + b * tokens * D + at, total, mask=inside)
+    for copy in tl.static_range(COPIES):
+        tl.store(out + (b + copy * x_rows) * tokens * D + at, total, mask=inside)
 
 
 def _check(
@@ -88,6 +87,9 @@ def _check(
     bias: Tensor,
     v: Tensor | None = None,
     positions: Tensor | None = None,
+    copies: int = 1,
+    ahead: Tensor | None = None,
+    step: float = 0.0,
 ) -> None:
     expect_floating("patch_embed", x=x, weight=weight, bias=bias)
     expect_one_dtype("patch_embed", weight=weight, bias=bias)
@@ -101,6 +103,10 @@ def _check(
                 f"patch_embed: v must have a multiple of the {len(x)} rows of x, got {len(v)}"
             )
         channels *= 2
+    if not 1 <= copies <= (2 if v is None else 1):
+        raise ValueError(f"patch_embed: copies must be 1, or 2 without v, got {copies}")
+    if ahead is not None:
+        check_velocities("patch_embed", x, [ahead])
     expect_shape("patch_embed", "weight", weight, (None, channels, None, None))
     expect_shape(
         "patch_embed", "weight", weight, (None, channels, weight.shape[2], weight.shape[2])
@@ -138,12 +144,15 @@ def _example(make: Make) -> Iterable[tuple[Any, ...]]:
             make(2 * B, C, side, side),
             make((side // p) ** 2, D),
         )
+        predictor = make(B, C, side, side), make(D, C, p, p) / p, make(D), None
+        yield *predictor, make((side // p) ** 2, D), 2, make(2 * B, C, side, side), 0.25
 
 
 @op(
     check=_check,
     example=_example,
-    schema="(Tensor x, Tensor weight, Tensor bias, Tensor? v, Tensor? positions) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor bias, Tensor? v, Tensor? positions, int copies, "
+    "Tensor? ahead, float step) -> Tensor",
 )
 def patch_embed(
     x: Tensor,
@@ -151,18 +160,26 @@ def patch_embed(
     bias: Tensor,
     v: Tensor | None = None,
     positions: Tensor | None = None,
+    copies: int = 1,
+    ahead: Tensor | None = None,
+    step: float = 0.0,
 ) -> Tensor:
     """Cut images into p x p patches and project each.
 
     x (B, C, H, W); weight (D, C, p, p), or (D, 2C, p, p) with v as the second C channels; v (k * B,
-    C, H, W), whose k parts all go with x; bias (D,); positions (T, D), T = H/p * W/p, to be added
-    -> (B or k * B, T, D), patches row by row, in the weight's dtype, to which x and v are rounded.
+    C, H, W), whose k parts all go with x; bias (D,); positions (T, D), T = H/p * W/p, to be added;
+    copies: 2, without v, for the same tokens twice, as both halves of guidance; ahead (B or more,
+    C, H, W), whose first B rows times `step` move x before it is cut -> (copies * B or k * B, T,
+    D), patches row by row, in the weight's dtype, to which x, moved, and v are rounded.
     """
+    if ahead is not None:
+        x = x.to(wide(x)) + step * ahead[: len(x)].to(wide(x))
     both = (
         x if v is None else torch.cat([x.repeat(len(v) // len(x), 1, 1, 1), v.to(x.dtype)], dim=1)
     )
     tokens = _projected(both.to(weight.dtype), weight, bias)
-    return tokens if positions is None else tokens + positions
+    tokens = tokens if positions is None else tokens + positions
+    return tokens if copies == 1 else tokens.repeat(copies, 1, 1)
 
 
 def _projected(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -181,7 +198,14 @@ def _convolves(x: Tensor) -> bool:
 
 
 def _unsupported(
-    x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    v: Tensor | None,
+    positions: Tensor | None,
+    copies: int,
+    ahead: Tensor | None,
+    step: float,
 ) -> str | None:
     same = weight.dtype == bias.dtype and (positions is None or positions.dtype == weight.dtype)
     mixed = None if same else "weight, bias and positions are of several dtypes, under autocast"
@@ -193,7 +217,7 @@ def _unsupported(
     return (
         mixed
         or too_many_images(len(x if v is None else v))
-        or too_large(max(D * tokens, weight.numel(), _span(x), _span(v)))
+        or too_large(max(D * tokens, weight.numel(), _span(x), _span(v), _span(ahead)))
     )
 
 
@@ -207,21 +231,29 @@ def _span(x: Tensor | None) -> int:
 
 @patch_embed.backend("triton", unsupported=_unsupported)
 def _patch_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, v: Tensor | None, positions: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    v: Tensor | None,
+    positions: Tensor | None,
+    copies: int,
+    ahead: Tensor | None,
+    step: float,
 ) -> Tensor:
     x_rows, C, H, W = x.shape
     B = x_rows if v is None else len(v)
     D, _, p, _ = weight.shape
     tokens, K = (H // p) * (W // p), weight[0].numel()
-    out = torch.empty(B, tokens, D, dtype=weight.dtype, device=x.device)
+    out = torch.empty(copies * B, tokens, D, dtype=weight.dtype, device=x.device)
     most = _FEATURES if weight.dtype == torch.float32 else 2 * _FEATURES
     block_t, block_d, block_k = 32, most, max(16, min(most, next_power_of_2(K)))
     _patch_kernel.launch(
         (-(-tokens // block_t), -(-D // block_d), B),
-        x, x if v is None else v, weight.contiguous(), bias.contiguous(),
-        bias if positions is None else positions.contiguous(), out, x_rows, tokens, W // p,
-        *x.stride(), *(x if v is None else v).stride(),
-        D, K, C, p, v is not None, positions is not None, dot_precision(weight), block_t, block_d,
-        block_k, num_warps=4,
+        x, x if v is None else v, x if ahead is None else ahead, weight.contiguous(),
+        bias.contiguous(), bias if positions is None else positions.contiguous(), out,
+        float(step), x_rows, tokens, W // p,
+        *x.stride(), *(x if v is None else v).stride(), *(x if ahead is None else ahead).stride(),
+        D, K, C, p, v is not None, positions is not None, ahead is not None, copies,
+        dot_precision(weight), block_t, block_d, block_k, num_warps=4,
     )  # fmt: skip
     return out

@@ -7,13 +7,20 @@ import torch
 # What each operation means, written out in its formula.
 
 
+def each_row(modulation, rows):
+    """Of (N + 1, D) the last is the row of a whole half."""
+    return torch.stack([modulation[min(b, len(modulation) - 1)] for b in range(rows)])
+
+
 def long_adaln(x, shift, scale, eps=1e-6):
+    shift, scale = each_row(shift, len(x)), each_row(scale, len(x))
     mean = x.sum(-1, keepdim=True) / x.shape[-1]
     variance = ((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1]
     return (x - mean) / (variance + eps) ** 0.5 * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def long_seam(x, y, gate, shift, scale, eps=1e-6):
+    gate = each_row(gate, len(x))
     total = torch.stack([x[b] + gate[b] * y[b] for b in range(len(x))])
     return total, long_adaln(total, shift, scale, eps)
 
@@ -36,7 +43,9 @@ def long_linear(x, weight, bias, activation=None):
     return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
 
 
-def long_patch_embed(x, weight, bias, v=None, positions=None):
+def long_patch_embed(x, weight, bias, v=None, positions=None, copies=1, ahead=None, step=0.0):
+    if ahead is not None:
+        x = torch.stack([x[b] + step * ahead[b] for b in range(len(x))])
     both = (
         x if v is None else torch.stack([torch.cat([x[b % len(x)], v[b]]) for b in range(len(v))])
     )
@@ -47,7 +56,8 @@ def long_patch_embed(x, weight, bias, v=None, positions=None):
         for column in range(0, x.shape[3], p)
     ]
     tokens = torch.stack(patches, 1) @ weight.reshape(len(weight), -1).T + bias
-    return tokens if positions is None else tokens + positions
+    tokens = tokens if positions is None else tokens + positions
+    return torch.cat([tokens] * copies)
 
 
 def long_velocity_update(x, velocities, weights):
@@ -73,7 +83,12 @@ def long_guided_update(x, raw, scale, channels, weight, base=None, velocities=()
     return long_velocity_update(x, [v, *velocities], [weight, *weights]), v
 
 
-def long_final_update(tokens, shift, scale, weight, bias, x, guidance, channels, weight_v, *rest):
+def long_final_update(
+    tokens, shift, scale, weight, bias, x, guidance, channels, weight_v, base=None, velocities=(),
+    weights=(), eps=1e-6, branch=None, gate=None, sign=1.0,
+):  # fmt: skip
+    if branch is not None:
+        tokens = long_seam(tokens, branch, gate, shift, scale)[0]
     h = long_adaln(tokens, shift, scale)
     C, H, W = x.shape[1:]
     p = math.isqrt(H * W // tokens.shape[1])
@@ -85,8 +100,8 @@ def long_final_update(tokens, shift, scale, weight, bias, x, guidance, channels,
             for j in range(p):
                 for c in range(C):
                     row = (i * p + j) * outputs + c
-                    raw[:, c, top + i, left + j] = h[:, token] @ weight[row] + bias[row]
-    return long_guided_update(x, raw, guidance, channels, weight_v, *rest)
+                    raw[:, c, top + i, left + j] = sign * (h[:, token] @ weight[row] + bias[row])
+    return long_guided_update(x, raw, guidance, channels, weight_v, base, velocities, weights)
 
 
 def long_group_norm_silu(x, weight, bias, groups, eps=1e-6):
