@@ -8,6 +8,7 @@ taken, so that no gain is one over careless code.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,18 +17,28 @@ import torch.nn.functional as F
 from rowwise import LARGEST
 from torch import Tensor
 
+from flowturbo_kernels.conditions import MAX_PERIOD
+
 EPS = 1e-6
 _TINY = 1e-12
 
 
+def _each_row(modulation: Tensor, rows: int) -> Tensor:
+    """Of (N + 1, D) the last is the row of a whole half of guidance."""
+    if len(modulation) == rows:
+        return modulation
+    return torch.cat([modulation, modulation[-1:].expand(rows - len(modulation), -1)])
+
+
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
+    shift, scale = _each_row(shift, len(x)), _each_row(scale, len(x))
     return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale[:, None])
 
 
 def gated_residual_adaln(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS
 ) -> tuple[Tensor, Tensor]:
-    x = torch.addcmul(x, gate[:, None], y)
+    x = torch.addcmul(x, _each_row(gate, len(x))[:, None], y)
     return x, adaln_modulate(x, shift, scale, eps)
 
 
@@ -71,17 +82,41 @@ def linear_fp8(
     return _activated(y, activation).unflatten(0, x.shape[:-1])
 
 
+def conditions(
+    embedded: Tensor,
+    times: Sequence[float],
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    null: Tensor | None = None,
+) -> Tensor:
+    half, device = weight1.shape[1] // 2, embedded.device
+    rates = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, device=device))
+    angles = torch.tensor(times, device=device)[:, None] * rates
+    features = torch.cat([angles.cos(), angles.sin()], dim=1).to(weight1.dtype)
+    time = F.linear(F.silu(F.linear(features, weight1, bias1)), weight2, bias2)
+    labels = embedded if null is None else torch.cat([embedded, null[None]])
+    return F.silu(time[:, None] + labels)
+
+
 def patch_embed(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     v: Tensor | None = None,
     positions: Tensor | None = None,
+    copies: int = 1,
+    ahead: Tensor | None = None,
+    step: float = 0.0,
 ) -> Tensor:
+    if ahead is not None:
+        x = torch.add(x, ahead[: len(x)], alpha=step)
     if v is not None:
         x = torch.cat([x.repeat(len(v) // len(x), 1, 1, 1), v], dim=1)
     tokens = F.conv2d(x, weight, bias, stride=weight.shape[2]).flatten(2).transpose(1, 2)
-    return tokens if positions is None else tokens + positions
+    tokens = tokens if positions is None else tokens + positions
+    return tokens if copies == 1 else tokens.repeat(copies, 1, 1)
 
 
 def velocity_update(x: Tensor, velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -118,13 +153,25 @@ def final_update(
     weight: Tensor,
     bias: Tensor,
     x: Tensor,
-    *update: Any,
+    guidance: float | Tensor | None,
+    channels: int,
+    weight_v: float,
+    base: Tensor | None = None,
+    velocities: Sequence[Tensor] = (),
+    weights: Sequence[float] = (),
+    eps: float = EPS,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    sign: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     (_, C, H, W), (R, T, _) = x.shape, tokens.shape
     p = round((H * W // T) ** 0.5)
+    if branch is not None and gate is not None:
+        tokens = torch.addcmul(tokens, _each_row(gate, R)[:, None], branch)
     y = F.linear(adaln_modulate(tokens, shift, scale), weight, bias)
     raw = y.view(R, H // p, W // p, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(R, -1, H, W)
-    return guided_update(x, raw[:, :C], *update)
+    raw = raw[:, :C] if sign == 1 else sign * raw[:, :C]
+    return guided_update(x, raw, guidance, channels, weight_v, base, velocities, weights)
 
 
 def group_norm_silu(
@@ -206,6 +253,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
         linear_gated_residual,
         quantize_rows,
         linear_fp8,
+        conditions,
         patch_embed,
         velocity_update,
         guide,

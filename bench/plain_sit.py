@@ -174,6 +174,10 @@ class HoistedSiT(nn.Module):
             compiled(_Evaluate(network)),
         )  # in a tuple, so that the weights in it are not named twice
 
+    @property
+    def modulation_width(self) -> int:
+        return sum(self.sizes)
+
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """t (S,), y (N,) -> (S, N, D)."""
         return self.network.t_embedder(t)[:, None] + self.network.y_embedder(y)

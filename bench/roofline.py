@@ -45,8 +45,11 @@ def _flops(name: str, args: tuple[Any, ...]) -> int:
         return 4 * B * heads * T * T * head_dim
     if name == "patch_embed":
         x, weight, _, v = args[:4]
-        pixels = (x if v is None else v)[:, 0].numel()
+        pixels = (x if v is None else v)[:, 0].numel()  # the same tokens twice are made once
         return 2 * pixels * weight[0].numel() * weight.shape[0] // weight.shape[2] ** 2
+    if name == "conditions":
+        times, weight1, weight2 = args[1], args[2], args[4]
+        return 2 * len(times) * (weight1.numel() + weight2.numel())
     if name == "final_update":
         tokens, _, _, weight, _, x = args[:6]
         velocity_rows = tokens.shape[0] * x[0].numel()

@@ -22,6 +22,7 @@ from ._op import (
 )
 from .adaln import adaln_modulate, gated_residual_adaln
 from .attention import attention
+from .conditions import conditions
 from .doubling import double_pixels, doubled_convolution, interleaved_group_norm, summed_weights
 from .final_update import final_update
 from .group_norm import group_norm_silu
@@ -31,7 +32,6 @@ from .image_ends import image_bytes, unscale_latents
 from .linear import linear, linear_gated_residual
 from .linear_fp8 import linear_fp8, quantize_rows
 from .patch_embed import patch_embed
-from .refiner_forward import refiner_forward
 from .velocity_update import velocity_update
 
 LIBRARIES = {"quack": _quack.LIBRARY, "FlashAttention-4": _flash_attention.LIBRARY}
@@ -45,6 +45,7 @@ __all__ = [
     "Op",
     "adaln_modulate",
     "attention",
+    "conditions",
     "double_pixels",
     "doubled_convolution",
     "final_update",
@@ -59,7 +60,6 @@ __all__ = [
     "linear_gated_residual",
     "patch_embed",
     "quantize_rows",
-    "refiner_forward",
     "requested_backend",
     "residual_group_norm",
     "shifted_group_norm",

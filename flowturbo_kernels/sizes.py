@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .adaln import EPS
 from .arguments import Make
 from .linear_fp8 import quantize_rows
 
@@ -37,7 +38,9 @@ def sit(
         "linear_gated_residual",
         (make(R, T, 4 * D), make(D, 4 * D) / D**0.5, make(D), tokens, modulations[5]),
     )
-    yield "patch_embed", (make(R, *latents), make(D, C, p, p), make(D), None, make(T, D))
+    layers = make(D, 256) / 16, make(D), make(D, D) / D**0.5, make(D)
+    yield "conditions", (make(N, D), [k / 9 for k in range(7)], *layers, make(D))
+    yield "patch_embed", (make(N, *latents), make(D, C, p, p), make(D), None, make(T, D), 2)
     yield (
         "patch_embed",
         (make(N, *latents), make(D, 2 * C, p, p), make(D), make(R, *latents), make(T, D)),
@@ -47,8 +50,9 @@ def sit(
     yield "guide", (raw, 1.5, 3)
     yield "guided_update", (x, raw, 1.5, 3, 0.05, v, [v], [0.05])
     layer = tokens, *modulations[:2], make(2 * p * p * C, D) / D**0.5, make(2 * p * p * C)
-    yield "final_update", (*layer, x, 1.5, 3, 0.05, None, [v], [0.05])
-    yield "final_update", (*layer, x, 1.5, 3, 0.05, v, [v], [0.05])
+    for base in (None, v):
+        step = x, 1.5, 3, 0.05, base, [v], [0.05]
+        yield "final_update", (*layer, *step, EPS, y, modulations[2])
 
 
 def sit_fp8(

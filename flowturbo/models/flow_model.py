@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ class AdaptiveNetwork(Network, Protocol):
 
     So the modulations can be computed without x.
     """
+
+    @property
+    def modulation_width(self) -> int:
+        """How many numbers the modulations of one condition are, of all layers together."""
+        ...
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """t (S,) and y (N,), every time with every label -> (S, N, D)."""
@@ -116,14 +121,26 @@ class ReversedTime(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor:
         return -self.network(x, 1 - t, y)
 
+    @property
+    def modulation_width(self) -> int:
+        return self.network.modulation_width
+
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         return self.network.condition(1 - t, y)
 
     def modulations(self, c: Tensor) -> list[Tensor]:
         return self.network.modulations(c)
 
+    def modulations_at(
+        self, times: Sequence[float], labels: Tensor, null: int | None
+    ) -> list[Tensor]:
+        return self.network.modulations_at([1 - t for t in times], labels, null)
+
     def evaluate(self, x: Tensor, modulations: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
         return -self.network.evaluate(x, modulations)
+
+    def evaluate_and_move(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.network.evaluate_and_move(*args, **{**kwargs, "sign": -1.0})
 
 
 VelocityFunction = Callable[..., Tensor]

@@ -97,7 +97,8 @@ def load(
     if refiner is not None:
         refiner_model = _checkpoint(refiner, "refiner", heads, "auto").model
         _check_pair(checkpoint.model, refiner_model)
-    sit = _aligned(checkpoint.model.to(target, dtype))
+        refiner_model = _placed(refiner_model, target, dtype)
+    sit = _placed(checkpoint.model, target, dtype)
     if quantize:
         sit.quantize_()
     network: nn.Module = ReversedTime(sit) if checkpoint.convention == "repa" else sit
@@ -108,9 +109,7 @@ def load(
     guides_three = config.channels == 4 and checkpoint.convention == "sit"
     return FlowModel(
         predictor=cast(Network, network),
-        refiner=None
-        if refiner_model is None
-        else cast(Network, _aligned(refiner_model.to(target, dtype))),
+        refiner=None if refiner_model is None else cast(Network, refiner_model),
         latent_shape=(config.channels, config.side, config.side),
         num_classes=config.num_classes,
         null_class=config.null_class,
@@ -171,6 +170,12 @@ def _checkpoint(
     if isinstance(source, str) and source in MODELS:
         source = MODELS[source].refiner
     return load_sit(source, role, heads=heads, convention=convention)
+
+
+def _placed(sit: SiT, device: torch.device, dtype: torch.dtype) -> SiT:
+    """The network on the device, its weights laid out as they are read there."""
+    sit = sit.to(device, dtype)
+    return sit.stack_() if device.type == "cuda" else _aligned(sit)
 
 
 def _aligned(sit: SiT) -> SiT:

@@ -10,21 +10,26 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowturbo_kernels import (
     adaln_modulate,
     attention,
+    conditions,
+    final_update,
     gated_residual_adaln,
     linear,
     patch_embed,
 )
 from flowturbo_kernels.batch_invariant import elementwise, matmul, silu
+from flowturbo_kernels.conditions import MAX_PERIOD
 from flowturbo_kernels.linear import Activation
-from flowturbo_kernels.refiner_forward import BlockWeights, Linear, RefinerWeights
 
+from ..solver.steps import Move
 from .fp8 import Fp8Linear
 from .sit_config import SIT_CONFIGS, SIT_SIZES, TIME_FEATURES, SiTConfig, config_from_state
+from .stacked import Stackable
 
 __all__ = [
     "MAX_PERIOD",
@@ -36,8 +41,6 @@ __all__ = [
     "config_from_state",
     "sincos_positions",
 ]
-
-MAX_PERIOD = 10_000
 
 
 def affine(layer: nn.Linear | Fp8Linear, x: Tensor, activation: Activation | None = None) -> Tensor:
@@ -94,8 +97,11 @@ class AdaLN(nn.Sequential):
         super().__init__(SiLU(), nn.Linear(hidden, chunks * hidden))
 
     def forward(self, c: Tensor) -> Tensor:
-        product = cast(nn.Linear, self[1])
-        return matmul(silu(c), product.weight, product.bias)
+        return matmul(silu(c), self.product.weight, self.product.bias)
+
+    @property
+    def product(self) -> nn.Linear:
+        return cast(nn.Linear, self[1])
 
 
 class Block(nn.Module):
@@ -156,18 +162,29 @@ class LabelEmbedder(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
-    """x (N, C, H, W), for a refiner with v -> tokens (N, T, D), position embedding included."""
+    """x (N, C, H, W), for a refiner with v -> tokens (N, T, D), position embedding included.
+
+    copies: 2 for the same tokens twice. ahead, step: ahead * step is added to x before.
+    """
 
     def __init__(self, in_channels: int, hidden: int, patch: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden, patch, stride=patch)
 
-    def forward(self, x: Tensor, v: Tensor | None, positions: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        v: Tensor | None,
+        positions: Tensor,
+        copies: int = 1,
+        ahead: Tensor | None = None,
+        step: float = 0.0,
+    ) -> Tensor:
         assert self.proj.bias is not None
-        return patch_embed(x, self.proj.weight, self.proj.bias, v, positions)
+        return patch_embed(x, self.proj.weight, self.proj.bias, v, positions, copies, ahead, step)
 
 
-class SiT(nn.Module):
+class SiT(Stackable):
     """A predictor v(x, t, y) or, with config.reads_velocity, a refiner r(x, t, y, v).
 
     Parameters have the names of the published checkpoints. After `reset_parameters` the final layer
@@ -210,25 +227,87 @@ class SiT(nn.Module):
 
         Returns (..., 6D) for each block, and (..., 2D) for the final layer.
         """
-        layers = [
-            *(block.adaLN_modulation for block in cast(Sequence[Block], self.blocks)),
-            self.final_layer.adaLN_modulation,
-        ]
-        return [layer(c) for layer in layers]
+        return self.products(silu(c))
+
+    def modulations_at(
+        self, times: Sequence[float], labels: Tensor, null: int | None
+    ) -> list[Tensor]:
+        """The modulations of every time with every label, (S, N, chunks * D), in few launches.
+
+        times: S numbers. labels: (N,) int64. null: the null class, whose row is then the last of
+            N + 1, or None.
+        """
+        table, mlp = self.y_embedder.embedding_table.weight, self.t_embedder.mlp
+        first, second = cast(nn.Linear, mlp[0]), cast(nn.Linear, mlp[2])
+        embedded = F.embedding(labels, table)
+        c = conditions(
+            embedded,
+            times,
+            first.weight,
+            first.bias,
+            second.weight,
+            second.bias,
+            None if null is None else table[null],
+        )
+        return self.products(c)
+
+    @property
+    def modulation_width(self) -> int:
+        """How many numbers the modulations of one condition are, of all layers together."""
+        return sum(len(layer.weight) for layer in self.stackable())
+
+    def stackable(self) -> list[nn.Linear]:
+        """The products of all adaLN layers."""
+        layers = [block.adaLN_modulation for block in cast(Sequence[Block], self.blocks)]
+        return [layer.product for layer in (*layers, self.final_layer.adaLN_modulation)]
 
     def evaluate(self, x: Tensor, modulations: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
         """`forward` with modulations that are computed already.
 
         x: (N, C, H, W).
-        modulations: R rows each, with R = N, or R = 2N for both halves of guidance; x is then
-            embedded once for both.
+        modulations: N rows each for R = N, or, for both halves of guidance, R = 2N rows or N + 1,
+            of which the last is that of the whole second half; x is then embedded once for both.
         v: (R, C, H, W).
         Returns (R, C, H, W) in the weights' dtype.
         """
-        tokens, rows = self.x_embedder(x, v, self.pos_embed[0]), len(modulations[0])
-        if len(tokens) != rows:
-            tokens = tokens.repeat(rows // len(tokens), 1, 1)
-        return self.unpatchify(self._trunk(tokens, modulations))
+        both = v is None and len(modulations[0]) != len(x)
+        tokens = self.x_embedder(x, v, self.pos_embed[0], 2 if both else 1)
+        x, y, gate = self._trunk(tokens, modulations)
+        _, h = gated_residual_adaln(x, y, gate, *modulations[-1].chunk(2, dim=-1))
+        final = self.final_layer.linear
+        return self.unpatchify(linear(h, final.weight, final.bias))
+
+    def evaluate_and_move(
+        self,
+        x: Tensor,
+        modulations: Sequence[Tensor],
+        move: Move,
+        guidance: float | Tensor | None,
+        channels: int,
+        v: Tensor | None = None,
+        base: Tensor | None = None,
+        ahead: tuple[Tensor, float] | None = None,
+        sign: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """`evaluate`, guidance and the update that follows -> (the new x, (N, C, H, W); the
+        velocity, (R, C, H, W)), both in the dtype of move.origin.
+
+        2 launches, and 7 a block. The output is not rounded before guidance and update.
+        x, modulations, v: as for `evaluate`; x and v in any dtype.
+        guidance, channels: as for flowturbo_kernels.guide; guidance None: one half.
+        base: (R, C, H, W), added to the output: the velocity that a refiner corrects.
+        ahead: (v, dt): evaluate at x + dt * v, with the first N rows of v.
+        sign: of the output; -1 for a network of the opposite velocity.
+        """
+        both = v is None and guidance is not None
+        tokens = self.x_embedder(x, v, self.pos_embed[0], 2 if both else 1, *(ahead or ()))
+        tokens, y, gate = self._trunk(tokens, modulations)
+        shift, scale = modulations[-1].chunk(2, dim=-1)
+        final = self.final_layer.linear
+        return final_update(
+            tokens, shift, scale, final.weight, final.bias, move.origin, guidance, channels,
+            move.weight, base, move.velocities, move.weights, branch=y, gate=gate, sign=sign,
+        )  # fmt: skip
 
     def quantize_(self) -> SiT:
         """Convert the matrix products of the blocks to fp8, in place.
@@ -243,55 +322,24 @@ class SiT(nn.Module):
                         setattr(part, name, Fp8Linear(layer))
         return self
 
-    def refiner_weights(self) -> RefinerWeights:
-        """The weights, not copied, as flowturbo_kernels.refiner_forward takes them.
+    def _trunk(self, x: Tensor, modulations: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The blocks, without the last residual: tokens (R, T, D) -> (x, y, gate), and x + gate * y
+        goes into the final layer.
 
-        Raises ValueError for a predictor, and for a refiner in fp8.
-        """
-        if not self.config.reads_velocity:
-            raise ValueError(
-                "refiner_weights needs a SiT that reads a velocity, and this one is a predictor"
-            )
-
-        def pair(layer: nn.Linear | nn.Conv2d | Fp8Linear) -> Linear:
-            assert layer.bias is not None
-            if isinstance(layer, Fp8Linear):
-                raise ValueError("refiner_weights needs a refiner that is not quantised")
-            return Linear(layer.weight, layer.bias)
-
-        blocks = [
-            BlockWeights(
-                pair(block.attn.qkv),
-                pair(block.attn.proj),
-                pair(block.mlp.fc1),
-                pair(block.mlp.fc2),
-            )
-            for block in cast(Sequence[Block], self.blocks)
-        ]
-        return RefinerWeights(
-            pair(self.x_embedder.proj),
-            self.pos_embed[0],
-            blocks,
-            pair(self.final_layer.linear),
-            self.config.heads,
-        )
-
-    def _trunk(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
-        """Blocks and final layer: tokens (N, T, D) -> (N, T, p * p * out_channels).
-
-        modulations: (N, 6D) for each block, then (N, 2D).
+        modulations: as for `evaluate`.
         """
         blocks = cast(Sequence[Block], self.blocks)
         chunks = [m.chunk(6, dim=-1) for m in modulations[:-1]]
-        next_norms = [m[:2] for m in chunks[1:]] + [modulations[-1].chunk(2, dim=-1)]
         # Each branch ends with the residual and the adaLN of what follows, in one operation.
         h = adaln_modulate(x, chunks[0][0], chunks[0][1])
-        for block, (_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp), (shift, scale) in zip(
-            blocks, chunks, next_norms, strict=True
+        for block, (_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp), following in zip(
+            blocks, chunks, [*chunks[1:], None], strict=True
         ):
             x, h = gated_residual_adaln(x, block.attn(h), gate_msa, shift_mlp, scale_mlp)
-            x, h = gated_residual_adaln(x, block.mlp(h), gate_mlp, shift, scale)
-        return linear(h, self.final_layer.linear.weight, self.final_layer.linear.bias)
+            y = block.mlp(h)
+            if following is not None:
+                x, h = gated_residual_adaln(x, y, gate_mlp, following[0], following[1])
+        return x, y, gate_mlp
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Tokens (N, h * w, p * p * out_channels) -> (N, C, h * p, w * p).

@@ -5,15 +5,22 @@ Guidance is applied here and nowhere else.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowturbo_kernels import guide, guided_update, refiner_forward, skip_checks
+from flowturbo_kernels import guide, guided_update, skip_checks
 
-from ..models.flow_model import AdaptiveNetwork, FlowModel, Network, VelocityFunction
+from ..models.flow_model import (
+    AdaptiveNetwork,
+    FlowModel,
+    Network,
+    ReversedTime,
+    VelocityFunction,
+)
 from ..models.sit import SiT
 from ..models.text_to_image import Conditions, PromptModel
 from ..solver.plan import Plan
@@ -43,7 +50,11 @@ class GuidedField(Field):
     ) -> None:
         self.model, self.plan, self.guidance, self.channels = model, plan, guidance, channels
         self.labels: Any = labels
-        self.both_labels: Any = labels if guidance is None else self._with_null(labels)
+
+    @functools.cached_property
+    def both_labels(self) -> Any:
+        """The labels of both halves of guidance."""
+        return self._with_null(self.labels)
 
     def _with_null(self, labels: Any) -> Any:
         """The labels of both halves."""
@@ -117,9 +128,9 @@ class HoistedField(GuidedField):
     """GuidedField for SiTs, with everything that does not depend on x hoisted out of the steps.
 
     adaLN's modulations depend only on time and label, and a plan fixes all times. So they are
-    computed in advance, by one product per layer for many times, and once for all images for the
-    null class. x is embedded once for both halves of guidance. On a GPU a refiner call is
-    flowturbo_kernels.refiner_forward.
+    computed in advance, for many times together, and once for all images for the null class. x is
+    embedded once for both halves of guidance. On a GPU a call and the move after it are
+    SiT.evaluate_and_move.
     """
 
     def __init__(
@@ -143,20 +154,38 @@ class HoistedField(GuidedField):
             for network, refines in ((model.predictor, False), (model.refiner, True))
             if isinstance(network, AdaptiveNetwork)
         }
-        self._weights = model.refiner.refiner_weights() if isinstance(model.refiner, SiT) else None
+
+    def predict_and_move(self, x: Tensor, t: float, move: Move) -> tuple[Tensor, Tensor]:
+        if not _fused(self.model.predictor, x):
+            return super().predict_and_move(x, t, move)
+        return self._evaluate_and_move(self.model.predictor, x, t, move)
+
+    def predict_ahead_and_move(
+        self, ahead: Move, v0: Tensor, t: float, move: Move
+    ) -> tuple[Tensor, Tensor]:
+        x = ahead.origin
+        if ahead.velocities or not _fused(self.model.predictor, x):
+            return super().predict_ahead_and_move(ahead, v0, t, move)
+        step = v0, ahead.weight
+        return self._evaluate_and_move(self.model.predictor, x, t, move, ahead=step)
 
     def refine_and_move(
         self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move
     ) -> tuple[Tensor, Tensor]:
-        # On the CPU one fused call would only be slower.
-        if self._weights is None or not x.is_cuda:
+        refiner = self._refiner()
+        if not _fused(refiner, x):
             return super().refine_and_move(x, t, read, base, move)
-        modulations = self._modulations[id(self.model.refiner)].at(t, self._scale(t) is not None)
-        moved, v = refiner_forward(
-            self._weights, modulations, x, self._read(x, t, read), self._scale(t), self.channels,
-            move.weight,
-            move.origin, self._read(x, t, base), move.velocities, move.weights,
-        )  # fmt: skip
+        v, base = self._read(x, t, read), self._read(x, t, base)
+        return self._evaluate_and_move(refiner, x, t, move, v=v, base=base)
+
+    def _evaluate_and_move(
+        self, network: Network, x: Tensor, t: float, move: Move, **rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        assert isinstance(network, SiT | ReversedTime)
+        scale = self._scale(t)
+        modulations = self._modulations[id(network)].at(t, scale is not None)
+        with skip_checks():  # `sample` has checked the shape of x
+            moved, v = network.evaluate_and_move(x, modulations, move, scale, self.channels, **rest)
         return moved, self._whole(x, v)
 
     def _run(self, network: Network, x: Tensor, t: float, v: Tensor | None) -> Tensor:
@@ -212,6 +241,13 @@ def field_of(
     return (HoistedField if hoisted else GuidedField)(model, plan, labels, guidance, channels)
 
 
+def _fused(network: Network, at: Tensor) -> bool:
+    """Whether a network's call is one with what goes before and after it: on a GPU. On the CPU that
+    would only be slower.
+    """
+    return at.is_cuda and isinstance(network, SiT | ReversedTime)
+
+
 class _Modulations:
     """The modulations of one network for a batch of labels, at the times of a plan.
 
@@ -231,28 +267,34 @@ class _Modulations:
         self.wide = torch.promote_types(dtype, torch.float32)
         self.times = list(dict.fromkeys(times))
         self._by_time: dict[float, list[Tensor]] = {}
-        self._chunk = 0  # how many times are computed at once; known after the first
+        rows = len(labels) * (1 if null is None or _fused(network, labels) else 2)
+        size = max(1, rows * network.modulation_width * dtype.itemsize)
+        self._chunk = max(1, _HOISTED_BYTES // size)  # how many times are computed at once
 
     def at(self, t: float, guided: bool) -> list[Tensor]:
         """The modulations at time t: (N, 6D) per block, (N, 2D) for the final layer.
 
-        With guidance 2N rows.
+        With guidance 2N rows, or, where the network reads the null class by its index, N + 1.
         """
         if t not in self._by_time:
-            first, known = self.times.index(t), self._chunk > 0
             self._by_time = {}  # freed before the next ones are computed
-            self._compute(first, max(1, self._chunk))
-            if not known:
-                size = sum(m.numel() * m.element_size() for m in self._by_time[t])
-                self._chunk = max(1, _HOISTED_BYTES // max(1, size))
-                self._compute(first + 1, self._chunk - 1)
+            first = self.times.index(t)
+            times = self.times[first : first + self._chunk]
+            compute = self._by_index if _fused(self.network, self.labels) else self._by_row
+            layers = compute(times)
+            self._by_time = {time: [m[s] for m in layers] for s, time in enumerate(times)}
         both = self._by_time[t]
         return both if guided or self.null is None else [m[: len(self.labels)] for m in both]
 
-    def _compute(self, first: int, count: int) -> None:
-        times, N = self.times[first : first + count], len(self.labels)
-        if not times:
-            return
+    def _by_index(self, times: list[float]) -> list[Tensor]:
+        """Those of many times, (S, N or N + 1, ...), the null class's row once."""
+        assert isinstance(self.network, SiT | ReversedTime)
+        with skip_checks():
+            return self.network.modulations_at(times, self.labels, self.null)
+
+    def _by_row(self, times: list[float]) -> list[Tensor]:
+        """Those of many times, (S, N or 2N, ...)."""
+        N = len(self.labels)
         # Filled on the device: a copy from the host can't be captured.
         t = torch.cat(
             [torch.full((1,), time, dtype=self.wide, device=self.labels.device) for time in times]
@@ -263,9 +305,9 @@ class _Modulations:
             else torch.cat([self.labels, self.labels.new_full((1,), self.null)])
         )
         layers = self.network.modulations(self.network.condition(t, y))
-        if self.null is not None:
-            layers = [torch.cat([m[:, :N], m[:, N:].expand(-1, N, -1)], dim=1) for m in layers]
-        self._by_time |= {time: [m[s] for m in layers] for s, time in enumerate(times)}
+        if self.null is None:
+            return layers
+        return [torch.cat([m[:, :N], m[:, N:].expand(-1, N, -1)], dim=1) for m in layers]
 
 
 class FunctionField(Field):

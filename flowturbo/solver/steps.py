@@ -71,6 +71,12 @@ class Field(ABC):
         v = self.predict(x, t)
         return move.by(v), v
 
+    def predict_ahead_and_move(
+        self, ahead: Move, v0: Tensor, t: float, move: Move
+    ) -> tuple[Tensor, Tensor]:
+        """`predict_and_move` at the state that `ahead` leads to by v0."""
+        return self.predict_and_move(ahead.by(v0), t, move)
+
     def refine_and_move(
         self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move
     ) -> tuple[Tensor, Tensor]:
@@ -162,7 +168,7 @@ class PseudoCorrector(Step):
         if state.v is None:
             return STEPS["H"](field, state, t0, t1)
         dt, v0 = t1 - t0, state.v
-        x, v1 = field.predict_and_move(euler(state.x, dt).by(v0), t1, trapezoid(state.x, v0, dt))
+        x, v1 = field.predict_ahead_and_move(euler(state.x, dt), v0, t1, trapezoid(state.x, v0, dt))
         return State(x, v1, remember(state.past, t0, v0))
 
 

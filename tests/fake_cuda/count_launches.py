@@ -76,7 +76,7 @@ def counts(batch: int) -> dict[str, Counter[str]]:
         *untrained("SiT-XL/2", 256, device), DiffusersVAE(vae), device=device, dtype=torch.bfloat16
     )
     found = {
-        "predictor call": called(model, "_run", batch),
+        "predictor call": called(model, "predict_ahead_and_move", batch),
         "refiner call": called(model, "refine_and_move", batch),
     }
     latents = torch.zeros(batch, 4, 32, 32, device=device)
@@ -88,7 +88,7 @@ def counts(batch: int) -> dict[str, Counter[str]]:
         ft.compile(model, PLAN, batch, output=output)
         found[title] = Counter(map(kind, fake_cuda.captured()))
     model.predictor.quantize_()
-    found["predictor call in fp8"] = called(model, "_run", batch)
+    found["predictor call in fp8"] = called(model, "predict_ahead_and_move", batch)
     return found
 
 

@@ -164,6 +164,22 @@ def long_linear_gated_residual(x, weight, bias, residual, gate):
     return torch.stack([residual[b] + gate[b] * y[b] for b in range(len(x))])
 
 
+def long_conditions(embedded, times, weight1, bias1, weight2, bias2, null=None):
+    def silu(x):
+        return x / (1 + (-x).exp())
+
+    half = weight1.shape[1] // 2
+    labels = list(embedded) + ([] if null is None else [null])
+    out = embedded.new_zeros(len(times), len(labels), len(bias1))
+    for s, t in enumerate(times):
+        angles = [t / 10_000 ** (k / half) for k in range(half)]
+        features = [*map(math.cos, angles), *map(math.sin, angles)]
+        hidden = silu(weight1 @ torch.tensor(features, dtype=embedded.dtype) + bias1)
+        for n, label in enumerate(labels):
+            out[s, n] = silu(weight2 @ hidden + bias2 + label)
+    return out
+
+
 MEANING = {
     "adaln_modulate": long_adaln,
     "gated_residual_adaln": long_seam,
@@ -171,6 +187,7 @@ MEANING = {
     "linear": long_linear,
     "linear_gated_residual": long_linear_gated_residual,
     "patch_embed": long_patch_embed,
+    "conditions": long_conditions,
     "velocity_update": long_velocity_update,
     "guide": long_guide,
     "guided_update": long_guided_update,

@@ -59,6 +59,55 @@ def test_the_hoisted_path_is_the_step_by_step_path(config, guidance, interval):
     assert_close(hoisted, plain, 1e-13)
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Calls with guidance and move in one, and the null class by its index."""
+    kinds = velocity_field.SiT, velocity_field.ReversedTime
+    monkeypatch.setattr(velocity_field, "_fused", lambda network, at: isinstance(network, kinds))
+
+
+@pytest.mark.parametrize("guidance", [None, 1.7, "one an image"])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.6)])
+@pytest.mark.parametrize("convention", ["sit", "repa"])
+def test_the_path_of_a_gpu_is_the_step_by_step_path(as_on_a_gpu, guidance, interval, convention):
+    networks = random_sit(CONFIG, 5), random_sit(CONFIG.refiner(), 6)
+    model = ft.load(*networks, convention=convention, device="cpu", dtype=torch.float64)
+    scale = (
+        torch.tensor([1.3, 2.0, 0.5]).double().view(3, 1, 1, 1)
+        if guidance == "one an image"
+        else guidance
+    )
+    plan = ft.Plan.parse(EVERY_STEP, shift=1.5, guidance_interval=interval)
+    plain, hoisted = both(model, plan, scale)
+    assert_close(hoisted, plain, 1e-12)
+
+
+def test_the_path_of_a_gpu_takes_one_call_a_network_and_no_other_update(as_on_a_gpu, monkeypatch):
+    model = tiny_model()
+    calls = []
+    for network in (model.predictor, model.refiner):
+        original = network.evaluate_and_move
+        monkeypatch.setattr(
+            network,
+            "evaluate_and_move",
+            lambda *a, of=original, **k: calls.append(k) or of(*a, **k),
+        )
+    monkeypatch.setattr("flowturbo.solver.steps.velocity_update", None)
+    ft.sample(model, "H1P2R2", [1, 8, 3], guidance=2.0, seed=0)
+    assert [sorted(k) for k in calls] == [[]] * 2 + [["ahead"]] * 2 + [["base", "v"]] * 4
+
+
+def test_the_path_of_a_gpu_edits_and_inpaints(as_on_a_gpu, monkeypatch):
+    model = tiny_model(dtype=torch.float64)
+    source = ft.noise(model.latent_shape, 4, range(2)).double()
+    mask = torch.zeros(2, 1, *model.latent_shape[1:], dtype=torch.bool)
+    mask[..., :4] = True
+    args = model, "H1P2R1", source, mask, [1, 2]
+    fused = ft.inpaint(*args, guidance=2.0, seed=3, output="latents")
+    monkeypatch.setattr(velocity_field, "_fused", lambda network, at: False)
+    assert_close(fused, ft.inpaint(*args, guidance=2.0, seed=3, output="latents"), 1e-12)
+
+
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
 def test_in_lower_precision_they_agree_to_rounding(dtype, bound):
     plain, hoisted = both(tiny_model(dtype=dtype), ft.Plan.parse("H1P2R2"), 1.7)
@@ -77,8 +126,11 @@ def test_a_reversed_predictor_is_hoisted_too():
     assert_close(hoisted, plain, 1e-13)
 
 
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("times_that_fit", [0, 1, 2, 5])
-def test_stretches_of_any_length_give_the_same_to_the_last_bit(monkeypatch, times_that_fit):
+def test_stretches_of_any_length_give_the_same(monkeypatch, request, times_that_fit, gpu):
+    if gpu:
+        request.getfixturevalue("as_on_a_gpu")
     model = tiny_model(dtype=torch.float64)
     plan = ft.Plan.parse("H3P2R2S1E2")
     _, whole = both(model, plan, 1.7)
@@ -105,7 +157,7 @@ def test_each_modulation_is_made_once_and_the_null_class_once_for_all_images(mon
         {c.t for c in plan.calls if c.refiner == which} for which in (False, True)
     )
     assert sum(rows) == (len(predictor) + len(refiner)) * (3 + 1)
-    assert len(rows) == 4  # the first time of each tells the size
+    assert len(rows) == 2  # all times of each network at once
 
 
 def test_a_network_without_modulations_takes_the_plain_path():

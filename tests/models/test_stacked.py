@@ -1,0 +1,141 @@
+"""adaLN's weights side by side in memory: one product for all, and parameters as before."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from close import assert_close
+from tiny import CONFIG, random_sit
+
+import flowturbo as ft
+from flowturbo.models.checkpoint import save_sit
+from flowturbo.models.stacked import stacked
+
+
+@pytest.fixture
+def pair():
+    """(a network, the same one stacked)."""
+    return random_sit(CONFIG, 3), random_sit(CONFIG, 3).stack_()
+
+
+def conditions():
+    return torch.randn(5, 4, CONFIG.hidden)
+
+
+def is_stacked(network):
+    return stacked(network.stackable()) is not None
+
+
+def assert_same_modulations(network, other):
+    c = conditions()
+    with torch.no_grad():
+        for got, wanted in zip(network.modulations(c), other.modulations(c), strict=True):
+            assert_close(got, wanted, 1e-6)
+
+
+def test_one_product_gives_what_one_a_layer_gives(pair, monkeypatch):
+    plain, network = pair
+    assert is_stacked(network)
+    assert not is_stacked(plain)
+    assert_same_modulations(network, plain)
+    shapes = []
+    monkeypatch.setattr(
+        "flowturbo.models.stacked.matmul",
+        lambda c, weight, bias: (
+            shapes.append(weight.shape) or torch.nn.functional.linear(c, weight)
+        ),
+    )
+    network.modulations(conditions())
+    with torch.no_grad():
+        network.modulations(conditions())
+    assert len(shapes) == CONFIG.depth + 1 + 1  # with gradients one a layer
+    assert shapes[-1] == (network.modulation_width, CONFIG.hidden)
+
+
+def test_stacking_again_moves_nothing(pair):
+    _, network = pair
+    before = [p.data_ptr() for p in network.parameters()]
+    assert [p.data_ptr() for p in network.stack_().parameters()] == before
+
+
+def test_parameters_stay_themselves():
+    network = random_sit(CONFIG, 3)
+    before, values = dict(network.named_parameters()), copy.deepcopy(network.state_dict())
+    network.stack_()
+    assert all(p is before[name] for name, p in network.named_parameters())
+    assert all(torch.equal(value, values[name]) for name, value in network.state_dict().items())
+
+
+def test_a_loaded_state_is_read(pair):
+    plain, network = pair
+    other = random_sit(CONFIG, 4)
+    network.load_state_dict(other.state_dict())
+    assert is_stacked(network)
+    assert_same_modulations(network, other)
+    network.load_state_dict(plain.state_dict(), assign=True)
+    assert not is_stacked(network)
+    assert_same_modulations(network, plain)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda network: network.double().float(),
+        copy.deepcopy,
+        lambda network: pickle.loads(pickle.dumps(network)),
+    ],
+    ids=["cast", "deepcopy", "pickle"],
+)
+def test_copies_have_memory_of_their_own(pair, change):
+    plain, network = pair
+    changed = change(network)
+    assert not is_stacked(changed)
+    assert_same_modulations(changed, plain)
+    assert_same_modulations(changed.stack_(), plain)
+
+
+def test_a_pickle_is_no_larger(pair):
+    plain, network = pair
+    assert len(pickle.dumps(network)) < 1.1 * len(pickle.dumps(plain))
+
+
+def test_a_copy_leaves_the_network_stacked(pair):
+    copy.deepcopy(pair[1])
+    assert is_stacked(pair[1])
+
+
+def test_files_hold_each_weight_once(pair, tmp_path):
+    plain, _ = pair
+    sizes = []
+    for model in pair:
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        sizes.append(len(file.getvalue()))
+        save_sit(tmp_path / "sit.safetensors", model)
+        sizes.append((tmp_path / "sit.safetensors").stat().st_size)
+    assert sizes[2] < 1.1 * sizes[0]
+    assert sizes[3] == sizes[1]
+    loaded = ft.load(tmp_path / "sit.safetensors", heads=CONFIG.heads, device="cpu").predictor
+    assert_same_modulations(loaded, plain)
+
+
+def test_training_changes_what_the_product_reads(pair):
+    optimisers = [torch.optim.AdamW(network.parameters(), lr=0.1) for network in pair]
+    c = conditions()
+    for network, optimiser in zip(pair, optimisers, strict=True):
+        network.requires_grad_(True)
+        sum(m.square().mean() for m in network.modulations(c)).backward()
+        optimiser.step()
+    assert is_stacked(pair[1])
+    assert_same_modulations(pair[1], pair[0])
+    assert not torch.equal(
+        pair[1].stackable()[0].weight, random_sit(CONFIG, 3).stackable()[0].weight
+    )
+
+
+def test_layers_of_several_dtypes_stay_where_they_are():
+    network = random_sit(CONFIG, 3)
+    network.blocks[0].double()
+    assert not is_stacked(network.stack_())
