@@ -173,7 +173,7 @@ def patch_embed(
     D), patches row by row, in the weight's dtype, to which x, moved, and v are rounded.
     """
     if ahead is not None:
-        x = x.to(wide(x)) + step * ahead[: len(x)].to(wide(x))
+        x = x.to(wide(x)) + step * ahead.narrow(0, 0, len(x)).to(wide(x))
     both = (
         x if v is None else torch.cat([x.repeat(len(v) // len(x), 1, 1, 1), v.to(x.dtype)], dim=1)
     )

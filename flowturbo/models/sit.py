@@ -273,7 +273,8 @@ class SiT(Stackable):
         both = v is None and len(modulations[0]) != len(x)
         tokens = self.x_embedder(x, v, self.pos_embed[0], 2 if both else 1)
         x, y, gate = self._trunk(tokens, modulations)
-        _, h = gated_residual_adaln(x, y, gate, *modulations[-1].chunk(2, dim=-1))
+        shift, scale = modulations[-1].chunk(2, dim=-1)
+        _, h = gated_residual_adaln(x, y, gate, shift, scale)
         final = self.final_layer.linear
         return self.unpatchify(linear(h, final.weight, final.bias))
 

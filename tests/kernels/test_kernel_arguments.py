@@ -9,6 +9,7 @@ from torch import Tensor
 from flowturbo_kernels import (
     adaln_modulate,
     attention,
+    conditions,
     double_pixels,
     final_update,
     gated_residual_adaln,
@@ -31,6 +32,9 @@ from flowturbo_kernels import (
 def r(*shape: int) -> Tensor:
     return torch.zeros(shape)
 
+
+LAYER = r(2, 16, 8), r(2, 8), r(2, 8), r(16, 8), r(16)
+"""final_update's tensors before x."""
 
 # (operation, arguments, error, the argument that the message must name)
 REFUSED: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [
@@ -180,6 +184,48 @@ REFUSED: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [
         (r(2, 16, 8), r(2, 8), r(2, 8), r(16, 8), r(16), r(2, 4, 8), None, 4, 0.1),
         ValueError,
         "x",
+    ),
+    (
+        final_update,
+        (*LAYER, r(2, 4, 8, 8), None, 4, 0.1, None, (), (), 1e-6, r(2, 16, 8)),
+        ValueError,
+        "gate",
+    ),
+    (
+        final_update,
+        (*LAYER, r(2, 4, 8, 8), None, 4, 0.1, None, (), (), 1e-6, r(2, 15, 8), r(2, 8)),
+        ValueError,
+        "branch",
+    ),
+    (
+        final_update,
+        (*LAYER, r(2, 4, 8, 8), None, 4, 0.1, None, (), (), 1e-6, r(2, 16, 8), r(1, 8)),
+        ValueError,
+        "gate",
+    ),
+    # N + 1 rows stand for both halves of guidance, and no other number does.
+    (adaln_modulate, (r(6, 5, 8), r(3, 8), r(3, 8)), ValueError, "shift"),
+    (adaln_modulate, (r(5, 5, 8), r(3, 8), r(3, 8)), ValueError, "shift"),
+    (adaln_modulate, (r(6, 5, 8), r(4, 8), r(6, 8)), ValueError, "scale"),
+    (gated_residual_adaln, (r(6, 5, 8), r(6, 5, 8), *[r(5, 8)] * 3), ValueError, "gate"),
+    (conditions, (r(2, 8), [0.1], r(8, 5), r(8), r(8, 8), r(8)), ValueError, "weight1"),
+    (conditions, (r(2, 8), [0.1], r(8, 6), r(8), r(8, 7), r(8)), ValueError, "weight2"),
+    (conditions, (r(2, 8), [0.1], r(8, 6), r(7), r(8, 8), r(8)), ValueError, "bias1"),
+    (conditions, (r(2, 8), [0.1], r(8, 6), r(8), r(8, 8), r(9)), ValueError, "bias2"),
+    (conditions, (r(2, 8), [0.1], r(8, 6), r(8), r(8, 8), r(8), r(2, 8)), ValueError, "null"),
+    (conditions, (r(2, 8), [], r(8, 6), r(8), r(8, 8), r(8)), ValueError, "times"),
+    (patch_embed, (r(1, 4, 8, 8), r(16, 4, 2, 2), r(16), None, None, 3), ValueError, "copies"),
+    (
+        patch_embed,
+        (r(1, 4, 8, 8), r(16, 8, 2, 2), r(16), r(1, 4, 8, 8), None, 2),
+        ValueError,
+        "copies",
+    ),
+    (
+        patch_embed,
+        (r(2, 4, 8, 8), r(16, 4, 2, 2), r(16), None, None, 1, r(1, 4, 8, 8), 0.1),
+        ValueError,
+        "velocities[0]",
     ),
     (shifted_sum, (r(2, 8, 4), r(8)), ValueError, "y"),
     (shifted_sum, (r(2, 8, 4, 4), r(7)), ValueError, "shift"),

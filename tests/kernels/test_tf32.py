@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowturbo as ft
-from flowturbo_kernels import refiner_forward, use_backend
+from flowturbo.solver.steps import Move
+from flowturbo_kernels import use_backend
 
 PATCH = importlib.import_module("flowturbo_kernels.patch_embed")
 
@@ -86,8 +87,8 @@ def test_no_network_of_ours_convolves_off_the_cpu(config):
     t, y = torch.empty(2, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
     with use_backend("reference"), Recorded() as seen, torch.no_grad():
         results = [predictor(x, t, y), refiner(x, t, y, v)]
-        modulations = refiner.modulations(refiner.t_embedder(t) + refiner.y_embedder(y))
-        results += refiner_forward(refiner.refiner_weights(), modulations, x, v, None, 4, 0.1)
+        modulations = [m[0] for m in refiner.modulations_at([0.4], y, None)]
+        results += refiner.evaluate_and_move(x, modulations, Move(x, 0.1), None, 4, v=v, base=v)
     assert {r.device.type for r in results} == {"meta"}
     assert not seen.convolutions()
 

@@ -162,6 +162,3 @@ def test_only_the_predictors_blocks_are_in_fp8():
     assert model.predictor.quantize_() is model.predictor  # again: nothing more to do
     with pytest.raises(ValueError, match="quantize must be 'fp8' or None, got 'int8'"):
         ft.load("digits", quantize="int8")
-    refiner = random_sit(SMALL["patch 4"].refiner(), 25).quantize_()
-    with pytest.raises(ValueError, match="not quantised"):
-        refiner.refiner_weights()

@@ -92,15 +92,16 @@ def test_the_path_of_a_gpu_takes_one_call_a_network_and_no_other_update(as_on_a_
             "evaluate_and_move",
             lambda *a, of=original, **k: calls.append(k) or of(*a, **k),
         )
+    plan = ft.Plan.parse("H1P2R2")
     monkeypatch.setattr("flowturbo.solver.steps.velocity_update", None)
-    ft.sample(model, "H1P2R2", [1, 8, 3], guidance=2.0, seed=0)
+    ft.sample(model, plan, [1, 8, 3], guidance=2.0, seed=0)
     assert [sorted(k) for k in calls] == [[]] * 2 + [["ahead"]] * 2 + [["base", "v"]] * 4
 
 
 def test_the_path_of_a_gpu_edits_and_inpaints(as_on_a_gpu, monkeypatch):
     model = tiny_model(dtype=torch.float64)
     source = ft.noise(model.latent_shape, 4, range(2)).double()
-    mask = torch.zeros(2, 1, *model.latent_shape[1:], dtype=torch.bool)
+    mask = torch.zeros(2, *model.latent_shape[1:], dtype=torch.bool)
     mask[..., :4] = True
     args = model, "H1P2R1", source, mask, [1, 2]
     fused = ft.inpaint(*args, guidance=2.0, seed=3, output="latents")
