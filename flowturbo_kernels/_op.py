@@ -72,6 +72,7 @@ class Op(Generic[P, R]):
         self.example = example
         self.lower = lower
         self.backends: dict[str, Backend] = {}
+        self.on_cpu: Callable[..., R] | None = None
         self._parameters = [
             (p.name, p.default) for p in inspect.signature(reference).parameters.values()
         ]
@@ -100,6 +101,13 @@ class Op(Generic[P, R]):
 
         return register
 
+    def cpu_bfloat16(self, run: Callable[..., R]) -> Callable[..., R]:
+        """Decorator: registers what "auto" runs on the CPU for tensors that are all bfloat16, as
+        exact as the reference. Its function takes all arguments, checked, by position.
+        """
+        self.on_cpu = run
+        return run
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return self._compiled(*args, **kwargs)
@@ -125,6 +133,10 @@ class Op(Generic[P, R]):
             or (name == "auto" and args and not getattr(args[0], "is_cuda", True))
         ):
             # the shortest path: on the CPU small models feel every microsecond
+            if self.on_cpu and name == "auto" and args[0].dtype == torch.bfloat16:  # type: ignore[attr-defined]
+                positional = self._positional(args, kwargs)
+                if self._bfloat16_only(positional):
+                    return self.on_cpu(*positional)
             return self.reference(*args, **kwargs)
         positional = self._positional(args, kwargs)
         if _reference_only(positional):
@@ -142,6 +154,8 @@ class Op(Generic[P, R]):
         if reason:
             return "reference", dict.fromkeys(self.backends, reason)
         able, refused = self._choose(positional)
+        if requested_backend() == "auto" and self._bfloat16_only(positional):
+            return "cpu", refused
         if not able:
             return "reference", refused
         candidates = self._candidates(able, positional)
@@ -157,6 +171,14 @@ class Op(Generic[P, R]):
         """
         return args + tuple(
             kwargs.get(name, default) for name, default in self._parameters[len(args) :]
+        )
+
+    def _bfloat16_only(self, args: tuple[Any, ...]) -> bool:
+        """Whether `on_cpu` takes these arguments."""
+        return (
+            self.on_cpu is not None
+            and all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors(args))
+            and not _reference_only(args)
         )
 
     def _choose(self, args: tuple[Any, ...]) -> tuple[dict[str, Backend], dict[str, str]]:

@@ -14,6 +14,7 @@ from ._op import op, requested_backend
 from ._triton import dot_precision, in_turn, kernel, next_power_of_2, tl, too_large
 from ._tune import Candidates, form
 from .arguments import Make, expect_floating, expect_shape
+from .batch_invariant import multiplied
 
 # Triton: one program per block of queries of one head; an online softmax over blocks of keys, which
 # are read in place from the packed qkv. head_dim is a constexpr, so that the compiler knows loads
@@ -122,6 +123,11 @@ def attention(qkv: Tensor) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).reshape(B, T, heads * head_dim)
+
+
+@attention.cpu_bfloat16
+def _attention_cpu(qkv: Tensor) -> Tensor:
+    return multiplied(attention.reference, qkv)
 
 
 def _unsupported(qkv: Tensor) -> str | None:

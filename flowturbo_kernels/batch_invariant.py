@@ -8,6 +8,7 @@ until all shares are whole; those of published models mostly are already.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -68,10 +69,72 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return elementwise(lambda flat: F.gelu(flat, approximate="tanh"), x, grain=1)
 
 
+_PIECE = 65536
+"""Numbers per thread that GELU in bfloat16 takes through the cache at a time."""
+_LINEAR = 2 * (2 / math.pi) ** 0.5
+_CUBIC = 0.044715 * _LINEAR
+
+
+def gelu_tanh_bfloat16(x: Tensor) -> Tensor:
+    """GELU in its tanh form: x bfloat16 or float32, contiguous, which it overwrites -> bfloat16.
+
+    As x * sigmoid(1.596 x + 0.0714 x^3), the same function in half the time: torch's tanh takes
+    more than twice its sigmoid's.
+    """
+    flat = x.view(-1)
+    count, out = (
+        len(flat),
+        flat if x.dtype == torch.bfloat16 else torch.empty_like(flat, dtype=torch.bfloat16),
+    )
+    most = _padded_size(min(count, _PIECE * torch.get_num_threads()), _GRAIN, _VECTORS)
+    wide, inner = torch.zeros(most), torch.empty(most)
+    linear = torch.tensor(_LINEAR)
+    for start in range(0, count, max(1, most)):
+        part = flat[start : start + most]
+        size = min(most, _padded_size(len(part), _GRAIN, _VECTORS))
+        u, s = wide[:size], inner[:size]
+        u[: len(part)].copy_(part)
+        torch.addcmul(linear, u, u, value=_CUBIC, out=s)
+        s.mul_(u).sigmoid_().mul_(u)
+        out[start : start + most].copy_(s[: len(part)])
+    return out.view(x.shape)
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether torch has matrix products in bfloat16 for this CPU: those of oneDNN. Its own loops,
+    which take over elsewhere, need eight times as long as float32's products.
+    """
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except AttributeError:  # torch was built without oneDNN
+        return False
+
+
+def multipliable(*factors: Tensor) -> tuple[Tensor, ...]:
+    """The factors, and what is added: in float32 if they are bfloat16 and on a CPU that does not
+    multiply it.
+    """
+    if factors[0].dtype != torch.bfloat16 or factors[0].device.type != "cpu":
+        return factors
+    return factors if multiplies_bfloat16() else tuple(t.float() for t in factors)
+
+
+def multiplied(function: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+    """function(*multipliable(*factors)), in the dtype of the factors."""
+    multiplied_in = multipliable(*factors)
+    y = function(*multiplied_in)
+    return y if multiplied_in[0] is factors[0] else y.to(factors[0].dtype)
+
+
 def matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (..., K) times weight (N, K) transposed, plus bias (N,) -> (..., N)."""
     if not _pads(x):
         return F.linear(x, weight, bias)
+    return multiplied(_product, x, weight, bias)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     count = x.numel() // x.shape[-1]
     size = _padded_size(count, _ROWS, _ROWS)
     if size == count:

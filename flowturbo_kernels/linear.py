@@ -16,7 +16,7 @@ from ._op import op, requested_backend
 from ._triton import rows
 from ._tune import Candidates, form
 from .arguments import Make, expect_floating, expect_one_dtype, expect_shape, wide
-from .batch_invariant import gelu_tanh, matmul
+from .batch_invariant import gelu_tanh, gelu_tanh_bfloat16, matmul, multipliable
 
 Activation = Literal["gelu_tanh"]
 
@@ -49,6 +49,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | Non
     """
     y = matmul(x, weight, bias)
     return gelu_tanh(y) if activation == "gelu_tanh" else y
+
+
+@linear.cpu_bfloat16
+def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
+    if activation is None:
+        return matmul(x, weight, bias)
+    return gelu_tanh_bfloat16(matmul(*multipliable(x, weight, bias)))
 
 
 def _mixed_dtypes(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> str | None:

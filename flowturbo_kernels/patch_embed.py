@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,7 +22,7 @@ from ._triton import (
     too_many_images,
 )
 from .arguments import Make, expect_floating, expect_one_dtype, expect_shape, wide
-from .batch_invariant import matmul
+from .batch_invariant import matmul, multiplied
 from .velocity_update import check_velocities
 
 _FEATURES = 32
@@ -187,7 +188,8 @@ def _projected(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     convolves float32 in TF32, with errors of 1e-4, but does not multiply matrices in it.
     """
     if _convolves(x):
-        return F.conv2d(x, weight, bias, stride=weight.shape[2]).flatten(2).transpose(1, 2)
+        convolve = functools.partial(F.conv2d, stride=weight.shape[2])
+        return multiplied(convolve, x, weight, bias).flatten(2).transpose(1, 2)
     (B, C, H, W), p = x.shape, weight.shape[2]
     patches = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
     return matmul(patches.reshape(B, (H // p) * (W // p), C * p * p), weight.flatten(1), bias)
