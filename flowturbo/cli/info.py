@@ -10,6 +10,7 @@ import torch
 
 from flowturbo_kernels import LIBRARIES, OPS, BackendError, requested_backend
 
+from ..runtime.cpu_dtype import bfloat16_advice
 from ..runtime.device import device_name
 
 
@@ -25,6 +26,7 @@ def report() -> str:
         f"cupy {_version('cupy-cuda13x', 'cupy-cuda12x')}",
         *(f"{name} {library.describe(_device())}" for name, library in LIBRARIES.items()),
         f"CUDA extension: {_extension()}",
+        f"bfloat16 on the CPU: {bfloat16_advice()}",
         "",
         "operation             backend    why",
         *map(_backend, sorted(OPS)),

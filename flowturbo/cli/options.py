@@ -37,8 +37,10 @@ class WeightFlags:
     """
     device: str | None = None
     """"cuda" or "cpu". Default: a GPU if there is one."""
-    dtype: Dtype | None = None
-    """Data type of the model. Default: bfloat16 on a GPU, float32 on the CPU."""
+    dtype: Dtype | Literal["auto"] | None = None
+    """Data type of the model. Default: bfloat16 on a GPU, float32 on the CPU.
+    "auto": bfloat16 also on a CPU that has instructions for it; `flowturbo info` says so.
+    """
     quantize: Literal["fp8"] | None = None
     """"fp8" runs the predictor's matrix products in e4m3.
     This is faster on recent GPUs and gives slightly different images.
@@ -140,7 +142,7 @@ def load_checkpoint(settings: WeightFlags) -> FlowModel:
         settings.vae,
         heads=settings.heads,
         device=settings.device,
-        dtype=dtype_of(settings.dtype),
+        dtype="auto" if settings.dtype == "auto" else dtype_of(settings.dtype),
         convention=settings.convention,
         quantize=settings.quantize,
     )
@@ -161,7 +163,7 @@ def _pipeline(settings: ModelFlags) -> FlowModel:
         convention=settings.convention,
         image_size=settings.image_size,
         device=settings.device,
-        dtype=dtype_of(settings.dtype),
+        dtype="auto" if settings.dtype == "auto" else dtype_of(settings.dtype),
     )
 
 

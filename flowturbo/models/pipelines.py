@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..checks import positive
+from ..runtime.cpu_dtype import choose_dtype
 from ..runtime.device import choose_device
 from ..storage.files import CheckpointError
 from .diffusers_io import ask_hub, first_line, is_path
@@ -31,7 +32,7 @@ def from_pipeline(
     convention: Literal["auto", "2-rf"] = "auto",
     image_size: int | tuple[int, int] | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
 ) -> PromptModel:
     """A text-to-image flow model from a diffusers pipeline.
 
@@ -55,9 +56,9 @@ def from_pipeline(
     module: Any = network_of(pipe, convention)
     network = PromptNetwork(module)
     target = torch.device(module.device) if device is None and not named else choose_device(device)
-    if dtype is None:
-        loaded = torch.bfloat16 if target.type == "cuda" else torch.float32
-        dtype = loaded if named and not _quantised(module) else module.dtype
+    if dtype is None and (not named or _quantised(module)):
+        dtype = module.dtype
+    dtype = choose_dtype(dtype, target)
     refiner_network = None if refiner is None else PromptNetwork(check_refiner(refiner, module))
     if vae is None and getattr(pipe, "vae", None) is not None:
         codec: VAE | None = DiffusersVAE(pipe.vae)

@@ -239,7 +239,11 @@ def test_paths_that_are_no_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     "arguments, kind, message",
     [
-        ({"dtype": torch.int64}, TypeError, "dtype must be a floating point type, got torch.int64"),
+        (
+            {"dtype": torch.int64},
+            TypeError,
+            "dtype must be a floating point type or 'auto', got torch.int64",
+        ),
         ({"dtype": torch.bool}, TypeError, "dtype"),
         ({"dtype": int}, TypeError, "dtype"),
         ({"dtype": "float32"}, TypeError, "dtype"),
