@@ -41,8 +41,8 @@ class Candidates(NamedTuple):
     cold: tuple[Tensor, ...] = ()
 
     def run(self) -> Any:
-        """The result of the fastest; where that is a library's and fails now, of the fastest other
-        one.
+        """The result of the fastest. Where that is a library's, and fails or was not compiled
+        before this capture: of the fastest other one.
         """
         name = fastest(self)
         try:
@@ -71,11 +71,10 @@ def fastest(candidates: Candidates) -> str:
     """The name of the candidate that runs fastest on the device.
 
     The default, with nothing measured or kept, off CUDA and while a CUDA graph is being captured,
-    which forbids measuring, and a library's kernel that was not compiled before. A candidate that
-    fails is taken only if all do: then the default, whose error says why. Disk gets only what will
-    hold in other processes as well: not a choice where a candidate failed for a passing reason,
-    where timings varied much, or where memory did not suffice for rotating the weights. Those hold
-    in this process alone.
+    which forbids measuring. A candidate that fails is taken only if all do: then the default, whose
+    error says why. Disk gets only what will hold in other processes as well: not a choice where a
+    candidate failed for a passing reason, where timings varied much, or where memory did not
+    suffice for rotating the weights. Those hold in this process alone.
     """
     default = next(iter(candidates.functions))
     if candidates.device.type != "cuda" or len(candidates.functions) == 1:
@@ -83,9 +82,7 @@ def fastest(candidates: Candidates) -> str:
     key = _key(candidates)
     choice = _known(candidates, key)
     if choice is not None:
-        run = candidates.functions[choice]
-        unready = isinstance(run, LibraryKernel) and not run.ready()
-        return default if unready and torch.cuda.is_current_stream_capturing() else choice
+        return choice
     if torch.cuda.is_current_stream_capturing():
         return default
     with _lock:  # another thread, or process, may have measured it meanwhile

@@ -178,6 +178,8 @@ def test_a_wrong_result_is_never_taken(fakes, spoils):
         del y, memory
     assert candidates.known_fastest() == "torch"
     assert "WrongResult: its result is off by" in next(iter(_quack.LIBRARY.failures.values()))
+    [entry] = _choices.read(_choices.facts(GPU)).values()  # it will be as wrong tomorrow
+    assert entry["fastest"] == "torch"
 
 
 def test_a_kernel_that_fails_later_gives_way_to_the_next(fakes):
