@@ -159,6 +159,11 @@ def waits_first(ptx: str) -> bool:
     return 0 <= wait < (access.start() if access else len(ptx))
 
 
+def before_barriers(ptx: str) -> str:
+    """What no thread waits in: loads there are all under way before a first number is used."""
+    return re.split(r"\bbar(?:rier)?\.sync", ptx)[0]
+
+
 def in_depth(cubin: bytes, threads: int, shared: int) -> dict[str, Any]:
     """What the machine code says, and how many such blocks a multiprocessor holds."""
     code = machine_code.read(cubin)
@@ -211,6 +216,7 @@ def main(archs: list[int], real_only: bool) -> None:
                             "mma": "mma.sync" in ptx,
                             "waits_first": waits_first(ptx),
                             "wide_loads": len(re.findall(WIDE, ptx)),
+                            "wide_loads_first": len(re.findall(WIDE, before_barriers(ptx))),
                         }
                     ),
                     flush=True,
