@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from roofline import WEIGHTS
 from torch import Tensor
 
 from flowturbo_kernels import sizes
@@ -44,10 +45,9 @@ def described(name: str, args: tuple[Any, ...]) -> str:
     name at that shape.
     """
     text = f"{name} {'x'.join(map(str, args[0].shape))}"
-    if name in ("linear", "linear_fp8", "linear_gated_residual"):
-        text += f" to {args[1].shape[0]}"
-    if name in ("linear", "linear_fp8") and isinstance(args[-1], str):
-        text += f", {args[-1]}"
+    if name in WEIGHTS:
+        text += f" to {args[WEIGHTS[name]].shape[0]}"
+    text += "".join(f", {argument}" for argument in args if isinstance(argument, str))
     if name == "patch_embed" and args[3] is not None:
         text += " and velocity"
     if name == "final_update":

@@ -100,6 +100,71 @@ def conditions(
     return F.silu(time[:, None] + labels)
 
 
+def quantize_static(x: Tensor, scale: Tensor, activation: str | None = None) -> Tensor:
+    y = _activated(x, activation) / scale
+    return y.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+
+
+def adaln_quantized(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS
+) -> tuple[Tensor, Tensor]:
+    q, q_scale = quantize_rows(adaln_modulate(x, shift, scale, eps).flatten(0, 1))
+    return q.view(x.shape), q_scale
+
+
+def gated_residual_adaln_quantized(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.addcmul(x, gate[:, None], y)
+    return x, *adaln_quantized(x, shift, scale, eps)
+
+
+def attention_quantized(qkv: Tensor, out_scale: Tensor) -> Tensor:
+    return quantize_static(attention(qkv), out_scale)
+
+
+def linear_quantized(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    activation: str | None = None,
+    out_scale: Tensor | None = None,
+) -> Tensor:
+    flat = x.flatten(0, -2)
+    ones = torch.ones(len(flat), device=x.device) if x_scale is None else x_scale
+    y = torch._scaled_mm(
+        flat, weight.t(), ones[:, None], weight_scale[None], bias=bias, out_dtype=bias.dtype,
+        use_fast_accum=True
+    ).unflatten(0, x.shape[:-1])  # fmt: skip
+    return (
+        _activated(y, activation)
+        if out_scale is None
+        else quantize_static(y, out_scale, activation)
+    )
+
+
+def linear_quantized_residual(*args: Any) -> Tensor:
+    *product, residual, gate = args
+    return torch.addcmul(residual, gate[:, None], linear_quantized(*product))
+
+
+def branch_end_fp8(
+    y: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, x: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    branch = linear_quantized(y, None, weight, weight_scale, bias)
+    return gated_residual_adaln_quantized(x, branch, *rest)
+
+
+def attention_branch_fp8(
+    qkv: Tensor, out_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor,
+    plain: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y = attention_quantized(qkv, out_scale)
+    return branch_end_fp8(y, weight, weight_scale, bias, *rest)
+
+
 def patch_embed(
     x: Tensor,
     weight: Tensor,
@@ -252,8 +317,16 @@ PLAIN: dict[str, Callable[..., Any]] = {
         linear,
         linear_gated_residual,
         quantize_rows,
+        quantize_static,
         linear_fp8,
         conditions,
+        adaln_quantized,
+        gated_residual_adaln_quantized,
+        attention_quantized,
+        linear_quantized,
+        linear_quantized_residual,
+        branch_end_fp8,
+        attention_branch_fp8,
         patch_embed,
         velocity_update,
         guide,

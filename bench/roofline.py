@@ -32,17 +32,27 @@ def work(name: str, args: tuple[Any, ...], results: Any) -> Work:
     """What the operation of that name must do on these arguments. A tensor given twice is read
     once.
     """
+    if name == "attention_branch_fp8":  # which reads one of its two weights
+        args = args[:5] + args[6:]
     distinct = {(t.data_ptr(), tuple(t.shape)): t for t in (*tensors(args), *tensors(results))}
     return Work(sum(t.numel() * t.element_size() for t in distinct.values()), _flops(name, args))
 
 
+WEIGHTS = {
+    "linear": 1, "linear_fp8": 1, "linear_gated_residual": 1, "branch_end_fp8": 1,
+    "linear_quantized": 2, "linear_quantized_residual": 2,
+}  # fmt: skip
+"""Of products of rows with a weight: which argument that is."""
+
+
 def _flops(name: str, args: tuple[Any, ...]) -> int:
-    if name in ("linear", "linear_fp8", "linear_gated_residual"):
-        x, weight = args[:2]
+    if name in WEIGHTS:
+        x, weight = args[0], args[WEIGHTS[name]]
         return 2 * (x.numel() // x.shape[-1]) * weight.shape[0] * weight.shape[1]
-    if name == "attention":
+    if name.startswith("attention"):
         B, T, _, heads, head_dim = args[0].shape
-        return 4 * B * heads * T * T * head_dim
+        product = B * T * args[2].numel() if name == "attention_branch_fp8" else 0
+        return 4 * B * heads * T * T * head_dim + 2 * product
     if name == "patch_embed":
         x, weight, _, v = args[:4]
         pixels = (x if v is None else v)[:, 0].numel()  # the same tokens twice are made once

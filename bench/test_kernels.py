@@ -11,6 +11,7 @@ it runs on the CPU, at batch 1 of a small model, which measures only that it run
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ from flowturbo_kernels import OPS, BackendError, use_backend
 COMPILED_BATCHES = (8,) if DEVICE == "cuda" else ()
 """torch.compile takes seconds a shape; one size tells."""
 ROUNDS = 10
-FP8 = "linear_fp8", "quantize_rows"
+FP8 = [name for name in OPS if re.search("fp8|quantize", name)]
 
 
 def about(batch: int, index: int, who: str) -> dict[str, str]:
@@ -87,7 +88,7 @@ def test_kernel(benchmark, rounds, batch, index, who):
         "bytes": needed.bytes,
         "flops": needed.flops,
         "apart": {} if apart is None else {"results": apart},
-        "floor": floor(needed, dtype, DEVICE),
+        "floor": floor(needed, DTYPE if name == "attention_quantized" else dtype, DEVICE),
         "ceilings": ceilings(DEVICE),
         "device": device_name(),
         "dtype": str(DTYPE),

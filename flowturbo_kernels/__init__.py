@@ -21,7 +21,10 @@ from ._op import (
     use_backend,
 )
 from .adaln import adaln_modulate, gated_residual_adaln
+from .adaln_fp8 import adaln_quantized, gated_residual_adaln_quantized
 from .attention import attention
+from .attention_fp8 import attention_quantized
+from .branches_fp8 import attention_branch_fp8, branch_end_fp8
 from .conditions import conditions
 from .doubling import double_pixels, doubled_convolution, interleaved_group_norm, summed_weights
 from .final_update import final_update
@@ -30,7 +33,8 @@ from .guidance import guide, guided_update
 from .image_blocks import residual_group_norm, shifted_group_norm, shifted_sum
 from .image_ends import image_bytes, unscale_latents
 from .linear import linear, linear_gated_residual
-from .linear_fp8 import linear_fp8, quantize_rows
+from .linear_fp8 import linear_fp8, quantize_rows, quantize_static
+from .linear_quantized import linear_quantized, linear_quantized_residual
 from .patch_embed import patch_embed
 from .velocity_update import velocity_update
 
@@ -44,12 +48,17 @@ __all__ = [
     "BackendError",
     "Op",
     "adaln_modulate",
+    "adaln_quantized",
     "attention",
+    "attention_branch_fp8",
+    "attention_quantized",
+    "branch_end_fp8",
     "conditions",
     "double_pixels",
     "doubled_convolution",
     "final_update",
     "gated_residual_adaln",
+    "gated_residual_adaln_quantized",
     "group_norm_silu",
     "guide",
     "guided_update",
@@ -58,8 +67,11 @@ __all__ = [
     "linear",
     "linear_fp8",
     "linear_gated_residual",
+    "linear_quantized",
+    "linear_quantized_residual",
     "patch_embed",
     "quantize_rows",
+    "quantize_static",
     "requested_backend",
     "residual_group_norm",
     "shifted_group_norm",

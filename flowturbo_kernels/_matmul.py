@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._e4m3 import saturated
 from ._triton import dot_precision, in_turn, kernel, tl
 
 
@@ -43,22 +44,29 @@ _GROUP = 8
 
 
 @kernel
+def gelu(y):
+    """0.5 * y * (1 + tanh(u)) = y * sigmoid(2u)."""
+    u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+    e = tl.exp(-2.0 * tl.abs(u))  # never overflows
+    return y * tl.where(u >= 0, 1.0, e) / (1.0 + e)
+
+
+@kernel
 def _epilogue(
-    y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, gate_b, SCALED: tl.constexpr,
-    GELU: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, out_scale, gate_b,
+    SCALED: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """Scale, bias, activation, gate and residual of a tile y at rows m and columns n."""
+    """Scales (1: of columns, 2: of rows too), bias, activation, gate and residual of a tile y at
+    rows m and columns n; over the results' scale if they are e4m3.
+    """
     if SCALED:
-        y *= (
-            tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
-            * tl.load(weight_scale + n, mask=n < N, other=0.0)[None, :]
-        )
+        scales = tl.load(weight_scale + n, mask=n < N, other=0.0)[None, :]
+        if SCALED == 2:
+            scales = tl.load(x_scale + m, mask=m < M, other=0.0)[:, None] * scales
+        y *= scales
     y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if GELU:  # 0.5 * y * (1 + tanh(u)) = y * sigmoid(2u)
-        u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-        e = tl.exp(-2.0 * tl.abs(u))  # never overflows
-        y = y * tl.where(u >= 0, 1.0, e) / (1.0 + e)
+    if GELU:
+        y = gelu(y)
     if RESIDUAL:
         inside = (m < M)[:, None] & (n < N)[None, :]
         g = tl.load(gate + (m // T)[:, None] * gate_b + n[None, :], mask=inside, other=0.0).to(
@@ -70,15 +78,17 @@ def _epilogue(
             )
             + g * y
         )
+    if QUANTIZED:
+        y = saturated(y, out_scale)
     return y
 
 
 @kernel
 def _product_kernel(
-    x, weight, x_scale, weight_scale, bias, residual, gate, out, M, N, T, x_m, weight_n, gate_b,
-    K: tl.constexpr,
-    SCALED: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
-    GROUP: tl.constexpr,
+    x, weight, x_scale, weight_scale, bias, residual, gate, out_scale, out, M, N, T, x_m, weight_n,
+    gate_b, K: tl.constexpr,
+    SCALED: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, QUANTIZED: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -110,18 +120,17 @@ def _product_kernel(
         tl.store(out + part.to(tl.int64) * M * N + at, y, mask=inside)
     else:
         y = _epilogue(
-            y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, gate_b, SCALED, GELU,
-            RESIDUAL,
+            y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, out_scale, gate_b,
+            SCALED, GELU, RESIDUAL, QUANTIZED,
         )  # fmt: skip
         tl.store(out + at, y, mask=inside)
 
 
 @kernel
 def _sum_kernel(
-    parts, x_scale, weight_scale, bias, residual, gate, out, M, N, T, gate_b, SCALED: tl.constexpr,
-    GELU: tl.constexpr,
-    RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
+    parts, x_scale, weight_scale, bias, residual, gate, out_scale, out, M, N, T, gate_b,
+    SCALED: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, QUANTIZED: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     in_turn(PDL)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -133,8 +142,8 @@ def _sum_kernel(
         y += tl.load(parts + at, mask=inside, other=0.0)
         parts += tl.cast(M, tl.int64) * N
     y = _epilogue(
-        y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, gate_b, SCALED, GELU,
-        RESIDUAL,
+        y, m, n, M, N, T, x_scale, weight_scale, bias, residual, gate, out_scale, gate_b, SCALED,
+        GELU, RESIDUAL, QUANTIZED,
     )  # fmt: skip
     tl.store(out + at, y, mask=inside)
 
@@ -150,40 +159,38 @@ def product(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
     tokens: int = 1,
-    scales: tuple[Tensor, Tensor] | None = None,
+    scales: tuple[Tensor | None, Tensor] | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """x (M, K), rows may be strided, times weight (N, K) transposed, with the epilogue -> (M, N) in
     bias's dtype, or residual's.
 
     residual (M, N), dense, and gate (M / tokens, N): together or not at all. scales: of the rows of
-    x and of weight, float32 (M,) and (N,), for operands in fp8.
+    x, if there are any, and of weight, float32 (M,) and (N,), for operands in fp8. out_scale,
+    float32 (1,): the result is e4m3, and stands for itself times the scale.
     """
     (M, K), N = x.shape, len(weight)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    out = torch.empty(
-        M, N, dtype=bias.dtype if residual is None else residual.dtype, device=x.device
-    )
+    dtype = bias.dtype if residual is None else residual.dtype
+    dtype = dtype if out_scale is None else torch.float8_e4m3fn
+    out = torch.empty(M, N, dtype=dtype, device=x.device)
     parts = out if split == 1 else torch.empty(split, M, N, dtype=torch.float32, device=x.device)
     bias = bias.contiguous()
-    with_residual = residual is not None
-    epilogue = (
-        *(scales or (bias, bias)),
-        bias,
-        (bias if residual is None else residual),
-        (bias if gate is None else gate),
-    )
+    x_scale, weight_scale = scales or (None, None)
+    optional = x_scale, weight_scale, bias, residual, gate, out_scale
+    epilogue = tuple(bias if t is None else t for t in optional)
+    scaled = 0 if scales is None else 1 if x_scale is None else 2
+    what = scaled, gelu, residual is not None, out_scale is not None
     gate_b = 0 if gate is None else gate.stride(0)
     _product_kernel.launch(
         (-(-M // tile.rows) * -(-N // tile.columns), split),
         x, weight, *epilogue, parts, M, N, tokens, x.stride(0), weight.stride(0), gate_b,
-        K, scales is not None, gelu, with_residual, split, _GROUP, dot_precision(x), tile.rows,
-        tile.columns, tile.depth,
+        K, *what, split, _GROUP, dot_precision(x), tile.rows, tile.columns, tile.depth,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if split > 1:
         grid = -(-M // 16), -(-N // 128)
         _sum_kernel.launch(
-            grid, parts, *epilogue, out, M, N, tokens, gate_b, scales is not None, gelu,
-            with_residual, split, 16, 128, num_warps=4
+            grid, parts, *epilogue, out, M, N, tokens, gate_b, *what, split, 16, 128, num_warps=4
         )  # fmt: skip
     return out

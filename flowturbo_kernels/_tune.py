@@ -18,7 +18,8 @@ from . import _choices
 from ._library import LibraryError, LibraryKernel
 from ._measure import Timing, rotating, timing
 
-_lock = threading.Lock()
+_lock = threading.RLock()
+"""Entered again where a candidate is made of operations that have candidates of their own."""
 _in_memory: dict[Hashable, str] = {}
 """The fastest by key, in this process."""
 _on_disk: dict[torch.device, dict[str, _choices.Entry]] = {}

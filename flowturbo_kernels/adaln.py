@@ -153,6 +153,7 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) ->
 def _adaln_cpu(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     if x[:1].numel() < _LARGE:
         return adaln_modulate.reference(x, shift, scale, eps)
+    shift, scale = (modulation_rows(m, len(x)) for m in (shift, scale))
     out, wide_x = torch.empty(x.shape, dtype=x.dtype), torch.empty(x[:1].shape)
     for image, offset, gain, to in zip(*(t.split(1) for t in (x, shift, scale, out)), strict=True):
         to.copy_(_modulated(wide_x.copy_(image), offset, gain, eps))
@@ -218,6 +219,7 @@ def _residual_adaln_cpu(
 ) -> tuple[Tensor, Tensor]:
     if x[:1].numel() < _LARGE:
         return gated_residual_adaln.reference(x, y, gate, shift, scale, eps)
+    gate, shift, scale = (modulation_rows(m, len(x)) for m in (gate, shift, scale))
     total, out = (torch.empty(x.shape, dtype=x.dtype) for _ in range(2))
     wide_total, wide_y = (torch.empty(x[:1].shape) for _ in range(2))
     images = zip(*(t.split(1) for t in (x, y, gate, shift, scale, total, out)), strict=True)

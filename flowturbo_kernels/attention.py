@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _flash_attention
+from ._e4m3 import saturated
 from ._op import op, requested_backend
 from ._triton import dot_precision, in_turn, kernel, next_power_of_2, tl, too_large
 from ._tune import Candidates, form
@@ -24,8 +25,8 @@ from .batch_invariant import multiplied
 
 @kernel
 def _attention_kernel(
-    qkv, out, T, qkv_b, qkv_t, scale, HEADS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
+    qkv, out_scale, out, T, qkv_b, qkv_t, scale, HEADS: tl.constexpr, D: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, QUANTIZED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # All in axis 0: the others end at 65535, which batch times heads may exceed.
@@ -77,9 +78,15 @@ def _attention_kernel(
             )
             y_tail = tl.dot(p, v_tail, y_tail * shrink[:, None], input_precision=PRECISION)
     out += (b.to(tl.int64) * T + m[:, None]) * (HEADS * D) + h * D
-    tl.store(out + d[None, :], y / total[:, None], mask=rows & (d < D)[None, :])
+    y = y / total[:, None]
+    if QUANTIZED:
+        y = saturated(y, out_scale)
+    tl.store(out + d[None, :], y, mask=rows & (d < D)[None, :])
     if TAIL > 0:
-        tl.store(out + e[None, :], y_tail / total[:, None], mask=rows & (e < D)[None, :])
+        y_tail = y_tail / total[:, None]
+        if QUANTIZED:
+            y_tail = saturated(y_tail, out_scale)
+        tl.store(out + e[None, :], y_tail, mask=rows & (e < D)[None, :])
 
 
 TILES: tuple[tuple[int, int, int, int], ...] = (
@@ -156,18 +163,26 @@ def _attention_triton(qkv: Tensor) -> Tensor:
     return y
 
 
-def run_tile(qkv: Tensor, tile: tuple[int, int, int, int]) -> Tensor:
-    """The kernel with one tile (queries, keys, warps, stages), cut down for few tokens."""
+def run_tile(
+    qkv: Tensor, tile: tuple[int, int, int, int], out_scale: Tensor | None = None
+) -> Tensor:
+    """The kernel with one tile (queries, keys, warps, stages), cut down for few tokens.
+
+    out_scale, float32 (1,): the result is e4m3, and stands for itself times the scale.
+    """
     B, T, _, heads, head_dim = qkv.shape
     if qkv.stride()[2:] != (heads * head_dim, head_dim, 1):
         qkv = qkv.contiguous()
     most = max(16, next_power_of_2(T))
     queries, keys, warps, stages = min(tile[0], most), min(tile[1], most), *tile[2:]
-    out = torch.empty(B, T, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
+    quantized = out_scale is not None
+    dtype = torch.float8_e4m3fn if quantized else qkv.dtype
+    out = torch.empty(B, T, heads * head_dim, dtype=dtype, device=qkv.device)
     scale = 1.4426950408889634 / head_dim**0.5
     _attention_kernel.launch(
-        (-(-T // queries) * B * heads,), qkv, out, T, *qkv.stride()[:2], scale,
-        heads, head_dim, *_head_pieces(head_dim), dot_precision(qkv), queries, keys,
+        (-(-T // queries) * B * heads,), qkv, qkv if out_scale is None else out_scale, out, T,
+        *qkv.stride()[:2], scale, heads, head_dim, *_head_pieces(head_dim), quantized,
+        dot_precision(qkv), queries, keys,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

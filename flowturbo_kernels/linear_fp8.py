@@ -1,5 +1,5 @@
-"""Matrix products in fp8 (e4m3) with one scale per row. They change results, so nothing uses them
-unless a caller asks by name.
+"""Quantising to fp8 (e4m3), and matrix products that quantise their input row by row. They change
+results, so nothing uses them unless a caller asks by name.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._matmul import FP8_TILES, MASKED_TILES, Tile, product
+from ._e4m3 import (
+    LARGEST,
+    TINY,
+    expect_activation,
+    expect_layer,
+    expect_scale,
+    in_e4m3,
+    no_e4m3,
+    saturated,
+)
+from ._matmul import FP8_TILES, MASKED_TILES, Tile, gelu, product
 from ._op import op, requested_backend
-from ._triton import in_turn, kernel, next_power_of_2, rows, tl, too_many_rows
+from ._triton import in_turn, kernel, next_power_of_2, rows, tl
 from ._tune import Candidates, form
 from .arguments import Make, expect_floating, expect_shape, wide
 from .batch_invariant import gelu_tanh
 from .linear import Activation
-
-LARGEST = 448.0
-"""The largest number of e4m3."""
-_TINY = 1e-12
-"""The least scale: a row of zeros stays zeros."""
 
 
 @kernel
@@ -54,26 +59,17 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     largest magnitude becomes 448.
     """
     values = x.to(wide(x))
-    scale = (values.abs().amax(dim=1) / LARGEST).clamp(min=_TINY)
+    scale = (values.abs().amax(dim=1) / LARGEST).clamp(min=TINY)
     return (values / scale[:, None]).to(torch.float8_e4m3fn), scale.to(torch.float32)
 
 
-def _no_fp8(x: Tensor) -> str | None:
-    """Why a kernel can't take the rows of x (..., K), or None."""
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
-        return "e4m3 needs sm_89 or later"
-    if not 1 <= x.shape[-1] <= 16384:
-        return f"K must be from 1 to 16384, got {x.shape[-1]}"
-    return too_many_rows(x.numel() // x.shape[-1])
-
-
-@quantize_rows.backend("triton", unsupported=_no_fp8)
+@quantize_rows.backend("triton", unsupported=no_e4m3)
 def _quantize_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     x = rows(x)
     out, scale = _quantized_like(x)
     K = x.shape[1]
     _quantize_kernel.launch(
-        (len(x),), x, out, scale, x.stride(0), K, _TINY, next_power_of_2(K), num_warps=4
+        (len(x),), x, out, scale, x.stride(0), K, TINY, next_power_of_2(K), num_warps=4
     )
     return out, scale
 
@@ -82,6 +78,58 @@ def _quantized_like(x: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised results of `quantize_rows`."""
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     return out, torch.empty(len(x), dtype=torch.float32, device=x.device)
+
+
+@kernel
+def _quantize_static_kernel(
+    x, scale, out, size, GELU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    in_turn(PDL)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(x + i, mask=i < size, other=0.0).to(tl.float32)
+    if GELU:
+        y = gelu(y)
+    tl.store(out + i, saturated(y, scale), mask=i < size)
+
+
+def _check_static(x: Tensor, scale: Tensor, activation: Activation | None = None) -> None:
+    expect_floating("quantize_static", x=x, scale=scale)
+    expect_scale("quantize_static", "scale", scale, 1)
+    expect_activation("quantize_static", activation)
+
+
+def _example_static(make: Make) -> Iterable[tuple[Any, ...]]:
+    for M, K in ((1, 16), (7, 72), (32, 1152)):
+        for activation in (None, "gelu_tanh"):
+            yield make(M, K), make(1).float().abs() / 256 + 1 / 256, activation
+
+
+@op(
+    check=_check_static,
+    example=_example_static,
+    schema="(Tensor x, Tensor scale, str? activation) -> Tensor",
+)
+def quantize_static(x: Tensor, scale: Tensor, activation: Activation | None = None) -> Tensor:
+    """activation(x) / scale in e4m3, for a scale that is known beforehand, (1,) float32.
+
+    x of any shape -> float8_e4m3fn of that shape. What exceeds 448 times the scale becomes that.
+    """
+    values = x.to(wide(x))
+    return in_e4m3(gelu_tanh(values) if activation else values, scale)
+
+
+def _no_static(x: Tensor, *_: Any) -> str | None:
+    return no_e4m3(x[..., None]) if x.ndim else "x is a scalar"
+
+
+@quantize_static.backend("triton", unsupported=_no_static)
+def _quantize_static_triton(x: Tensor, scale: Tensor, activation: Activation | None) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    _quantize_static_kernel.launch(
+        (-(-x.numel() // 2048),), x, scale, out, x.numel(), activation is not None, 2048
+    )
+    return out
 
 
 def _check(
@@ -94,18 +142,8 @@ def _check(
     expect_floating("linear_fp8", x=x, weight=weight, weight_scale=weight_scale, bias=bias)
     if x.ndim < 1:
         raise ValueError("linear_fp8: x must have at least one dimension, got a scalar")
-    if weight.dtype != torch.float8_e4m3fn:
-        raise TypeError(
-            "linear_fp8: weight must be torch.float8_e4m3fn (see quantize_rows), got "
-            f"{weight.dtype}"
-        )
-    if weight_scale.dtype != torch.float32:
-        raise TypeError(f"linear_fp8: weight_scale must be torch.float32, got {weight_scale.dtype}")
-    expect_shape("linear_fp8", "weight", weight, (None, x.shape[-1]))
-    expect_shape("linear_fp8", "weight_scale", weight_scale, (weight.shape[0],))
-    expect_shape("linear_fp8", "bias", bias, (weight.shape[0],))
-    if activation not in (None, "gelu_tanh"):
-        raise ValueError(f"linear_fp8: activation must be None or 'gelu_tanh', got {activation!r}")
+    expect_layer("linear_fp8", x.shape[-1], weight, weight_scale, bias)
+    expect_activation("linear_fp8", activation)
 
 
 def _example(make: Make) -> Iterable[tuple[Any, ...]]:
@@ -144,7 +182,7 @@ def linear_fp8(
 def _unsupported(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, activation: Activation | None
 ) -> str | None:
-    return _no_fp8(x) or (None if x.dtype == bias.dtype else "x and bias are of several dtypes")
+    return no_e4m3(x) or (None if x.dtype == bias.dtype else "x and bias are of several dtypes")
 
 
 def _candidates(

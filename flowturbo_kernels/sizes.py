@@ -12,6 +12,7 @@ import torch
 from .adaln import EPS
 from .arguments import Make
 from .linear_fp8 import quantize_rows
+from .linear_quantized import layer
 
 
 def sit(
@@ -56,13 +57,35 @@ def sit(
 
 
 def sit_fp8(
-    make: Make, batch: int, *, hidden: int = 1152, tokens: int = 256
+    make: Make, batch: int, *, hidden: int = 1152, heads: int = 16, tokens: int = 256
 ) -> Iterator[tuple[str, Any]]:
-    """(operation, arguments) of the products of a guided call of a SiT in fp8."""
-    x = make(2 * batch, tokens, hidden)
-    for K, N, activation in ((hidden, 3 * hidden, None), (hidden, 4 * hidden, "gelu_tanh")):
-        yield "linear_fp8", (x, *quantize_rows.reference(make(N, K) / K**0.5), make(N), activation)
+    """(operation, arguments) of a block of a guided call of a SiT in fp8, and of the operations
+    that quantise their input themselves.
+    """
+    R, T, D = 2 * batch, tokens, hidden
+    x, y = make(R, T, D), make(R, T, D)
+    shift, scale, gate = make(R, 6 * D).chunk(6, dim=1)[:3]
+    static = make(1).float().abs() / 128 + 1 / 128
+    yield "adaln_quantized", (x, shift, scale)
+    yield "gated_residual_adaln_quantized", (x, y, gate, shift, scale)
+    q, q_scale = quantize_rows.reference(x.flatten(0, 1))
+    q, wide = q.view(R, T, D), make(R, T, 4 * D).to(torch.float8_e4m3fn)
+    qkv, fc1, fc2 = layer(make, D, 3 * D), layer(make, D, 4 * D), layer(make, 4 * D, D)
+    yield "linear_quantized", (q, q_scale, *qkv, None, None)
+    yield "linear_quantized", (q, q_scale, *fc1, "gelu_tanh", static)
+    yield "linear_quantized", (wide, None, *fc2, None, None)
+    yield "linear_quantized_residual", (wide, None, *fc2, x, gate)
+    yield "branch_end_fp8", (wide, *fc2, x, gate, shift, scale)
+    packed = make(R, T, 3, heads, D // heads)
+    yield "attention_quantized", (packed, static)
+    plain = make(D, D) / D**0.5
+    weight, weight_scale = quantize_rows.reference(plain)
+    proj = weight, weight_scale * static, make(D)
+    yield "attention_branch_fp8", (packed, static, *proj, plain, x, gate, shift, scale)
+    for K, N, activation in ((D, 3 * D, None), (D, 4 * D, "gelu_tanh")):
+        yield "linear_fp8", (x, *layer(make, K, N), activation)
     yield "quantize_rows", (x.flatten(0, 1),)
+    yield "quantize_static", (make(R, T, 4 * D), static, "gelu_tanh")
 
 
 def vae(make: Make, batch: int, side: int = 32) -> Iterator[tuple[str, Any]]:

@@ -28,7 +28,7 @@ def report() -> str:
         f"CUDA extension: {_extension()}",
         f"bfloat16 on the CPU: {bfloat16_advice()}",
         "",
-        "operation             backend    why",
+        f"{'operation':<31} {'backend':<10} why",
         *map(_backend, sorted(OPS)),
     ]
     return "\n".join(lines)
@@ -41,11 +41,11 @@ def _backend(name: str) -> str:
     try:
         backend, refusals = OPS[name].why(*args)
     except BackendError as error:
-        return f"{name:<21} none       {error}"
+        return f"{name:<31} none       {error}"
     reasons = "; ".join(f"{other}: {reason}" for other, reason in refusals.items())
     if not reasons:
         reasons = "first available" if requested_backend() == "auto" else "requested by name"
-    return f"{name:<21} {backend:<10} {reasons}"
+    return f"{name:<31} {backend:<10} {reasons}"
 
 
 def _device() -> torch.device:

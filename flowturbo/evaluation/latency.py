@@ -360,5 +360,5 @@ def _quantized(model: FlowModel) -> float:
     labels = torch.arange(count, device=model.device) % model.num_classes
     with use_backend(model.backend):
         plain = model.predictor(x, t, labels).double()
-        sit.quantize_()
+        sit.quantize_(model.predictor)
         return float((model.predictor(x, t, labels).double() - plain).norm() / plain.norm())

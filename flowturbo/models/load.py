@@ -83,9 +83,10 @@ def load(
         "auto": the environment variable FLOWTURBO_BACKEND, else the first that can run on a GPU,
         and plain torch on the CPU.
     convention: "repa" for checkpoints with reversed time; "auto": as the file says.
-    quantize: "fp8" runs the predictor's matrix products in e4m3 with one scale per row. That is
-        faster on sm_89 and later, and changes the velocity by some percent, as `flowturbo bench
-        --quantize fp8` measures. A SiT is changed in place.
+    quantize: "fp8" runs the predictor's matrix products in e4m3, with one scale per row or, for the
+        outputs of GELU and attention, one per layer, which a few calls on fixed noise find here.
+        That is faster on sm_89 and later, and changes the velocity by some percent, as `flowturbo
+        bench --quantize fp8` measures. A SiT is changed in place.
     Raises CheckpointError for a file that can't be used, ValueError or TypeError for arguments that
     don't fit together, BackendError if the device can't run the requested backend.
     """
@@ -101,9 +102,9 @@ def load(
         _check_pair(checkpoint.model, refiner_model)
         refiner_model = _placed(refiner_model, target, dtype)
     sit = _placed(checkpoint.model, target, dtype)
-    if quantize:
-        sit.quantize_()
     network: nn.Module = ReversedTime(sit) if checkpoint.convention == "repa" else sit
+    if quantize:
+        sit.quantize_(network)
     autoencoder = vae if vae is not None else checkpoint.vae
     if isinstance(autoencoder, str | os.PathLike):
         autoencoder = load_vae(autoencoder, target, dtype)

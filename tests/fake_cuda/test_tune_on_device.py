@@ -66,11 +66,18 @@ def test_torchs_is_taken_in_every_operation_that_has_it(folder, torchs_is_fastes
         for shape in ((2, 256, 128), (128, 128), (128,), (2, 128))
     )
     quantised = quantize_rows(weight)
+    x8, row_scale = quantize_rows(x.flatten(0, 1))
     asked = (
         ("linear", (x, weight, bias, None), "torch"),
         ("linear", (x, weight, bias, "gelu_tanh"), "cublaslt gelu"),
         ("linear_gated_residual", (x, weight, bias, x, gate), "torch"),
         ("linear_fp8", (x, *quantised, bias, None), "torch"),
+        (
+            "linear_quantized",
+            (x8, row_scale, *quantised, bias, "gelu_tanh", row_scale[:1]),
+            "torch",
+        ),
+        ("linear_quantized", (x8, None, *quantised, bias, None, None), "torch"),
     )
     for name, args, chosen in asked * 2:
         for backend in ("auto", "triton", "auto"):

@@ -33,9 +33,14 @@ def largest(make: Make) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for D in (2, 16384):
         rows = make(1, 2, D)
         yield "adaln_modulate", (rows, make(1, D), make(1, D))
-        yield "gated_residual_adaln", (rows, make(1, 2, D), make(1, D), make(1, D), make(1, D))
+        residual = rows, make(1, 2, D), make(1, D), make(1, D), make(1, D)
+        yield "gated_residual_adaln", residual
+        yield "adaln_quantized", (rows, make(1, D), make(1, D))
+        yield "gated_residual_adaln_quantized", residual
     for head_dim in (8, 128):
-        yield "attention", (make(1, 300, 3, 2, head_dim),)
+        qkv = make(1, 300, 3, 2, head_dim)
+        yield "attention", (qkv,)
+        yield "attention_quantized", (qkv, make(1).float())
     for channels, groups in ((4096, 1), (4096, 4096), (2049, 683)):
         x = make(1, channels, 128, 128).to(memory_format=torch.channels_last)
         yield "group_norm_silu", (x, make(channels), make(channels), groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ def examples(name: str, dtype: torch.dtype, seed: int = 0) -> Iterator[tuple[Any
     )
 
 
-FP8 = "quantize_rows", "linear_fp8"
+FP8 = tuple(name for name in OPS if re.search("fp8|quantize", name))
 """Operations that take and give fp8, whose errors are of its own size:
 tests/kernels/test_fp8.py.
 """

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from launch_limits import GRID, PLAIN_SHARED, REGISTERS, THREADS, registers
-from ops import DTYPES
+from ops import DTYPES, FP8
 from torch import Tensor
 
 from flowturbo_kernels import OPS, _cuda, _nvrtc, _triton
@@ -266,11 +266,23 @@ def huge() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "adaln_modulate", (empty(rows, 1, 8), empty(rows, 8), empty(rows, 8))
         yield "gated_residual_adaln", (*[empty(1, rows, 8)] * 2, *[empty(1, 8)] * 3)
         yield "velocity_update", (empty(rows, 2), [empty(rows, 2)], [0.1])
+        yield "adaln_quantized", (empty(rows, 1, 2), empty(rows, 2), empty(rows, 2))
+        yield "gated_residual_adaln_quantized", (*[empty(1, rows, 2)] * 2, *[empty(1, 2)] * 3)
         yield "quantize_rows", (empty(rows, 8),)
-        fp8 = torch.empty(8, 8, dtype=torch.float8_e4m3fn, device="meta")
-        yield "linear_fp8", (empty(1, rows, 8), fp8, empty(8).float(), empty(8))
+        yield "quantize_static", (empty(rows), empty(1).float())
+        weight = torch.empty(8, 8, dtype=torch.float8_e4m3fn, device="meta")
+        layer = weight, empty(8).float(), empty(8)
+        yield "linear_fp8", (empty(1, rows, 8), *layer)
+        x = torch.empty(1, rows, 8, dtype=torch.float8_e4m3fn, device="meta")
+        yield "linear_quantized", (x, None, *layer)
+        yield "linear_quantized_residual", (x, None, *layer, empty(1, rows, 8), empty(1, 8))
+        yield "branch_end_fp8", (x, *layer, empty(1, rows, 8), *[empty(1, 8)] * 3)
     for tokens in (2**30, 2**31):
-        yield "attention", (empty(1, tokens // 24, 3, 1, 8),)
+        qkv = empty(1, tokens // 24, 3, 1, 8)
+        yield "attention", (qkv,)
+        yield "attention_quantized", (qkv, empty(1).float())
+        ends = empty(1, tokens // 24, 8), *[empty(1, 8)] * 3
+        yield "attention_branch_fp8", (qkv, empty(1).float(), *layer, None, *ends)
         yield "attention", (empty(1, tokens // 48, 2, 3, 1, 8)[:, :, 0],)
     for N in (65535, 65536):
         x, v = empty(N, 1, 2, 2), empty(2 * N, 1, 2, 2)
@@ -356,16 +368,8 @@ def test_every_grid_is_one_or_its_inputs_are_refused(backend, launched, monkeypa
         launched.clear()
     assert all(any(ways) for ways in taken.values()), taken
     refused = {name for name, ways in taken.items() if not all(ways)}
-    in_triton_alone = (
-        {
-            "attention",
-            "linear_fp8",
-            "quantize_rows",
-            *(name for name, _ in decoding(empty(1, 1, 2, 2))),
-        }
-        if backend == "triton"
-        else set()
-    )
+    decoder = {name for name, _ in decoding(empty(1, 1, 2, 2))}
+    in_triton_alone = {"attention", *FP8, *decoder} if backend == "triton" else set()
     assert (
         refused
         >= {"adaln_modulate", "gated_residual_adaln", "guided_update", "group_norm_silu"}

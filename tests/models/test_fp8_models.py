@@ -47,7 +47,8 @@ def quantised_state(sit: SiT) -> dict[str, Tensor]:
     return {
         f"{name}.{kind}": getattr(module, kind)
         for name, module in layers
-        for kind in ("weight", "weight_scale")
+        for kind in ("weight", "weight_scale", "input_scale", "product_scale")
+        if getattr(module, kind) is not None
     }
 
 
