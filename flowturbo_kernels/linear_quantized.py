@@ -219,7 +219,12 @@ def _ones(count: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(64)
 def _kept_ones(count: int, device: torch.device) -> Tensor:
-    return torch.ones(count, device=device)
+    ones = torch.ones(count, device=device)
+    if device.type == "cuda":  # other streams may be the next to read it
+        written = torch.cuda.Event()
+        written.record()
+        written.synchronize()
+    return ones
 
 
 def _check_residual(

@@ -78,9 +78,11 @@ class Made(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("shape", [(1, 256, 64), (3, 64, 384), (2, 100, 1152), (5, 7, 72)])
-def test_adaln_and_residual_keep_the_bits_of_the_reference(shape):
-    x, y, modulation = random(*shape), random(*shape), random(shape[0], 3 * shape[2])
+@pytest.mark.parametrize("shape", [(1, 256, 64), (4, 64, 384), (2, 100, 1152), (5, 7, 72)])
+@pytest.mark.parametrize("shared", [False, True], ids=["a row each", "the null class shared"])
+def test_adaln_and_residual_keep_the_bits_of_the_reference(shape, shared):
+    rows = shape[0] // 2 + 1 if shared and shape[0] % 2 == 0 else shape[0]
+    x, y, modulation = random(*shape), random(*shape), random(rows, 3 * shape[2])
     gate, shift, scale = modulation.chunk(3, dim=-1)
     for operation, args in (
         (adaln_modulate, (x, shift, scale)),

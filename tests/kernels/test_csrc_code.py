@@ -31,7 +31,7 @@ LOADS = {
     "group_norm_statistics<float,4,4>": 8,
     "group_norm_apply<bfloat16,8>": 12,
     "group_norm_apply<float,4>": 10,
-    # x, four velocities, and two halves each of raw and base, which in 16 bits beside float32 have 8
+    # x, four velocities, and two halves each of raw and base; raw of 16 bits beside float32 takes 8
     "velocity_update<bfloat16,bfloat16,8>": 9,
     "velocity_update<float,float,4>": 9,
     "velocity_update<float,bfloat16,4>": 7,

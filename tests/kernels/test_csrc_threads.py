@@ -1,5 +1,5 @@
-"""csrc's kernels as a GPU runs them, thread by thread, but on the CPU: every index, mask, shuffle and
-barrier of the device code, against float64 references.
+"""csrc's kernels as a GPU runs them, thread by thread, but on the CPU: every index, mask, shuffle
+and barrier of the device code, against float64 references.
 
 What csrc's `on_host` functions share with the kernels is the arithmetic alone. Memory around the
 tensors holds NaN, so that a number read from there shows; results are NaN before.
@@ -121,7 +121,7 @@ def test_rows_of_a_warp_do_not_cross_images(monkeypatch):
     """Where an image's rows are no multiple of a warp's."""
     monkeypatch.setattr(adaln, "_BUSY", 1)
     x, shift, scale = normal(torch.float32, 3, 11, 64), *normal(torch.float32, 2, 3, 64)
-    name, grid, threads, args = adaln.cuda_call(x, None, None, shift, scale, None, x, 1e-6)
+    *_, args = adaln.cuda_call(x, None, None, shift, scale, None, x, 1e-6)
     assert args.per_warp == 8
     check("adaln_modulate", x, shift, scale)
 
@@ -178,7 +178,7 @@ def test_a_wrong_index_would_show():
     """A kernel that is asked for one row too many reads a NaN."""
     x, shift, scale = normal(torch.float32, 1, 4, 64), *normal(torch.float32, 2, 1, 64)
     out = torch.zeros(1, 5, 64)
-    name, grid, threads, args = adaln.cuda_call(x, None, None, shift, scale, None, out, 1e-6)
+    name, _, threads, args = adaln.cuda_call(x, None, None, shift, scale, None, out, 1e-6)
     args.T = 5
     launch(name, (2,), threads, 0, args)
     assert out[0, :4].isfinite().all()
