@@ -69,10 +69,11 @@ class FusedDecoder(nn.Module):
 
     def suits(self, sample: Tensor) -> bool:
         """Whether this decoder runs now, rather than the plain one."""
+        if torch.compiler.is_compiling():
+            return False
         name, kind = requested_backend(), sample.device.type
         return (
-            not torch.compiler.is_compiling()
-            and (name == "triton" or (name == "auto" and kind == "cuda"))
+            (name == "triton" or (name == "auto" and kind == "cuda"))
             and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
             and unavailable("triton", sample.device) is None
             and all(p.dtype == sample.dtype for p in self.parameters())

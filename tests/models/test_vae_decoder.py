@@ -159,6 +159,19 @@ def test_gradients_are_those_of_the_plain_decoder() -> None:
     assert relative_error(mine.grad, theirs.grad) < 1e-5
 
 
+@interpreted
+def test_under_torch_compile_the_plain_decoder_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = fused(autoencoder(torch.float32))
+    z = latents(1, 4, 4, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(network.decoder, backend="eager", fullgraph=True)
+    with use_backend("triton"), torch.no_grad():
+        assert network.decoder.suits(z)
+        monkeypatch.setattr(FusedDecoder, "in_few_passes", None)
+        got = compiled(z)
+    assert relative_error(got, network.decoder._plain[0](z)) < 1e-5
+
+
 @pytest.mark.parametrize(
     "config",
     [
