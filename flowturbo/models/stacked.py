@@ -30,18 +30,18 @@ class Stackable(nn.Module):
         The parameters stay what they are: state_dict(), load_state_dict() and optimizers see no
         difference. After a cast, a move to another device, load_state_dict(assign=True), and in a
         copy, each has memory of its own again, and `products` makes one product a layer. Layers of
-        several dtypes or devices are left as they are.
+        several dtypes or devices, or made in inference mode, are left as they are.
         """
         layers = self.stackable()
-        if (
-            stacked(layers) is None
-            and len({(p.weight.dtype, p.weight.device) for p in layers}) == 1
-        ):
-            for parameters in ([p.weight for p in layers], [p.bias for p in layers]):
-                whole = torch.cat([parameter.detach() for parameter in parameters])
-                pieces = whole.split([len(parameter) for parameter in parameters])
-                for parameter, piece in zip(parameters, pieces, strict=True):
-                    parameter.data = piece
+        weights = [layer.weight for layer in layers]
+        kinds = {(w.dtype, w.device, w.is_inference()) for w in weights}
+        if stacked(layers) is None and len(kinds) == 1 and not weights[0].is_inference():
+            for parameters in (weights, [layer.bias for layer in layers]):
+                with torch.inference_mode(False):
+                    whole = torch.cat([parameter.detach() for parameter in parameters])
+                    pieces = whole.split([len(parameter) for parameter in parameters])
+                    for parameter, piece in zip(parameters, pieces, strict=True):
+                        parameter.data = piece
         return self
 
     def products(self, c: Tensor) -> list[Tensor]:
@@ -61,7 +61,8 @@ class Stackable(nn.Module):
         if stacked(layers) is not None:
             for layer in layers:
                 for parameter in (layer.weight, layer.bias):
-                    parameter.data = parameter.data.clone()
+                    with torch.inference_mode(False):
+                        parameter.data = parameter.data.clone()
         return super().__reduce_ex__(protocol)
 
     def __deepcopy__(self: M, memo: dict[int, Any]) -> M:

@@ -139,3 +139,15 @@ def test_layers_of_several_dtypes_stay_where_they_are():
     network = random_sit(CONFIG, 3)
     network.blocks[0].double()
     assert not is_stacked(network.stack_())
+
+
+def test_inference_mode_leaves_no_mark():
+    network = random_sit(CONFIG, 3)
+    with torch.inference_mode():
+        network.stack_()
+        pickle.dumps(network.stack_())
+        network.stack_()
+    assert is_stacked(network)
+    assert not any(p.is_inference() for p in network.parameters())
+    with torch.inference_mode():
+        assert not is_stacked(random_sit(CONFIG, 3).stack_())
