@@ -127,7 +127,8 @@ def main() -> None:
     names = ", ".join(bfloat16_instructions()) or "no bfloat16 instructions"
     shown = [
         f"{device_name(CPU)} ({names}), {settings.threads} threads, torch {torch.__version__}, "
-        f"{code()}; {settings.pairs} pairs in turn. Milliseconds are the least of each; load is "
+        f"{code()}; {settings.pairs} pairs in turn. Milliseconds are the least of each"
+        f"{', CPU time' if settings.threads == 1 else ''}; load is "
         "the number of processes that were running or waiting.",
         "",
         "| | float32 | bfloat16 | ratio of these | median ratio |",
