@@ -42,6 +42,7 @@ SMALLER = {
     "fid": {"--images": "6", **FASTER},
     "tune": {"--budget-calls": "1", "--iterations": "1"},
     "solvers.py": {"--most": "2"},
+    "bfloat16_cpu.py": {"--pairs": "1"},
     "test_plans.py": {"--rivals": "ours", "--sizes": "64", "--batches": "1", "--plans": "H1R1"},
 }
 """Values that replace those of a flag, or of a flag with these values, where a command has it."""
@@ -68,6 +69,7 @@ ADDED = {
     },
     "demo": {"--port": "0"},
     "growth.py": {"--batches": "1 2", "--counts": "1", "--sides": "8", "--repeats": "1"},
+    "bfloat16_cpu.py": {"--models": "SiT-S/8"},
     "test_kernels.py": {"--providers": "auto", **BRIEF},
     "test_plans.py": {"--rivals": "ours", "--plans": "H1R1", **BRIEF},
 }
