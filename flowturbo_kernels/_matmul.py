@@ -36,6 +36,8 @@ MASKED_TILES = (Tile(32, 64, 32, 4, 2),)
 EXACT_TILES = (Tile(32, 32, 32, 4, 2),)
 """For float32, which does not use the tensor cores."""
 FP8_TILES = (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4))
+FP8_SMALL_TILES = (Tile(64, 64, 128, 4, 4),)
+"""For a residual in float32, with which the others spill."""
 SPLITS = (1, 2, 4)
 """Parts of K, each summed by its own program; a second kernel adds the parts, always in the same
 order, and applies the epilogue.

@@ -21,7 +21,7 @@ from ._e4m3 import (
     in_e4m3,
     no_e4m3,
 )
-from ._matmul import FP8_TILES, MASKED_TILES, SPLITS, product
+from ._matmul import FP8_SMALL_TILES, FP8_TILES, MASKED_TILES, SPLITS, Tile, product
 from ._op import op, requested_backend
 from ._triton import rows
 from ._tune import Candidates, form
@@ -121,11 +121,17 @@ def _unsupported(x: Tensor, *_: Any) -> str | None:
 
 def _tiles(flat: Tensor, x_scale: Tensor | None, N: int, **epilogue: Any) -> Functions:
     """Our kernel's tiles and, where they leave most of a GPU idle, splits of K."""
+    residual = epilogue.get("residual")
+    tiles: tuple[Tile, ...] = FP8_TILES
+    if flat.shape[1] % 64:
+        tiles = MASKED_TILES
+    elif residual is not None and residual.dtype == torch.float32:
+        tiles = FP8_SMALL_TILES
     return {
         f"triton {tuple(tile)} split {split}": partial(
             _tile, flat, x_scale, tile=tile, split=split, **epilogue
         )
-        for tile in (FP8_TILES if flat.shape[1] % 64 == 0 else MASKED_TILES)
+        for tile in tiles
         for split in (SPLITS if -(-len(flat) // tile.rows) * -(-N // tile.columns) < 132 else (1,))
     }
 
