@@ -206,7 +206,7 @@ def run_blocks(
     x (R, T, D); modulations: six for each block, (R, D), or (N + 1, D) as `adaln_modulate` takes
     them -> (x, y, gate), of which x + gate * y goes on.
     """
-    h, h_scale = adaln_quantized(x, *modulations[0][:2])
+    h, h_scale = adaln_quantized(x, modulations[0][0], modulations[0][1])
     for block, (_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp), following in zip(
         blocks, modulations, [*modulations[1:], None], strict=True
     ):
@@ -222,5 +222,7 @@ def run_blocks(
         )  # fmt: skip
         y = linear_quantized(h, h_scale, *fc1.by_rows(), "gelu_tanh", fc2.input_scale)
         if following is not None:
-            x, h, h_scale = branch_end_fp8(y, *fc2.static(), x, gate_mlp, *following[:2])
+            x, h, h_scale = branch_end_fp8(
+                y, *fc2.static(), x, gate_mlp, following[0], following[1]
+            )
     return x, linear_quantized(y, None, *fc2.static()), gate_mlp
