@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import kernel, tl, too_many_rows
+from ._triton import kernel, next_power_of_2, tl, too_many_rows
 from .arguments import expect_shape
 
 LARGEST = 448.0
@@ -63,3 +63,28 @@ def expect_activation(op_name: str, activation: str | None) -> None:
     """ValueError unless there is none, or one that products have."""
     if activation not in (None, "gelu_tanh"):
         raise ValueError(f"{op_name}: activation must be None or 'gelu_tanh', got {activation!r}")
+
+
+def ones(count: int, device: torch.device) -> Tensor:
+    """(count,) float32: scales of rows that have none, for products that ask for some. Only to be
+    read.
+
+    They are made once, and never freed, since captured graphs go on reading them. During a capture
+    those from before it are taken; what a capture makes is not kept, as it holds ones only after a
+    replay.
+    """
+    size = next_power_of_2(max(count, 1))
+    kept = _ones.get((device, size))
+    if kept is None:
+        kept = torch.ones(size, device=device)
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return kept[:count]
+            written = torch.cuda.Event()
+            written.record()
+            written.synchronize()  # other streams may be the next to read it
+        kept = _ones.setdefault((device, size), kept)
+    return kept[:count]
+
+
+_ones: dict[tuple[torch.device, int], Tensor] = {}

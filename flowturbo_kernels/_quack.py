@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._cache import cache_folder
+from ._e4m3 import in_e4m3, ones
 from ._library import Check, Key, Library, LibraryKernel
 from ._tune import form
 
@@ -213,23 +214,23 @@ def linear_gated_residual(
 
 def fp8_candidates(
     q: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor,
     *,
     gelu: bool,
-    inverse: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> dict[str, Callable[..., Tensor]]:
     """Candidates, by name, for y = q times weight transposed, times scale and weight_scale, plus
     bias, through tanh-GELU if `gelu`. Each is a function of (weight, weight_scale, bias), which may
     be copies, so a caller's `cold` tensors: `Candidates(question, {**ours, **fp8_candidates(...)},
     device, (weight, weight_scale, bias))`.
 
-    q (M, K) and weight (N, K) float8_e4m3fn, rows dense; scale (M,), one a row, and weight_scale
-    (N,), one a column of y, float32; bias (N,), 16 bits -> (M, N) in bias's dtype.
-    inverse: (1,) float32 on the device: y * inverse is returned, in float8_e4m3fn, cut off at 448,
-    so that y ~ result / inverse. It is the reciprocal of a static scale.
+    q (M, K) and weight (N, K) float8_e4m3fn, rows dense; scale (M,), one a row, or None, and
+    weight_scale (N,), one a column of y, float32; bias (N,), 16 bits -> (M, N) in bias's dtype.
+    out_scale: (1,) float32 on the device, a static scale: y / out_scale is returned, in
+    float8_e4m3fn, cut off at 448, so that y ~ result * out_scale.
 
     Sums are made in the tensor cores' own accumulators ("fast accumulation", as torch's scaled
     product with use_fast_accum). Nothing where quack is unavailable or can't take the arguments:
@@ -238,27 +239,29 @@ def fp8_candidates(
     fp8 = torch.float8_e4m3fn
     if unavailable(q.device) or not q.dtype == weight.dtype == fp8:
         return {}
-    if bias.dtype not in _SIXTEEN_BITS or len(weight) % (8 if inverse is None else 16):
+    if bias.dtype not in _SIXTEEN_BITS or len(weight) % (8 if out_scale is None else 16):
         return {}
-    if not _takes(q, weight, (scale, weight_scale, bias)):
+    vectors = (weight_scale, bias) if scale is None else (scale, weight_scale, bias)
+    if not _takes(q, weight, vectors):
         return {}
-    extra = {} if inverse is None else {"inverse": inverse}
+    extra = {} if out_scale is None else {"out_scale": out_scale}
 
     def check(
         result: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor]:
         some, wide = _some(len(q)), torch.float32
-        y = (q[some].to(wide) @ weight.to(wide).t()) * scale[some, None] * weight_scale + bias
+        y = q[some].to(wide) @ weight.to(wide).t()
+        y = (y if scale is None else y * scale[some, None]) * weight_scale + bias
         y = F.gelu(y, approximate="tanh") if gelu else y
-        return result[some], y if inverse is None else (y * inverse).clamp(-448, 448).to(fp8)
+        return result[some], y if out_scale is None else in_e4m3(y, out_scale)
 
     products = _Product(
-        f"scaled{'_gelu' if gelu else ''}{'' if inverse is None else '_to_fp8'}",
+        f"scaled{'_gelu' if gelu else ''}{'' if out_scale is None else '_to_fp8'}",
         q,
         (len(q), len(weight)),
-        bias.dtype if inverse is None else fp8,
+        bias.dtype if out_scale is None else fp8,
         lambda weight_scale, bias: {
-            "scale": scale[None],
+            "scale": (ones(len(q), q.device) if scale is None else scale)[None],
             "weight_scale": weight_scale[None],
             "bias": bias[None],
             **extra,
@@ -266,8 +269,8 @@ def fp8_candidates(
         check,
         settings=(("fp8_slow_accum", False),),
     ).candidates(
-        tuple(map(form, (q, scale, weight, weight_scale, bias))),
-        _BOUND if inverse is None else _FP8_BOUND,
+        tuple(map(form, (q, weight, *vectors))),
+        _BOUND if out_scale is None else _FP8_BOUND,
     )
     return dict(products)
 

@@ -2,7 +2,9 @@
 product, which quack compiles into its kernels. Importing this imports quack.
 
 acc: the sum, in float32. bias, gate and weight_scale are of a column, scale of a row, c of the
-residual, all widened to float32; what is returned is rounded to the result's dtype.
+residual, out_scale of all, all widened to float32; what is returned is rounded to the result's
+dtype, in fp8 within its range. The reciprocal of out_scale is the same for all, so the compiler
+takes it out of the loop over numbers.
 """
 
 from __future__ import annotations
@@ -46,10 +48,10 @@ def scaled_gelu(acc, scale, weight_scale, bias):
 
 
 @gemm_epilogue(ops=_SCALED)
-def scaled_to_fp8(acc, scale, weight_scale, bias, inverse):
-    return {"D": (acc * scale * weight_scale + bias) * inverse}
+def scaled_to_fp8(acc, scale, weight_scale, bias, out_scale):
+    return {"D": (acc * scale * weight_scale + bias) * (1.0 / out_scale)}
 
 
 @gemm_epilogue(ops=_SCALED)
-def scaled_gelu_to_fp8(acc, scale, weight_scale, bias, inverse):
-    return {"D": gelu_tanh_approx(acc * scale * weight_scale + bias) * inverse}
+def scaled_gelu_to_fp8(acc, scale, weight_scale, bias, out_scale):
+    return {"D": gelu_tanh_approx(acc * scale * weight_scale + bias) * (1.0 / out_scale)}

@@ -4,8 +4,6 @@ row by adaLN, or with a static scale by GELU or attention.
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _quack
 from ._e4m3 import (
     expect_activation,
     expect_e4m3,
@@ -20,6 +19,7 @@ from ._e4m3 import (
     expect_scale,
     in_e4m3,
     no_e4m3,
+    ones,
 )
 from ._matmul import FP8_SMALL_TILES, FP8_TILES, MASKED_TILES, SPLITS, Tile, product
 from ._op import op, requested_backend
@@ -147,20 +147,6 @@ def _tile(
     return product(flat, weight, bias, scales=(x_scale, weight_scale), **options)
 
 
-def _quack(flat: Tensor, x_scale: Tensor | None, **epilogue: Any) -> Functions:
-    """quack's products, where the module that wraps them has any for these arguments."""
-    try:
-        quack = importlib.import_module("._quack", __package__)
-    except ImportError:
-        return {}
-    found: Functions = getattr(quack, "fp8_candidates", _none)(flat, x_scale, **epilogue)
-    return found
-
-
-def _none(*_: Any, **__: Any) -> Functions:
-    return {}
-
-
 def _candidates(
     x: Tensor,
     x_scale: Tensor | None,
@@ -174,6 +160,7 @@ def _candidates(
     e4m3 apart.
     """
     flat = rows(x.reshape(-1, x.shape[-1]))
+    cold = weight, weight_scale, bias
     gelu = activation == "gelu_tanh"
     functions = _tiles(flat, x_scale, len(weight), gelu=gelu, out_scale=out_scale)
     if requested_backend() == "auto":
@@ -181,8 +168,7 @@ def _candidates(
             functions["torch"] = partial(
                 _scaled_mm, flat, x_scale, activation=activation, out_scale=out_scale
             )
-        functions |= _quack(flat, x_scale, gelu=gelu, out_scale=out_scale, dtype=bias.dtype)
-    cold = weight, weight_scale, bias
+        functions |= _quack.fp8_candidates(flat, x_scale, *cold, gelu=gelu, out_scale=out_scale)
     scales = x_scale is not None, out_scale is not None
     question = "linear_quantized", activation, *scales, form(flat), *map(form, cold)
     return Candidates(question, functions, x.device, cold)
@@ -204,7 +190,7 @@ def _scaled_mm(
     activation: Activation | None,
     out_scale: Tensor | None,
 ) -> Tensor:
-    scale = _ones(len(flat), flat.device) if x_scale is None else x_scale
+    scale = ones(len(flat), flat.device) if x_scale is None else x_scale
     y = torch._scaled_mm(
         flat, weight.t(), scale[:, None], weight_scale[None], bias=bias, out_dtype=bias.dtype,
         use_fast_accum=True
@@ -212,25 +198,6 @@ def _scaled_mm(
     if out_scale is not None:
         return quantize_static(y, out_scale, activation)
     return gelu_tanh(y) if activation == "gelu_tanh" else y
-
-
-def _ones(count: int, device: torch.device) -> Tensor:
-    """Scales of rows that have none. Not kept from a capture, whose memory holds them only after a
-    replay.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.ones(count, device=device)
-    return _kept_ones(count, device)
-
-
-@functools.lru_cache(64)
-def _kept_ones(count: int, device: torch.device) -> Tensor:
-    ones = torch.ones(count, device=device)
-    if device.type == "cuda":  # other streams may be the next to read it
-        written = torch.cuda.Event()
-        written.record()
-        written.synchronize()
-    return ones
 
 
 def _check_residual(
@@ -297,8 +264,6 @@ def _residual_candidates(
     flat = rows(x.reshape(-1, x.shape[-1]))
     epilogue = {"residual": residual.contiguous(), "gate": rows(gate), "tokens": x.shape[1]}
     functions = _tiles(flat, x_scale, len(weight), **epilogue)
-    if requested_backend() == "auto":
-        functions |= _quack(flat, x_scale, dtype=residual.dtype, **epilogue)
     cold = weight, weight_scale, bias
     forms = map(form, (flat, *cold, residual, gate))
     question = "linear_quantized_residual", x_scale is not None, *forms

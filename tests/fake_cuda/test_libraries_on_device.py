@@ -18,7 +18,8 @@ if not fake_cuda.PRESENT:
 from fake_libraries import Fakes
 
 from flowturbo.runtime.cuda_graphs import Captures, Key
-from flowturbo_kernels import _library, _quack, _tune, linear
+from flowturbo_kernels import _e4m3, _library, _quack, _tune, linear
+from flowturbo_kernels._e4m3 import ones
 from flowturbo_kernels._library import LibraryKernel
 from flowturbo_kernels._measure import Timing
 
@@ -74,3 +75,23 @@ def test_a_choice_from_disk_is_compiled_by_the_run_before_the_capture(fakes):
     assert in_captures == [True, True]
     assert len(_quack.LIBRARY.ready) == 1  # the chosen one alone
     assert fake_cuda.violations() == []
+
+
+def test_scales_of_rows_that_have_none_are_made_once_and_not_in_a_capture(monkeypatch):
+    device, made = torch.device("cuda", 0), []
+    allocate = torch.ones
+    monkeypatch.setattr(_e4m3, "_ones", {})
+    monkeypatch.setattr(torch, "ones", lambda *a, **k: made.append(a) or allocate(*a, **k))
+
+    def captured(count: int) -> int:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            return ones(count, device).data_ptr()
+
+    first = captured(40)  # memory of the graph, which is not kept
+    assert _e4m3._ones == {}
+    kept = ones(40, device)
+    assert (kept.shape, kept.dtype, len(made)) == ((40,), torch.float32, 2)
+    assert captured(40) == captured(33) == ones(64, device).data_ptr() == kept.data_ptr() != first
+    assert len(made) == 2
+    assert ones(0, device).shape == (0,)

@@ -59,7 +59,7 @@ def products(images: int) -> Iterator[tuple[str, dict[str, Any], tuple[torch.Ten
         _quack.linear_gated_residual(rows[0], *cold, rows[1], rows[2][:, 5 * D :]),
         cold,
     )
-    for name, gelu, inverse in (
+    for name, gelu, out_scale in (
         ("fp8 qkv", False, None),
         ("fp8 fc1", True, None),
         ("fp8 fc1 to fp8", True, torch.ones(1)),
@@ -68,7 +68,7 @@ def products(images: int) -> Iterator[tuple[str, dict[str, Any], tuple[torch.Ten
         N = 4 * D if gelu else 3 * D
         q, scale = empty(M, D, dtype=E4M3), empty(M, dtype=torch.float32)
         cold = empty(N, D, dtype=E4M3), empty(N, dtype=torch.float32), empty(N)
-        candidates = _quack.fp8_candidates(q, scale, *cold, gelu=gelu, inverse=inverse)
+        candidates = _quack.fp8_candidates(q, scale, *cold, gelu=gelu, out_scale=out_scale)
         yield f"{name} {M}", candidates, cold
 
 
@@ -107,6 +107,7 @@ def compiled(name: str, run: Callable[[], Any]) -> None:
                 "tma_stores": "UTMASTG",
                 "local_accesses": r"\b(STL|LDL)\b",
                 "waits_for_the_kernel_before": "ACQBULK",
+                "reciprocals": r"MUFU\.RCP\b",
             }.items()
         }
         registers = re.findall(r"USETMAXREG\S*\s+(?:UP\w+,\s*)?(0x[0-9a-f]+|\d+)", code)

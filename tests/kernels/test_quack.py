@@ -21,6 +21,8 @@ from flowturbo_kernels import (
     attention,
     linear,
     linear_gated_residual,
+    linear_quantized,
+    linear_quantized_residual,
     use_backend,
 )
 from flowturbo_kernels._quack import Tile, tiles
@@ -81,31 +83,71 @@ def test_gated_residual_has_a_row_of_gates_for_each_image(fakes, dtype):
         assert D.shape == (B, T, N)
 
 
-@pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("to_fp8", [False, True])
-def test_fp8(fakes, gelu, to_fp8):
-    """y from rows and columns of fp8 with their scales; in fp8 with a static scale's reciprocal,
-    within e4m3's rounding (0.026) of y.
-    """
-    M, K, N = 40, 144, 288
+def fp8_layer(M: int, K: int, N: int) -> tuple[torch.Tensor, ...]:
+    """(q, scales of its rows, weight, weight_scale, bias)."""
     q, weight = numbers(M, K, dtype=E4M3), numbers(N, K, dtype=E4M3)
     scale, weight_scale = (numbers(n, dtype=torch.float32).abs() / 12 + 0.1 for n in (M, N))
-    bias, inverse = numbers(N), torch.tensor([2.5])
-    cold = weight, weight_scale, bias
-    y = q.double() @ weight.double().t() * scale.double()[:, None] * weight_scale.double()
-    y = y + bias.double()
-    y = F.gelu(y, approximate="tanh") if gelu else y
-    candidates = _quack.fp8_candidates(
-        q, scale, *cold, gelu=gelu, inverse=inverse if to_fp8 else None
+    return q, scale, weight, weight_scale, numbers(N)
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["a scale a row", "a static scale"])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("to_fp8", [False, True])
+def test_fp8(fakes, gelu, to_fp8, rows):
+    """linear_quantized's candidates: y from rows and columns of fp8 with their scales; in fp8 over
+    a static scale, within e4m3's rounding (0.026) of y.
+    """
+    q, scale, *cold = fp8_layer(40, 144, 288)
+    x_scale, activation = scale if rows else None, "gelu_tanh" if gelu else None
+    y = (
+        q.double()
+        @ cold[0].double().t()
+        * cold[1].double()
+        * (scale.double()[:, None] if rows else 1)
     )
-    assert candidates
-    for run in candidates.values():
-        result = run(*cold)
+    y = y + cold[2].double()
+    y = F.gelu(y, approximate="tanh") if gelu else y
+    out_scale = y.abs().max().float().view(1) / 448 if to_fp8 else None
+    candidates = linear_quantized.backends["triton"].candidates(
+        q, x_scale, *cold, activation, out_scale
+    )
+    found = {name: run for name, run in candidates.functions.items() if "quack" in name}
+    assert found
+    for run in found.values():
+        result = run(*candidates.cold)
         assert result.dtype == (E4M3 if to_fp8 else torch.bfloat16)
-        assert_close(result.double() / (2.5 if to_fp8 else 1), y, 0.03 if to_fp8 else 0.004)
+        got = result.double() * (out_scale if to_fp8 else 1)
+        assert_close(got, y, 0.03 if to_fp8 else 0.004)
         assert fakes.log[-1][-1]["post_init_attrs"] == (("fp8_slow_accum", False),)
-    others = (q.to(torch.bfloat16), scale, *cold), (q, scale, weight, weight_scale, bias.float())
-    assert not any(_quack.fp8_candidates(*args, gelu=gelu) for args in others)
+    if to_fp8:  # too small a scale: the largest are cut off
+        most = 448 * (out_scale / 4).double()
+        got = linear_quantized_by_quack(q, x_scale, *cold, activation, out_scale / 4)
+        assert got.double().abs().max() == 448
+        assert_close(got.double() * out_scale / 4, y.clamp(-most, most), 0.03)
+    with use_backend("triton"):
+        alone = linear_quantized.backends["triton"].candidates(
+            q, x_scale, *cold, activation, out_scale
+        )
+    assert not any("quack" in name for name in alone.functions)
+
+
+def linear_quantized_by_quack(*args: object) -> torch.Tensor:
+    """The operation's result where quack's first tile is the fastest."""
+    candidates = linear_quantized.backends["triton"].candidates(*args)
+    return candidates.functions["quack 128x144"](*candidates.cold)
+
+
+def test_fp8_products_of_other_dtypes_are_not_quacks(fakes):
+    q, scale, weight, weight_scale, bias = fp8_layer(40, 144, 288)
+    args = q, scale, weight, weight_scale
+    assert _quack.fp8_candidates(*args, bias, gelu=False)
+    assert not _quack.fp8_candidates(*args, bias.float(), gelu=False)
+    assert not _quack.fp8_candidates(q.to(bias.dtype), *args[1:], bias, gelu=False)
+    residual = numbers(1, 40, 288), numbers(1, 288)
+    functions = linear_quantized_residual.backends["triton"].candidates(
+        q[None], *args[1:], bias, *residual
+    )[1]
+    assert not any("quack" in name for name in functions)
 
 
 def test_what_quack_can_not_take_is_left_out(fakes):

@@ -74,3 +74,9 @@ def test_nothing_is_spilled(kernels):
 def test_products_take_part_in_programmatic_dependent_launch(kernels):
     without = [k["kernel"] for k in kernels if not k["waits_for_the_kernel_before"]]
     assert {name.split()[0] for name in without} <= {"attention"}
+
+
+def test_a_static_scale_costs_one_reciprocal_for_32_columns(kernels):
+    """Of a thread: a tile of 144 columns leaves in five pieces."""
+    counts = {k["kernel"]: k["reciprocals"] for k in kernels if "to fp8" in k["kernel"]}
+    assert {name: n for name, n in counts.items() if not 1 <= n <= 5} == {}

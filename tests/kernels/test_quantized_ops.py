@@ -4,8 +4,6 @@ Triton's interpreter, against float64.
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import Any
 
 import exact_e4m3
@@ -293,29 +291,6 @@ def test_a_branch_is_its_operations():
     expected = gated_residual_adaln_quantized(x, product, *rest)
     got = attention_branch_fp8(qkv, out_scale, weight, weight_scale, bias, plain, x, *rest)
     assert all(a.double().equal(b.double()) for a, b in zip(got, expected, strict=True))
-
-
-def test_another_librarys_products_are_candidates_where_there_are_any(monkeypatch):
-    asked = []
-
-    def fp8_candidates(flat: Tensor, x_scale: Tensor | None, **epilogue: Any) -> dict[str, Any]:
-        asked.append((tuple(flat.shape), x_scale is None, set(epilogue)))
-        return {"quack": lambda *cold: torch.zeros(1)}
-
-    module = ModuleType("flowturbo_kernels._quack")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    args = list(examples("linear_quantized", torch.bfloat16))[1]
-    added = next(examples("linear_quantized_residual", torch.bfloat16))
-    for expected in (False, True):
-        for name, case in (("linear_quantized", args), ("linear_quantized_residual", added)):
-            found = OPS[name].backends["triton"].candidates(*case).functions
-            assert ("quack" in found) == expected
-            assert next(iter(found)).startswith("triton")  # the default
-        module.fp8_candidates = fp8_candidates  # type: ignore[attr-defined]
-    assert asked == [
-        ((1, 32), True, {"gelu", "out_scale", "dtype"}),
-        ((1, 32), False, {"residual", "gate", "tokens", "dtype"}),
-    ]
 
 
 @pytest.mark.parametrize("name", NEW)
