@@ -36,6 +36,7 @@ from .linear import linear, linear_gated_residual
 from .linear_fp8 import linear_fp8, quantize_rows, quantize_static
 from .linear_quantized import linear_quantized, linear_quantized_residual
 from .patch_embed import patch_embed
+from .refiner_forward import refiner_forward
 from .velocity_update import velocity_update
 
 LIBRARIES = {"quack": _quack.LIBRARY, "FlashAttention-4": _flash_attention.LIBRARY}
@@ -72,6 +73,7 @@ __all__ = [
     "patch_embed",
     "quantize_rows",
     "quantize_static",
+    "refiner_forward",
     "requested_backend",
     "residual_group_norm",
     "shifted_group_norm",

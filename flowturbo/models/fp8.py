@@ -197,18 +197,18 @@ def _sample(
             x = x + velocity(x, t, labels) / TIMES
 
 
-def run_blocks(
-    blocks: Sequence[Any], x: Tensor, modulations: Sequence[tuple[Tensor, ...]]
+def run_blocks_fp8(
+    blocks: Sequence[Any], x: Tensor, modulations: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The blocks of a calibrated SiT, without the last residual: each value is quantised by the
     operation that computes it.
 
-    x (R, T, D); modulations: six for each block, (R, D), or (N + 1, D) as `adaln_modulate` takes
-    them -> (x, y, gate), of which x + gate * y goes on.
+    Arguments and results: as of flowturbo_kernels.refiner_forward's run_blocks.
     """
-    h, h_scale = adaln_quantized(x, modulations[0][0], modulations[0][1])
+    chunks = [m.chunk(6, dim=-1) for m in modulations]
+    h, h_scale = adaln_quantized(x, chunks[0][0], chunks[0][1])
     for block, (_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp), following in zip(
-        blocks, modulations, [*modulations[1:], None], strict=True
+        blocks, chunks, [*chunks[1:], None], strict=True
     ):
         qkv: Fp8Linear = block.attn.qkv
         proj: Fp8Linear = block.attn.proj

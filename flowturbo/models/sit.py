@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowturbo_kernels import (
-    adaln_modulate,
     attention,
     conditions,
     final_update,
@@ -23,10 +22,11 @@ from flowturbo_kernels import (
 from flowturbo_kernels.batch_invariant import matmul, silu
 from flowturbo_kernels.conditions import MAX_PERIOD
 from flowturbo_kernels.linear import Activation
+from flowturbo_kernels.refiner_forward import BlockWeights, Linear, RefinerWeights, run_blocks
 
 from ..solver.steps import Move
 from .embedders import LabelEmbedder, PatchEmbedder, SiLU, TimestepEmbedder, sincos_positions
-from .fp8 import Fp8Linear, calibrate, run_blocks
+from .fp8 import Fp8Linear, calibrate, run_blocks_fp8
 from .sit_config import SIT_CONFIGS, SIT_SIZES, TIME_FEATURES, SiTConfig, config_from_state
 from .stacked import Stackable
 
@@ -268,6 +268,29 @@ class SiT(Stackable):
             calibrate(self.config, self.pos_embed, static, velocity or self)
         return self
 
+    def refiner_weights(self) -> RefinerWeights:
+        """The weights, not copied, as flowturbo_kernels.refiner_forward takes them.
+
+        Raises ValueError for a predictor, and for a refiner in fp8.
+        """
+        if not self.config.reads_velocity:
+            raise ValueError(
+                "refiner_weights needs a SiT that reads a velocity, and this one is a predictor"
+            )
+
+        def pair(layer: nn.Linear | nn.Conv2d | Fp8Linear) -> Linear:
+            assert layer.bias is not None
+            if isinstance(layer, Fp8Linear):
+                raise ValueError("refiner_weights needs a refiner that is not quantised")
+            return Linear(layer.weight, layer.bias)
+
+        blocks = [
+            BlockWeights(*map(pair, (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2)))
+            for b in cast(Sequence[Block], self.blocks)
+        ]
+        embed, final = pair(self.x_embedder.proj), pair(self.final_layer.linear)
+        return RefinerWeights(embed, self.pos_embed[0], blocks, final, self.config.heads)
+
     def _in_fp8(self) -> bool:
         """Whether all blocks are quantised and calibrated."""
         return all(
@@ -287,19 +310,9 @@ class SiT(Stackable):
         modulations: as for `evaluate`.
         """
         blocks = cast(Sequence[Block], self.blocks)
-        chunks = [m.chunk(6, dim=-1) for m in modulations[:-1]]
         if self._in_fp8():
-            return run_blocks(blocks, x, chunks)
-        # Each branch ends with the residual and the adaLN of what follows, in one operation.
-        h = adaln_modulate(x, chunks[0][0], chunks[0][1])
-        for block, (_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp), following in zip(
-            blocks, chunks, [*chunks[1:], None], strict=True
-        ):
-            x, h = gated_residual_adaln(x, block.attn(h), gate_msa, shift_mlp, scale_mlp)
-            y = block.mlp(h)
-            if following is not None:
-                x, h = gated_residual_adaln(x, y, gate_mlp, following[0], following[1])
-        return x, y, gate_mlp
+            return run_blocks_fp8(blocks, x, modulations[:-1])
+        return run_blocks([(block.attn, block.mlp) for block in blocks], x, modulations[:-1])
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Tokens (N, h * w, p * p * out_channels) -> (N, C, h * p, w * p).

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowturbo as ft
 from flowturbo.solver.steps import Move
-from flowturbo_kernels import use_backend
+from flowturbo_kernels import refiner_forward, use_backend
 
 PATCH = importlib.import_module("flowturbo_kernels.patch_embed")
 
@@ -89,6 +89,7 @@ def test_no_network_of_ours_convolves_off_the_cpu(config):
         results = [predictor(x, t, y), refiner(x, t, y, v)]
         modulations = [m[0] for m in refiner.modulations_at([0.4], y, None)]
         results += refiner.evaluate_and_move(x, modulations, Move(x, 0.1), None, 4, v=v, base=v)
+        results += refiner_forward(refiner.refiner_weights(), modulations, x, v, None, 4, 0.1)
     assert {r.device.type for r in results} == {"meta"}
     assert not seen.convolutions()
 
