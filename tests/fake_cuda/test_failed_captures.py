@@ -107,20 +107,20 @@ def test_a_body_that_can_not_be_captured_harms_nothing(forbidden, said, beside_a
 def test_a_model_samples_and_captures_after_a_capture_that_failed():
     model = model_on_cuda()
     decoded = []
-    original = model.predictor.evaluate
+    original = model.predictor.evaluate_and_move
 
-    def evaluate(*args: object) -> Tensor:
+    def evaluate(*args: object, **options: object) -> tuple[Tensor, Tensor]:
         if torch.cuda.is_current_stream_capturing() and not decoded:
-            decoded.append(original(*args).sum().item())
-        return original(*args)
+            decoded.append(original(*args, **options)[0].sum().item())
+        return original(*args, **options)
 
-    model.predictor.evaluate = evaluate
+    model.predictor.evaluate_and_move = evaluate
     sampled(model, times=1)
     with pytest.warns(UserWarning, match="capturing plan H1P1R1 with guidance to latents failed"):
         sampled(model, times=1)
     fake_cuda.violations()
     assert kept(model) == []
-    model.predictor.evaluate = original
+    model.predictor.evaluate_and_move = original
     sampled(model)
     sampled(model, "E2")
     assert kept(model) == ["E2"]

@@ -22,7 +22,7 @@ def check_dtypes(rival: str, model: ft.FlowModel) -> None:
         if name.endswith(products):
             assert tensor.dtype == claimed(rival), name
             seen += 1
-        elif name.endswith("weight_scale"):
+        elif name.endswith("_scale"):
             assert tensor.dtype == torch.float32, name
         else:
             assert tensor.dtype == (torch.float32 if rival == "autocast" else torch.bfloat16), name
