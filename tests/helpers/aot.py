@@ -14,9 +14,7 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,22 +138,6 @@ def tile(kernel: Any, args: tuple[Any, ...]) -> dict[str, int]:
     }
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local bytes of a kernel, as cuobjdump reads them off it."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [machine_code.tool("cuobjdump"), "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    return {
-        key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)
-    }
-
-
 def waits_first(ptx: str) -> bool:
     """Whether a kernel waits for those before it ahead of all its accesses to global memory."""
     wait = ptx.find("griddepcontrol.wait")
@@ -210,7 +192,7 @@ def main(archs: list[int], real_only: bool) -> None:
                             "tile": tile(kernel, args),
                             "threads": threads,
                             "shared": shared,
-                            **resources(cubin),
+                            **machine_code.resources(cubin),
                             **(
                                 in_depth(cubin, threads, shared)
                                 if arch == 90 and sizes_of == "real"

@@ -14,23 +14,58 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import csrc_code
+import sass
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "machine-code.md"
 HEAD = """# Machine code
 
-What Triton {version} makes of the kernels for sm_90a, in bfloat16, at the sizes of SiT-XL/2 and of
-Stable Diffusion's decoder. It says what can be known without a GPU: nothing here is a time. A test
-compiles them again, and allows no local memory, and products by no other than the instructions
-named.
+What compilers make of the kernels for Hopper (sm_90a), in bfloat16, at the sizes of SiT-XL/2 and of
+Stable Diffusion's decoder. It says what can be known without a GPU: nothing here is a time. Tests
+compile the kernels again, allow no local memory, and products by no other than these instructions.
 
-- tile: what one program works on. Where several tiles are listed, the fastest is measured.
-- registers: of a thread, the most at any size. None spills.
+- tile: what one program works on. Of several tiles the fastest is measured.
+- registers: of a thread, the most at any size.
 - blocks: how many a multiprocessor holds at once, the fewest at any size.
-- loads: 16-byte loads that are under way at once in a thread, the fewest at any size; or copies to
-  shared memory, which run ahead of their use by the stages that are stated.
-- instruction: of the matrix products. HGMMA is Hopper's wgmma for 16 bits, QGMMA for fp8, HMMA the
-  instruction of all generations.
+- loads: of 16 bytes, under way at once in a thread before it uses the first, the fewest at any
+  size; or copies to shared memory, which run ahead by as many stages as the tile says.
+- instruction: of the matrix products. HGMMA is Hopper's wgmma for 16 bits, QGMMA for fp8; HMMA is
+  that of all generations.
 
+Every kernel waits for those before it ahead of its first access to memory (programmatic dependent
+launch).
+
+## Triton
+
+Compiled by Triton {version}.
+
+"""
+CSRC = """
+## csrc
+
+Compiled by nvcc 13.0.
+
+"""
+LIBRARIES = """
+## Other packages
+
+Candidates where the extra `hopper` is installed: quack-kernels 0.6.5 and flash-attn-4 4.0.0b36,
+compiled by CuTe DSL 4.8.1. All load and store by TMA. `tests/kernels/test_quack_compiled.py`
+compiles them again where they are installed.
+
+| kernel | tile | registers | instruction |
+|---|---|--:|---|
+| quack, bias or bias + GELU | 128x144 | 168 | HGMMA 64x144x16 |
+| | 64x144 | 232 | HGMMA 64x144x16 |
+| | 256x144; 128x144 ping-pong | 168 | HGMMA 64x144x16 |
+| quack, parts of K | 128x144 split 2, 4 | 168 | HGMMA 64x144x16 |
+| | 64x144 split 2 | 232 | HGMMA 64x144x16 |
+| quack, gated residual | 128x144, also split 2, 4; 256x144; ping-pong | 168 | HGMMA 64x144x16 |
+| | 64x144 split 2 | 232 | HGMMA 64x144x16 |
+| quack, fp8, 4 epilogues | 128x144; 256x144; ping-pong | 168 | QGMMA 64x144x32 |
+| | 64x144 | 232 | QGMMA 64x144x32 |
+| FlashAttention-4, head_dim 72 | 128x128 | 168 | HGMMA 64x128x16, 64x80x16 |
 """
 COLUMNS = "kernel", "tile", "warps", "registers", "shared, KB", "blocks", "loads", "instruction"
 
@@ -60,9 +95,8 @@ def table(kernels: Iterable[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "--:|" * 4 + "---|---|"]
     for (name, tile), group in sorted(rows.items()):
         code = [k["code"] for k in group]
-        loads = [f"{min(c['in_flight'] for c in code)} to registers"] * any(
-            c["in_flight"] for c in code
-        )
+        fewest = min(c["in_flight"] for c in code)
+        loads = [f"{fewest} to registers"] * bool(fewest)
         loads += ["ahead, to shared memory"] * any(c["asynchronous"] for c in code)
         loads += ["TMA"] * any(c["tma"] for c in code)
         cells = (
@@ -79,7 +113,20 @@ def table(kernels: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def csrc_table() -> str:
+    """One row for each kernel that bfloat16 or float32 tensors of real models run."""
+    code, used = csrc_code.compiled("90a")
+    lines = ["| kernel | registers | loads |", "|---|--:|--:|"]
+    lines += [
+        f"| `{name}` | {used[name][0]} | {sass.wide_loads(code[name])} |"
+        for name in sorted(code)
+        if "half" not in name and not used[name][1]
+    ]
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     import triton
 
-    print(HEAD.format(version=triton.__version__) + table(compiled()), end="")
+    page = HEAD.format(version=triton.__version__) + table(compiled()) + CSRC + csrc_table()
+    print(page + LIBRARIES, end="")

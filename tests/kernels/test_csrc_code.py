@@ -5,19 +5,17 @@ kernels before; and its grids at the sizes of published models.
 from __future__ import annotations
 
 import functools
-import re
 import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 
+import machine_code_table
 import pytest
 import sass
 import torch
+from csrc_code import compiled
 
-from flowturbo_kernels import OPS, _cuda, _nvrtc, sizes
+from flowturbo_kernels import OPS, _cuda, sizes
 
-FILES = {"adaln.cu", "group_norm_silu.cu", "velocity_update.cu"}
 LOADS = {
     # 16-byte loads ahead of the first use: all of x, y, gate, shift and scale, at SiT-XL's width
     "adaln<bfloat16,8,5,true>": 25,
@@ -38,41 +36,6 @@ LOADS = {
 }
 BLOCKS = {"adaln": 3, "group_norm": 3, "velocity": 8}
 """Of a multiprocessor, for which registers must suffice."""
-
-
-@functools.cache
-def compiled(arch: str) -> tuple[dict[str, list[str]], dict[str, tuple[int, int]]]:
-    """(instructions, registers and bytes of local memory) of every kernel by csrc's name, with
-    bfloat16 and half as C++ spells them.
-    """
-    code: dict[str, list[str]] = {}
-    resources: dict[str, tuple[int, int]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for file in sorted(FILES):
-            cubin = Path(folder) / f"{file}.cubin"
-            how = "-O3", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v"
-            command = ["nvcc", *how, "-o", cubin, _nvrtc.sources() / file]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-            code |= {named(name): lines for name, lines in sass.instructions(cubin).items()}
-            for name, rest in re.findall(
-                r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", said, re.DOTALL
-            ):
-                stack = re.search(r"(\d+) bytes stack frame", rest)
-                used = re.search(r"Used (\d+) registers", rest)
-                assert stack
-                assert used
-                resources[named(name)] = int(used[1]), int(stack[1])
-    return code, resources
-
-
-def named(linkers: str) -> str:
-    """adaln<bfloat16,8,5,true> of _ZN9flowturbo5adalnI13__nv_bfloat16Li8ELi5ELb1EEEvNS_5AdaLNE."""
-    found = re.fullmatch(r"_ZN9flowturbo\d+([a-z_]+)I(.*)EEvNS_.*", linkers)
-    assert found, linkers
-    types = {"13__nv_bfloat16": "bfloat16", "6__half": "half", "f": "float", "Lb1": "true"}
-    types |= {"Lb0": "false", "S1_": "bfloat16" if "bfloat16" in linkers else "half"}
-    parts = re.findall(r"13__nv_bfloat16|6__half|S1_|f|Li\d+E|Lb[01]", found[2])
-    return f"{found[1]}<{','.join(types.get(p) or p[2:-1] for p in parts)}>"
 
 
 machine_code = pytest.mark.skipif(
@@ -108,6 +71,15 @@ def test_every_kernel_waits_for_those_before_it_where_it_can_be_launched_early()
         code, _ = compiled(arch)
         assert all(sass.waits_first(lines) for lines in code.values())
     assert not any("ACQBULK" in line for lines in compiled("80")[0].values() for line in lines)
+
+
+@machine_code
+@pytest.mark.slow
+def test_the_page_of_machine_code_is_of_these_kernels():
+    page = machine_code_table.PAGE.read_text()
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    if "release 13.0" in said:  # another compiler, other registers
+        assert machine_code_table.csrc_table() in page
 
 
 def test_the_count_of_loads_ends_at_the_first_use():
