@@ -45,7 +45,7 @@ def expect_e4m3(op_name: str, **tensors: Tensor) -> None:
 
 
 def expect_scale(op_name: str, argument: str, scale: Tensor, count: int) -> None:
-    """TypeError unless the scale is float32; ValueError unless it has so many elements, dense."""
+    """TypeError unless the scale is float32; ValueError unless it has so many elements."""
     if scale.dtype != torch.float32:
         raise TypeError(f"{op_name}: {argument} must be torch.float32, got {scale.dtype}")
     expect_shape(op_name, argument, scale, (count,))

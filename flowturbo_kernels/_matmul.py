@@ -71,9 +71,8 @@ def _epilogue(
         y = gelu(y)
     if RESIDUAL:
         inside = (m < M)[:, None] & (n < N)[None, :]
-        g = tl.load(gate + (m // T)[:, None] * gate_b + n[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
+        image = (m // T).to(tl.int64)[:, None]
+        g = tl.load(gate + image * gate_b + n[None, :], mask=inside, other=0.0).to(tl.float32)
         y = (
             tl.load(residual + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0).to(
                 tl.float32
@@ -178,7 +177,7 @@ def product(
     out = torch.empty(M, N, dtype=dtype, device=x.device)
     parts = out if split == 1 else torch.empty(split, M, N, dtype=torch.float32, device=x.device)
     bias = bias.contiguous()
-    x_scale, weight_scale = scales or (None, None)
+    x_scale, weight_scale = (None if t is None else t.contiguous() for t in scales or (None, None))
     optional = x_scale, weight_scale, bias, residual, gate, out_scale
     epilogue = tuple(bias if t is None else t for t in optional)
     scaled = 0 if scales is None else 1 if x_scale is None else 2

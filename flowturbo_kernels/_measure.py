@@ -81,11 +81,12 @@ def _timed(
     """
     stream = torch.cuda.current_stream(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(pause * _cycles(device)))
-    start.record(stream)
-    _queue(run, rounds)
-    late = start.query()
-    end.record(stream)
+    with torch.cuda.stream(stream):  # the caller's current device may be another
+        torch.cuda._sleep(int(pause * _cycles(device)))
+        start.record(stream)
+        _queue(run, rounds)
+        late = start.query()
+        end.record(stream)
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / len(rounds), late
 

@@ -58,8 +58,9 @@ class Kernel:
         names = self.function.__globals__
         names["tl"] = triton.language
         for name in self.function.__code__.co_names:  # kernels that this one calls
-            if isinstance(names.get(name), Kernel):
-                names[name] = names[name].jit
+            called = names.get(name)  # once: another thread may replace it meanwhile
+            if isinstance(called, Kernel):
+                names[name] = called.jit
         return triton.jit(self.function)
 
     @functools.cached_property

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -93,3 +95,42 @@ def test_a_device_that_always_begins_too_soon_is_not_waited_for_for_ever(monkeyp
     pauses = clock(monkeypatch, (2.0, True))
     assert _measure.timing(lambda: None, [()], GPU) == Timing(2.0, False)
     assert max(pauses) < 2 * max(_measure._LONGEST, pauses[0])
+
+
+def test_the_device_that_is_kept_busy_is_the_one_that_is_timed(monkeypatch):
+    """Also where the caller's current device is another."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self, stream: str) -> None:
+            log.append(f"record on {stream}")
+
+        query = synchronize = lambda self: False
+
+        def elapsed_time(self, end: Event) -> float:
+            return 3.0
+
+    @contextmanager
+    def current(stream: str) -> Iterator[None]:
+        log.append(f"{stream} is current")
+        yield
+        log.append("no more")
+
+    fakes = {
+        "current_stream": lambda device: f"stream of {device}",
+        "Event": Event,
+        "stream": current,
+        "_sleep": lambda cycles: log.append("sleep"),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(_measure, "_cycles", lambda device: 1e9)
+    other = torch.device("cuda", 1)
+    seconds, late = _measure._timed(lambda: log.append("run"), [(), ()], other, 0.1)
+    assert (seconds, late) == (3.0 / 1e3 / 2, False)
+    record = "record on stream of cuda:1"
+    assert log == [
+        "stream of cuda:1 is current", "sleep", record, "run", "run", record, "no more"
+    ]  # fmt: skip

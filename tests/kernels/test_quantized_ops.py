@@ -183,6 +183,20 @@ def test_products_add_to_the_residual(B, T, K, N, rows, dtype, backend):
     assert_close(got, truth, 1e-6 + torch.finfo(dtype).eps / 2)
 
 
+def strided(t: Tensor) -> Tensor:
+    """The same numbers, with others between them."""
+    return torch.stack([t, 9 * t], dim=1)[:, 0]
+
+
+@WAYS
+@pytest.mark.parametrize("name", ["linear_quantized", "linear_quantized_residual", "linear_fp8"])
+def test_scales_may_be_strided(name, backend):
+    dense = list(examples(name, torch.float32))[2]
+    args = [strided(t) if isinstance(t, Tensor) and t.ndim == 1 else t for t in dense]
+    assert any(isinstance(t, Tensor) and not t.is_contiguous() for t in args)
+    assert_close(call(name, backend, *args), call(name, "reference", *dense), 1e-5)
+
+
 @interpreted
 @pytest.mark.parametrize("split", [1, 2, 4])
 @pytest.mark.parametrize("tile", [*FP8_TILES, Tile(32, 64, 32, 4, 2)])
