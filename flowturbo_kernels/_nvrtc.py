@@ -102,7 +102,7 @@ class Launcher:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
         function = ctypes.c_void_p(self._function(torch.cuda.current_device(), name))
         config = _Config((*grid, 1, 1)[:3], (threads, 1, 1), shared, stream)
-        if dependent:  # NVRTC since CUDA 12 knows sm_90, so the code has the wait that this needs
+        if dependent and waits(torch.cuda.get_device_capability()):
             attributes = (_Attribute * 1)(_Attribute(_DEPENDENT, 0, 1))
             config.attributes, config.count = attributes, 1
         status = _driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
@@ -135,12 +135,9 @@ def compiled(name: str, capability: tuple[int, int], flags: tuple[str, ...]) -> 
     """
     from cupy.cuda import nvrtc
 
-    arch, known = 10 * capability[0] + capability[1], nvrtc.getSupportedArchs()
-    target = (
-        f"-arch=sm_{arch}"
-        if arch in known
-        else f"-arch=compute_{max(a for a in known if a <= arch)}"
-    )
+    arch = _compiled_for(capability)
+    exact = arch == 10 * capability[0] + capability[1]
+    target = f"-arch={'sm' if exact else 'compute'}_{arch}"
     text = "".join(path.read_text() for path in sorted(sources().glob("*.*h"))) + source(name)
     key = repr((name, target, flags, nvrtc.getVersion(), text))
     file = cache_folder() / "nvrtc" / f"{hashlib.sha256(key.encode()).hexdigest()}.bin"
@@ -165,6 +162,22 @@ def compiled(name: str, capability: tuple[int, int], flags: tuple[str, ...]) -> 
         nvrtc.destroyProgram(program)
     write_atomically(file, f"{hashlib.sha256(code).hexdigest()}\n{lowered}\n".encode() + code)
     return lowered, code
+
+
+@functools.cache
+def waits(capability: tuple[int, int]) -> bool:
+    """Whether code for such a GPU waits for the kernels before it, as a kernel must that is
+    launched while they run. What an NVRTC without sm_90 compiles does not.
+    """
+    return _compiled_for(capability) >= 90
+
+
+def _compiled_for(capability: tuple[int, int]) -> int:
+    """The architecture of such a GPU, or the newest before it that NVRTC knows."""
+    from cupy.cuda import nvrtc
+
+    arch = 10 * capability[0] + capability[1]
+    return int(max(known for known in nvrtc.getSupportedArchs() if known <= arch))
 
 
 def source(name: str) -> str:

@@ -61,6 +61,18 @@ def test_a_gpu_newer_than_nvrtc_gets_ptx(folder):
     assert b".target sm_" in code
 
 
+@pytest.mark.parametrize("known", [[80, 86], [80, 86, 90]])
+def test_only_code_that_waits_is_launched_while_other_kernels_run(folder, monkeypatch, known):
+    """An NVRTC of CUDA 11 knows no GPU that could."""
+    from cupy.cuda import nvrtc
+
+    monkeypatch.setattr(nvrtc, "getSupportedArchs", lambda: known)
+    monkeypatch.setattr(_nvrtc, "waits", _nvrtc.waits.__wrapped__)
+    code = _nvrtc.compiled(NAME, (9, 9), _nvrtc.options())[1]
+    assert (b"griddepcontrol.wait" in code) == _nvrtc.waits((9, 9)) == (90 in known)
+    assert not _nvrtc.waits((8, 9))
+
+
 def test_a_source_that_does_not_compile_is_named_with_the_compilers_words(folder, monkeypatch):
     monkeypatch.setattr(_nvrtc, "source", lambda name: "no such thing;")
     with pytest.raises(
