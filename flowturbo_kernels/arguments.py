@@ -60,6 +60,8 @@ def modulation_rows(tensor: Tensor, rows: int) -> Tensor:
     """
     if len(tensor) == rows:
         return tensor
+    if not rows:  # of no images there is the null class's row alone
+        return tensor[:0]
     return torch.cat([tensor, tensor[-1:].expand(rows - len(tensor), -1)])
 
 

@@ -111,13 +111,13 @@ def interleave(y: Tensor) -> Tensor:
     """Four images (N, 4C, H + 1, W + 1), as a convolution by `summed_weights` with a padding of 1
     gives them -> (N, C, 2H, 2W).
     """
-    N, _, H, W = y.shape
-    y = y.unflatten(1, (2, 2, -1))
+    (N, _, H, W), C = y.shape, y.shape[1] // 4
+    y = y.unflatten(1, (2, 2, C))
     rows = [
         torch.stack([y[:, i, j, :, i : H - 1 + i, j : W - 1 + j] for j in range(2)], dim=-1)
         for i in range(2)
     ]
-    return torch.stack(rows, dim=-3).reshape(N, -1, 2 * (H - 1), 2 * (W - 1))
+    return torch.stack(rows, dim=-3).reshape(N, C, 2 * (H - 1), 2 * (W - 1))
 
 
 def _check_interleaved(

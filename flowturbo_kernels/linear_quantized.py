@@ -52,7 +52,7 @@ def _check(
     expect_e4m3(name, x=x)
     expect_layer(name, x.shape[-1], weight, weight_scale, bias)
     if x_scale is not None:
-        expect_scale(name, "x_scale", x_scale, x.numel() // x.shape[-1])
+        expect_scale(name, "x_scale", x_scale, x.shape[:-1].numel())
     if out_scale is not None:
         expect_scale(name, "out_scale", out_scale, 1)
     expect_activation(name, activation)

@@ -20,6 +20,7 @@ from flowturbo_kernels import (
     interleaved_group_norm,
     linear,
     linear_gated_residual,
+    linear_quantized,
     patch_embed,
     residual_group_norm,
     shifted_group_norm,
@@ -279,3 +280,19 @@ def test_matrix_products_refuse_mixed_dtypes_by_name(operation, make, argument):
         operation(
             *make(lambda *s: torch.zeros(*s), lambda *s: torch.zeros(*s, dtype=torch.bfloat16))
         )
+
+
+def test_no_images_give_none():
+    """Of both halves of guidance, too, whose modulations then are the null class's row alone."""
+    x, row = r(0, 4, 8), r(1, 8)
+    assert adaln_modulate(x, row, row).shape == (0, 4, 8)
+    assert [y.shape for y in gated_residual_adaln(x, x, row, row, row)] == [(0, 4, 8)] * 2
+    args = r(0, 4, 8), row, row, r(16, 8), r(16), r(0, 4, 4, 4), 1.5, 4, 0.1
+    assert [y.shape for y in final_update(*args)] == [(0, 4, 4, 4)] * 2
+    sums = interleaved_group_norm(r(0, 8, 3, 2), r(2), r(2), r(2), 1)
+    assert [y.shape for y in sums] == [(0, 2, 4, 2)] * 2
+
+
+def test_products_of_no_numbers_are_the_bias():
+    x, weight = (r(n, 0).to(torch.float8_e4m3fn) for n in (3, 4))
+    assert linear_quantized(x, r(3), weight, r(4), r(4) + 2).eq(2).all()
