@@ -59,15 +59,16 @@ def products(images: int) -> Iterator[tuple[str, dict[str, Any], tuple[torch.Ten
         _quack.linear_gated_residual(rows[0], *cold, rows[1], rows[2][:, 5 * D :]),
         cold,
     )
-    for name, gelu, out_scale in (
-        ("fp8 qkv", False, None),
-        ("fp8 fc1", True, None),
-        ("fp8 fc1 to fp8", True, torch.ones(1)),
-        ("fp8 to fp8", False, torch.ones(1)),
+    one = torch.ones(1)
+    for name, K, N, gelu, out_scale in (
+        ("fp8 qkv", D, 3 * D, False, None),
+        ("fp8 fc1", D, 4 * D, True, None),
+        ("fp8 fc1 to fp8", D, 4 * D, True, one),
+        ("fp8 to fp8", D, 3 * D, False, one),
+        ("fp8 fc2", 4 * D, D, False, None),
     ):
-        N = 4 * D if gelu else 3 * D
-        q, scale = empty(M, D, dtype=E4M3), empty(M, dtype=torch.float32)
-        cold = empty(N, D, dtype=E4M3), empty(N, dtype=torch.float32), empty(N)
+        q, scale = empty(M, K, dtype=E4M3), empty(M, dtype=torch.float32)
+        cold = empty(N, K, dtype=E4M3), empty(N, dtype=torch.float32), empty(N)
         candidates = _quack.fp8_candidates(q, scale, *cold, gelu=gelu, out_scale=out_scale)
         yield f"{name} {M}", candidates, cold
 

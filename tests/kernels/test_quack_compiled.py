@@ -52,7 +52,7 @@ def test_every_tile_and_epilogue_is_compiled(kernels):
             (512, "128x144"), (512, "64x144"), (4096, "256x144"), (4096, "128x144 ping-pong")
         ):  # fmt: skip
             assert f"{operation} {size} quack {tile}" in names
-    for operation in ("proj", "fc2"):
+    for operation in ("proj", "fc2", "fp8 fc2"):
         for split in ("128x144 split 2", "128x144 split 4", "64x144 split 2"):
             assert f"{operation} 512 quack {split}" in names
     assert any(name.startswith("attention") for name in names)
