@@ -4,6 +4,7 @@ row by adaLN, or with a static scale by GELU or attention.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -52,7 +53,7 @@ def _check(
     expect_e4m3(name, x=x)
     expect_layer(name, x.shape[-1], weight, weight_scale, bias)
     if x_scale is not None:
-        expect_scale(name, "x_scale", x_scale, x.shape[:-1].numel())
+        expect_scale(name, "x_scale", x_scale, math.prod(x.shape[:-1]))
     if out_scale is not None:
         expect_scale(name, "out_scale", out_scale, 1)
     expect_activation(name, activation)
