@@ -4,9 +4,8 @@ them all.
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +19,9 @@ M = TypeVar("M", bound="Stackable")
 class Stackable(nn.Module):
     """A module some of whose layers read one input."""
 
+    _stack: tuple[Tensor, Tensor] | None = None
+    """weight (sum of N, K) and bias (sum of N,) of all layers, over the memory of theirs."""
+
     @abstractmethod
     def stackable(self) -> list[nn.Linear]:
         """These layers, with biases."""
@@ -27,22 +29,36 @@ class Stackable(nn.Module):
     def stack_(self: M) -> M:
         """Move the weights of these layers side by side into one piece of memory, and the biases.
 
-        The parameters stay what they are: state_dict(), load_state_dict() and optimizers see no
-        difference. After a cast, a move to another device, load_state_dict(assign=True), and in a
-        copy, each has memory of its own again, and `products` makes one product a layer. Layers of
-        several dtypes or devices, or made in inference mode, are left as they are.
+        The parameters stay what they are, each with a storage of its own, a part of that memory: so
+        optimizers, state_dict(), load_state_dict(), pickle and safetensors see no difference. After
+        a cast, a move to another device, load_state_dict(assign=True), and in a copy, they are no
+        longer side by side, and `products` makes one product a layer. Layers of several dtypes or
+        devices, or made in inference mode, are left as they are.
         """
         layers = self.stackable()
-        weights = [layer.weight for layer in layers]
-        kinds = {(w.dtype, w.device, w.is_inference()) for w in weights}
-        if stacked(layers) is None and len(kinds) == 1 and not weights[0].is_inference():
-            for parameters in (weights, [layer.bias for layer in layers]):
-                with torch.inference_mode(False):
-                    whole = torch.cat([parameter.detach() for parameter in parameters])
-                    pieces = whole.split([len(parameter) for parameter in parameters])
-                    for parameter, piece in zip(parameters, pieces, strict=True):
-                        parameter.data = piece
+        groups = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        parameters = [*groups[0], *groups[1]]
+        first = parameters[0]
+        kinds = {(p.dtype, p.device, p.is_inference(), type(p)) for p in parameters}
+        alike = kinds == {(first.dtype, first.device, False, nn.Parameter)}
+        if self.stacked() is None and alike:
+            with torch.inference_mode(False):
+                self._stack = _side_by_side(groups[0]), _side_by_side(groups[1])
         return self
+
+    def stacked(self) -> tuple[Tensor, Tensor] | None:
+        """(weight (sum of N, K), bias (sum of N,)) of all layers, not copied; None unless they are
+        side by side.
+        """
+        if self._stack is None:
+            return None
+        layers = self.stackable()
+        weight, bias = self._stack
+        if not _is_made_of(weight, [layer.weight for layer in layers]) or not _is_made_of(
+            bias, [layer.bias for layer in layers]
+        ):
+            return None
+        return self._stack
 
     def products(self, c: Tensor) -> list[Tensor]:
         """c (..., K) -> what each of these layers gives, (..., N); by one product if they are
@@ -50,43 +66,41 @@ class Stackable(nn.Module):
         """
         layers = self.stackable()
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            whole = stacked(layers)
+            whole = self.stacked()
             if whole is not None:
                 return list(matmul(c, *whole).split([len(p.weight) for p in layers], dim=-1))
         return [matmul(c, layer.weight, layer.bias) for layer in layers]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Each parameter would be pickled together with all others of its memory.
-        layers = self.stackable()
-        if stacked(layers) is not None:
-            for layer in layers:
-                for parameter in (layer.weight, layer.bias):
-                    with torch.inference_mode(False):
-                        parameter.data = parameter.data.clone()
-        return super().__reduce_ex__(protocol)
+    def _apply(self: M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> M:
+        super()._apply(fn, recurse)
+        if self.stacked() is None:
+            self._stack = None  # whose memory is free now
+        return self
 
-    def __deepcopy__(self: M, memo: dict[int, Any]) -> M:
-        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_stack"}
 
 
-def stacked(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor] | None:
-    """(weight (sum of N, K), bias (sum of N,)) of all layers, not copied; None unless they are side
-    by side.
-    """
-    weight = _joined([layer.weight for layer in layers])
-    bias = _joined([layer.bias for layer in layers])
-    return None if weight is None or bias is None else (weight, bias)
+def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
+    """All parameters along the first axis, in memory that is theirs from now on."""
+    whole = torch.cat([parameter.detach() for parameter in parameters])
+    start = 0
+    for parameter in parameters:
+        end = start + parameter.numel() * parameter.element_size()
+        # A storage of its own: those who save weights take one for all for the same weight.
+        own: Any = whole.untyped_storage()[start:end]
+        parameter.data = whole.new_empty(0).set_(own, 0, parameter.shape, parameter.stride())
+        start = end
+    return whole
 
 
-def _joined(parameters: Sequence[Tensor]) -> Tensor | None:
-    first, end = parameters[0], parameters[0].data_ptr()
-    memory = first.untyped_storage().data_ptr()
+def _is_made_of(whole: Tensor, parameters: Sequence[Tensor]) -> bool:
+    at = whole.data_ptr()
     for p in parameters:
-        beside = p.data_ptr() == end and p.untyped_storage().data_ptr() == memory
-        if not beside or p.dtype != first.dtype or not p.is_contiguous():
-            return None
-        end += p.numel() * p.element_size()
-    rows = sum(len(p) for p in parameters)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+        # Others, such as those of FakeTensorMode and vmap, have no address.
+        if type(p) is not nn.Parameter or p.data_ptr() != at or p.dtype != whole.dtype:
+            return False
+        if not p.is_contiguous():
+            return False
+        at += p.numel() * p.element_size()
+    return at == whole.data_ptr() + whole.numel() * whole.element_size()

@@ -3,15 +3,16 @@
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
 from close import assert_close
+from safetensors.torch import load_file, save_model
 from tiny import CONFIG, random_sit
 
 import flowturbo as ft
 from flowturbo.models.checkpoint import save_sit
-from flowturbo.models.stacked import stacked
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def conditions():
 
 
 def is_stacked(network):
-    return stacked(network.stackable()) is not None
+    return network.stacked() is not None
 
 
 def assert_same_modulations(network, other):
@@ -101,9 +102,59 @@ def test_a_pickle_is_no_larger(pair):
     assert len(pickle.dumps(network)) < 1.1 * len(pickle.dumps(plain))
 
 
-def test_a_copy_leaves_the_network_stacked(pair):
-    copy.deepcopy(pair[1])
+@pytest.mark.parametrize("of", [copy.deepcopy, copy.copy, pickle.dumps])
+def test_a_copy_leaves_the_network_stacked(pair, of):
+    of(pair[1])
     assert is_stacked(pair[1])
+
+
+def test_each_parameter_is_the_only_one_of_its_storage(pair, tmp_path):
+    """safetensors' save_model refuses a part of a storage, and accelerate keeps one parameter of
+    each.
+    """
+    plain, network = pair
+    for layer in network.stackable():
+        for parameter in (layer.weight, layer.bias):
+            assert parameter.storage_offset() == 0
+            assert parameter.untyped_storage().nbytes() == parameter.nbytes
+    save_model(network, str(tmp_path / "sit.safetensors"))
+    state = load_file(tmp_path / "sit.safetensors")
+    assert state.keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+
+
+def test_the_memory_lives_as_long_as_its_parameters(pair):
+    plain, network = pair
+    whole, _ = network.stacked()
+    address, alive = whole.data_ptr(), weakref.ref(whole)
+    del whole
+    kept = network.blocks[0].adaLN_modulation.product.weight.detach()
+    network.double()
+    assert network._stack is None
+    assert alive() is None
+    assert kept.data_ptr() == address
+    assert torch.equal(kept, plain.blocks[0].adaLN_modulation.product.weight)
+
+
+def test_parameters_without_an_address(pair):
+    """As torch.func makes them, with gradients off too."""
+    states, _ = torch.func.stack_module_state(list(pair))
+    c = conditions()
+
+    class Modulations(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, c):
+            return self.network.modulations(c)
+
+    states = {f"network.{name}": value for name, value in states.items()}
+    module = Modulations(pair[1])
+    with torch.no_grad():
+        found = torch.vmap(lambda state: torch.func.functional_call(module, state, (c,)))(states)
+        for got, wanted in zip(found, pair[0].modulations(c), strict=True):
+            assert_close(got[0], wanted, 1e-6)
 
 
 def test_files_hold_each_weight_once(pair, tmp_path):
@@ -139,6 +190,11 @@ def test_layers_of_several_dtypes_stay_where_they_are():
     network = random_sit(CONFIG, 3)
     network.blocks[0].double()
     assert not is_stacked(network.stack_())
+    network = random_sit(CONFIG, 3)
+    bias = network.blocks[0].adaLN_modulation.product.bias
+    bias.data = bias.data.double()
+    assert not is_stacked(network.stack_())
+    assert network.final_layer.adaLN_modulation.product.bias.dtype == torch.float32
 
 
 def test_inference_mode_leaves_no_mark():
