@@ -27,6 +27,7 @@ from flowturbo_kernels.refiner_forward import BlockWeights, Linear, RefinerWeigh
 from ..solver.steps import Move
 from .embedders import LabelEmbedder, PatchEmbedder, SiLU, TimestepEmbedder, sincos_positions
 from .fp8 import Fp8Linear, calibrate, run_blocks_fp8
+from .hooks import as_made
 from .sit_config import SIT_CONFIGS, SIT_SIZES, TIME_FEATURES, SiTConfig, config_from_state
 from .stacked import Stackable
 
@@ -89,11 +90,8 @@ class AdaLN(nn.Sequential):
         super().__init__(SiLU(), nn.Linear(hidden, chunks * hidden))
 
     def forward(self, c: Tensor) -> Tensor:
-        return matmul(silu(c), self.product.weight, self.product.bias)
-
-    @property
-    def product(self) -> nn.Linear:
-        return cast(nn.Linear, self[1])
+        product = cast(nn.Linear, self[1])
+        return matmul(silu(c), product.weight, product.bias)
 
 
 class Block(nn.Module):
@@ -162,7 +160,25 @@ class SiT(Stackable):
 
         Returns (..., 6D) for each block, and (..., 2D) for the final layer.
         """
-        return self.products(silu(c))
+        layers = self._adaptive()
+        if all(as_made(layer, AdaLN) for layer in layers):
+            return self.products(silu(c))
+        return [layer(c) for layer in layers]
+
+    def _adaptive(self) -> list[AdaLN]:
+        layers = [block.adaLN_modulation for block in cast(Sequence[Block], self.blocks)]
+        return [*layers, self.final_layer.adaLN_modulation]
+
+    def has_own_conditioning(self) -> bool:
+        """Whether what `modulations_at` computes is this class's: the embedders of times and labels
+        and adaLN's layers are those of the published models, without hooks.
+        """
+        return (
+            type(self) is SiT
+            and as_made(self.t_embedder, TimestepEmbedder)
+            and as_made(self.y_embedder, LabelEmbedder)
+            and all(as_made(layer, AdaLN) for layer in self._adaptive())
+        )
 
     def modulations_at(
         self, times: Sequence[float], labels: Tensor, null: int | None
@@ -189,12 +205,11 @@ class SiT(Stackable):
     @property
     def modulation_width(self) -> int:
         """How many numbers the modulations of one condition are, of all layers together."""
-        return sum(len(layer.weight) for layer in self.stackable())
+        return (6 * self.config.depth + 2) * self.config.hidden
 
     def stackable(self) -> list[nn.Linear]:
-        """The products of all adaLN layers."""
-        layers = [block.adaLN_modulation for block in cast(Sequence[Block], self.blocks)]
-        return [layer.product for layer in (*layers, self.final_layer.adaLN_modulation)]
+        """The products of all adaLN layers, but for those that were exchanged."""
+        return [cast(nn.Linear, layer[1]) for layer in self._adaptive() if type(layer) is AdaLN]
 
     def evaluate(self, x: Tensor, modulations: Sequence[Tensor], v: Tensor | None = None) -> Tensor:
         """`forward` with modulations that are computed already.

@@ -38,9 +38,8 @@ class Stackable(nn.Module):
         layers = self.stackable()
         groups = [layer.weight for layer in layers], [layer.bias for layer in layers]
         parameters = [*groups[0], *groups[1]]
-        first = parameters[0]
         kinds = {(p.dtype, p.device, p.is_inference(), type(p)) for p in parameters}
-        alike = kinds == {(first.dtype, first.device, False, nn.Parameter)}
+        alike = len(kinds) == 1 and next(iter(kinds))[2:] == (False, nn.Parameter)
         if self.stacked() is None and alike:
             with torch.inference_mode(False):
                 self._stack = _side_by_side(groups[0]), _side_by_side(groups[1])

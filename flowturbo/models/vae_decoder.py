@@ -26,6 +26,8 @@ from flowturbo_kernels import (
     unavailable,
 )
 
+from .hooks import untouched
+
 Sum = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """What shifted_sum takes: a convolution without its bias, the bias, a residual, and its bias."""
 
@@ -295,12 +297,3 @@ def _is_convolution(conv: Any, side: int) -> bool:
 
 def _is_fused(norm: nn.Module, activation: nn.Module) -> bool:
     return type(norm) is GroupNormSiLU and type(activation) is nn.Identity
-
-
-def untouched(network: nn.Module) -> bool:
-    """Whether no submodule has hooks or a forward of its own, which would not be called."""
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-        for module in network.modules()
-        if module is not network
-    )

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .vae_decoder import FusedDecoder, GroupNormSiLU, fits, untouched
+from .hooks import as_made
+from .vae_decoder import FusedDecoder, GroupNormSiLU, fits
 
 
 def fuse(network: nn.Module) -> int:
@@ -45,9 +46,8 @@ def fuse(network: nn.Module) -> int:
 
 
 def _is_known(decoder: nn.Module) -> bool:
-    own = decoder._forward_hooks or decoder._forward_pre_hooks or "forward" in decoder.__dict__
     return (
-        not own and not isinstance(decoder, FusedDecoder) and untouched(decoder) and fits(decoder)
+        not isinstance(decoder, FusedDecoder) and as_made(decoder, type(decoder)) and fits(decoder)
     )
 
 

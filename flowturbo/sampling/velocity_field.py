@@ -242,10 +242,15 @@ def field_of(
 
 
 def _fused(network: Network, at: Tensor) -> bool:
-    """Whether a network's call is one with what goes before and after it: on a GPU. On the CPU that
-    would only be slower.
+    """Whether a network's call is one with what goes before and after it: on a GPU, for a SiT as it
+    was made. On the CPU that would only be slower.
     """
-    return at.is_cuda and isinstance(network, SiT | ReversedTime)
+    sit = network.network if type(network) is ReversedTime else network
+    return _on_gpu(at) and isinstance(sit, SiT) and sit.has_own_conditioning()
+
+
+def _on_gpu(at: Tensor) -> bool:
+    return at.is_cuda
 
 
 class _Modulations:

@@ -128,12 +128,12 @@ def test_the_memory_lives_as_long_as_its_parameters(pair):
     whole, _ = network.stacked()
     address, alive = whole.data_ptr(), weakref.ref(whole)
     del whole
-    kept = network.blocks[0].adaLN_modulation.product.weight.detach()
+    kept = network.blocks[0].adaLN_modulation[1].weight.detach()
     network.double()
     assert network._stack is None
     assert alive() is None
     assert kept.data_ptr() == address
-    assert torch.equal(kept, plain.blocks[0].adaLN_modulation.product.weight)
+    assert torch.equal(kept, plain.blocks[0].adaLN_modulation[1].weight)
 
 
 def test_parameters_without_an_address(pair):
@@ -191,10 +191,10 @@ def test_layers_of_several_dtypes_stay_where_they_are():
     network.blocks[0].double()
     assert not is_stacked(network.stack_())
     network = random_sit(CONFIG, 3)
-    bias = network.blocks[0].adaLN_modulation.product.bias
+    bias = network.blocks[0].adaLN_modulation[1].bias
     bias.data = bias.data.double()
     assert not is_stacked(network.stack_())
-    assert network.final_layer.adaLN_modulation.product.bias.dtype == torch.float32
+    assert network.final_layer.adaLN_modulation[1].bias.dtype == torch.float32
 
 
 def test_inference_mode_leaves_no_mark():

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from vae_folders import CPU, relative_error
 
 from flowturbo.models import vae_decoder
+from flowturbo.models.hooks import untouched
 from flowturbo.models.vae import load_vae
-from flowturbo.models.vae_decoder import FusedDecoder, fits, untouched
+from flowturbo.models.vae_decoder import FusedDecoder, fits
 from flowturbo.models.vae_fusion import fuse
 from flowturbo_kernels import use_backend
 

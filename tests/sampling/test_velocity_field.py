@@ -11,6 +11,7 @@ from tiny import CONFIG, HEAD_DIM_72, random_sit, tiny_model
 from torch import Tensor
 
 import flowturbo as ft
+from flowturbo.models.sit import SiT
 from flowturbo.sampling import velocity_field
 from flowturbo.sampling.velocity_field import GuidedField, HoistedField, field_of
 from flowturbo.solver.steps import State
@@ -62,8 +63,7 @@ def test_the_hoisted_path_is_the_step_by_step_path(config, guidance, interval):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Calls with guidance and move in one, and the null class by its index."""
-    kinds = velocity_field.SiT, velocity_field.ReversedTime
-    monkeypatch.setattr(velocity_field, "_fused", lambda network, at: isinstance(network, kinds))
+    monkeypatch.setattr(velocity_field, "_on_gpu", lambda at: True)
 
 
 @pytest.mark.parametrize("guidance", [None, 1.7, "one an image"])
@@ -105,8 +105,59 @@ def test_the_path_of_a_gpu_edits_and_inpaints(as_on_a_gpu, monkeypatch):
     mask[..., :4] = True
     args = model, "H1P2R1", source, mask, [1, 2]
     fused = ft.inpaint(*args, guidance=2.0, seed=3, output="latents")
-    monkeypatch.setattr(velocity_field, "_fused", lambda network, at: False)
+    monkeypatch.setattr(velocity_field, "_on_gpu", lambda at: False)
     assert_close(fused, ft.inpaint(*args, guidance=2.0, seed=3, output="latents"), 1e-12)
+
+
+class Damped(SiT):
+    def evaluate(self, *args):
+        return 0.5 * super().evaluate(*args)
+
+
+def damped(network):
+    network.__class__ = Damped
+
+
+def other_adaln(network):
+    layer = network.blocks[0].adaLN_modulation
+    network.blocks[0].adaLN_modulation = torch.nn.Sequential(torch.nn.SiLU(), layer[1])
+    network.blocks[0].adaLN_modulation.register_forward_hook(lambda *given: 2 * given[-1])
+
+
+class OtherLabels(torch.nn.Module):
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, y):
+        return 2 * self.table(y)
+
+
+def other_labels(network):
+    network.y_embedder = OtherLabels(network.y_embedder.embedding_table)
+
+
+def hooked_times(network):
+    network.t_embedder.register_forward_hook(lambda *given: 2 * given[-1])
+
+
+def hooked_adaln(network):
+    network.final_layer.adaLN_modulation.register_forward_hook(lambda *given: 2 * given[-1])
+
+
+@pytest.mark.parametrize("change", [damped, other_adaln, other_labels, hooked_times, hooked_adaln])
+@pytest.mark.parametrize("convention", ["sit", "repa"])
+def test_on_a_gpu_too_a_changed_network_is_what_its_user_made_it(
+    as_on_a_gpu, monkeypatch, change, convention
+):
+    networks = random_sit(CONFIG, 5), random_sit(CONFIG.refiner(), 6)
+    model = ft.load(*networks, convention=convention, device="cpu", dtype=torch.float64)
+    before = both(model, ft.Plan.parse(EVERY_STEP), 1.7)[0]
+    for network in networks:
+        change(network)
+    plain, hoisted = both(model, ft.Plan.parse(EVERY_STEP), 1.7)
+    assert_close(hoisted, plain, 1e-12)
+    assert not torch.allclose(plain, before)
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
