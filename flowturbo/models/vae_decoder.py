@@ -52,8 +52,7 @@ class FusedDecoder(nn.Module):
 
     def __init__(self, plain: nn.Module) -> None:
         super().__init__()
-        for name, part in plain.named_children():
-            self.add_module(name, part)
+        self._modules = plain._modules  # a part that is exchanged in one is in both
         self._plain = (plain,)  # in a tuple, it is no part of this one
         self._summed: dict[str, tuple[Any, ...]] = {}
         self.training = plain.training
@@ -83,6 +82,15 @@ class FusedDecoder(nn.Module):
             and untouched(self)
             and fits(self)
         )
+
+    def made_of(self) -> list[int | None]:
+        """The versions of the weights whose sums a captured run has; when one has changed, the run
+        is captured again.
+        """
+        weights = (
+            getattr(part.conv, "weight", None) for part in self.modules() if _is_upsampler(part)
+        )
+        return [_version(w) for w in weights if isinstance(w, Tensor)] if self._summed else []
 
     def _inputs(self, sample: Tensor) -> Iterator[Tensor]:
         yield sample
@@ -129,9 +137,12 @@ class FusedDecoder(nn.Module):
         self._summed[name] = _identity(weight)
 
 
+def _version(weight: Tensor) -> int | None:
+    return None if weight.is_inference() else weight._version
+
+
 def _identity(weight: Tensor) -> tuple[Any, ...]:
-    version = None if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.dtype, weight.device
+    return weight.data_ptr(), _version(weight), weight.dtype, weight.device
 
 
 def _has_candidates(weight: Tensor) -> bool:

@@ -88,7 +88,7 @@ class Fingerprint:
     It also keeps those tensors alive, so that a replay never reads memory that was freed.
     """
 
-    addresses: list[int] = field(default_factory=list)
+    addresses: list[Any] = field(default_factory=list)
     kept: list[Any] = field(default_factory=list)
 
     @classmethod
@@ -107,17 +107,17 @@ class Fingerprint:
         return self.addresses == addresses(modules)
 
 
-def addresses(modules: Sequence[nn.Module]) -> list[int]:
+def addresses(modules: Sequence[nn.Module]) -> list[Any]:
     """Ids of all submodules, with their training flags and the addresses of their tensors.
 
-    The list changes when a weight is moved, cast or replaced, when a submodule is exchanged, and
-    when a module switches between training and evaluation.
+    The list changes when a weight is moved, cast or replaced, when a submodule is exchanged, when a
+    module switches between training and evaluation, and when what its `made_of` lists does.
     """
-    ids = []
+    ids: list[Any] = []
     stack = list(modules)
     while stack:
         module = stack.pop()
-        ids += [id(module), module.training]
+        ids += [id(module), module.training, *getattr(module, "made_of", list)()]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             ids.append(0 if tensor is None else tensor.data_ptr())
         stack += [child for child in module._modules.values() if child is not None]

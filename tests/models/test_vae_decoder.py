@@ -19,6 +19,7 @@ from flowturbo.models.hooks import untouched
 from flowturbo.models.vae import load_vae
 from flowturbo.models.vae_decoder import FusedDecoder, fits
 from flowturbo.models.vae_fusion import fuse
+from flowturbo.runtime.cuda_graphs import addresses
 from flowturbo_kernels import use_backend
 
 interpreted = pytest.mark.skipif(
@@ -145,6 +146,32 @@ def test_when_the_plain_decoder_runs_though_triton_is_asked_for() -> None:
     assert not suits(z=z.half())
     with torch.autocast("cpu", torch.bfloat16):
         assert not suits()
+    hooks = []
+
+    def with_hook_of_all(_: Any) -> None:
+        hooks.append(nn.modules.module.register_module_forward_hook(lambda *_: None))
+
+    try:
+        assert not suits(with_hook_of_all)
+    finally:
+        hooks[0].remove()
+    assert suits()
+
+
+@interpreted
+@pytest.mark.parametrize("copied", [lambda network: network, copy.deepcopy])
+def test_an_exchanged_part_runs_in_both_decoders(copied: Any) -> None:
+    network = copied(fused(autoencoder(torch.float32)))
+    z = latents(1, 4, 4, torch.float32)
+    before = network.decoder(z)
+    network.decoder.conv_out = copy.deepcopy(network.decoder.conv_out)
+    network.decoder.conv_out.weight.mul_(2)
+    network.decoder.conv_out.bias.mul_(2)
+    plain = network.decoder(z)
+    with use_backend("triton"):
+        few = network.decoder(z)
+    assert relative_error(plain, 2 * before) < 1e-6
+    assert relative_error(few, 2 * before) < 1e-5
 
 
 @interpreted
@@ -260,8 +287,11 @@ def test_summed_weights_follow_their_weight(monkeypatch: pytest.MonkeyPatch) -> 
     assert first is decoder._summed_weights("0", conv.weight) is made[0]
     assert not any("summed" in name for name in decoder.state_dict())
     assert [name for name, _ in decoder.named_buffers()] == ["summed_0"]
+    watched = addresses([decoder])
+    assert addresses([decoder]) == watched
     with torch.no_grad():
         conv.weight.mul_(2)
+    assert addresses([decoder]) != watched  # a captured run would read the sums of before
     second = decoder._summed_weights("0", conv.weight)
     assert torch.equal(second, 2 * first)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
