@@ -4,6 +4,7 @@ static scales, and the loop over the blocks.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -171,8 +172,15 @@ def calibrate(
         largest[layer] = torch.maximum(largest[layer], found) if layer in largest else found
 
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    kind = like.device.type
+    plain = (
+        torch.autocast(kind, enabled=False)
+        if torch.amp.is_autocast_available(kind)
+        else contextlib.nullcontext()
+    )
     try:
-        _sample(config, like, velocity)
+        with plain:
+            _sample(config, like, velocity)
     finally:
         for hook in hooks:
             hook.remove()

@@ -126,9 +126,23 @@ def test_a_calibration_is_deterministic_and_once(digits):
     before = scales(again)
     again.quantize_()
     assert scales(again).equal(before)
-    assert scales(random_sit(CONFIG, 0).quantize_()).equal(
-        scales(random_sit(CONFIG, 0).quantize_())
-    )
+    tiny = scales(random_sit(CONFIG, 0).quantize_())
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with mode:
+            assert scales(random_sit(CONFIG, 0).quantize_()).equal(tiny)
+
+
+def test_a_calibration_that_fails_leaves_nothing_behind():
+    network = random_sit(CONFIG, 0)
+
+    def fails(*_):
+        raise RuntimeError("no velocity")
+
+    with pytest.raises(RuntimeError, match="no velocity"):
+        network.quantize_(fails)
+    assert not any(module._forward_pre_hooks for module in network.modules())
+    assert not network._in_fp8()
+    assert scales(network.quantize_()).equal(scales(random_sit(CONFIG, 0).quantize_()))
 
 
 def test_it_samples_in_the_models_own_time():

@@ -33,6 +33,15 @@ def test_instructions_are_read_from_the_list_of_the_cpu(cpuinfo, names):
     assert len(instructions_in(cpuinfo)) == names
 
 
+def test_a_list_that_cannot_be_read_is_no_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu_dtype, "multiplies_bfloat16", lambda: True)
+    for path in (tmp_path, tmp_path / "absent"):  # a folder can be read by nobody
+        monkeypatch.setattr(cpu_dtype, "_CPUINFO", path)
+        cpu_dtype.bfloat16_instructions.cache_clear()
+        assert isinstance(cpu_dtype.bfloat16_instructions(), tuple)
+    cpu_dtype.bfloat16_instructions.cache_clear()
+
+
 @pytest.fixture(params=[("amx_bf16",), ()], ids=["amx", "none"])
 def instructions(request, monkeypatch):
     monkeypatch.setattr(cpu_dtype, "bfloat16_instructions", lambda: request.param)
