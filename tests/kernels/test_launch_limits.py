@@ -285,8 +285,7 @@ def huge() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "attention_branch_fp8", (qkv, empty(1).float(), *layer, None, *ends)
         yield "attention", (empty(1, tokens // 48, 2, 3, 1, 8)[:, :, 0],)
     for S in (65535, 65536):
-        layers = empty(8, 2), empty(8), empty(8, 8), empty(8)
-        yield "conditions", (empty(1, 8), [0.5] * S, *layers)
+        yield "conditions", (empty(1, 8), [0.5] * S, empty(8, 2), empty(8), empty(8, 8), empty(8))
     for N in (65535, 65536):
         x, v = empty(N, 1, 2, 2), empty(2 * N, 1, 2, 2)
         yield "velocity_update", (x, [v], [0.1])
