@@ -14,6 +14,7 @@ import torch
 from close import assert_close, assert_equal, relative_error
 from hopper import FP8_SUMS
 from ops import CASES, DTYPES, NAMES, case, mapped, tensors
+from replays import assert_replays
 from tiny import CONFIG, HEAD_DIM_72, random_sit
 from torch import Tensor
 
@@ -109,22 +110,8 @@ def test_real_sizes(index, backend):
 @pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_captured_operation_replays_on_new_inputs(name, backend):
-    args = mapped(case(name, 1, torch.float16, seed=22), Tensor.cuda)
-    new = mapped(case(name, 1, torch.float16, seed=23), Tensor.cuda)
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with use_backend(backend), torch.no_grad():
-        with torch.cuda.stream(stream):
-            OPS[name](*args)
-            eager = tensors(OPS[name](*new))
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = tensors(OPS[name](*args))
-    for old, fresh in zip(tensors(args), tensors(new), strict=True):
-        old.copy_(fresh)
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(captured, eager, strict=True):
-        assert_equal(a, b)
+    args, new = (mapped(case(name, 1, torch.float16, seed=n), Tensor.cuda) for n in (22, 23))
+    assert_replays(name, args, new, backend)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,12 +9,13 @@ from typing import Any
 import fake_cuda
 import pytest
 import torch
-from close import assert_close, assert_equal
+from close import assert_close
 from hopper import FP8_SUMS
 from ops import FP8, case, mapped, tensors
+from replays import assert_replays
 from torch import Tensor
 
-from flowturbo_kernels import OPS, quantize_static, sizes, use_backend
+from flowturbo_kernels import OPS, quantize_static, sizes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,21 +72,8 @@ def test_every_candidate_errs_as_fp8_does(index):
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("name", FP8)
 def test_a_captured_operation_replays_on_new_inputs(name, backend):
-    args, new = (mapped(case(name, 1, torch.float16, seed=s), Tensor.cuda) for s in (22, 23))
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with use_backend(backend), torch.no_grad():
-        with torch.cuda.stream(stream):
-            OPS[name](*args)
-            eager = tensors(OPS[name](*new))
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = tensors(OPS[name](*args))
-    for old, fresh in zip(tensors(args), tensors(new), strict=True):
-        old.copy_(fresh)
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(captured, eager, strict=True):
-        assert_equal(a.view(torch.uint8), b.view(torch.uint8))
+    args, new = (mapped(case(name, 1, torch.float16, seed=n), Tensor.cuda) for n in (22, 23))
+    assert_replays(name, args, new, backend)
 
 
 @pytest.mark.skipif(fake_cuda.PRESENT, reason="no values on the stand-in")
