@@ -166,9 +166,9 @@ kernels() {
     local batch
     build
     for batch in $batches; do
-        operations "batch-$batch" $((batch > 1 ? 165 : 90)) "$batch" "auto eager triton cuda"
+        operations "batch-$batch" $((batch > 1 ? 225 : 105)) "$batch" "auto eager triton cuda"
     done
-    case " $batches " in *" 8 "*) operations compiled-8 200 8 compiled ;; esac
+    case " $batches " in *" 8 "*) operations compiled-8 130 8 compiled ;; esac
 }
 
 plans() { # BATCH
