@@ -115,7 +115,7 @@ def adaln_quantized(
 def gated_residual_adaln_quantized(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = torch.addcmul(x, gate[:, None], y)
+    x = torch.addcmul(x, _each_row(gate, len(x))[:, None], y)
     return x, *adaln_quantized(x, shift, scale, eps)
 
 
