@@ -63,6 +63,7 @@ def test_it_is_the_step_by_step_refiner(config, guidance, by_index):
         assert_close(b, a, 1e-6)
 
 
+@pytest.mark.slow
 @interpreted
 @cases
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -73,7 +74,7 @@ def test_its_kernels_are_its_reference(config, guidance, by_index):
 
 
 @interpreted
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_its_launches(depth, monkeypatch):
     names = []
     launch = Kernel.launch

@@ -102,7 +102,7 @@ def test_only_many_parts_are_merged_by_a_kernel_of_their_own(side, merged, monke
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")
-@pytest.mark.parametrize("parts", [1, 2, 31, 32, 33, 200])
+@pytest.mark.parametrize("parts", [1, 2, 31, 32, 33, pytest.param(200, marks=pytest.mark.slow)])
 def test_merged_statistics_are_those_of_the_whole(parts, monkeypatch):
     """With parts that are far from each other, the last of them smaller, and by both ways of
     merging.

@@ -76,6 +76,7 @@ def test_in_fp8():
         assert_close(b, a, 0.02)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("guidance", [None, 1.5])
 @every

@@ -121,7 +121,7 @@ sys.exit(status)
 """
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("how", ["raise OSError('the disk is full')", "os.kill(os.getpid(), 9)"])
 def test_when_one_process_ends_the_other_says_so_and_does_not_wait(
     digits: ft.FlowModel, larger_set: Path, tmp_path: Path, failing: int, how: str

@@ -181,7 +181,9 @@ def torch_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize(
+    "threads", [1, 2, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 5, 6, 7)), 8]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_image_is_the_same_to_the_last_bit_anywhere_in_its_batch(torch_threads, dtype, threads):
     torch_threads(threads)

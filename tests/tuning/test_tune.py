@@ -233,6 +233,7 @@ def test_results_of_other_settings_are_not_mixed(tuned, weights, tmp_path):
         tune.tune(settings(weights, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_budget_in_milliseconds_is_kept_by_the_measured_costs(weights, tmp_path, monkeypatch):
     costs = {**dict.fromkeys("EABCLP", 2.0), "H": 4.0, "R": 1.0, "S": 0.5, "M": 0.5, "fixed": 0.25}
     monkeypatch.setattr(tune, "step_costs", lambda *rest: costs)
