@@ -82,7 +82,10 @@ class Stackable(nn.Module):
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
     """All parameters along the first axis, in memory that is theirs from now on."""
-    whole = torch.cat([parameter.detach() for parameter in parameters])
+    first = parameters[0].detach()
+    whole = first.new_empty(sum(map(len, parameters)), *first.shape[1:])
+    for piece, parameter in zip(whole.split([len(p) for p in parameters]), parameters, strict=True):
+        piece.copy_(parameter.detach())
     start = 0
     for parameter in parameters:
         end = start + parameter.numel() * parameter.element_size()
