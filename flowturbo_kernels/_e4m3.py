@@ -59,12 +59,6 @@ def expect_layer(op_name: str, K: int, weight: Tensor, weight_scale: Tensor, bia
     expect_shape(op_name, "bias", bias, (len(weight),))
 
 
-def expect_activation(op_name: str, activation: str | None) -> None:
-    """ValueError unless there is none, or one that products have."""
-    if activation not in (None, "gelu_tanh"):
-        raise ValueError(f"{op_name}: activation must be None or 'gelu_tanh', got {activation!r}")
-
-
 def ones(count: int, device: torch.device) -> Tensor:
     """(count,) float32: scales of rows that have none, for products that ask for some. Only to be
     read.

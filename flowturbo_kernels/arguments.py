@@ -93,3 +93,9 @@ def expect_one_dtype(op_name: str, **tensors: Tensor) -> None:
             raise TypeError(
                 f"{op_name}: {argument} must have the dtype of {first}, {dtype}, got {tensor.dtype}"
             )
+
+
+def expect_activation(op_name: str, activation: str | None) -> None:
+    """ValueError unless there is none, or one that products have."""
+    if activation not in (None, "gelu_tanh"):
+        raise ValueError(f"{op_name}: activation must be None or 'gelu_tanh', got {activation!r}")

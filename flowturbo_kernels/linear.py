@@ -15,7 +15,14 @@ from ._matmul import EXACT_TILES, MASKED_TILES, SPLITS, TILES, WIDE_TILES, Tile,
 from ._op import op, requested_backend
 from ._triton import rows
 from ._tune import Candidates, form
-from .arguments import Make, expect_floating, expect_one_dtype, expect_shape, wide
+from .arguments import (
+    Make,
+    expect_activation,
+    expect_floating,
+    expect_one_dtype,
+    expect_shape,
+    wide,
+)
 from .batch_invariant import gelu_tanh, gelu_tanh_bfloat16, matmul, multipliable
 
 Activation = Literal["gelu_tanh"]
@@ -28,8 +35,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | Non
         raise ValueError("linear: x must have at least one dimension, got a scalar")
     expect_shape("linear", "weight", weight, (None, x.shape[-1]))
     expect_shape("linear", "bias", bias, (weight.shape[0],))
-    if activation not in (None, "gelu_tanh"):
-        raise ValueError(f"linear: activation must be None or 'gelu_tanh', got {activation!r}")
+    expect_activation("linear", activation)
 
 
 def _example(make: Make) -> Iterable[tuple[Any, ...]]:

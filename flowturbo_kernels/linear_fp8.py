@@ -14,7 +14,6 @@ from torch import Tensor
 from ._e4m3 import (
     LARGEST,
     TINY,
-    expect_activation,
     expect_layer,
     expect_scale,
     in_e4m3,
@@ -25,7 +24,7 @@ from ._matmul import FP8_TILES, MASKED_TILES, Tile, gelu, product
 from ._op import op, requested_backend
 from ._triton import in_turn, kernel, next_power_of_2, rows, tl
 from ._tune import Candidates, form
-from .arguments import Make, expect_floating, expect_shape, wide
+from .arguments import Make, expect_activation, expect_floating, expect_shape, wide
 from .batch_invariant import gelu_tanh
 from .linear import Activation
 

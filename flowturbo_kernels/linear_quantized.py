@@ -14,7 +14,6 @@ from torch import Tensor
 
 from . import _quack
 from ._e4m3 import (
-    expect_activation,
     expect_e4m3,
     expect_layer,
     expect_scale,
@@ -26,7 +25,7 @@ from ._matmul import FP8_SMALL_TILES, FP8_TILES, MASKED_TILES, SPLITS, Tile, pro
 from ._op import op, requested_backend
 from ._triton import rows
 from ._tune import Candidates, form
-from .arguments import Make, expect_floating, expect_shape, wide
+from .arguments import Make, expect_activation, expect_floating, expect_shape, wide
 from .batch_invariant import gelu_tanh
 from .linear import Activation
 from .linear_fp8 import quantize_rows, quantize_static

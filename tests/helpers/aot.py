@@ -150,9 +150,9 @@ def before_barriers(ptx: str) -> str:
     return re.split(r"\bbar(?:rier)?\.sync", ptx)[0]
 
 
-def in_depth(cubin: bytes, threads: int, shared: int) -> dict[str, Any]:
+def in_depth(cubin: bytes, registers: int, threads: int, shared: int) -> dict[str, Any]:
     """What the machine code says, and how many such blocks a multiprocessor holds."""
-    code = machine_code.read(cubin)
+    code = machine_code.read(cubin, registers)
     return {"code": code._asdict() | {"blocks": code.blocks(threads, shared)}}
 
 
@@ -178,6 +178,7 @@ def main(archs: list[int], real_only: bool) -> None:
                 )
                 ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
                 threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
+                used = machine_code.resources(cubin)
                 print(
                     json.dumps(
                         {
@@ -192,9 +193,9 @@ def main(archs: list[int], real_only: bool) -> None:
                             "tile": tile(kernel, args),
                             "threads": threads,
                             "shared": shared,
-                            **machine_code.resources(cubin),
+                            **used,
                             **(
-                                in_depth(cubin, threads, shared)
+                                in_depth(cubin, used["reg"], threads, shared)
                                 if arch == 90 and sizes_of == "real"
                                 else {}
                             ),

@@ -22,14 +22,12 @@ block takes besides its own.
 
 
 class MachineCode(NamedTuple):
-    """registers: of a thread. local: bytes of a thread that spilled. products: the shapes of its
-    matrix instructions. tma: its loads of whole tiles. in_flight: the 16-byte loads to registers
-    that are issued before a result of one is used. asynchronous: its 16-byte copies to shared
-    memory.
+    """registers: of a thread. products: the shapes of its matrix instructions. tma: its loads of
+    whole tiles. in_flight: the 16-byte loads to registers that are issued before a result of one is
+    used. asynchronous: its 16-byte copies to shared memory.
     """
 
     registers: int
-    local: int
     products: tuple[str, ...]
     tma: int
     in_flight: int
@@ -60,11 +58,11 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {k.lower(): int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
 
 
-def read(cubin: bytes) -> MachineCode:
-    """The facts of a file with one kernel."""
+def read(cubin: bytes, each: int) -> MachineCode:
+    """The facts of a file with one kernel, whose threads have so many registers each."""
     with _file(cubin) as path:
         (code,) = sass.instructions(path).values()
-    return facts(code, resources(cubin))
+    return facts(code, each)
 
 
 @contextmanager
@@ -75,11 +73,10 @@ def _file(cubin: bytes) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def facts(code: list[str], used: dict[str, int]) -> MachineCode:
+def facts(code: list[str], each: int) -> MachineCode:
     names = [re.sub(r"^@\S+ ", "", line).split()[0] for line in code]
     return MachineCode(
-        used["reg"],
-        max(used["stack"], used["local"]),
+        each,
         tuple(sorted({shape for name in names if (shape := _product(name))})),
         sum(name.startswith(("UTMALDG", "UBLKCP")) for name in names),
         sass.wide_loads(code),
