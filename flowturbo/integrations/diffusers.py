@@ -6,11 +6,8 @@ pipeline are changed, never a class.
 
 from __future__ import annotations
 
-import functools
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,46 +19,42 @@ from ..models.pipelines import move_part
 from ..models.text_to_image import KINDS, check_refiner
 from ..runtime.cuda_graphs import Captures
 from ..solver.plan import Plan, as_plan
+from .masked_class import stock_class
+from .planned_pipeline import MARK, planned_class
 from .transformer import AttachedRefiner, Graphed, Undo, fuse_adaln, patch
 
 if TYPE_CHECKING:
-    from .scheduler import Grid, PlanScheduler
-
-_MARK = "_flowturbo"
-_STOCK = ("diffusers", "FlowMatchEulerDiscreteScheduler")
+    from .scheduler import Grid, PlanSteps
 
 
 @dataclass
 class Accelerated:
-    """The changes to a pipeline, and statistics since then.
+    """The changes to a pipeline, and what has run since then.
 
     before: the pipeline's own scheduler.
     undo: functions that undo the changes, in the order they were made.
-    calls, seconds: of the predictor; seconds on the host.
     """
 
     plan: Plan
     before: Any
-    scheduler: PlanScheduler
+    scheduler: PlanSteps
     captures: Captures | None = None
     undo: list[Undo] = field(default_factory=list)
-    calls: int = 0
-    seconds: float = 0.0
 
 
 def accelerate(
     pipe: Any,
-    plan: str | Plan,
+    plan: str | Plan = "A7",
     refiner: nn.Module | str | os.PathLike[str] | None = None,
     *,
     graph: bool = False,
     grid: Grid = "auto",
 ) -> Any:
-    """Make a diffusers flow-matching pipeline (SD3, FLUX, ...) sample by a plan.
+    """Make a diffusers flow-matching pipeline (SD3, FLUX, Qwen-Image, Wan, ...) sample by a plan.
 
-    The pipeline is called as before and makes the predictor calls of the plan; num_inference_steps
-    is ignored.
-    plan: a Plan, or text such as "H1P5".
+    The pipeline is called as before and makes the predictor calls of the plan; whatever it counts
+    in num_inference_steps gets the plan's number of calls, and what the caller says is ignored.
+    plan: a Plan, or text such as "H1P4E1".
     refiner: for plans with R or S steps, a network as `refiner_for` makes it, or the folder it was
         saved to. It gets the prompts, guidance and other arguments of the transformer's last call.
     graph: fuse the transformer's adaLN, and on CUDA replay it as a CUDA graph, at most eight, one
@@ -69,18 +62,21 @@ def accelerate(
         noticed: restore, and accelerate again.
     grid: the noise levels; see integrations.scheduler.PlanScheduler.
     LoRAs, ControlNets, callbacks, generators, image-to-image and inpainting work as before. Several
-    threads may share the pipeline.
-    Returns the pipeline. Raises ValueError if it is accelerated already or the refiner does not fit
-    the plan, TypeError if its scheduler is not FlowMatchEulerDiscreteScheduler or its network is
-    unknown.
+    threads may share the pipeline. It can be pickled and copied. A pipeline made of its components
+    (from_pipe) is a stock one, to be accelerated by itself.
+    Returns the pipeline. Raises ValueError if it is accelerated already, if the refiner does not
+    fit the plan, or if the plan calls the network at noise level 0, where the pipeline divides by
+    the level; TypeError for a pipeline whose scheduler or way of sampling no plan can replace, or
+    whose network is unknown.
     """
     if not hasattr(pipe, "scheduler"):
         raise TypeError(
             f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
         )
-    from .scheduler import PlanScheduler
+    from .known_pipelines import check_pipeline
+    from .scheduler import PlanScheduler, PlanSteps
 
-    if isinstance(pipe.scheduler, PlanScheduler):
+    if isinstance(pipe.scheduler, PlanSteps):
         raise ValueError(
             f"this pipeline is accelerated by plan {pipe.scheduler.plan} already: restore it first"
         )
@@ -93,6 +89,7 @@ def accelerate(
         )
         raise ValueError(f"plan {plan} {problem}")
     scheduler = PlanScheduler.of(pipe.scheduler, plan, grid)
+    check_pipeline(pipe, scheduler)
     network = getattr(pipe, "transformer", None)
     if (refiner is not None or graph) and type(network).__name__ not in KINDS:
         raise TypeError(
@@ -112,15 +109,9 @@ def accelerate(
         state.undo += fuse_adaln(network)
         state.captures = Captures()
         state.undo.append(Graphed(network, state.captures).remove)
-    if callable(getattr(pipe, "get_timesteps", None)):
-        ours = functools.partial(_timesteps_of_the_plan, pipe.get_timesteps, scheduler)
-        state.undo.append(patch(pipe, "get_timesteps", ours))
-    if isinstance(network, nn.Module):
-        state.undo += _counted(network, state)
-    pipe.scheduler = scheduler
-    # A pipeline is saved with the classes of its components, and could not be loaded with ours.
-    pipe.register_to_config(scheduler=_STOCK)
-    state.undo.append(patch(pipe, _MARK, state))
+    _swap(pipe, scheduler)
+    pipe.__class__ = planned_class(type(pipe))
+    state.undo.append(patch(pipe, MARK, state))
     return pipe
 
 
@@ -132,10 +123,22 @@ def restore(pipe: Any) -> Any:
     state = _state_of(pipe)
     for undo in reversed(state.undo):
         undo()
-    pipe.scheduler = state.before
+    pipe.__class__ = stock_class(type(pipe))
+    _swap(pipe, state.before)
     if state.captures is not None:
         state.captures.clear()
     return pipe
+
+
+def _swap(pipe: Any, scheduler: Any) -> None:
+    """Put a scheduler in the pipeline's place for it, and leave what it says it consists of.
+
+    A pipeline is saved with the classes of its components, and must load as a stock one.
+    """
+    config = vars(pipe).get("_internal_dict")
+    pipe.scheduler = scheduler
+    if config is not None:
+        object.__setattr__(pipe, "_internal_dict", config)
 
 
 @contextmanager
@@ -163,10 +166,11 @@ def summary(model: Any) -> str:
         f"plan {state.plan}: {state.plan.cost.predictor} predictor and {state.plan.cost.refiner} "
         "refiner calls a run"
     ]
+    meter = state.scheduler.meter
     per_call = ""
-    if state.calls:
-        per_call = f", {1e3 * state.seconds / state.calls:.2f} ms each on the host"
-    lines.append(f"{state.calls} predictor calls so far{per_call}")
+    if meter.timed:
+        per_call = f", {1e3 * meter.seconds / meter.timed:.2f} ms each on the host"
+    lines.append(f"{meter.calls} predictor calls so far{per_call}")
     if state.captures is not None:
         lines += [
             f"captured for {c.key.size} rows: {c.memory / 2**20:.0f} MiB, replayed {c.hits} times"
@@ -177,39 +181,10 @@ def summary(model: Any) -> str:
 
 
 def _state_of(pipe: Any) -> Accelerated:
-    state = vars(pipe).get(_MARK) if hasattr(pipe, "__dict__") else None
+    state = vars(pipe).get(MARK) if hasattr(pipe, "__dict__") else None
     if state is None:
-        raise ValueError("this pipeline is not accelerated")
+        raise ValueError(
+            "this pipeline is not accelerated: accelerate it itself, also if it was made from one "
+            "that is"
+        )
     return state
-
-
-def _timesteps_of_the_plan(
-    original: Callable[..., Any],
-    scheduler: PlanScheduler,
-    num_inference_steps: int,
-    *rest: Any,
-    **more: Any,
-) -> Any:
-    """The get_timesteps of image-to-image pipelines, with the number of the plan's calls.
-
-    They would count from num_inference_steps.
-    """
-    return original(len(scheduler.timesteps), *rest, **more)
-
-
-def _counted(network: nn.Module, state: Accelerated) -> list[Undo]:
-    """Count the network's calls, and time them on the host -> functions that undo it."""
-    clock, lock = threading.local(), threading.Lock()
-
-    def before(*_: Any) -> None:
-        clock.start = time.perf_counter()
-
-    def after(*_: Any) -> None:
-        with lock:
-            state.calls += 1
-            state.seconds += time.perf_counter() - clock.start
-
-    return [
-        network.register_forward_pre_hook(before).remove,
-        network.register_forward_hook(after).remove,
-    ]

@@ -1,18 +1,17 @@
 """A plan as a diffusers scheduler: one "timestep" is one predictor call.
 
-So any flow-matching pipeline can run the steps of a plan. Time here is minus diffusers' noise level
-sigma, from -1 to 0. It rises as our time does, the length of a step is the difference of two
-sigmas, and the velocity, data - noise, is minus the model's output.
+So any flow-matching pipeline can run the steps of a plan. Time is 1 - sigma, sigma being diffusers'
+noise level, and the velocity, data - noise, is minus the model's output. Schedulers with
+`invert_sigmas` count sigma from noise to data: there time is sigma, the velocity the output itself.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
-import threading
+import time
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,177 +19,245 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchEulerDiscreteSchedulerOutput,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ..solver.plan import Plan, as_plan
-from ..solver.steps import Field, State, Step
+from .accepted import base_of, check_configuration
+from .masked_class import dressed, masked_class, stock_class
+from .meter import Meter
+from .noise_levels import Timesteps, resampled
+from .plan_run import Refine, Run, predictor_calls, version_of
+from .thread_values import PerThread
 
 Grid = Literal["auto", "pipeline", "corrected", "plan"]
 
+_UNUSED = {"generator", "s_churn", "s_tmin", "s_tmax", "s_noise", "variance_noise", "eta"}
+"""Arguments of stock steps that say nothing to a step without noise."""
 
-class Refine(Protocol):
-    """A refiner that knows the arguments of the predictor's last call."""
-
-    def __call__(self, x: Tensor, noise_level: float, v: Tensor) -> Tensor:
-        """x (N, ...), velocity v like x -> the refiner's offset, like x."""
-        ...
-
-    def stepped(self) -> None:
-        """The scheduler has finished a step."""
-        ...
+_DRESSED = ("set_timesteps", "step")
 
 
-class Point(NamedTuple):
-    """A predictor call: the number of its step, and its time."""
+class PlanSteps:
+    """What a scheduler of any class becomes with a plan: `set_timesteps` and `step` are a plan's.
 
-    step: int
-    time: float
-
-
-class _VelocityNeeded(Exception):
-    """A step needs the predictor's velocity at x and t."""
-
-    def __init__(self, x: Tensor, t: float) -> None:
-        super().__init__()
-        self.x, self.t = x, t
-
-
-class _KnownVelocities(Field):
-    """A field that answers predictor calls with velocities that are known already."""
-
-    def __init__(self, velocities: Sequence[Tensor], refine: Refine | None) -> None:
-        self._unread, self._refine = list(velocities), refine
-
-    def predict(self, x: Tensor, t: float) -> Tensor:
-        if not self._unread:
-            raise _VelocityNeeded(x, t)
-        return self._unread.pop(0)
-
-    def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
-        if self._refine is None:
-            raise ValueError("this plan has refiner steps: give accelerate a refiner")
-        return self._refine(x, -t, v)
-
-
-def predictor_calls(steps: Sequence[Step], times: Sequence[float]) -> list[Point]:
-    """Every predictor call of the steps on this grid, in order."""
-    points: list[Point] = []
-
-    class CallRecorder(Field):
-        def predict(self, x: Tensor, t: float) -> Tensor:
-            points.append(Point(number, t))
-            return x
-
-        def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
-            return v
-
-    state = State(torch.zeros(1))
-    for number, step in enumerate(steps):
-        state = step(CallRecorder(), state, times[number], times[number + 1])
-    return points
-
-
-class Run:
-    """One pass through a plan, from its call `first` on.
-
-    It takes velocities one by one, and says where the next one must be evaluated: at `position`.
+    Before it in the order of methods; behind it stands the stock class, whose `set_timesteps` makes
+    the noise levels.
     """
 
-    def __init__(
-        self,
-        steps: Sequence[Step],
-        times: Sequence[float],
-        calls: Sequence[Point],
-        first: int,
-        x: Tensor,
-    ) -> None:
-        self.steps, self.times = steps, times
-        self.step, time = calls[first]
-        # A run that starts within a step has no earlier velocity of it. The velocity that comes is
-        # used as the cached one of the next step.
-        self._between = time != times[self.step]
-        self.state, self.position, self._known = State(x), x, list[Tensor]()
-        self.returned: Tensor | None = None
+    timesteps, sigmas, num_inference_steps = PerThread(), PerThread(), PerThread()
+    _step_index, _begin_index = PerThread(), PerThread()
+    _run, _times, _own_sigmas = PerThread(), PerThread(), PerThread()
 
-    def adopt(self, sample: Tensor) -> None:
-        """Apply to the state what the pipeline or a callback has changed in the latents.
+    plan: Plan
+    grid: Grid
+    refiner: Refine | None
+    meter: Meter
+    config: Any
 
-        sample: the latents as the pipeline passes them to the next step.
-        """
-        if sample is not self.returned:
-            change = sample.to(self.position.dtype) - self.position
-            self.state = self.state._replace(x=self.state.x + change)
-
-    def take(self, v: Tensor, refine: Refine | None) -> Tensor:
-        """Take the velocity at `position` -> the next position, or the result."""
-        if self._between:
-            self.state, self.step, self._between = State(self.state.x, v), self.step + 1, False
+    def _adopt_plan(self, plan: Plan, grid: Grid) -> None:
+        """Take the plan and its kind of grid, checked."""
+        self.plan = plan
+        if grid not in ("auto", "pipeline", "corrected", "plan"):
+            raise ValueError(
+                f"grid must be 'auto', 'pipeline', 'corrected' or 'plan', got {grid!r}"
+            )
+        if plan.start:
+            raise ValueError(
+                f"plan must start at 0, got {plan.start:g}: pipelines start later by "
+                "themselves, by strength"
+            )
+        if plan.guidance_interval != (0.0, 1.0):
+            raise ValueError(
+                f"plan must have no guidance interval, got {plan.guidance_interval}: a "
+                "pipeline guides by itself"
+            )
+        if grid == "corrected" and not isinstance(self, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                "grid must not be 'corrected' for a scheduler that applies its shift once, got a "
+                f"{type(self).__name__}"
+            )
+        uniform = all(abs(t - i / len(plan)) < 1e-12 for i, t in enumerate(plan.grid))
+        if plan.weights and grid not in ("auto", "plan"):
+            raise ValueError(
+                "grid must be 'plan' for a plan with fitted weights, which hold on its own grid "
+                f"alone, got {grid!r}"
+            )
+        if plan.weights or (grid == "auto" and not uniform):
+            self.grid = "plan"
         else:
-            self._known.append(v)
-        while self.step < len(self.steps):
-            t0, t1 = self.times[self.step], self.times[self.step + 1]
-            try:
-                self.state = self.steps[self.step](
-                    _KnownVelocities(self._known, refine), self.state, t0, t1
-                )
-            except _VelocityNeeded as request:
-                self.position = request.x
-                return request.x
-            self.step, self._known = self.step + 1, []
-        self.position = self.state.x
-        return self.state.x
+            self.grid = "pipeline" if grid == "auto" else grid
+        self.refiner = None
+        self.meter = Meter()
+        self._warned = False
+        self._run = None
+
+    @property
+    def calls(self) -> int:
+        """Predictor calls of a whole run (NFE)."""
+        return self.plan.cost.predictor
+
+    @property
+    def _ascending(self) -> bool:
+        """Whether sigma rises from noise to data."""
+        return bool(self.config.get("invert_sigmas"))
+
+    def scale_model_input(self, sample: Tensor, *args: Any, **options: Any) -> Tensor:
+        """The sample as it is: flow models read it so."""
+        return sample
+
+    def set_timesteps(self, *args: Any, **options: Any) -> None:
+        """Set the noise levels, as for `len(plan)` Euler steps of the stock scheduler.
+
+        Takes what the stock scheduler takes. sigmas or timesteps of another number are interpolated
+        to that number.
+        """
+        stock: Any = super().set_timesteps  # type: ignore[misc]
+        given = inspect.signature(stock).bind(*args, **options).arguments
+        given |= given.pop("kwargs", {})
+        self._warn_of_other_numbers(given)
+        count = len(self.plan)
+        custom = {
+            name: resampled(given[name], count)
+            for name in ("sigmas", "timesteps")
+            if given.get(name) is not None
+        }
+        if not custom and self.grid == "corrected":
+            custom = {"sigmas": list(np.linspace(1, 1 / count, count))}
+        rest = {k: v for k, v in given.items() if k not in ("num_inference_steps", *custom)}
+        if not custom:
+            rest["num_inference_steps"] = count
+        stock(**rest, **custom)
+        self._spread_out()
+        if self.refiner is not None:
+            self.refiner.reset()
+        self.meter.begin()
+
+    def _spread_out(self) -> None:
+        """From the stock scheduler's levels, one a step, to those of all predictor calls."""
+        stock = self.sigmas
+        timesteps = Timesteps(stock, self.timesteps, self.config["num_train_timesteps"])
+        levels = stock.tolist()
+        if self.grid == "plan":
+            times = [float(np.float32(t)) for t in self.plan.grid]
+            noise = [float(np.float32(1 - t)) for t in self.plan.grid]
+            levels = times if self._ascending else noise
+        self._times = levels if self._ascending else [1 - level for level in levels]
+        if min(self._times) < 0 and set(self.plan.letters) & set("UDX"):
+            raise ValueError(
+                f"plan must have no U, D or X steps for noise levels up to {max(levels):g}, got "
+                f"{self.plan}: these steps need levels from 0 to 1"
+            )
+        times = [point.time for point in predictor_calls(self.plan.steps, self._times)]
+        called = times if self._ascending else [1 - t for t in times]
+        self.timesteps = timesteps.at(called, self.timesteps.device)
+        own = torch.tensor([*called, levels[-1]], dtype=torch.float32)
+        self.sigmas = own.to(stock.device, copy=True)
+        # On the host, so that no step waits for the device.
+        self._own_sigmas = own.tolist(), self.sigmas, version_of(self.sigmas)
+        self.num_inference_steps = len(self.timesteps)
+        self._step_index = self._begin_index = self._run = None
+
+    def _warn_of_other_numbers(self, given: Mapping[str, Any]) -> None:
+        listed = [given[name] for name in ("sigmas", "timesteps") if given.get(name) is not None]
+        requested = given.get("num_inference_steps") or (len(listed[0]) if listed else 0)
+        if requested not in (len(self.plan), self.calls) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{requested} steps were asked for: plan {self.plan} has {len(self.plan)} and "
+                f"makes {self.calls} predictor calls, whatever num_inference_steps says",
+                stacklevel=4,
+            )
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        """Take the output of a predictor call -> where to make the next one.
+
+        After the last call it returns the result. sample: the latents, (N, ...).
+        """
+        started = time.perf_counter()
+        stock: Any = super().step  # type: ignore[misc]
+        given = inspect.signature(stock).bind(model_output, timestep, sample, *args, **options)
+        return_dict = _check_unused(given.arguments)
+        run = self._running(timestep, sample, model_output.dtype)
+        wide = run.position.dtype
+        v = model_output.to(wide, copy=True) if self._ascending else -model_output.to(wide)
+        self._check_at_zero(v)
+        run.take(v, self.refiner)
+        if self.refiner is not None:
+            self.refiner.stepped()
+        self._step_index += 1
+        if self._step_index == len(self.timesteps):
+            self._run = None
+        x: Any = run.give()
+        self.meter.called(started)
+        if not return_dict:
+            return (x,)
+        if isinstance(self, FlowMatchEulerDiscreteScheduler):
+            return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x)
+        return SchedulerOutput(prev_sample=x)
+
+    def _running(self, timestep: Any, sample: Tensor, dtype: torch.dtype) -> Run:
+        """The present run, with what the pipeline has done to its latents; else a new one."""
+        run = self._run
+        if run is not None and run.adopt(sample):
+            return run
+        if run is None:
+            self._init_step_index(timestep)  # type: ignore[attr-defined]
+            self._adopt_sigmas()
+        # A pipeline that has changed the shape of its latents goes on without earlier velocities.
+        run = Run(self.plan.steps, self._times, self._step_index, sample, dtype)
+        self._run = run
+        return run
+
+    def _adopt_sigmas(self) -> None:
+        """Follow a pipeline that has written to `sigmas` after set_timesteps (Cosmos 2 does)."""
+        own, tensor, version = self._own_sigmas
+        if self.sigmas is tensor and version_of(tensor) == version >= 0:
+            return
+        if len(self.sigmas) != len(own):
+            raise ValueError(
+                f"a plan makes {len(own) - 1} predictor calls, but the pipeline has set "
+                f"{len(self.sigmas)} sigmas after set_timesteps"
+            )
+        new = self.sigmas.tolist()
+        moved = dict(zip(own[:-1], new[:-1], strict=True))
+        levels = [t if self._ascending else 1 - t for t in self._times]
+        levels = [*(moved.get(level, level) for level in levels[:-1]), new[-1]]
+        self._times = [level if self._ascending else 1 - level for level in levels]
+
+    def _check_at_zero(self, v: Tensor) -> None:
+        """Fail if the network's output is not finite where the plan calls it on data."""
+        level = self._own_sigmas[0][self._step_index]
+        if level == (1.0 if self._ascending else 0.0) and not bool(v.isfinite().all()):
+            raise ValueError(
+                f"plan {self.plan} calls the network at noise level 0, where this pipeline's "
+                "output is not finite: choose a plan that ends in a one-call step, such as A7 or "
+                "H1P4E1"
+            )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _revive, (stock_class(type(self)), dict(vars(self)))
 
 
-class _Threads:
-    """Values that each thread has of its own.
-
-    A thread that has set none reads those of the first thread.
-    """
-
-    def __init__(self) -> None:
-        self.first: dict[str, Any] = {}
-        self._local = threading.local()
-
-    def mine(self) -> dict[str, Any]:
-        return self._local.__dict__
-
-    def get(self, name: str) -> Any:
-        return self.mine()[name] if name in self.mine() else self.first.get(name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Threads:
-        threads = _Threads()
-        threads.first = copy.deepcopy({**self.first, **self.mine()}, memo)
-        return threads
-
-    def __reduce__(self) -> Any:
-        return _restored, ({**self.first, **self.mine()},)
+def _check_unused(arguments: Mapping[str, Any]) -> bool:
+    """Refuse arguments of a step that a plan can't heed -> return_dict."""
+    given = dict(arguments)
+    given |= given.pop("kwargs", {})
+    heeded = {"model_output", "timestep", "sample", "return_dict"} | _UNUSED
+    extra = {k: v for k, v in given.items() if k not in heeded and v is not None}
+    if extra:
+        raise ValueError(f"a plan's steps take no further arguments, got {', '.join(extra)}")
+    return given.get("return_dict", True)
 
 
-def _restored(values: dict[str, Any]) -> _Threads:
-    threads = _Threads()
-    threads.first = values
-    return threads
-
-
-class _PerThread:
-    """An attribute with a value for each thread.
-
-    The stock scheduler has one value, so threads that share a pipeline would collide.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, scheduler: Any, owner: type) -> Any:
-        return self if scheduler is None else scheduler._threads.get(self.name)
-
-    def __set__(self, scheduler: Any, value: Any) -> None:
-        threads = scheduler.__dict__.setdefault("_threads", _Threads())
-        threads.mine()[self.name] = value
-        threads.first.setdefault(self.name, value)
-
-
-class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+class PlanScheduler(PlanSteps, FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     """FlowMatchEulerDiscreteScheduler with the predictor calls of a plan as its timesteps.
 
     plan: a Plan, or text such as "H1P5". plan_grid: the grid of a plan given as text.
@@ -202,165 +269,61 @@ class PlanScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     Raises ValueError for plans and configurations that a pipeline can't run.
     """
 
-    timesteps, sigmas, num_inference_steps = (
-        _PerThread("timesteps"),
-        _PerThread("sigmas"),
-        _PerThread("num_inference_steps"),
-    )
-    _step_index, _begin_index, _run = (
-        _PerThread("_step_index"),
-        _PerThread("_begin_index"),
-        _PerThread("_run"),
-    )
-    _times = _PerThread("_times")
-
     def __init__(
         self,
-        plan: str | Plan = "H1P5",
+        plan: str | Plan = "A7",
         grid: Grid = "auto",
         plan_grid: Sequence[float] | None = None,
         **stock: Any,
     ) -> None:
-        self._run = None
         super().__init__(**stock)
-        self.plan = as_plan(plan) if plan_grid is None else Plan.parse(str(plan), grid=plan_grid)
-        if grid not in ("auto", "pipeline", "corrected", "plan"):
-            raise ValueError(
-                f"grid must be 'auto', 'pipeline', 'corrected' or 'plan', got {grid!r}"
-            )
-        if self.plan.start:
-            raise ValueError(
-                f"plan must start at 0, got {self.plan.start:g}: pipelines start later by "
-                "themselves, by strength"
-            )
-        if self.plan.guidance_interval != (0.0, 1.0):
-            raise ValueError(
-                f"plan must have no guidance interval, got {self.plan.guidance_interval}: a "
-                "pipeline guides by itself"
-            )
-        for name in ("stochastic_sampling", "invert_sigmas"):
-            if self.config.get(name):
-                raise ValueError(f"a scheduler with {name} can't run a plan")
-        uniform = all(abs(t - i / len(self.plan)) < 1e-12 for i, t in enumerate(self.plan.grid))
-        if self.plan.weights and grid not in ("auto", "plan"):
-            raise ValueError(
-                "grid must be 'plan' for a plan with fitted weights, which hold on its own grid "
-                f"alone, got {grid!r}"
-            )
-        if self.plan.weights or (grid == "auto" and not uniform):
-            self.grid = "plan"
-        else:
-            self.grid = "pipeline" if grid == "auto" else grid
-        self.refiner: Refine | None = None
-        self._warned = False
-        self.register_to_config(plan=str(self.plan), plan_grid=list(self.plan.grid), grid=grid)
+        check_configuration(self, FlowMatchEulerDiscreteScheduler)
+        self._adopt_plan(
+            as_plan(plan) if plan_grid is None else Plan.parse(str(plan), grid=plan_grid), grid
+        )
+        self.register_to_config(_plan=self.plan.record(), _grid=grid)
 
     @classmethod
-    def of(cls, scheduler: Any, plan: str | Plan, grid: Grid = "auto") -> PlanScheduler:
-        """A PlanScheduler with the configuration of a stock scheduler.
+    def of(cls, scheduler: Any, plan: str | Plan, grid: Grid = "auto") -> Any:
+        """A scheduler with a plan, of the class of a stock scheduler, and all that was set on it.
 
-        Raises TypeError for a scheduler of another kind.
+        Its configuration is the stock scheduler's, with the plan under names that stock schedulers
+        pass over.
+        Raises TypeError or ValueError for a scheduler that no plan can take the place of.
         """
-        if type(scheduler) is not FlowMatchEulerDiscreteScheduler:
-            raise TypeError(
-                "plans take the place of FlowMatchEulerDiscreteScheduler, not of "
-                f"{type(scheduler).__name__}"
-            )
-        return cls(
-            plan, grid, **{key: value for key, value in scheduler.config.items() if key in _STOCK}
-        )
+        base_of(scheduler)
+        planned = _revive(type(scheduler), dict(vars(scheduler)))
+        planned._adopt_plan(as_plan(plan), grid)
+        planned.register_to_config(_plan=planned.plan.record(), _grid=grid)
+        return planned
 
-    @property
-    def calls(self) -> int:
-        """Predictor calls of a whole run (NFE)."""
-        return self.plan.cost.predictor
+    @classmethod
+    def from_config(cls, config: Any = None, **options: Any) -> Any:  # type: ignore[override]
+        """A scheduler of a configuration that one with a plan has saved."""
+        made: Any = super().from_config(config, **options)
+        scheduler = made[0] if isinstance(made, tuple) else made
+        record = dict(config or {}).get("_plan")
+        if record is not None and "plan" not in options:
+            scheduler._adopt_plan(Plan.from_record(record), dict(config)["_grid"])
+            scheduler.register_to_config(_plan=record, _grid=dict(config)["_grid"])
+        return made
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Sequence[float] | None = None,
-        mu: float | None = None,
-        timesteps: Sequence[float] | None = None,
-    ) -> None:
-        """Set the noise levels, as for `len(plan)` Euler steps of the stock scheduler.
 
-        sigmas or timesteps of another number are interpolated to that number.
-        """
-        requested = (
-            num_inference_steps
-            if num_inference_steps is not None
-            else len(sigmas if sigmas is not None else timesteps or ())
-        )
-        if requested not in (len(self.plan), self.calls) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{requested} steps were asked for: plan {self.plan} has {len(self.plan)} and "
-                f"makes {self.calls} predictor calls, whatever num_inference_steps says",
-                stacklevel=2,
-            )
-        if self.grid == "plan":
-            levels = 1 - torch.tensor(self.plan.grid, dtype=torch.float64)
-            self.sigmas = levels.float().to(device)
+def _revive(stock: Any, values: dict[str, Any]) -> Any:
+    """A scheduler with a plan from its attributes, or from those of a stock scheduler."""
+    kind = stock if issubclass(stock, PlanSteps) else masked_class(PlanSteps, stock, _DRESSED)
+    scheduler = kind.__new__(kind)
+    for name, value in values.items():
+        if isinstance(inspect.getattr_static(kind, name, None), PerThread):
+            setattr(scheduler, name, value)
         else:
-            count = len(self.plan)
-            if timesteps is not None and sigmas is None:
-                super().set_timesteps(device=device, mu=mu, timesteps=_resampled(timesteps, count))
-            elif sigmas is not None:
-                super().set_timesteps(device=device, mu=mu, sigmas=_resampled(sigmas, count))
-            elif self.grid == "corrected":
-                super().set_timesteps(
-                    device=device, mu=mu, sigmas=list(np.linspace(1, 1 / count, count))
-                )
-            else:
-                super().set_timesteps(count, device=device, mu=mu)
-        levels = self.sigmas
-        self._times = [-s for s in levels.tolist()]
-        times = [p.time for p in predictor_calls(self.plan.steps, self._times)]
-        self.sigmas = torch.tensor(
-            [*(-t for t in times), float(levels[-1])], dtype=torch.float32, device=levels.device
-        )
-        self.timesteps = self.sigmas[:-1] * self.config["num_train_timesteps"]
-        self.num_inference_steps = len(self.timesteps)
-        self._step_index = self._begin_index = self._run = None
+            scheduler.__dict__[name] = value
+    return scheduler
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        *args: Any,
-        return_dict: bool = True,
-        **options: Any,
-    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
-        """Take the output of a predictor call -> where to make the next one.
 
-        After the last call it returns the result. sample: the latents, (N, ...).
-        """
-        unused = {"generator", "s_churn", "s_tmin", "s_tmax", "s_noise"}
-        if args or any(value is not None for name, value in options.items() if name not in unused):
-            raise ValueError(f"a plan's steps take no further arguments, got {[*args, *options]}")
-        wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        run = self._run
-        if run is None:
-            self._init_step_index(timestep)  # type: ignore[arg-type]
-            calls = predictor_calls(self.plan.steps, self._times)
-            run = self._run = Run(self.plan.steps, self._times, calls, self._step_index, wide)
-        else:
-            run.adopt(sample)
-        x = run.take(-model_output.to(wide.dtype), self.refiner)
-        if self.refiner is not None:
-            self.refiner.stepped()
-        self._step_index += 1
-        run.returned = x.to(model_output.dtype)
-        if self._step_index == len(self.timesteps):
-            self._run = None
-        return (
-            (run.returned,)
-            if not return_dict
-            else FlowMatchEulerDiscreteSchedulerOutput(prev_sample=run.returned)
-        )
-
+for _name in _DRESSED:
+    _method = dressed(getattr(PlanSteps, _name), getattr(FlowMatchEulerDiscreteScheduler, _name))
+    setattr(PlanScheduler, _name, _method)
 
 # diffusers reads from the signature which entries of a saved configuration are arguments.
 _OURS, _STOCK = (
@@ -373,19 +336,3 @@ PlanScheduler.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-d
         *(p for name, p in _STOCK.items() if name != "self"),
     ]
 )
-
-
-def _resampled(levels: Sequence[float], count: int) -> list[float]:
-    """Noise levels or timesteps, interpolated to `count` steps.
-
-    They end before 0, which is added for the interpolation and left out of the result.
-    """
-    knots = np.append(np.asarray(levels, dtype=np.float64), 0.0)
-    if len(knots) == count + 1:
-        return [float(level) for level in knots[:-1]]
-    return [
-        float(level)
-        for level in np.interp(
-            np.linspace(0, len(knots) - 1, count + 1), np.arange(len(knots)), knots
-        )[:-1]
-    ]

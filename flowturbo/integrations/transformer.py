@@ -157,6 +157,10 @@ class AttachedRefiner:
         """Forget the recorded calls: the scheduler has finished a step."""
         self._local.calls = []
 
+    def reset(self) -> None:
+        """A new run begins: what a failed one may have left is void."""
+        self.stepped()
+
     @torch.no_grad()
     def __call__(self, x: Tensor, noise_level: float, v: Tensor) -> Tensor:
         """The offset of v, like x. x, v: of the pipeline's latents, packed for FLUX."""

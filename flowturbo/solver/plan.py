@@ -249,6 +249,11 @@ class Plan:
             sum(c.guided for c in refiner),
         )
 
+    @property
+    def calls_at_data(self) -> bool:
+        """Whether the predictor is called at time 1, where there is no noise: H and P steps do."""
+        return any(call.t == 1 and not call.refiner for call in self.calls)
+
     def _rehearse(self) -> tuple[Call, ...]:
         """Run the plan on a field that records its calls.
 

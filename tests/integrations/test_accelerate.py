@@ -24,7 +24,7 @@ from pipelines import (
 from torch import Tensor
 
 import flowturbo as ft
-from flowturbo.integrations.diffusers import _MARK
+from flowturbo.integrations.planned_pipeline import MARK
 from flowturbo.models.text_to_image import packed
 
 MAKERS = {"sd3": sd3, "flux": flux}
@@ -89,7 +89,7 @@ def test_plans_in_a_guided_pipeline_are_the_loop_over_its_modules(plan):
     refiner = refiner_of(pipe) if "R" in plan else None
     ft.accelerate(pipe, plan, refiner, grid="corrected")
     latents = call(pipe, guidance_scale=2.5)
-    levels = [-t for t in pipe.scheduler._times]
+    levels = [1 - t for t in pipe.scheduler._times]
     assert_close(latents, heun_by_hand(pipe, levels, plan, refiner), 2e-5)
     if refiner is not None:
         without = heun_by_hand(pipe, levels, plan.replace("R", "P"), refiner)
@@ -310,7 +310,7 @@ def test_calls_of_the_transformer_are_captured_by_their_shapes_and_kept_within_b
     pipe = sd3()
     expected = [call(pipe, seed=seed, num_inference_steps=3) for seed in range(2)]
     ft.accelerate(pipe, "E3", graph=True)
-    captures = vars(pipe)[_MARK].captures
+    captures = vars(pipe)[MARK].captures
     captures.recorder, captures.limit = Fake(), 2
     for seed in (0, 1, 0):
         assert_close(call(pipe, seed=seed), expected[seed], 1e-5)
@@ -336,7 +336,7 @@ def test_captures_and_a_refiner_together():
     with ft.accelerated(pipe, "H1P1R1", refiner):
         expected = [call(pipe, seed=seed) for seed in range(3)]
     ft.accelerate(pipe, "H1P1R1", refiner, graph=True)
-    captures = vars(pipe)[_MARK].captures
+    captures = vars(pipe)[MARK].captures
     captures.recorder = Fake()
     for seed in range(3):
         assert_close(call(pipe, seed=seed), expected[seed], 1e-5)

@@ -45,6 +45,9 @@ class Refine:
     def stepped(self) -> None:
         self.steps += 1
 
+    def reset(self) -> None:
+        self.steps = 0
+
 
 def latents(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -97,7 +100,7 @@ def made(plan: str | Plan, grid: str = "pipeline", **stock) -> PlanScheduler:
 
 def levels_of(scheduler: PlanScheduler) -> list[float]:
     """Noise levels at the ends of the steps."""
-    return [-t for t in scheduler._times]
+    return [1 - t for t in scheduler._times]
 
 
 @pytest.mark.parametrize(

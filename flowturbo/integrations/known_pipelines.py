@@ -1,0 +1,92 @@
+"""What is known of diffusers' pipelines: which a plan runs in, and why not in others."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import warnings
+from typing import Any
+
+import torch
+
+from .masked_class import stock_class
+
+DIVIDE_BY_NOISE_LEVEL = ("LTX2", "Cosmos2")
+"""How the names of pipelines begin that divide by the noise level of a call."""
+
+REFUSED: dict[str, str] = {}
+"""Pipelines that no plan can run in, by name, and why."""
+
+TESTED = frozenset(
+    {
+        "FluxPipeline",
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "StableDiffusion3Pipeline",
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+    }
+)
+"""Pipelines in which plans were compared with the stock scheduler and with written-out steps."""
+
+
+def check_pipeline(pipe: Any, scheduler: Any) -> None:
+    """Raise TypeError or ValueError for a pipeline that the plan of `scheduler` can't run in.
+
+    One that was never tried is rehearsed, with a warning.
+    """
+    name = stock_class(type(pipe)).__name__
+    if name in REFUSED:
+        raise TypeError(f"plans can't run in {name}: {REFUSED[name]}")
+    if name.startswith(DIVIDE_BY_NOISE_LEVEL) and scheduler.plan.calls_at_data:
+        raise ValueError(
+            f"plan must not call the network at noise level 0, by which {name} divides, got "
+            f"{scheduler.plan}: choose one that ends in a one-call step, such as A7 or H1P4E1"
+        )
+    source = _source(type(pipe))
+    if "per_token_timesteps=" in source:
+        raise TypeError(
+            f"plans can't run in {name}: it gives each token a time of its own, and a plan has one "
+            "for all"
+        )
+    if name not in TESTED:
+        _rehearse(name, source, pipe.scheduler)
+
+
+def _rehearse(name: str, source: str, stock: Any) -> None:
+    """Try what an unknown pipeline will ask of its scheduler; warn that it is untested.
+
+    Raises TypeError for what a plan lacks, or if Euler steps come out otherwise than by hand.
+    """
+    from .scheduler import PlanScheduler
+
+    planned = PlanScheduler.of(copy.deepcopy(stock), "E4")
+    asked = set(re.findall(r"\bscheduler\.([a-z]\w*)", source))
+    lacking = sorted(name for name in asked if hasattr(stock, name) > hasattr(planned, name))
+    try:
+        dynamic = {"mu": 1.0} if stock.config.get("use_dynamic_shifting") else {}
+        planned.set_timesteps(4, **dynamic)
+        x = torch.linspace(-1, 1, 8)[None]
+        by_hand, sigmas = x.clone(), planned.sigmas.tolist()
+        for i, t in enumerate(planned.timesteps):
+            by_hand = by_hand + (sigmas[i + 1] - sigmas[i]) * torch.sin(3 * by_hand)
+            x = planned.step(torch.sin(3 * x), t, x, return_dict=False)[0]
+        right = torch.allclose(x, by_hand, rtol=1e-4, atol=1e-4)
+    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
+        raise TypeError(f"plans can't run in {name}: {error}") from error
+    if lacking or not right:
+        why = f"its scheduler needs {', '.join(lacking)}" if lacking else "its Euler steps differ"
+        raise TypeError(f"plans can't run in {name}: {why}")
+    warnings.warn(
+        f"plans are untested in {name}: compare a plan of Euler steps, such as E28, with the stock "
+        "pipeline at 28 steps",
+        stacklevel=4,
+    )
+
+
+def _source(kind: type[Any]) -> str:
+    try:
+        return inspect.getsource(stock_class(kind))
+    except (OSError, TypeError):  # a class made in a shell
+        return ""

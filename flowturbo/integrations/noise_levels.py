@@ -1,0 +1,63 @@
+"""The noise levels of a pipeline, and what its network is told at each.
+
+The level sigma is diffusers': 1 is noise, 0 is data; with `invert_sigmas` the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def resampled(levels: Any, count: int) -> list[float]:
+    """Noise levels or timesteps, a sequence, array or tensor, interpolated to `count` steps.
+
+    They end before 0, which is added for the interpolation and left out of the result.
+    """
+    if isinstance(levels, Tensor):
+        levels = levels.detach().cpu().numpy()
+    knots = np.append(np.asarray(levels, dtype=np.float64), 0.0)
+    if len(knots) == count + 1:
+        return [float(level) for level in knots[:-1]]
+    places = np.linspace(0, len(knots) - 1, count + 1)
+    return [float(level) for level in np.interp(places, np.arange(len(knots)), knots)[:-1]]
+
+
+class Timesteps:
+    """What the network is told at a noise level, as the stock scheduler tells it.
+
+    sigmas: the stock scheduler's, one more than timesteps.
+    train: num_train_timesteps.
+    At the stock scheduler's own levels it is the stock scheduler's own timestep. Between them it is
+    `train` times the level where timesteps are that, else it is interpolated: pipelines that give
+    timesteps beside noise levels shift only the latter.
+    """
+
+    def __init__(self, sigmas: Tensor, timesteps: Tensor, train: float) -> None:
+        self.dtype = timesteps.dtype
+        levels, told = sigmas.tolist(), timesteps.tolist()
+        self._known = dict(zip(levels, told, strict=False))
+        self._train = train
+        # The stock scheduler may round down to whole timesteps.
+        slack = 1e-5 * train if self.dtype.is_floating_point else 1.0
+        self._proportional = all(
+            abs(t - train * level) <= slack for level, t in self._known.items()
+        )
+        last = levels[-1]
+        self._points = sorted({last: train * last} | self._known)
+        self._told = [({last: train * last} | self._known)[level] for level in self._points]
+
+    def at(self, levels: Sequence[float], device: torch.device) -> Tensor:
+        """The timesteps at these levels, (len(levels),)."""
+        told = [self._known.get(level, self._between(level)) for level in levels]
+        wide = torch.tensor(told, dtype=torch.float64)
+        return wide.to(self.dtype).to(device)
+
+    def _between(self, level: float) -> float:
+        if self._proportional:
+            return self._train * level
+        return float(np.interp(level, self._points, self._told))

@@ -1,0 +1,64 @@
+"""What a pipeline's class becomes while it is accelerated.
+
+It asks for as many steps as the plan has predictor calls, whatever num_inference_steps says.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from typing import Any
+
+from .masked_class import masked_class
+
+MARK = "_flowturbo"
+"""The attribute of an accelerated pipeline that holds what was done to it."""
+_COUNT = "num_inference_steps"
+
+
+class PlannedPipeline:
+    """Stands before the pipeline's own class.
+
+    Pipelines count in requested steps: windows of guidance, shares of image-to-image, shifts of
+    their noise levels. All of them get the plan's number.
+    """
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        call: Any = super().__call__  # type: ignore[misc]
+        names = list(inspect.signature(call).parameters)
+        steps = vars(self)[MARK].scheduler.calls
+        place = names.index(_COUNT) if _COUNT in names else len(args)
+        if place < len(args):
+            args = (*args[:place], steps, *args[place + 1 :])
+        elif _COUNT in names or _COUNT in getattr(vars(self).get("_blocks"), "input_names", ()):
+            options = {**options, _COUNT: steps}
+        return call(*args, **options)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """As for the stock pipeline, so that one made of them (from_pipe) is a stock one."""
+        parts: dict[str, Any] = super().components  # type: ignore[misc]
+        if "scheduler" not in parts:
+            return parts
+        if sys._getframe(1).f_code.co_name == "from_pipe":
+            warnings.warn(
+                "a pipeline made from one that is accelerated is a stock one: accelerate it too",
+                stacklevel=3,
+            )
+        return {**parts, "scheduler": vars(self)[MARK].before}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _revive, (type(self)._masked, dict(vars(self)))  # type: ignore[attr-defined]
+
+
+def planned_class(stock: Any) -> Any:
+    """The class of an accelerated pipeline, under the name of its own."""
+    return masked_class(PlannedPipeline, stock, ("__call__",))
+
+
+def _revive(stock: type[Any], values: dict[str, Any]) -> Any:
+    kind = planned_class(stock)
+    pipe = kind.__new__(kind)
+    pipe.__dict__.update(values)
+    return pipe
