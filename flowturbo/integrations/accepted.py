@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import (
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+import diffusers
+from diffusers import FlowMatchEulerDiscreteScheduler
 
-_WITH_FLOW_SIGMAS = (
-    UniPCMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    DEISMultistepScheduler,
+_WITH_FLOW_SIGMAS = tuple(
+    getattr(diffusers, name)
+    for name in (
+        "UniPCMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "DEISMultistepScheduler",
+        "HeliosScheduler",  # of a single stage
+    )
+    if hasattr(diffusers, name)  # old versions lack some
 )
 _EULER = "FlowMatchEulerDiscreteScheduler"
 _INSTEAD = f"use {_EULER}.from_config(pipe.scheduler.config)"
@@ -27,7 +27,7 @@ _REFUSED = {
     "SCMScheduler": "it samples a consistency model, which has no velocity to integrate",
     "FlowMapEulerDiscreteScheduler": "its network predicts a jump between two times, no velocity",
     "LTXEulerAncestralRFScheduler": f"{_NOISY}: {_INSTEAD}",
-    "HeliosScheduler": "it changes the resolution between its stages by itself",
+    "PiflowScheduler": "its network predicts a policy for many substeps, no velocity",
     "HeliosDMDScheduler": _NOISY,
     "SASolverScheduler": _NOISY,
 }
@@ -79,6 +79,11 @@ def check_configuration(scheduler: Any, base: type[Any]) -> None:
             f"plans take the place of {name} only with use_flow_sigmas=True and "
             f"prediction_type='flow_prediction', got {config.get('use_flow_sigmas')} and "
             f"{config.get('prediction_type')!r}: this is no flow-matching pipeline"
+        )
+    if config.get("stages", 1) != 1 or config.get("scheduler_type") == "dmd":
+        raise TypeError(
+            f"plans take the place of {name} only with stages=1 and without noise between, got "
+            f"stages={config.get('stages')}, scheduler_type={config.get('scheduler_type')!r}"
         )
     if config.get("thresholding"):
         raise ValueError(f"a {name} with thresholding=True can't run a plan, which has none")

@@ -21,7 +21,7 @@ from ..runtime.cuda_graphs import Captures
 from ..solver.plan import Plan, as_plan
 from .masked_class import stock_class
 from .planned_pipeline import MARK, planned_class
-from .transformer import AttachedRefiner, Graphed, Undo, fuse_adaln, patch
+from .transformer import AttachedRefiner, Graphed, Undo, fuse_adaln
 
 if TYPE_CHECKING:
     from .scheduler import Grid, PlanSteps
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 class Accelerated:
     """The changes to a pipeline, and what has run since then.
 
-    before: the pipeline's own scheduler.
-    undo: functions that undo the changes, in the order they were made.
+    swapped: pipeline, attribute and stock scheduler, for all that were replaced.
+    undo: functions that undo the other changes, in the order they were made.
     """
 
     plan: Plan
-    before: Any
     scheduler: PlanSteps
     captures: Captures | None = None
+    swapped: list[tuple[Any, str, Any]] = field(default_factory=list)
     undo: list[Undo] = field(default_factory=list)
 
 
@@ -88,7 +88,14 @@ def accelerate(
             else "has no refiner steps, but a refiner was given"
         )
         raise ValueError(f"plan {plan} {problem}")
-    scheduler = PlanScheduler.of(pipe.scheduler, plan, grid)
+    planned: dict[int, Any] = {}
+    swapped = [
+        (part, name, stock) for part in _with_inner(pipe) for name, stock in _schedulers(part)
+    ]
+    for _, _, stock in swapped:
+        if id(stock) not in planned:
+            planned[id(stock)] = PlanScheduler.of(stock, plan, grid)
+    scheduler = planned[id(pipe.scheduler)]
     check_pipeline(pipe, scheduler)
     network = getattr(pipe, "transformer", None)
     if (refiner is not None or graph) and type(network).__name__ not in KINDS:
@@ -98,7 +105,7 @@ def accelerate(
         )
     refiner_network = None if refiner is None else check_refiner(refiner, network)
 
-    state = Accelerated(plan, pipe.scheduler, scheduler)
+    state = Accelerated(plan, scheduler, swapped=swapped)
     if refiner_network is not None:
         assert network is not None
         move_part(refiner_network, network.device, network.dtype)
@@ -109,9 +116,11 @@ def accelerate(
         state.undo += fuse_adaln(network)
         state.captures = Captures()
         state.undo.append(Graphed(network, state.captures).remove)
-    _swap(pipe, scheduler)
-    pipe.__class__ = planned_class(type(pipe))
-    state.undo.append(patch(pipe, MARK, state))
+    for part, name, stock in swapped:
+        _set_scheduler(part, name, planned[id(stock)])
+    for part in _with_inner(pipe):
+        part.__class__ = planned_class(type(part))
+        vars(part)[MARK] = state
     return pipe
 
 
@@ -123,20 +132,41 @@ def restore(pipe: Any) -> Any:
     state = _state_of(pipe)
     for undo in reversed(state.undo):
         undo()
-    pipe.__class__ = stock_class(type(pipe))
-    _swap(pipe, state.before)
+    for part, name, stock in state.swapped:
+        part.__class__ = stock_class(type(part))
+        _set_scheduler(part, name, stock)
+        vars(part).pop(MARK, None)
     if state.captures is not None:
         state.captures.clear()
     return pipe
 
 
-def _swap(pipe: Any, scheduler: Any) -> None:
-    """Put a scheduler in the pipeline's place for it, and leave what it says it consists of.
+def _with_inner(pipe: Any) -> list[Any]:
+    """The pipeline, and those that it consists of (VisualCloze: two)."""
+    from diffusers import DiffusionPipeline
+
+    return [pipe, *(part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline))]
+
+
+def _schedulers(pipe: Any) -> list[tuple[str, Any]]:
+    """Attributes and schedulers of a pipeline; LTX-2 may have one for sound beside its own."""
+    from diffusers import SchedulerMixin
+
+    parts = {**vars(pipe), "scheduler": pipe.scheduler}
+    return [
+        (name, part)
+        for name, part in parts.items()
+        if name == "scheduler" or isinstance(part, SchedulerMixin)
+    ]
+
+
+def _set_scheduler(pipe: Any, name: str, scheduler: Any) -> None:
+    """Put a scheduler in its place, and leave what the pipeline says it consists of.
 
     A pipeline is saved with the classes of its components, and must load as a stock one.
     """
     config = vars(pipe).get("_internal_dict")
-    pipe.scheduler = scheduler
+    setattr(pipe, name, scheduler)
     if config is not None:
         object.__setattr__(pipe, "_internal_dict", config)
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 import warnings
 from typing import Any
 
 import torch
 
 from .masked_class import stock_class
+from .planned_pipeline import counts_steps
 
-DIVIDE_BY_NOISE_LEVEL = ("LTX2", "Cosmos2")
+DIVIDE_BY_NOISE_LEVEL = ("LTX2", "Cosmos2", "PRXPixel")
 """How the names of pipelines begin that divide by the noise level of a call."""
 
-REFUSED: dict[str, str] = {}
+_OWN_LEVELS = "it is distilled for the noise levels that it sets itself"
+REFUSED = {
+    "HeliosPyramidPipeline": "it changes the resolution between its stages by itself",
+    "LTX2DFRPipeline": _OWN_LEVELS,
+    "LTX2DFRTemporalRefinePipeline": _OWN_LEVELS,
+    "LTX2VideoDiffusionDecodePipeline": "its decoder takes its steps without the scheduler",
+    "LTXI2VLongMultiPromptPipeline": "it is made for a scheduler that adds noise in every step",
+    "SanaWMLTX2RefinerPipeline": _OWN_LEVELS,
+}
 """Pipelines that no plan can run in, by name, and why."""
 
 TESTED = frozenset(
@@ -39,31 +47,37 @@ def check_pipeline(pipe: Any, scheduler: Any) -> None:
     name = stock_class(type(pipe)).__name__
     if name in REFUSED:
         raise TypeError(f"plans can't run in {name}: {REFUSED[name]}")
+    if not counts_steps(pipe):
+        raise TypeError(
+            f"plans can't run in {name}: it takes no num_inference_steps, so {_OWN_LEVELS}"
+        )
     if name.startswith(DIVIDE_BY_NOISE_LEVEL) and scheduler.plan.calls_at_data:
         raise ValueError(
             f"plan must not call the network at noise level 0, by which {name} divides, got "
             f"{scheduler.plan}: choose one that ends in a one-call step, such as A7 or H1P4E1"
         )
-    source = _source(type(pipe))
-    if "per_token_timesteps=" in source:
+    if scheduler.plan.letters.strip("E") and _mean_velocity(pipe):
+        raise ValueError(
+            f"plan must have E steps alone for the mean velocities that this {name} predicts, each "
+            f"over one step, got {scheduler.plan}"
+        )
+    if "per_token_timesteps=" in _source(type(pipe)):
         raise TypeError(
             f"plans can't run in {name}: it gives each token a time of its own, and a plan has one "
             "for all"
         )
     if name not in TESTED:
-        _rehearse(name, source, pipe.scheduler)
+        _rehearse(name, pipe.scheduler)
 
 
-def _rehearse(name: str, source: str, stock: Any) -> None:
+def _rehearse(name: str, stock: Any) -> None:
     """Try what an unknown pipeline will ask of its scheduler; warn that it is untested.
 
-    Raises TypeError for what a plan lacks, or if Euler steps come out otherwise than by hand.
+    Raises TypeError if Euler steps fail or come out otherwise than by hand.
     """
     from .scheduler import PlanScheduler
 
     planned = PlanScheduler.of(copy.deepcopy(stock), "E4")
-    asked = set(re.findall(r"\bscheduler\.([a-z]\w*)", source))
-    lacking = sorted(name for name in asked if hasattr(stock, name) > hasattr(planned, name))
     try:
         dynamic = {"mu": 1.0} if stock.config.get("use_dynamic_shifting") else {}
         planned.set_timesteps(4, **dynamic)
@@ -75,14 +89,19 @@ def _rehearse(name: str, source: str, stock: Any) -> None:
         right = torch.allclose(x, by_hand, rtol=1e-4, atol=1e-4)
     except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
         raise TypeError(f"plans can't run in {name}: {error}") from error
-    if lacking or not right:
-        why = f"its scheduler needs {', '.join(lacking)}" if lacking else "its Euler steps differ"
-        raise TypeError(f"plans can't run in {name}: {why}")
+    if not right:
+        raise TypeError(f"plans can't run in {name}: Euler steps on its levels come out otherwise")
     warnings.warn(
         f"plans are untested in {name}: compare a plan of Euler steps, such as E28, with the stock "
         "pipeline at 28 steps",
         stacklevel=4,
     )
+
+
+def _mean_velocity(pipe: Any) -> bool:
+    """Whether the network is told the end of a step as well (HunyuanImage's distilled models)."""
+    config = getattr(getattr(pipe, "transformer", None), "config", None)
+    return bool(getattr(config, "use_meanflow", False))
 
 
 def _source(kind: type[Any]) -> str:

@@ -16,13 +16,18 @@ from torch import Tensor
 def resampled(levels: Any, count: int) -> list[float]:
     """Noise levels or timesteps, a sequence, array or tensor, interpolated to `count` steps.
 
-    They end before 0, which is added for the interpolation and left out of the result.
+    Falling ones end before 0, which is added for the interpolation and left out of the result.
+    Rising ones (Cosmos 2) are interpolated as they are.
     """
     if isinstance(levels, Tensor):
         levels = levels.detach().cpu().numpy()
-    knots = np.append(np.asarray(levels, dtype=np.float64), 0.0)
-    if len(knots) == count + 1:
-        return [float(level) for level in knots[:-1]]
+    given = np.asarray(levels, dtype=np.float64)
+    if len(given) == count:
+        return [float(level) for level in given]
+    if len(given) > 1 and given[-1] > given[0]:
+        places = np.linspace(0, len(given) - 1, count)
+        return [float(level) for level in np.interp(places, np.arange(len(given)), given)]
+    knots = np.append(given, 0.0)
     places = np.linspace(0, len(knots) - 1, count + 1)
     return [float(level) for level in np.interp(places, np.arange(len(knots)), knots)[:-1]]
 

@@ -5,10 +5,13 @@ It asks for as many steps as the plan has predictor calls, whatever num_inferenc
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import warnings
 from typing import Any
+
+from torch import nn
 
 from .masked_class import masked_class
 
@@ -31,7 +34,7 @@ class PlannedPipeline:
         place = names.index(_COUNT) if _COUNT in names else len(args)
         if place < len(args):
             args = (*args[:place], steps, *args[place + 1 :])
-        elif _COUNT in names or _COUNT in getattr(vars(self).get("_blocks"), "input_names", ()):
+        elif counts_steps(self):
             options = {**options, _COUNT: steps}
         return call(*args, **options)
 
@@ -39,17 +42,32 @@ class PlannedPipeline:
     def components(self) -> dict[str, Any]:
         """As for the stock pipeline, so that one made of them (from_pipe) is a stock one."""
         parts: dict[str, Any] = super().components  # type: ignore[misc]
-        if "scheduler" not in parts:
-            return parts
         if sys._getframe(1).f_code.co_name == "from_pipe":
             warnings.warn(
                 "a pipeline made from one that is accelerated is a stock one: accelerate it too",
                 stacklevel=3,
             )
-        return {**parts, "scheduler": vars(self)[MARK].before}
+        return {name: getattr(part, "stock", part) for name, part in parts.items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # Networks first: a scheduler's copy has a refiner of its own only if its network is copied.
+        for part in vars(self).values():
+            if isinstance(part, nn.Module):
+                copy.deepcopy(part, memo)
+        kind = type(self)
+        memo[id(self)] = made = kind.__new__(kind)
+        made.__dict__.update(copy.deepcopy(vars(self), memo))
+        return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _revive, (type(self)._masked, dict(vars(self)))  # type: ignore[attr-defined]
+
+
+def counts_steps(pipe: Any) -> bool:
+    """Whether a pipeline takes num_inference_steps, as an argument or as an input of its blocks."""
+    blocks = vars(pipe).get("_blocks")
+    names = inspect.signature(type(pipe).__call__).parameters
+    return _COUNT in names or _COUNT in getattr(blocks, "input_names", ())
 
 
 def planned_class(stock: Any) -> Any:

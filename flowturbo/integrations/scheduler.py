@@ -7,6 +7,7 @@ noise level, and the velocity, data - noise, is minus the model's output. Schedu
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 import warnings
@@ -54,6 +55,7 @@ class PlanSteps:
     refiner: Refine | None
     meter: Meter
     config: Any
+    stock: Any = None  # the scheduler that it takes the place of
 
     def _adopt_plan(self, plan: Plan, grid: Grid) -> None:
         """Take the plan and its kind of grid, checked."""
@@ -125,9 +127,7 @@ class PlanSteps:
         if not custom and self.grid == "corrected":
             custom = {"sigmas": list(np.linspace(1, 1 / count, count))}
         rest = {k: v for k, v in given.items() if k not in ("num_inference_steps", *custom)}
-        if not custom:
-            rest["num_inference_steps"] = count
-        stock(**rest, **custom)
+        stock(num_inference_steps=count, **rest, **custom)
         self._spread_out()
         if self.refiner is not None:
             self.refiner.reset()
@@ -138,6 +138,11 @@ class PlanSteps:
         stock = self.sigmas
         timesteps = Timesteps(stock, self.timesteps, self.config["num_train_timesteps"])
         levels = stock.tolist()
+        if len(levels) != len(self.plan) + 1:
+            raise ValueError(
+                f"{type(self).__name__} made {len(levels) - 1} steps where the plan has "
+                f"{len(self.plan)}"
+            )
         if self.grid == "plan":
             times = [float(np.float32(t)) for t in self.plan.grid]
             noise = [float(np.float32(1 - t)) for t in self.plan.grid]
@@ -242,6 +247,19 @@ class PlanSteps:
                 "H1P4E1"
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy with a run of its own, as pipelines make for sound beside pictures.
+
+        It shares the refiner, unless that was copied with the whole pipeline.
+        """
+        kind = type(self)
+        memo[id(self)] = made = kind.__new__(kind)
+        network = getattr(self.refiner, "network", None)
+        if self.refiner is not None and id(network) not in memo:
+            memo[id(self.refiner)] = self.refiner
+        made.__dict__.update(copy.deepcopy(vars(self), memo))
+        return made
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _revive, (stock_class(type(self)), dict(vars(self)))
 
@@ -293,6 +311,7 @@ class PlanScheduler(PlanSteps, FlowMatchEulerDiscreteScheduler):  # type: ignore
         """
         base_of(scheduler)
         planned = _revive(type(scheduler), dict(vars(scheduler)))
+        planned.stock = scheduler
         planned._adopt_plan(as_plan(plan), grid)
         planned.register_to_config(_plan=planned.plan.record(), _grid=grid)
         return planned
