@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -317,8 +318,19 @@ def machine() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "cpu": cpu,
+        "processor": processor(),
         "machine": platform.machine(),
     }
+
+
+def processor() -> str:
+    """Maker, family and model of the processor, by which torch's libraries choose their kernels."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    found = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    return " ".join(found.get(key, "") for key in ("vendor_id", "cpu family", "model")).strip()
 
 
 def result(name: str) -> dict[str, Any]:
@@ -334,6 +346,12 @@ def result(name: str) -> dict[str, Any]:
         torch.set_num_threads(before)
 
 
+def records() -> list[dict[str, Any]]:
+    """What was recorded, by machine."""
+    return json.loads(RECORD.read_text())
+
+
 if __name__ == "__main__":
     record = {"machine": machine(), "results": {name: result(name) for name in CALLS}}
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    others = [one for one in records() if one["machine"] != record["machine"]]
+    RECORD.write_text(json.dumps([*others, record], indent=1) + "\n")
