@@ -73,7 +73,7 @@ def accelerate(
         raise TypeError(
             f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
         )
-    from .known_pipelines import check_pipeline
+    from .known_pipelines import check_kind, check_plan
     from .scheduler import PlanScheduler, PlanSteps
 
     if isinstance(pipe.scheduler, PlanSteps):
@@ -88,6 +88,7 @@ def accelerate(
             else "has no refiner steps, but a refiner was given"
         )
         raise ValueError(f"plan {plan} {problem}")
+    check_kind(pipe)
     planned: dict[int, Any] = {}
     swapped = [
         (part, name, stock) for part in _with_inner(pipe) for name, stock in _schedulers(part)
@@ -96,7 +97,7 @@ def accelerate(
         if id(stock) not in planned:
             planned[id(stock)] = PlanScheduler.of(stock, plan, grid)
     scheduler = planned[id(pipe.scheduler)]
-    check_pipeline(pipe, scheduler)
+    check_plan(pipe, scheduler)
     network = getattr(pipe, "transformer", None)
     if (refiner is not None or graph) and type(network).__name__ not in KINDS:
         raise TypeError(

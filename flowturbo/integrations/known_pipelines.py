@@ -12,7 +12,7 @@ import torch
 from .masked_class import stock_class
 from .planned_pipeline import counts_steps
 
-DIVIDE_BY_NOISE_LEVEL = ("LTX2", "Cosmos2", "PRXPixel")
+DIVIDE_BY_NOISE_LEVEL = ("LTX2", "Cosmos2Text", "Cosmos2Video", "PRXPixel")
 """How the names of pipelines begin that divide by the noise level of a call."""
 
 _OWN_LEVELS = "it is distilled for the noise levels that it sets itself"
@@ -22,7 +22,7 @@ REFUSED = {
     "LTX2DFRTemporalRefinePipeline": _OWN_LEVELS,
     "LTX2VideoDiffusionDecodePipeline": "its decoder takes its steps without the scheduler",
     "LTXI2VLongMultiPromptPipeline": "it is made for a scheduler that adds noise in every step",
-    "SanaWMLTX2RefinerPipeline": _OWN_LEVELS,
+    "SanaWMLTX2Refiner": _OWN_LEVELS,
 }
 """Pipelines that no plan can run in, by name, and why."""
 
@@ -39,11 +39,8 @@ TESTED = frozenset(
 """Pipelines in which plans were compared with the stock scheduler and with written-out steps."""
 
 
-def check_pipeline(pipe: Any, scheduler: Any) -> None:
-    """Raise TypeError or ValueError for a pipeline that the plan of `scheduler` can't run in.
-
-    One that was never tried is rehearsed, with a warning.
-    """
+def check_kind(pipe: Any) -> None:
+    """Raise TypeError for a pipeline that no plan can run in."""
     name = stock_class(type(pipe)).__name__
     if name in REFUSED:
         raise TypeError(f"plans can't run in {name}: {REFUSED[name]}")
@@ -51,6 +48,19 @@ def check_pipeline(pipe: Any, scheduler: Any) -> None:
         raise TypeError(
             f"plans can't run in {name}: it takes no num_inference_steps, so {_OWN_LEVELS}"
         )
+    if "per_token_timesteps=" in _source(type(pipe)):
+        raise TypeError(
+            f"plans can't run in {name}: it gives each token a time of its own, and a plan has one "
+            "for all"
+        )
+
+
+def check_plan(pipe: Any, scheduler: Any) -> None:
+    """Raise ValueError for a plan, that of `scheduler`, that this pipeline can't run.
+
+    A pipeline that was never tried is rehearsed, with a warning, or TypeError if that fails.
+    """
+    name = stock_class(type(pipe)).__name__
     if name.startswith(DIVIDE_BY_NOISE_LEVEL) and scheduler.plan.calls_at_data:
         raise ValueError(
             f"plan must not call the network at noise level 0, by which {name} divides, got "
@@ -60,11 +70,6 @@ def check_pipeline(pipe: Any, scheduler: Any) -> None:
         raise ValueError(
             f"plan must have E steps alone for the mean velocities that this {name} predicts, each "
             f"over one step, got {scheduler.plan}"
-        )
-    if "per_token_timesteps=" in _source(type(pipe)):
-        raise TypeError(
-            f"plans can't run in {name}: it gives each token a time of its own, and a plan has one "
-            "for all"
         )
     if name not in TESTED:
         _rehearse(name, pipe.scheduler)
@@ -101,7 +106,7 @@ def _rehearse(name: str, stock: Any) -> None:
 def _mean_velocity(pipe: Any) -> bool:
     """Whether the network is told the end of a step as well (HunyuanImage's distilled models)."""
     config = getattr(getattr(pipe, "transformer", None), "config", None)
-    return bool(getattr(config, "use_meanflow", False))
+    return any(getattr(config, name, False) for name in ("use_meanflow", "flow_map"))
 
 
 def _source(kind: type[Any]) -> str:

@@ -13,23 +13,25 @@ import torch
 from torch import Tensor
 
 
-def resampled(levels: Any, count: int) -> list[float]:
+def resampled(levels: Any, count: int) -> Any:
     """Noise levels or timesteps, a sequence, array or tensor, interpolated to `count` steps.
 
     Falling ones end before 0, which is added for the interpolation and left out of the result.
     Rising ones (Cosmos 2) are interpolated as they are.
+    Returns a list for a list, else an array; some schedulers take but one of them.
     """
     if isinstance(levels, Tensor):
         levels = levels.detach().cpu().numpy()
-    given = np.asarray(levels, dtype=np.float64)
-    if len(given) == count:
-        return [float(level) for level in given]
-    if len(given) > 1 and given[-1] > given[0]:
-        places = np.linspace(0, len(given) - 1, count)
-        return [float(level) for level in np.interp(places, np.arange(len(given)), given)]
-    knots = np.append(given, 0.0)
-    places = np.linspace(0, len(knots) - 1, count + 1)
-    return [float(level) for level in np.interp(places, np.arange(len(knots)), knots)[:-1]]
+    if len(levels) == count:
+        return levels
+    knots = np.asarray(levels, dtype=np.float64)
+    if len(knots) > 1 and knots[-1] > knots[0]:
+        places = np.linspace(0, len(knots) - 1, count)
+    else:
+        knots = np.append(knots, 0.0)
+        places = np.linspace(0, len(knots) - 1, count + 1)[:-1]
+    found = np.interp(places, np.arange(len(knots)), knots)
+    return found if isinstance(levels, np.ndarray) else found.tolist()
 
 
 class Timesteps:

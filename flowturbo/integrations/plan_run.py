@@ -109,7 +109,7 @@ class Run:
         self.step, time = predictor_calls(steps, times)[first]
         # A run that starts within a step has no earlier velocity of it. The velocity that comes is
         # used as the cached one of the next step.
-        self._between = time != times[self.step]
+        self.within_a_step = time != times[self.step]
         self.position = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
         self.state, self._known = State(self.position), list[Tensor]()
         self._given: tuple[Tensor, int] | None = None
@@ -144,8 +144,8 @@ class Run:
 
         v: in the state's dtype, and not written to later.
         """
-        if self._between:
-            self.state, self.step, self._between = State(self.state.x, v), self.step + 1, False
+        if self.within_a_step:
+            self.state, self.step, self.within_a_step = State(self.state.x, v), self.step + 1, False
         else:
             self._known.append(v)
         while self.step < len(self.steps):

@@ -217,7 +217,13 @@ class PlanSteps:
             self._init_step_index(timestep)  # type: ignore[attr-defined]
             self._adopt_sigmas()
         # A pipeline that has changed the shape of its latents goes on without earlier velocities.
+        cut = run is not None
         run = Run(self.plan.steps, self._times, self._step_index, sample, dtype)
+        if cut and run.within_a_step:
+            raise ValueError(
+                f"plan {self.plan} is within a step of two calls where the pipeline changes the "
+                f"shape of its latents to {tuple(sample.shape)}: choose a plan of one-call steps"
+            )
         self._run = run
         return run
 

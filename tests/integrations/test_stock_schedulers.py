@@ -17,6 +17,7 @@ from torch import Tensor
 
 diffusers = pytest.importorskip("diffusers")
 
+from flowturbo.integrations.noise_levels import resampled  # noqa: E402
 from flowturbo.integrations.scheduler import PlanScheduler  # noqa: E402
 
 FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -41,6 +42,12 @@ def output(x: Tensor, told: float) -> Tensor:
 
 def start(seed: int = 0) -> Tensor:
     return torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed))
+
+
+if hasattr(diffusers, "HeliosScheduler"):
+    CONFIGURED["helios"] = lambda: diffusers.HeliosScheduler(
+        shift=2.0, stages=1, stage_range=[0, 1]
+    )
 
 
 def run(scheduler: Any, x: Tensor, told: list[float] | None = None) -> Tensor:
@@ -256,6 +263,21 @@ def test_latents_of_another_shape_go_on_without_earlier_velocities():
     made = planned.step(output(cut, 500.0), planned.timesteps[2], cut, return_dict=False)[0]
     euler._step_index = 2
     assert_close(made, euler.step(output(cut, 500.0), 500.0, cut, return_dict=False)[0], 1e-6)
+    heun = PlanScheduler.of(diffusers.FlowMatchEulerDiscreteScheduler(), "H2")
+    heun.set_timesteps(4)
+    heun.step(x, heun.timesteps[0], x)
+    with pytest.raises(ValueError, match=r"within a step of two calls .* \(2, 2, 4\)"):
+        heun.step(cut, heun.timesteps[1], cut)
+
+
+@pytest.mark.parametrize("rising", [False, True])
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_levels_of_another_number_keep_their_ends_and_kind(kind, rising):
+    given = [0.0, 0.5, 0.75, 1.0] if rising else [1.0, 0.75, 0.5, 0.25]
+    found = resampled(kind(given), 2)
+    assert isinstance(found, list if kind is list else np.ndarray)
+    assert list(found) == pytest.approx([0.0, 1.0] if rising else [1.0, 0.5])
+    assert list(resampled(kind(given), 4)) == given
 
 
 def test_levels_that_a_pipeline_sets_afterwards_are_those_of_the_plan():
