@@ -15,9 +15,9 @@ from ..checks import positive
 from ..models.flow_model import FlowModel, VelocityFunction
 from ..models.text_to_image import PromptModel
 from ..solver.plan import Plan, as_plan
+from .function_field import Convention, FunctionField, check_function
 from .inputs import inputs_of, starting_noise
 from .run import Callback, Job, StepMonitor, integrate
-from .velocity_field import FunctionField
 
 
 @torch.no_grad()
@@ -34,12 +34,13 @@ def sample(
     progress: bool = False,
     callback: Callback | None = None,
     output: Literal["latents", "uint8"] = "latents",
+    convention: Convention = "time",
     **cond: Any,
 ) -> Tensor:
     """Integrate dx/dt = v(x, t) from noise at t = 0 to data at t = 1 along a plan.
 
     model: a FlowModel (from `load`), or any callable v(x, t, **cond) with t a scalar tensor, which
-        needs `noise`.
+        needs `noise`. It returns the velocity, floating point, in x's shape and on its device.
     plan: a Plan, or text such as "H1P5R3". The grid of a text is uniform, except for models with a
         shift of their own (SD3, FLUX).
     labels: N class numbers; None: unconditional, one image per row of `noise`. For a text-to-image
@@ -59,6 +60,9 @@ def sample(
     callback: called with a StepInfo after each step. If it returns False, sampling ends at once and
         returns the latents as they are, of the batches that were started.
     output: "latents", or "uint8" to decode each batch.
+    convention: of a callable. "time": it is called with the time t and returns data - noise;
+        "sigma": with the noise level sigma = 1 - t, and it returns noise - data, as networks of
+        diffusers and ComfyUI do.
     cond: further arguments of a callable; tensors and lists of N entries are cut into batches. For
         a text-to-image model `negative`: the prompts to guide away from.
 
@@ -77,6 +81,10 @@ def sample(
             "which starts from a source"
         )
     if isinstance(model, FlowModel):
+        if convention != "time":
+            raise ValueError(
+                f"convention={convention!r} is for a callable: a FlowModel knows its own"
+            )
         negative = cond.pop("negative", None)
         if cond or (negative is not None and not isinstance(model, PromptModel)):
             raise TypeError(
@@ -95,8 +103,9 @@ def sample(
     else:
         if labels is not None:
             cond["labels"] = labels
-        start = _plain_function(model, plan, guidance, guidance_channels, noise, seed, output)
-        batches = _FunctionBatches(model, plan, start, cond)
+        check_function(model, convention)
+        start = _plain_function(plan, guidance, guidance_channels, noise, seed, output)
+        batches = _FunctionBatches(model, plan, start, cond, convention)
 
     return in_batches(batches, len(start), plan, batch_size, progress, callback)
 
@@ -159,13 +168,19 @@ class _FunctionBatches:
     """Batches of a plain function. start: the noise of all images."""
 
     def __init__(
-        self, function: VelocityFunction, plan: Plan, start: Tensor, cond: dict[str, Any]
+        self,
+        function: VelocityFunction,
+        plan: Plan,
+        start: Tensor,
+        cond: dict[str, Any],
+        convention: Convention,
     ) -> None:
         self.function, self.plan, self.start, self.cond = function, plan, start, cond
-        self.size = len(start)
+        self.size, self.convention = len(start), convention
 
     def run(self, rows: Tensor, monitor: StepMonitor) -> Tensor:
-        field = FunctionField(self.function, {k: self._pick(v, rows) for k, v in self.cond.items()})
+        cond = {name: self._pick(value, rows) for name, value in self.cond.items()}
+        field = FunctionField(self.function, cond, self.convention)
         return integrate(self.plan, field, self.start[rows], monitor)
 
     def _pick(self, value: Any, rows: Tensor) -> Any:
@@ -177,7 +192,6 @@ class _FunctionBatches:
 
 
 def _plain_function(
-    function: VelocityFunction,
     plan: Plan,
     guidance: float,
     guidance_channels: int | None,
@@ -185,12 +199,7 @@ def _plain_function(
     seed: int | None,
     output: str,
 ) -> Tensor:
-    """Check the arguments for a plain function -> the noise, (N, ...)."""
-    if not callable(function):
-        raise TypeError(
-            "model must be a FlowModel or a callable v(x, t, **cond), got "
-            f"{type(function).__name__}"
-        )
+    """Check the other arguments of a plain function -> the noise, (N, ...)."""
     if output != "latents":
         raise ValueError(f"output must be 'latents' for a plain function, got {output!r}")
     if guidance != 1 or guidance_channels is not None:

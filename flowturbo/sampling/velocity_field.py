@@ -14,13 +14,7 @@ from torch import Tensor
 
 from flowturbo_kernels import guide, guided_update, skip_checks
 
-from ..models.flow_model import (
-    AdaptiveNetwork,
-    FlowModel,
-    Network,
-    ReversedTime,
-    VelocityFunction,
-)
+from ..models.flow_model import AdaptiveNetwork, FlowModel, Network, ReversedTime
 from ..models.sit import SiT
 from ..models.text_to_image import Conditions, PromptModel
 from ..solver.plan import Plan
@@ -313,16 +307,3 @@ class _Modulations:
         if self.null is None:
             return layers
         return [torch.cat([m[:, :N], m[:, N:].expand(-1, N, -1)], dim=1) for m in layers]
-
-
-class FunctionField(Field):
-    """A callable v(x, t, **cond) as a field, without guidance and refiner."""
-
-    def __init__(self, function: VelocityFunction, cond: dict[str, Any]) -> None:
-        self.function, self.cond = function, cond
-
-    def predict(self, x: Tensor, t: float) -> Tensor:
-        return self.function(x, torch.tensor(t, dtype=x.dtype, device=x.device), **self.cond)
-
-    def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
-        raise ValueError("this plan has refiner steps, but a plain function has no refiner")
