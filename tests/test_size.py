@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-FOLDERS = ("flowturbo", "flowturbo_kernels", "bench", "tests")
+FOLDERS = ("flowturbo", "flowturbo_kernels", "integrations", "bench", "tests")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 FILE, FUNCTION, REPEATED = 400, 60, 10
 """Most lines of a file, of a function below its arguments and docstring, and of a repeated run."""

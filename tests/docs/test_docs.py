@@ -77,6 +77,7 @@ ADDED = {
 
 NOT_RUN = {
     "pip install": "the tests run in the environment that it installs",
+    "ln -s": "it is for ComfyUI's folder",
     "python -m venv": "the tests run in such an environment",
     ". .venv/bin/activate": "the tests run in such an environment",
     "python -m pytest": "it would run this test again",
