@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checks import positive
-from ..models.pipelines import load_pipeline, move_part
+from ..models.pipelines import load_pipeline, move_part, pipeline_vae
+from ..models.prompt_kind import TOKENS, padded
 from ..models.text_to_image import encode_prompts
-from ..models.vae import VAE, DiffusersVAE, load_vae
+from ..models.vae import VAE, load_vae
 from ..runtime.device import choose_device
 from ..storage.files import CheckpointError, load_tensors, open_npz, save_tensors
 from ..storage.images import ImageFiles, scan, scan_captions, square
@@ -104,8 +105,9 @@ def encode(settings: Encode) -> Path:
     - latents (N, C, H, W), as a model sees them, and std of the same shape unless the VAE is exact;
     - with flips, latents_flipped and std_flipped, of the mirrored images;
     - labels (N,) int64; or, for captioned images, the conditions of the pipeline's network: embeds
-      (N, L, D), pooled (N, P) if the network takes it, and null_embeds (1, L, D) and null_pooled
-      (1, P) of the empty caption. `load_prompts` reads these.
+      (N, L, D), pooled (N, P) if the network takes it, lengths (N,) int64 if it must know how many
+      of the L tokens are the caption's, and the same of the empty caption, one row each, named
+      null_embeds and so on. `load_prompts` reads these.
 
     The description in its header names the images and settings it was encoded from. Each shard is
     written atomically, so an interrupted run can be resumed. With the same batch_size and device a
@@ -184,8 +186,10 @@ class _Captions:
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
         conditions = encode_prompts(self.pipe, texts, None, self.device)
+        if "lengths" in conditions:
+            conditions["embeds"] = padded(conditions["embeds"], TOKENS)
         stored = {
-            name: values.to(_DTYPES[self.settings.dtype]).cpu()
+            name: values.to(_DTYPES[self.settings.dtype] if name != "lengths" else None).cpu()
             for name, values in conditions.items()
         }
         for values in stored.values():
@@ -215,7 +219,7 @@ def _load_source(settings: Encode, device: torch.device) -> tuple[_Source, _Labe
         if isinstance(part, nn.Module) and name != "transformer":  # loaded without its weights
             move_part(part, device, torch.float32 if name == "vae" else text_dtype)
             part.eval().requires_grad_(False)
-    return images, _Captions(images.captions, pipe, settings, device), DiffusersVAE(pipe.vae)
+    return images, _Captions(images.captions, pipe, settings, device), pipeline_vae(pipe)
 
 
 def _rows(shard: int, settings: Encode, count: int) -> range:
@@ -319,7 +323,7 @@ def _encode_images(
 
 
 def _check_finite(values: Tensor, names: list[str], encoder: str, settings: Encode) -> None:
-    bad = ~values.flatten(1).isfinite().all(dim=1)
+    bad = ~values.reshape(len(values), -1).isfinite().all(dim=1)
     if bad.any():
         name = names[int(bad.nonzero()[0])]
         raise ValueError(f"{encoder} gives NaN, or values beyond {settings.dtype}, for {name}")

@@ -25,9 +25,12 @@ from ..storage.images import scan
 class Data(Protocol):
     """The interface of training data."""
 
-    shape: tuple[int, int, int]
-    """(C, H, W) of one latent."""
     num_classes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one latent; (C, T, H, W) of a video's."""
+        ...
 
     def __len__(self) -> int: ...
 

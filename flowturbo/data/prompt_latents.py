@@ -17,7 +17,7 @@ from ..storage.files import CheckpointError, load_tensors
 from .latents import check_set, flips, sample_posterior, shards_of
 
 _LATENTS = ("latents", "std", "latents_flipped", "std_flipped")
-_CONDITIONS = ("embeds", "pooled")
+_CONDITIONS = ("embeds", "pooled", "lengths")
 
 
 class PromptLatents:
@@ -46,8 +46,7 @@ class PromptLatents:
                     f"{path} holds {shard.shapes}, but {paths[0].name} holds {first.shapes}"
                 )
         self.null = first.null
-        channels, height, width = first.shapes["latents"]
-        self.shape = (channels, height, width)
+        self.shape = first.shapes["latents"]
         self._paths, self._ends = paths, np.cumsum([shard.rows for shard in loaded.values()])
         self._names = list(first.shapes)
         self._open: dict[Path, safetensors.safe_open] = {}
@@ -56,9 +55,9 @@ class PromptLatents:
         return int(self._ends[-1])
 
     def batch(self, indices: np.ndarray, draws: StepRandom) -> tuple[Tensor, Labels]:
-        """indices (N,) -> latents (N, C, H, W) and conditions (N, ...), float32."""
+        """indices (N,) -> latents (N, C, H, W) and conditions (N, ...), float32; lengths int64."""
         rows = [self._row(int(index)) for index in indices]
-        tensors = {name: torch.cat([row[name] for row in rows]).float() for name in self._names}
+        tensors = {name: _wide(torch.cat([row[name] for row in rows])) for name in self._names}
         mean, std = tensors["latents"], tensors.get("std")
         if "latents_flipped" in tensors:
             flip = flips(draws)
@@ -105,8 +104,13 @@ def _checked(path: Path, tensors: dict[str, Tensor]) -> _Shard:
             raise CheckpointError(f"{path}: {name} must be finite, got NaN or infinity in them")
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in rows.items()}
     return _Shard(
-        counts["latents"], shapes, {name: tensors[f"null_{name}"].float() for name in conditions}
+        counts["latents"], shapes, {name: _wide(tensors[f"null_{name}"]) for name in conditions}
     )
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32, but whole numbers as they are."""
+    return values.float() if values.is_floating_point() else values
 
 
 def load_prompts(folder: str | os.PathLike[str]) -> PromptLatents:

@@ -57,14 +57,14 @@ class AdaptiveNetwork(Network, Protocol):
 class FlowModel:
     """A class-conditional flow model with t = 0 for noise and v = data - noise.
 
-    latent_shape: (C, H, W).
+    latent_shape: (C, H, W); (C, T, H, W) for videos.
     null_class: the label of the unconditional half; None if the model has none and can't be guided.
     guidance_channels: how many channels guidance acts on by default.
     device, dtype: of the networks' weights.
     """
 
     predictor: Network
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     num_classes: int
     null_class: int | None
     guidance_channels: int
@@ -96,7 +96,8 @@ class FlowModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (N, C, H, W) -> images (N, height, width, 3), uint8, on the model's device.
+        """Latents (N, C, H, W) -> images (N, height, width, 3), uint8, on the model's device; or
+        (N, C, T, H, W) -> videos (N, frames, height, width, 3).
 
         Raises ValueError if the model has no vae.
         """

@@ -19,7 +19,12 @@ from ..runtime.cpu_dtype import choose_dtype
 from ..runtime.device import choose_device
 from ..storage.files import CheckpointError
 from .diffusers_io import ask_hub, first_line, is_path
-from .text_to_image import PromptModel, PromptNetwork, check_refiner, guidance_style
+from .normalised_vae import Flux2VAE, VideoVAE
+from .prompt_kind import type_name
+from .prompt_kinds import check_text_alone
+from .prompt_network import PromptNetwork, TwoExperts
+from .refiners import check_refiner
+from .text_to_image import PromptModel
 from .vae import VAE, DiffusersVAE, load_vae
 from .vae_fusion import fuse
 
@@ -31,18 +36,23 @@ def from_pipeline(
     *,
     convention: Literal["auto", "2-rf"] = "auto",
     image_size: int | tuple[int, int] | None = None,
+    frames: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | Literal["auto"] | None = None,
 ) -> PromptModel:
-    """A text-to-image flow model from a diffusers pipeline.
+    """A text-to-image or text-to-video flow model from a diffusers pipeline.
 
-    pipe: an SD3 or FLUX pipeline, or a Stable Diffusion 1.5 pipeline that holds 2-RF's UNet; or the
-        folder or hub name of one.
+    pipe: a pipeline of SD3, FLUX.1, FLUX.2 (Klein too), Qwen-Image, Z-Image or Wan (2.1 and 2.2,
+        text to video), or a Stable Diffusion 1.5 pipeline that holds 2-RF's UNet; or the folder or
+        hub name of one. Its network must read latents and prompts alone, which those of FLUX Fill,
+        Control and Kontext, of editing and of image to video do not.
     refiner: a network as `refiner_for` makes it and `flowturbo distill` trains it, or its folder.
     vae: as for `load`, instead of the pipeline's own.
     convention: "2-rf" is required for a UNet, since Stable Diffusion's own look the same and are no
         flow models.
     image_size: height and width in pixels, or one number for both; None: the network's default.
+    frames: of a video; rounded down to what the VAE can encode, 1 more than a multiple of its
+        factor in time. None: 81.
     device, dtype: None: those of the pipeline; for a folder or hub name as for `load`. The whole
         pipeline is moved and cast, but quantised parts are not cast.
     Raises ValueError or TypeError for what is no flow model or does not fit, CheckpointError for
@@ -53,22 +63,21 @@ def from_pipeline(
         pipe = load_pipeline(
             pipe, ("network", "text") if vae is not None else ("network", "text", "vae")
         )
-    module: Any = network_of(pipe, convention)
-    network = PromptNetwork(module)
+    network = network_with_prompts(pipe, convention)
+    module: Any = network.module
     target = torch.device(module.device) if device is None and not named else choose_device(device)
     if dtype is None and (not named or _quantised(module)):
         dtype = module.dtype
     dtype = choose_dtype(dtype, target)
     refiner_network = None if refiner is None else PromptNetwork(check_refiner(refiner, module))
     if vae is None and getattr(pipe, "vae", None) is not None:
-        codec: VAE | None = DiffusersVAE(pipe.vae)
+        codec: VAE | None = pipeline_vae(pipe)
     else:
         codec = load_vae(vae, target, dtype) if isinstance(vae, str | os.PathLike) else vae
-    factor = codec.factor if codec else 8
-    height, width = _size(network, factor, image_size)
+    shape = _latent_shape(network, codec, image_size, frames)
     if _quantised(module) and dtype != module.dtype:
         raise ValueError(
-            f"dtype must be left out for a quantised {type(module).__name__} of {module.dtype}, "
+            f"dtype must be left out for a quantised {type_name(module)} of {module.dtype}, "
             f"got {dtype}"
         )
     parts = _modules(pipe, module)
@@ -80,24 +89,48 @@ def from_pipeline(
         parts.append(refiner_network)
     for part in parts:
         part.eval().requires_grad_(False)
-    if named and vae is None and codec is not None:
+    if named and isinstance(codec, DiffusersVAE):
         fuse(pipe.vae)
+    tokens = math.prod(shape[1:]) // network.multiple**2
+    scheduler = getattr(pipe, "scheduler", None)
     return PromptModel(
         predictor=network,
         refiner=refiner_network,
-        latent_shape=(network.channels, height // factor, width // factor),
+        latent_shape=shape,
         num_classes=0,
         null_class=None,
         guidance_channels=network.channels,
         device=target,
         dtype=dtype,
         vae=codec,
-        guidance_style=guidance_style(module),
-        shift=_shift(
-            getattr(pipe, "scheduler", None), height * width // (factor * network.multiple) ** 2
-        ),
+        guidance_style=network.kind.guidance(module, pipe),
+        shift=network.kind.shift(scheduler, tokens) or _shift(scheduler, tokens),
         pipe=pipe if getattr(pipe, "text_encoder", None) is not None else None,
     )
+
+
+def network_with_prompts(pipe: Any, convention: str = "auto") -> PromptNetwork:
+    """The velocity network of a pipeline, or both of Wan 2.2's.
+
+    Raises TypeError if there is none that is known, ValueError for a UNet without convention
+    "2-rf", and for a network that reads more than latents and prompts.
+    """
+    module = network_of(pipe, convention)
+    network = PromptNetwork(module)
+    check_text_alone(module, pipe)
+    boundary = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+    second = getattr(pipe, "transformer_2", None)
+    if boundary is None or second is None:
+        return network
+    return TwoExperts(module, second, float(boundary))
+
+
+def pipeline_vae(pipe: Any) -> VAE:
+    """The pipeline's own autoencoder."""
+    name = type(pipe.vae).__name__
+    if name in ("AutoencoderKLQwenImage", "AutoencoderKLWan"):
+        return VideoVAE(pipe.vae, video=name == "AutoencoderKLWan")
+    return Flux2VAE(pipe.vae) if name == "AutoencoderKLFlux2" else DiffusersVAE(pipe.vae)
 
 
 def _modules(pipe: Any, network: nn.Module) -> list[nn.Module]:
@@ -132,15 +165,18 @@ def _quantised(part: nn.Module) -> bool:
     )
 
 
-def _size(
-    network: PromptNetwork, factor: int, image_size: int | tuple[int, int] | None
-) -> tuple[int, int]:
-    """Height and width in pixels. ValueError for sizes that the network can't generate."""
-    default = network.side * factor
+def _latent_shape(
+    network: PromptNetwork,
+    codec: VAE | None,
+    image_size: int | tuple[int, int] | None,
+    frames: int | None,
+) -> tuple[int, ...]:
+    """(C, H, W), or (C, T, H, W). ValueError for sizes that the network can't generate."""
+    factor = codec.factor if codec else network.kind.factor
     height, width = (
         (image_size, image_size)
         if isinstance(image_size, int)
-        else image_size or (default, default)
+        else image_size or tuple(side * factor for side in network.sides)
     )
     step, longest = network.multiple * factor, network.longest * factor
     if any(positive("image_size", side) % step or side > longest for side in (height, width)):
@@ -148,7 +184,13 @@ def _size(
             f"image_size must be multiples of {step}, at most {longest}, for this model, got "
             f"{height} x {width}"
         )
-    return height, width
+    if network.kind.spatial == 2:
+        if frames is not None:
+            raise ValueError(f"frames must be left out for a model of images, got {frames}")
+        return network.channels, height // factor, width // factor
+    per_latent = getattr(codec, "frames_per_latent", 4)
+    count = (positive("frames", 81 if frames is None else frames) - 1) // per_latent + 1
+    return network.channels, count, height // factor, width // factor
 
 
 def _shift(scheduler: Any, tokens: int) -> float:
@@ -158,7 +200,8 @@ def _shift(scheduler: Any, tokens: int) -> float:
     """
     config = getattr(scheduler, "config", {})
     if not str(config.get("_class_name", type(scheduler).__name__)).startswith("FlowMatch"):
-        return 1.0
+        # UniPC and DPM++ on the noise levels of a flow, as in Wan's pipelines.
+        return float(config.get("flow_shift") or 1.0) if config.get("use_flow_sigmas") else 1.0
     if not config.get("use_dynamic_shifting"):
         return float(config.get("shift", 1.0))
     first, last = config["base_image_seq_len"], config["max_image_seq_len"]
@@ -172,12 +215,13 @@ def network_of(pipe: Any, convention: str) -> nn.Module:
 
     Raises TypeError if there is none, ValueError for a UNet without convention "2-rf".
     """
-    module = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    module = getattr(pipe, "transformer", None)
+    module = getattr(pipe, "unet", None) if module is None else module
     if module is None:
         raise TypeError(
             f"pipe must be a pipeline with a transformer or a unet, got {type(pipe).__name__}"
         )
-    if type(module).__name__ == "UNet2DConditionModel" and convention != "2-rf":
+    if type_name(module) == "UNet2DConditionModel" and convention != "2-rf":
         raise ValueError(
             "convention='2-rf' must be given for a UNet: that of Stable Diffusion itself would "
             "give noise"
@@ -246,7 +290,7 @@ def load_pipeline(
 
 def _part(component: str) -> Part | Literal["unused"] | None:
     """The part that a component belongs to; None: it is small, and always loaded."""
-    if component in ("transformer", "unet"):
+    if component in ("transformer", "transformer_2", "unet"):
         return "network"
     if component.startswith(("text_encoder", "tokenizer")):
         return "text"

@@ -1,209 +1,42 @@
-"""Text-to-image networks of diffusers in our convention, and refiners for them.
+"""Text-to-image and text-to-video models of diffusers' networks: prompts in, latents out.
 
-2-RF (a Stable Diffusion 1.5 UNet), SD3 and FLUX. diffusers is imported only where it is needed.
+diffusers is imported only where it is needed.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checks import positive
-from .diffusers_io import is_path, read_pretrained
 from .flow_model import FlowModel
+from .prompt_kind import Conditions, GuidanceStyle, Kind, Labels, packed, unpacked
+from .prompt_kinds import KINDS, kind_of
+from .prompt_network import PromptNetwork, config_of
+from .refiners import check_refiner, refiner_for
 
-Conditions = Mapping[str, Tensor]
-"""The inputs of a network besides x and t: embeds (N, L, D) and, for some kinds of network, pooled
-(N, P) and embedded_guidance (N,).
-"""
-
-Labels = Tensor | Conditions
-"""Class numbers (N,), or conditions."""
-
-
-class Kind(NamedTuple):
-    """How one class of diffusers networks is called.
-
-    sign: of its output relative to our velocity, data - noise.
-    pooled: whether it reads a pooled text embedding.
-    """
-
-    sign: int
-    call: Callable[[Any, Tensor, Tensor, Conditions], Tensor]
-    pooled: bool
-
-
-def _call_unet(module: Any, x: Tensor, noise_level: Tensor, c: Conditions) -> Tensor:
-    return module(x, 1000 * noise_level, encoder_hidden_states=c["embeds"], return_dict=False)[0]
-
-
-def _call_sd3(module: Any, x: Tensor, noise_level: Tensor, c: Conditions) -> Tensor:
-    return module(
-        hidden_states=x,
-        timestep=1000 * noise_level,
-        encoder_hidden_states=c["embeds"],
-        pooled_projections=c["pooled"],
-        return_dict=False,
-    )[0]
-
-
-def _call_flux(module: Any, x: Tensor, noise_level: Tensor, c: Conditions) -> Tensor:
-    _, _, H, W = x.shape
-    positions = torch.zeros(H // 2, W // 2, 3, device=x.device, dtype=x.dtype)
-    positions[..., 1] = torch.arange(H // 2, device=x.device, dtype=x.dtype)[:, None]
-    positions[..., 2] = torch.arange(W // 2, device=x.device, dtype=x.dtype)
-    y = module(
-        hidden_states=packed(x),
-        timestep=noise_level.to(x.dtype),
-        guidance=c.get("embedded_guidance"),
-        pooled_projections=c["pooled"],
-        encoder_hidden_states=c["embeds"],
-        txt_ids=torch.zeros(c["embeds"].shape[1], 3, device=x.device, dtype=x.dtype),
-        img_ids=positions.view(-1, 3),
-        return_dict=False,
-    )[0]
-    return unpacked(y, H, W)
-
-
-KINDS = {
-    "UNet2DConditionModel": Kind(1, _call_unet, pooled=False),
-    "SD3Transformer2DModel": Kind(-1, _call_sd3, pooled=True),
-    "FluxTransformer2DModel": Kind(-1, _call_flux, pooled=True),
-}
-
-
-def packed(x: Tensor) -> Tensor:
-    """FLUX's tokens, 2 x 2 patches: (N, C, H, W) -> (N, H/2 * W/2, 4C)."""
-    N, C, H, W = x.shape
-    return (
-        x.view(N, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(N, H * W // 4, 4 * C)
-    )
-
-
-def unpacked(tokens: Tensor, H: int, W: int) -> Tensor:
-    """The inverse of `packed`."""
-    N, _, channels = tokens.shape
-    return (
-        tokens.view(N, H // 2, W // 2, channels // 4, 2, 2)
-        .permute(0, 3, 1, 4, 2, 5)
-        .reshape(N, channels // 4, H, W)
-    )
-
-
-class PromptNetwork(nn.Module):
-    """A diffusers network as a predictor or refiner, in our time and sign.
-
-    x (N, C, H, W), t (N,), conditions, v like x -> like x.
-    channels: of the latents.
-    multiple: the sides of the latents must be multiples of this.
-    side: of the latents by default.
-    longest: the longest side of the latents.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        name = type(module).__name__
-        if name not in KINDS:
-            raise TypeError(
-                f"a text-to-image network must be one of {', '.join(KINDS)}, got {name}"
-            )
-        self.module, self.kind = module, KINDS[name]
-        config: Any = module.config
-        packs = name == "FluxTransformer2DModel"
-        unet = name == "UNet2DConditionModel"
-        self.channels: int = (config.out_channels or config.in_channels) // (4 if packs else 1)
-        self.multiple: int = (
-            2 ** (len(config.block_out_channels) - 1) if unet else 2 if packs else config.patch_size
-        )
-        self.side: int = 128 if packs else config.sample_size
-        self.longest: int = self.multiple * (
-            config.pos_embed_max_size if name == "SD3Transformer2DModel" else 2**20
-        )
-
-    def forward(self, x: Tensor, t: Tensor, y: Any, v: Tensor | None = None) -> Tensor:
-        x = x if v is None else torch.cat([x, v], dim=1)
-        return self.kind.sign * self.kind.call(self.module, x, 1 - t, y)
-
-
-def config_of(module: Any) -> dict[str, Any]:
-    """The configuration of a diffusers network, without file names."""
-    return {key: value for key, value in module.config.items() if not key.startswith("_")}
-
-
-def refiner_for(teacher: nn.Module, depth: int = 1) -> nn.Module:
-    """A new refiner for a diffusers network, which reads x and v (paper section 3.2).
-
-    depth: 1 or 2 blocks of the teacher's kind. For a UNet it is the number of layers per block, and
-        the first width is halved in the first half of the levels and kept in the others, as in
-        2-RF.
-    Its last layer is zero, and so is its output. Raises TypeError for another class of network,
-    ValueError for another depth.
-    """
-    if positive("depth", depth) > 2:
-        raise ValueError(f"depth must be 1 or 2, got {depth}")
-    name = type(teacher).__name__
-    if name not in KINDS:
-        raise TypeError(f"teacher must be one of {', '.join(KINDS)}, got {name}")
-    teacher_config: Any = teacher.config  # type: ignore[union-attr]
-    config = config_of(teacher)
-    config["in_channels"] = 2 * teacher_config["in_channels"]
-    config["out_channels"] = teacher_config["out_channels"] or teacher_config["in_channels"]
-    if name == "UNet2DConditionModel":
-        widths = teacher_config["block_out_channels"]
-        levels, width = len(widths), widths[0]
-        config |= {
-            "layers_per_block": depth,
-            "block_out_channels": [width // 2 if i < levels // 2 else width for i in range(levels)],
-        }
-    elif name == "SD3Transformer2DModel":
-        config |= {"num_layers": depth, "dual_attention_layers": ()}
-    else:
-        config |= {"num_layers": depth, "num_single_layers": 0}
-    refiner: Any = type(teacher)(**config)
-    last = refiner.conv_out if name == "UNet2DConditionModel" else refiner.proj_out
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return refiner
-
-
-def guidance_style(module: Any) -> Literal["halves", "embedded", "none"]:
-    """How a network is guided: see PromptModel."""
-    if type(module).__name__ != "FluxTransformer2DModel":
-        return "halves"
-    return "embedded" if module.config.guidance_embeds else "none"
-
-
-def check_refiner(refiner: nn.Module | str | os.PathLike[str], teacher: Any) -> nn.Module:
-    """A refiner, or the network in its folder or hub name, if it fits the teacher.
-
-    Raises TypeError or ValueError if it does not, CheckpointError if it can't be read.
-    """
-    kind: Any = type(teacher)
-    module: Any = refiner
-    if isinstance(refiner, str | os.PathLike):
-        source = str(Path(refiner).expanduser()) if is_path(refiner) else str(refiner)
-        module = read_pretrained("refiner", {kind.__name__: kind}, refiner, source)
-    if type(module) is not kind:
-        raise TypeError(
-            f"refiner must be a {kind.__name__} as the predictor is, got {type(module).__name__}"
-        )
-    channels, refiner_channels = teacher.config.in_channels, module.config.in_channels
-    if refiner_channels != 2 * channels:
-        raise ValueError(
-            f"refiner must read {2 * channels} channels, x and v, got {refiner_channels}"
-        )
-    return module
+__all__ = [
+    "KINDS",
+    "Conditions",
+    "Labels",
+    "PromptModel",
+    "PromptNetwork",
+    "check_refiner",
+    "config_of",
+    "encode_prompts",
+    "packed",
+    "refiner_for",
+    "unpacked",
+]
 
 
 @dataclass
 class PromptModel(FlowModel):
-    """A text-to-image flow model: it takes prompts where FlowModel takes class numbers.
+    """A text-to-image or text-to-video flow model: it takes prompts where FlowModel takes class
+    numbers.
 
     A prompt is a text, or what `encode` returns for it.
     guidance_style: "halves": prompt and negative prompt are evaluated in one batch and combined by
@@ -212,7 +45,7 @@ class PromptModel(FlowModel):
     pipe: the diffusers pipeline whose text encoders are used; None: prompts must be encoded.
     """
 
-    guidance_style: Literal["halves", "embedded", "none"] = "halves"
+    guidance_style: GuidanceStyle = "halves"
     pipe: Any = None
 
     def guided(self, guidance: float) -> bool:
@@ -247,8 +80,8 @@ class PromptModel(FlowModel):
     ) -> dict[str, Tensor]:
         """Encode texts -> conditions for `sample`.
 
-        They are embeds, pooled if the network reads it and, if guidance needs both halves,
-        negative_embeds and negative_pooled.
+        They are embeds, pooled if the network reads it, lengths if prompts may differ in it and, if
+        guidance needs both halves, the same of the negative texts, named negative_...
         negative: one text, or one per prompt; None: the empty text.
         Raises TypeError or ValueError for other values, and if the model has no text encoders.
         """
@@ -285,7 +118,8 @@ class PromptModel(FlowModel):
             encoded = dict(prompts)
         else:
             encoded = self.encode(prompts, negative)
-        names = {"embeds", *(["pooled"] if self._pooled else [])}
+        kind = self.kind
+        names = set(kind.reads)
         if self.guided(guidance):
             names |= {f"negative_{name}" for name in names}
         missing = sorted(names - encoded.keys())
@@ -295,6 +129,10 @@ class PromptModel(FlowModel):
                 f"{', '.join(missing)}"
             )
         conditions = {name: encoded[name].to(self.device, self.dtype) for name in sorted(names)}
+        if kind.lengths:
+            for name in sorted(name for name in names if name.endswith("embeds")):
+                lengths = name.replace("embeds", "lengths")
+                conditions[lengths] = _lengths(encoded.get(lengths), lengths, encoded[name])
         counts = {name: len(value) for name, value in conditions.items()}
         if len(set(counts.values())) > 1 or not min(counts.values()):
             raise ValueError(f"prompts must hold as many rows of each kind, got {counts}")
@@ -305,8 +143,23 @@ class PromptModel(FlowModel):
         return conditions
 
     @property
-    def _pooled(self) -> bool:
-        return isinstance(self.predictor, PromptNetwork) and self.predictor.kind.pooled
+    def kind(self) -> Kind:
+        """How the network is called."""
+        assert isinstance(self.predictor, PromptNetwork)
+        return self.predictor.kind
+
+
+def _lengths(given: Tensor | None, name: str, embeds: Tensor) -> Tensor:
+    """Tokens of each prompt, (N,) int64 on the CPU, where shapes must be known; all by default."""
+    if given is None:
+        return torch.full((len(embeds),), embeds.shape[1])
+    lengths = given.to("cpu", torch.int64)
+    if lengths.ndim != 1 or (lengths < 1).any() or (lengths > embeds.shape[1]).any():
+        raise ValueError(
+            f"prompts: {name} must be whole numbers (N,) from 1 to {embeds.shape[1]}, got "
+            f"{given.tolist()}"
+        )
+    return lengths
 
 
 @torch.no_grad()
@@ -315,29 +168,10 @@ def encode_prompts(
 ) -> dict[str, Tensor]:
     """The encodings of texts by a pipeline.
 
-    Names are embeds, and pooled if its kind has it; those of the negative texts begin with
-    negative_.
+    Names are embeds, pooled if its kind has it, lengths if prompts may differ in it; those of the
+    negative texts begin with negative_.
     negative: None: no second half is encoded.
     """
-    prompts, halves = list(texts), negative is not None
-    name = type(pipe).__name__
-    encodings: Sequence[Tensor | None]
-    if name.startswith("StableDiffusion3"):
-        encodings = pipe.encode_prompt(
-            prompts,
-            None,
-            None,
-            device=device,
-            negative_prompt=negative and list(negative),
-            do_classifier_free_guidance=halves,
-        )
-    elif name.startswith("Flux"):
-        embeds, pooled, _ = pipe.encode_prompt(prompts, None, device=device)
-        encodings = (embeds, None, pooled, None)
-        if negative is not None:
-            embeds, pooled, _ = pipe.encode_prompt(list(negative), None, device=device)
-            encodings = (encodings[0], embeds, encodings[2], pooled)
-    else:
-        encodings = pipe.encode_prompt(prompts, device, 1, halves, negative and list(negative))
-    names = ("embeds", "negative_embeds", "pooled", "negative_pooled")
-    return {key: value for key, value in zip(names, encodings, strict=False) if value is not None}
+    network = getattr(pipe, "transformer", None)
+    kind = KINDS["UNet2DConditionModel"] if network is None else kind_of(network)
+    return kind.encode(pipe, list(texts), None if negative is None else list(negative), device)

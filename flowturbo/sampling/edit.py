@@ -145,6 +145,8 @@ def edit_job(
     The inputs are noise and source, (N, C, H, W) float32, and the conditions.
     """
     job = Job.of(model, plan, guidance, guidance_channels, output, torch.float32)
+    if len(model.latent_shape) != 3:
+        raise ValueError("model must make images: videos can be neither edited nor inpainted")
     source = _source(model, images)
     if labels is None:
         raise ValueError("labels must say what to make: a class number or prompt, or one an image")

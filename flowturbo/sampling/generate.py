@@ -101,6 +101,8 @@ def generate(
     out, plan = Path(out), as_plan(plan, model.shift)
     if plan.start:
         raise ValueError(f"plan must start at 0, got one that starts at {plan.start:g}")
+    if len(model.latent_shape) != 3:
+        raise ValueError("model must make images: sets of videos are not supported")
     image_labels = _checked(labels, model)
     prompt_options = {} if negative is None else {"negative": _checked_negative(negative, model)}
     size = BATCH_SIZE if batch_size is None else positive("batch_size", batch_size)
@@ -241,7 +243,7 @@ def _config(module: nn.Module) -> str:
     if isinstance(module, SiT):
         return str(module.config)
     if isinstance(module, PromptNetwork):
-        return str(sorted(config_of(module.module).items()))
+        return str(sorted(config_of(module.module).items())) + str(getattr(module, "boundary", ""))
     return ""
 
 

@@ -99,8 +99,8 @@ def starting_noise(noise: Tensor | None, seed: int | None, shape: tuple[int, ...
         raise TypeError(f"noise must be floating point, got {noise.dtype}")
     if shape is not None and tuple(noise.shape) != shape:
         raise ValueError(
-            f"noise must have shape {shape} (images, channels, height, width), got "
-            f"{tuple(noise.shape)}"
+            f"noise must have shape {shape} (images, channels, "
+            f"{'frames, ' * (len(shape) == 5)}height, width), got {tuple(noise.shape)}"
         )
     if noise.ndim < 1 or not len(noise):
         raise ValueError(f"noise must hold at least one image, got shape {tuple(noise.shape)}")

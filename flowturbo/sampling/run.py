@@ -18,6 +18,7 @@ from flowturbo_kernels import requested_backend, use_backend
 
 from ..checks import finite, positive
 from ..models.flow_model import AdaptiveNetwork, FlowModel
+from ..models.normalised_vae import Flux2VAE, VideoVAE
 from ..models.text_to_image import PromptNetwork
 from ..models.vae import DiffusersVAE, Pixels
 from ..runtime.cuda_graphs import Key
@@ -25,6 +26,9 @@ from ..solver.path import denoised, on_path
 from ..solver.plan import Plan
 from ..solver.steps import Field, State
 from .velocity_field import field_of
+
+_CAPTURABLE = AdaptiveNetwork | PromptNetwork | Pixels | DiffusersVAE | Flux2VAE | VideoVAE
+"""Parts of a model whose work does not depend on the values of their inputs."""
 
 
 class StepInfo(NamedTuple):
@@ -111,7 +115,8 @@ class Job:
     null_class, backend, precision, deterministic: as they are now; they may change between calls.
         precision is that of float32 products; deterministic means deterministic operations only.
     taken: names and row shapes of all inputs besides noise: source, mask and conditions. Those of
-        prompts may have any length.
+        prompts may have any length; where a network must know the lengths of prompts, they are in
+        it too, one number if all are the same.
     """
 
     plan: Plan
@@ -184,7 +189,7 @@ class Job:
     def taking(self, inputs: Mapping[str, Tensor]) -> Job:
         """The same job for inputs of these shapes."""
         rows = (
-            (name, tuple(value.shape[1:]))
+            (name, _lengths(value) if name.endswith("lengths") else tuple(value.shape[1:]))
             for name, value in inputs.items()
             if name not in ("noise", "guidance")
         )
@@ -196,11 +201,7 @@ class Job:
         The device must allow it, and the work of the model's parts must not depend on the images.
         """
         parts = model.predictor, model.refiner, model.vae if self.output == "uint8" else None
-        known = all(
-            part is None
-            or isinstance(part, AdaptiveNetwork | PromptNetwork | Pixels | DiffusersVAE)
-            for part in parts
-        )
+        known = all(part is None or isinstance(part, _CAPTURABLE) for part in parts)
         return known and model.captures.possible(model.device)
 
     def run(
@@ -285,3 +286,8 @@ class Job:
         """Guidance as a tensor (count, 1, 1, 1), so that it is an input of a captured graph."""
         dtype = torch.promote_types(model.dtype, torch.float32)
         return torch.full((count, 1, 1, 1), guidance, dtype=dtype, device=model.device)
+
+
+def _lengths(lengths: Tensor) -> tuple[int, ...]:
+    values = tuple(lengths.tolist())
+    return values[:1] if len(set(values)) == 1 else values

@@ -15,6 +15,8 @@ from torch import Tensor
 from flowturbo_kernels import guide, guided_update, skip_checks
 
 from ..models.flow_model import AdaptiveNetwork, FlowModel, Network, ReversedTime
+from ..models.prompt_kind import both_halves
+from ..models.prompt_network import PromptNetwork
 from ..models.sit import SiT
 from ..models.text_to_image import Conditions, PromptModel
 from ..solver.plan import Plan
@@ -200,20 +202,48 @@ class PromptField(GuidedField):
 
     def __init__(
         self,
-        model: FlowModel,
+        model: PromptModel,
         plan: Plan,
         conditions: Conditions,
         guidance: float | Tensor | None,
         channels: int,
     ) -> None:
-        self.conditions = conditions
+        self.conditions, self.kind = conditions, model.kind
         positive = {k: v for k, v in conditions.items() if not k.startswith("negative_")}
         super().__init__(model, plan, positive, guidance, channels)
 
     def _with_null(self, labels: Any) -> Any:
-        return {
-            k: torch.cat([v, self.conditions.get(f"negative_{k}", v)]) for k, v in labels.items()
-        }
+        return both_halves(
+            labels, {k: self.conditions.get(f"negative_{k}", v) for k, v in labels.items()}
+        )
+
+    def _guided(self, raw: Tensor, t: float) -> Tensor:
+        scale = self._scale(t)
+        return raw if scale is None else self._both_guided(raw, scale)
+
+    def _both_guided(self, raw: Tensor, scale: float | Tensor) -> Tensor:
+        """Both halves guided, and rescaled as the model's pipeline does."""
+        # The axes between channels and width are one to the kernel.
+        guided = guide(raw.flatten(2, -2), scale, self.channels).reshape(raw.shape)
+        if not self.kind.rescales:
+            return guided
+        rescaled = self.kind.rescale(guided.chunk(2)[0], raw.chunk(2)[0])
+        return torch.cat([rescaled, rescaled])
+
+    def _move(
+        self, raw: Tensor, x: Tensor, t: float, base: Tensor | None, move: Move
+    ) -> tuple[Tensor, Tensor]:
+        scale, kind = self._scale(t), self.kind
+        if x.ndim == 4 and (scale is None or not kind.rescales):
+            return super()._move(raw, x, t, base, move)
+        # A refiner's offset is guided as a part of the velocity that it makes.
+        v = raw if base is None else self._read(x, t, base) + raw
+        v = v if scale is None else self._both_guided(v, scale)
+        return move.by(v), self._whole(x, v)
+
+    def _run(self, network: Network, x: Tensor, t: float, v: Tensor | None) -> Tensor:
+        answers = network.at(t) if isinstance(network, PromptNetwork) else network
+        return super()._run(answers, x, t, v)
 
 
 def field_of(

@@ -128,7 +128,7 @@ class Refinement:
         with torch.no_grad():
             x = on_path(data, x0, t)
             step, v = self._cached_velocity(x, t, y, dropped, drop, draws)
-            x = x + delta.view(-1, 1, 1, 1) * step
+            x = x + delta.view(-1, *[1] * (x.ndim - 1)) * step
             target = self.teacher(x, later, dropped)
         offset = network(x, later, cast(Any, dropped), v)
         return (offset + v - target).square().mean()
@@ -151,7 +151,9 @@ class Refinement:
         scale = self._scale(x, draws)
         null = with_null(y, self.null, torch.ones_like(drop))
         both = self.teacher(torch.cat([x, x]), torch.cat([t, t]), joined(y, null))
-        guided = guide(both, scale.view(-1, 1, 1, 1), self.guidance_channels)
-        conditional, unconditional = guided.chunk(2)
-        cached = torch.where(drop.to(x.device).view(-1, 1, 1, 1), unconditional, conditional)
+        folded = both.flatten(2, -2)  # a video's frames lie below each other
+        guided = guide(folded, scale.view(-1, 1, 1, 1), self.guidance_channels)
+        conditional, unconditional = guided.reshape(both.shape).chunk(2)
+        rows = drop.to(x.device).view(-1, *[1] * (x.ndim - 1))
+        cached = torch.where(rows, unconditional, conditional)
         return conditional, cached  # the sampler's state always follows the conditional half

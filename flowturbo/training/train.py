@@ -15,9 +15,9 @@ from ..data.latents import Data, load_data, needs_vae
 from ..data.prompt_latents import load_prompts
 from ..models.checkpoint import save_sit
 from ..models.diffusers_io import WEIGHTS, write_pretrained
-from ..models.pipelines import is_pipeline, load_pipeline, move_part, network_of
+from ..models.pipelines import is_pipeline, load_pipeline, move_part, network_with_prompts
 from ..models.sit import SIT_CONFIGS, SiT, SiTConfig
-from ..models.text_to_image import Conditions, PromptNetwork, guidance_style, refiner_for
+from ..models.text_to_image import Conditions, PromptNetwork, refiner_for
 from ..models.vae import load_vae
 from ..runtime.distributed import workers
 from ..runtime.rng import stream
@@ -168,18 +168,19 @@ def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
 
 def _for_prompts(settings: Distill, device: torch.device) -> tuple[nn.Module, Objective, Data]:
     data = load_prompts(settings.data)
-    teacher = network_of(load_pipeline(settings.teacher, ("network",)), settings.convention)
+    pipe = load_pipeline(settings.teacher, ("network",))
+    predictor = network_with_prompts(pipe, settings.convention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seeded(settings.seed).initial_seed())
-        refiner = refiner_for(teacher, settings.depth)
-    move_part(teacher, device, torch.float32)
-    predictor = PromptNetwork(teacher.eval().requires_grad_(False))
+        refiner = refiner_for(predictor.module, settings.depth)
+    move_part(predictor, device, torch.float32)
+    predictor.eval().requires_grad_(False)
     if predictor.channels != data.shape[0]:
         raise ValueError(
             f"data has latents of {data.shape[0]} channels, the teacher wants {predictor.channels}"
         )
     null = {name: value.to(device) for name, value in data.null.items()}
-    embedded = guidance_style(teacher) == "embedded"
+    embedded = predictor.kind.guidance(predictor.module, pipe) == "embedded"
     return (
         PromptNetwork(refiner),
         _refinement(settings, predictor, null, data.shape[0], embedded=embedded),

@@ -29,7 +29,7 @@ def vae(channels: int = 4, seed: int = 0) -> Any:
         ).eval()
 
 
-def _randomised(module: Any, seed: int) -> Any:
+def randomised(module: Any, seed: int) -> Any:
     """No weight is zero, so that every part matters."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
@@ -39,7 +39,7 @@ def _randomised(module: Any, seed: int) -> Any:
 
 
 def sd3_transformer(seed: int = 1, **config: Any) -> Any:
-    return _randomised(
+    return randomised(
         diffusers.SD3Transformer2DModel(
             **dict(
                 sample_size=SIZE // 2, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
@@ -55,7 +55,7 @@ def sd3_transformer(seed: int = 1, **config: Any) -> Any:
 
 
 def flux_transformer(seed: int = 2, **config: Any) -> Any:
-    return _randomised(
+    return randomised(
         diffusers.FluxTransformer2DModel(
             **dict(
                 patch_size=1, in_channels=16, num_layers=1, num_single_layers=1,
@@ -70,7 +70,7 @@ def flux_transformer(seed: int = 2, **config: Any) -> Any:
 
 
 def unet(seed: int = 3, **config: Any) -> Any:
-    return _randomised(
+    return randomised(
         diffusers.UNet2DConditionModel(
             **dict(
                 sample_size=SIZE // 2, in_channels=4, out_channels=4, block_out_channels=(16, 32),
