@@ -69,9 +69,10 @@ def accelerate(
     the level; TypeError for a pipeline whose scheduler or way of sampling no plan can replace, or
     whose network is unknown.
     """
-    if not hasattr(pipe, "scheduler"):
+    if getattr(pipe, "scheduler", None) is None:
+        hint = ": load its components first" if hasattr(pipe, "load_components") else ""
         raise TypeError(
-            f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}"
+            f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}{hint}"
         )
     from .known_pipelines import check_kind, check_plan
     from .scheduler import PlanScheduler, PlanSteps

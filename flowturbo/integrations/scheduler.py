@@ -8,6 +8,7 @@ noise level, and the velocity, data - noise, is minus the model's output. Schedu
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import time
 import warnings
@@ -115,7 +116,8 @@ class PlanSteps:
         to that number.
         """
         stock: Any = super().set_timesteps  # type: ignore[misc]
-        given = inspect.signature(stock).bind(*args, **options).arguments
+        given = _signature(stock.__func__).bind(self, *args, **options).arguments
+        del given["self"]
         given |= given.pop("kwargs", {})
         self._warn_of_other_numbers(given)
         count = len(self.plan)
@@ -188,7 +190,9 @@ class PlanSteps:
         """
         started = time.perf_counter()
         stock: Any = super().step  # type: ignore[misc]
-        given = inspect.signature(stock).bind(model_output, timestep, sample, *args, **options)
+        given = _signature(stock.__func__).bind(
+            self, model_output, timestep, sample, *args, **options
+        )
         return_dict = _check_unused(given.arguments)
         run = self._running(timestep, sample, model_output.dtype)
         wide = run.position.dtype
@@ -270,11 +274,16 @@ class PlanSteps:
         return _revive, (stock_class(type(self)), dict(vars(self)))
 
 
+@functools.cache
+def _signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
+
+
 def _check_unused(arguments: Mapping[str, Any]) -> bool:
     """Refuse arguments of a step that a plan can't heed -> return_dict."""
     given = dict(arguments)
     given |= given.pop("kwargs", {})
-    heeded = {"model_output", "timestep", "sample", "return_dict"} | _UNUSED
+    heeded = {"self", "model_output", "timestep", "sample", "return_dict"} | _UNUSED
     extra = {k: v for k, v in given.items() if k not in heeded and v is not None}
     if extra:
         raise ValueError(f"a plan's steps take no further arguments, got {', '.join(extra)}")

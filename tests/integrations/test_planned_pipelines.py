@@ -198,9 +198,20 @@ def test_pipelines_that_no_plan_can_run_in(name, message):
     assert type(pipe) is getattr(diffusers, name)
 
 
-def test_mean_velocities_are_taken_one_step_at_a_time():
+def test_a_modular_pipeline_without_its_components_is_told_to_load_them():
+    kind = getattr(diffusers, "ModularPipeline", None)
+    if kind is None:
+        pytest.skip("this diffusers has no modular pipelines")
+    pipe = kind.__new__(kind)
+    pipe.__dict__["scheduler"] = None
+    with pytest.raises(TypeError, match="got ModularPipeline: load its components first"):
+        ft.accelerate(pipe, "A4")
+
+
+@pytest.mark.parametrize("flag", ["use_meanflow", "flow_map"])
+def test_mean_velocities_are_taken_one_step_at_a_time(flag):
     class Network:
-        config = type("Config", (), {"use_meanflow": True})
+        config = type("Config", (), {flag: True})
 
     pipe = hollow("HunyuanImagePipeline", transformer=Network())
     with pytest.raises(ValueError, match="E steps alone for the mean velocities"):
