@@ -8,8 +8,19 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """It need not exist, nor be writable."""
-    return Path(os.environ.get("FLOWTURBO_CACHE") or Path.home() / ".cache" / "flowturbo")
+    """It need not exist, nor be writable.
+
+    Without a home, as in containers of users that the system does not know, it is in the folder
+    for temporary files.
+    """
+    named = os.environ.get("FLOWTURBO_CACHE")
+    if named:
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "flowturbo"
+    except RuntimeError:
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        return Path(tempfile.gettempdir()) / f"flowturbo-{user}"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import importlib.resources
 import json
 import os
 import re
@@ -100,7 +101,9 @@ def _digest_of_kernels() -> str:
     """Of this package's sources: kernels, candidates and measurement. Without sources, the
     version.
     """
-    texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    folder = importlib.resources.files(__package__)  # it may be in a zip
+    sources = [file for file in folder.iterdir() if file.name.endswith(".py")]
+    texts = [file.read_bytes() for file in sorted(sources, key=lambda file: file.name)]
     if not texts:
         return str(_installed("flowturbo"))
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from ..evaluation.fid import Fidelity, fidelity
 from ..evaluation.latency import Bench, bench
 from ..evaluation.quality import Evaluate, evaluate
 from ..evaluation.velocity import InspectVelocity, inspect_velocity
+from ..runtime.distributed import process_number
+from ..runtime.streams import prepare_streams, say
 from ..training.train import Distill, Train, distill, train
 from ..tuning.settings import Tune
 from ..tuning.tune import tune
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     An error is printed in one line, with --debug it is raised.
     """
+    prepare_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     settings = parse([word for word in words if word != "--debug"])
@@ -91,15 +93,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = run(settings)
     except KeyboardInterrupt:
-        print("flowturbo: interrupted", file=sys.stderr)
+        say("flowturbo: interrupted", sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         if debug:
             raise
-        print(f"flowturbo: error: {error}", file=sys.stderr)
+        say(f"flowturbo: error: {error}", sys.stderr)
         return 2
-    if result is not None and int(os.environ.get("RANK", "0")) == 0:
-        print(result)
+    if result is not None and process_number() == 0 and not say(result):
+        say("flowturbo: error: the work is done, but its result can't be printed", sys.stderr)
+        return 2
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ from ..models.flow_model import FlowModel
 from ..models.load import load
 from ..models.pipelines import from_pipeline, is_pipeline
 from ..runtime.device import Dtype, dtype_of
+from ..runtime.streams import interactive
 from ..solver.plan import Plan, as_plan
 
 
@@ -93,7 +93,7 @@ def load_model(settings: ModelFlags) -> tuple[FlowModel, Plan, dict[str, Any]]:
         guidance_channels=settings.guidance_channels,
         seed=settings.seed,
         batch_size=settings.batch_size,
-        progress=sys.stderr.isatty(),
+        progress=interactive(),
         output="uint8",
     )
     if settings.negative is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -60,10 +61,20 @@ def _truncated(label: str, fits: Callable[[str], bool]) -> str:
     )
 
 
+_FILE_TYPE = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}")
+
+
+def names_a_folder(out: Path) -> bool:
+    """Whether a path has no ending like that of a file: folders may be named SiT-cfg-1.5-ODE-50."""
+    return not _FILE_TYPE.fullmatch(out.suffix)
+
+
 def check_out(out: Path) -> None:
     """ValueError unless `write_images` can write this kind of file."""
     if out.suffix not in (".png", ".npz"):
-        raise ValueError(f"out must end in .png or .npz, got {str(out)!r}")
+        raise ValueError(
+            f"out must end in .png or .npz, got {str(out)!r}; a folder's name has no such ending"
+        )
 
 
 def write_images(

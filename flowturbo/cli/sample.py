@@ -15,7 +15,7 @@ from ..sampling.generate import LabelRule, class_labels, generate
 from ..sampling.sampler import sample
 from ..storage.image_shards import join, verify
 from .options import ModelFlags, load_model
-from .output import check_out, summary_line, write_images
+from .output import check_out, names_a_folder, summary_line, write_images
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def run_sample(settings: Sample) -> str:
         if settings.prompts:
             raise ValueError("give prompts or prompts_file, not both")
         settings = replace(settings, prompts=read_prompts(settings.prompts_file))
-    suffix = settings.out.suffix
-    if settings.out.is_dir() or not suffix or suffix[1:].isdigit():  # a folder may be named cfg1.5
+    if settings.out.is_dir() or names_a_folder(settings.out):
         return _sample_set(settings)
     check_out(settings.out)
     model, plan, options = load_model(settings)

@@ -10,6 +10,7 @@ import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..runtime.streams import say
 from .session import DemoSession
 
 
@@ -66,7 +67,7 @@ def serve(
         application(session, guidance), log_level="warning", timeout_graceful_shutdown=1
     )
     try:
-        print(f"flowturbo demo: {address} (Ctrl-C ends it)", flush=True)
+        say(f"flowturbo demo: {address} (Ctrl-C ends it)")
         if browser:
             threading.Timer(1, webbrowser.open, (address,)).start()
         uvicorn.Server(config).run(sockets=[listener])

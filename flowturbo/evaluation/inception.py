@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..storage.files import CheckpointError, load_torch_file, save_tensors
+from flowturbo_kernels._cache import cache_folder
+
+from ..storage.files import CheckpointError, load_torch_file, save_tensors, user_path
 from ..storage.provenance import file_digest
 from ..storage.resume import remove_partial_files, resumed_tensors
 from .image_sets import ImageSet
@@ -139,13 +141,13 @@ def find_weights(path: str | os.PathLike[str] | None = None) -> Path:
     """
     explicit = path or os.environ.get("FLOWTURBO_INCEPTION")
     if explicit:
-        path = Path(explicit).expanduser()
+        path = user_path(explicit)
         if not path.is_file():
             raise CheckpointError(
                 f"{path}, named as the weights of Inception, does not exist: {_cure(path.parent)}"
             )
         return path
-    cache = Path(os.environ.get("FLOWTURBO_CACHE") or Path.home() / ".cache" / "flowturbo")
+    cache = cache_folder()
     folders = (cache, Path(torch.hub.get_dir()) / "checkpoints")
     files = [folder / name for folder in folders for name in WEIGHTS if (folder / name).is_file()]
     if not files:

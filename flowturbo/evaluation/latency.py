@@ -6,7 +6,6 @@ import gc
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from ..models.random_weights import untrained
 from ..models.sit import SIT_CONFIGS, SiT
 from ..runtime import rng
 from ..runtime.device import Dtype, choose_device, device_name, seconds
+from ..runtime.streams import interactive
 from ..sampling.compile import compile
 from ..sampling.sampler import sample
 from ..solver.plan import as_plan
@@ -126,7 +126,7 @@ def bench(settings: Bench) -> str:
     )
     work = list(itertools.product(settings.plans, settings.batch_sizes))
     timings = []
-    for plan, batch in tqdm(work, unit="run", leave=False, disable=not sys.stderr.isatty()):
+    for plan, batch in tqdm(work, unit="run", leave=False, disable=not interactive()):
         timings.append(measure(model, plan, batch, settings.guidance, output, settings.repeats))
         if settings.profile is not None:
             profile_run(model, plan, batch, settings.guidance, output, settings.profile)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ..checks import finite, natural, positive
 from ..models.flow_model import FlowModel
 from ..models.load import load
 from ..runtime import rng
+from ..runtime.streams import interactive
 from ..sampling.sampler import sample
 from ..sampling.velocity_field import GuidedField
 from ..solver.plan import Plan
@@ -75,7 +75,7 @@ def inspect_velocity(settings: InspectVelocity) -> Path:
     results = {
         "settings": {k: v for k, v in flags.items() if k not in _NOT_REPORTED},
         "environment": environment(model.device, model.dtype),
-        **velocity_curve(model, **options, progress=sys.stderr.isatty()),
+        **velocity_curve(model, **options, progress=interactive()),
     }
     write_json(settings.out / "velocity.json", results)
     plot_velocity(results, settings.out / "velocity.png")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import importlib.resources
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +39,17 @@ def model_digests(
     }
 
 
-_BUNDLED = Path(__file__).parent.parent / "bundled"
+_EXTRACTED = contextlib.ExitStack()
+atexit.register(_EXTRACTED.close)
+
+
+def _bundled(name: str) -> Path:
+    """A file that ships with the package; from a zip it is extracted for the process's life."""
+    plain = Path(__file__).parent.parent / "bundled" / name
+    if plain.exists():
+        return plain
+    resource = importlib.resources.files(__package__.partition(".")[0]) / "bundled" / name
+    return _EXTRACTED.enter_context(importlib.resources.as_file(resource))
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class Bundled:
 
 
 MODELS: dict[str, Bundled] = {
-    "digits": Bundled(_BUNDLED / "digits.safetensors", _BUNDLED / "digits-refiner.safetensors"),
+    "digits": Bundled(_bundled("digits.safetensors"), _bundled("digits-refiner.safetensors")),
 }
 
 

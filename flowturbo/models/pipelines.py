@@ -17,7 +17,7 @@ from torch import nn
 from ..checks import positive
 from ..runtime.cpu_dtype import choose_dtype
 from ..runtime.device import choose_device
-from ..storage.files import CheckpointError
+from ..storage.files import CheckpointError, user_path
 from .diffusers_io import ask_hub, first_line, is_path
 from .normalised_vae import Flux2VAE, VideoVAE
 from .prompt_kind import type_name
@@ -247,7 +247,7 @@ def load_pipeline(
         raise ValueError(
             f"model {str(name)!r} needs diffusers: pip install 'flowturbo[diffusers]' ({error})"
         ) from None
-    source = str(Path(name).expanduser()) if is_path(name) else str(name)
+    source = str(user_path(name)) if is_path(name) else str(name)
     if is_path(name) and not (Path(source) / "model_index.json").is_file():
         raise CheckpointError(
             f"model {str(name)!r} is no folder of a diffusers pipeline: it has no model_index.json"
@@ -301,7 +301,7 @@ def _part(component: str) -> Part | Literal["unused"] | None:
 
 def is_pipeline(name: str | os.PathLike[str]) -> bool:
     """Whether a model's name is that of a pipeline: a folder, or a hub name such as "org/name"."""
-    if Path(name).expanduser().is_dir():
+    if user_path(name).is_dir():
         return True
     checkpoint = Path(name).suffix in (".pt", ".pth", ".safetensors")
     return not checkpoint and not is_path(name) and str(name).count("/") == 1

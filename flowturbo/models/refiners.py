@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..checks import positive
+from ..storage.files import user_path
 from .diffusers_io import is_path, read_pretrained
 from .prompt_kind import original
 from .prompt_kinds import check_text_alone, kind_of
@@ -51,7 +51,7 @@ def check_refiner(refiner: nn.Module | str | os.PathLike[str], teacher: Any) -> 
     kind: Any = type(original(teacher))
     module: Any = refiner
     if isinstance(refiner, str | os.PathLike):
-        source = str(Path(refiner).expanduser()) if is_path(refiner) else str(refiner)
+        source = str(user_path(refiner)) if is_path(refiner) else str(refiner)
         module = read_pretrained("refiner", {kind.__name__: kind}, refiner, source)
     if type(original(module)) is not kind:
         raise TypeError(

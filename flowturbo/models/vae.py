@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flowturbo_kernels import image_bytes, unscale_latents
 
-from ..storage.files import CheckpointError
+from ..storage.files import CheckpointError, user_path
 from .convolution_search import convolution_search
 from .diffusers_io import ask_hub, is_path, read_pretrained
 from .vae_fusion import fuse
@@ -163,7 +163,7 @@ def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dt
     kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
     if is_path(name):
         network = read_pretrained(
-            "vae", kinds, name, str(_vae_folder(Path(name).expanduser())), local_files_only=True
+            "vae", kinds, name, str(_vae_folder(user_path(name))), local_files_only=True
         )
     else:
         network = _from_hub(kinds, str(name))

@@ -25,18 +25,62 @@ connections close.
 """
 
 
+def is_launched() -> bool:
+    """Whether this process is one of several that find each other, as under torchrun.
+
+    A cluster may set RANK and WORLD_SIZE for a single process, without an address: that one works
+    alone. Raises ValueError if there are several and no address, or for what is no number.
+    """
+    number, size = _setting("RANK"), _setting("WORLD_SIZE")
+    if number is None or size is None:
+        return False
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if not lacking or dist.is_initialized():
+        return True
+    if size > 1:
+        raise ValueError(
+            f"RANK={number} and WORLD_SIZE={size} are set, so this is one of {size} processes, but "
+            f"{' and '.join(lacking)} not: start with torchrun, or unset RANK and WORLD_SIZE"
+        )
+    return False
+
+
+def process_number() -> int:
+    """The number of this process among those that were launched together; 0 if it is alone."""
+    number = _setting("RANK")
+    return number if number is not None and is_launched() else 0
+
+
+def _local_number() -> int:
+    """The number of this process's GPU in its machine."""
+    local = _setting("LOCAL_RANK")
+    if local is None:
+        return (_setting("RANK") or 0) % torch.cuda.device_count()
+    return local
+
+
+def _setting(name: str) -> int | None:
+    """A number of the environment; None if it is not there, or empty."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"the environment's {name} must be a number, got {text!r}")
+    return int(text)
+
+
 @contextlib.contextmanager
 def workers(device: str | None) -> Iterator[torch.device]:
     """The device of this process; under torchrun, inside a process group.
 
     The group lasts as long as the block. A group that exists already is used as it is.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield choose_device(device)
+    target, launched = choose_device(device), is_launched()
+    if not launched:
+        yield target
         return
-    target = choose_device(device)
     if target.type == "cuda":
-        target = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        target = torch.device("cuda", _local_number())
         torch.cuda.set_device(target)
     if dist.is_initialized():
         # The caller's group. A second one in the same process may hang on the first one's ports.

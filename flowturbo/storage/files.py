@@ -41,12 +41,13 @@ class CheckpointError(ValueError):
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a binary file that appears under `path` when the block ends.
 
-    If the block raises or the process is killed, `path` stays as it was.
+    If the block raises or the process is killed, `path` stays as it was. A link stays a link: the
+    file that it leads to is written.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+        dir=path.parent, prefix=temporary_prefix(path.name), suffix=".tmp"
     )
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -59,6 +60,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def temporary_prefix(name: str) -> str:
+    """How the names of temporary files of a file begin: with its own, as far as names may go."""
+    return f".{os.fsencode(name)[:200].decode(errors='ignore')}."
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path with ~ as the user's home. ValueError if the user has none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{str(path)!r} begins at a home folder, and there is none: set HOME, or give the "
+            "whole path"
+        ) from None
 
 
 def _umask() -> int:
