@@ -10,6 +10,7 @@ Every operation is an `Op` in `OPS`; its `.reference` is plain torch and differe
 """
 
 from . import _flash_attention, _quack
+from ._cache import give_compilers_a_cache
 from ._op import (
     BACKENDS,
     OPS,
@@ -38,6 +39,8 @@ from .linear_quantized import linear_quantized, linear_quantized_residual
 from .patch_embed import patch_embed
 from .refiner_forward import refiner_forward
 from .velocity_update import velocity_update
+
+give_compilers_a_cache()
 
 LIBRARIES = {"quack": _quack.LIBRARY, "FlashAttention-4": _flash_attention.LIBRARY}
 """Packages whose kernels are candidates where they are installed, by name."""

@@ -19,8 +19,25 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "flowturbo"
     except RuntimeError:
-        user = os.getuid() if hasattr(os, "getuid") else "user"
-        return Path(tempfile.gettempdir()) / f"flowturbo-{user}"
+        return _temporary()
+
+
+def give_compilers_a_cache() -> None:
+    """Let Triton and CuPy cache where they can, if the home can't be written to.
+
+    Triton would fail at its first kernel, and CuPy compile in every process.
+    """
+    for variable, own in (("TRITON_CACHE_DIR", ".triton"), ("CUPY_CACHE_DIR", ".cupy")):
+        home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
+        folder = home / own if (home / own).exists() else home
+        if not os.environ.get(variable) and not os.access(folder, os.W_OK | os.X_OK):
+            os.environ[variable] = str(_temporary() / own.strip("."))
+
+
+def _temporary() -> Path:
+    """This user's folder among the temporary files."""
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    return Path(tempfile.gettempdir()) / f"flowturbo-{user}"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -110,6 +110,11 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
             f"{reference['images']} images. Published figures for ImageNet are to the Gaussian of "
             "the whole training set, which ADM's file holds."
         )
+    elif metrics & {"fid", "sfid"} and reference.get("gaussians"):
+        notes.append(
+            "The reference's mu and sigma are of unknown origin: its file does not say which "
+            "images and which network they are of. FID is right only if that is this network."
+        )
     if (
         results["samples"].get("size")
         and reference.get("size")

@@ -308,7 +308,24 @@ def _gaussian(
             f"{path} must hold {mean} (D,) and {covariance} (D, D), finite numbers, got shapes "
             f"{shapes}"
         )
-    return Gaussian(a, b)
+    if problem := _no_covariance(b):
+        raise CheckpointError(f"{path} must hold a covariance as {covariance}, but it {problem}")
+    return Gaussian(a, (b + b.T) / 2)
+
+
+def _no_covariance(matrix: Tensor) -> str:
+    """Why a square matrix (D, D), float64, is no covariance, beyond what float32 rounds; "" if it
+    is one.
+    """
+    rounding = len(matrix) * torch.finfo(torch.float32).eps * float(matrix.abs().max())
+    asymmetry = float((matrix - matrix.T).abs().max())
+    if asymmetry > rounding:
+        return f"is not symmetric: entries differ from their mirrors by up to {asymmetry:.3g}"
+    shifted = (matrix + matrix.T) / 2 + rounding * torch.eye(len(matrix), dtype=matrix.dtype)
+    if rounding and int(torch.linalg.cholesky_ex(shifted).info):
+        least = float(torch.linalg.eigvalsh(matrix)[0])
+        return f"has negative eigenvalues, down to {least:.3g}"
+    return ""
 
 
 def _float64(array: np.ndarray | None) -> Tensor | None:

@@ -264,3 +264,32 @@ def test_a_reference_is_never_unpickled(tmp_path):
     for name in ("ref", "object"):
         with pytest.raises(CheckpointError, match=r"no whole .npz of plain arrays"):
             Reference(tmp_path / f"{name}.npz")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda sigma: np.triu(sigma), "sigma, but it is not symmetric"),
+        (lambda sigma: sigma - 2 * sigma[0, 0] * np.eye(len(sigma)), "has negative eigenvalues"),
+        (lambda sigma: -sigma, "has negative eigenvalues, down to -"),
+    ],
+)
+def test_statistics_that_cannot_be_are_refused(tmp_path, change, message):
+    rng = np.random.default_rng(3)
+    features = rng.normal(size=(40, 6))
+    sigma = np.cov(features.T)
+    np.savez(tmp_path / "wrong.npz", mu=features.mean(0), sigma=change(sigma))
+    with pytest.raises(CheckpointError, match=message):
+        Reference(tmp_path / "wrong.npz")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_statistics_of_few_images_and_their_rounding_are_taken(tmp_path, dtype):
+    """A singular covariance has eigenvalues of either sign within rounding."""
+    features = np.random.default_rng(4).normal(size=(5, 40)).astype(dtype)
+    sigma = np.cov(features.T, dtype=dtype)
+    sigma[0, 1] *= 1 + np.finfo(np.float32).eps
+    np.savez(tmp_path / "few.npz", mu=features.mean(0), sigma=sigma)
+    pool = Reference(tmp_path / "few.npz").pool
+    assert pool is not None
+    assert pool.covariance.equal(pool.covariance.T)

@@ -63,6 +63,26 @@ def test_without_a_home_the_cache_is_among_temporary_files(homeless, monkeypatch
         user_path("~/model.pt")
 
 
+def test_compilers_cache_where_they_can(monkeypatch, tmp_path):
+    home, given = tmp_path / "home", tmp_path / "given"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("TRITON_HOME", raising=False)
+    monkeypatch.setattr(_cache.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    writable = True
+    monkeypatch.setattr(_cache.os, "access", lambda *_: writable)
+    names = "TRITON_CACHE_DIR", "CUPY_CACHE_DIR"
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    _cache.give_compilers_a_cache()
+    assert not any(name in os.environ for name in names)
+    writable = False
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(given))
+    _cache.give_compilers_a_cache()
+    assert Path(os.environ["TRITON_CACHE_DIR"]).is_relative_to(tmp_path / "temporary")
+    assert os.environ["CUPY_CACHE_DIR"] == str(given)
+
+
 @pytest.mark.parametrize(
     ("name", "folder"),
     [
