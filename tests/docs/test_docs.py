@@ -246,7 +246,7 @@ RUNNABLE = [
 ]
 
 
-LONG = {"benchmarks.md", "reproduce.md", "search.md"}
+LONG = {"benchmarks.md", "reproduce.md", "search.md", "refiner.md", "speed.md"}
 """Pages whose commands take the longest."""
 
 
@@ -346,6 +346,7 @@ def test_all_that_the_tables_name_is_in_use():
     assert not ADDED.keys() - {kind for kind, _ in used}
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_documented_command_makes_the_whole_set(folder):
     """Two processes; the other tests run such commands as one process."""
     page = (ROOT / "docs" / "image-sets.md").read_text()

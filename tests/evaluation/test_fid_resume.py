@@ -55,6 +55,7 @@ network)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_to_the_same_bits(files, tmp_path):
     words = [sys.executable, "-c", SCRIPT, str(files)]
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]

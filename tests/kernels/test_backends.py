@@ -135,9 +135,10 @@ def test_under_autocast_the_reference_runs():
 # Whole models
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize(
-    "config", [CONFIG, pytest.param(HEAD_DIM_72, marks=pytest.mark.slow)], ids=["24", "72"]
+    "config", [CONFIG, HEAD_DIM_72], ids=["24", "72"]
 )
 def test_a_model_on_triton_is_the_reference_model(config):
     """In float32, through every operation of a guided plan with refiner steps."""

@@ -121,7 +121,8 @@ sys.exit(status)
 """
 
 
-@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("how", ["raise OSError('the disk is full')", "os.kill(os.getpid(), 9)"])
 def test_when_one_process_ends_the_other_says_so_and_does_not_wait(
     digits: ft.FlowModel, larger_set: Path, tmp_path: Path, failing: int, how: str
@@ -157,6 +158,7 @@ if os.environ["RANK"] == "{failing}":
     assert contents(tmp_path / "set") == contents(larger_set)
 
 
+@pytest.mark.slow
 def test_what_process_0_refuses_all_refuse(larger_set: Path, tmp_path: Path) -> None:
     out = shutil.copytree(larger_set, tmp_path / "set")
     for status, said in two_by_hand(["-c", ENDS_WELL, *WORDS, "--out", str(out), "--seed", "6"]):
