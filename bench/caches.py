@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import flowturbo as ft
 
-PLANS = ("H3E1", "A4", "H1A5", "A6", "H4E1", "A5", "H6E1", "A7", "A10")
+PLANS = ("H3E1", "A4", "H4E1", "A5", "H1A5", "H1A4", "A6", "H6E1", "A7")
 FINE = "C80"
 
 
