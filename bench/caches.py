@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import flowturbo as ft
 
-PLANS = ("H3E1", "A4", "H4E1", "A5", "H1A5", "H1A4", "A6", "H6E1", "A7")
+PLANS = ("A4", "H1A3", "H1A4", "H1A5", "H1A6", "A6", "H2A3E1", "H3E1", "H4E1")
 FINE = "C80"
 
 

@@ -43,6 +43,7 @@ SMALLER = {
     "tune": {"--budget-calls": "1", "--iterations": "1"},
     "solvers.py": {"--most": "2"},
     "bfloat16_cpu.py": {"--pairs": "1"},
+    "caches.py": {"--images": "2"},
     "test_plans.py": {"--rivals": "ours", "--sizes": "64", "--batches": "1", "--plans": "H1R1"},
 }
 """Values that replace those of a flag, or of a flag with these values, where a command has it."""
@@ -70,6 +71,7 @@ ADDED = {
     "demo": {"--port": "0"},
     "growth.py": {"--batches": "1 2", "--counts": "1", "--sides": "8", "--repeats": "1"},
     "bfloat16_cpu.py": {"--models": "SiT-S/8"},
+    "caches.py": {"--plans": "H1E1", "--fine": "E2"},
     "test_kernels.py": {"--providers": "auto", **BRIEF},
     "test_plans.py": {"--rivals": "ours", "--plans": "H1R1", **BRIEF},
 }
