@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from close import assert_close
+from tiny import tiny_model
 from torch import Tensor, nn
 
 import flowturbo as ft
@@ -237,7 +238,7 @@ def test_refusals_of_conventions(noise):
     with pytest.raises(ValueError, match="convention must be 'time' or 'sigma', got 'noise'"):
         ft.sample(velocity, "A4", noise=noise, convention="noise")
     with pytest.raises(ValueError, match="convention='sigma' is for a callable: a FlowModel knows"):
-        ft.sample(ft.load("digits"), "A4", [1], convention="sigma")
+        ft.sample(tiny_model(), "A4", [1], convention="sigma")
 
 
 def test_functions_whose_arguments_cannot_be_read(noise):
