@@ -59,8 +59,9 @@ class Plan:
     """A sequence of steps on a time grid from 0 (noise) to 1 (data).
 
     letters: one letter per step, each in STEPS: H Heun, P pseudo corrector, R refiner, S refiner of
-        the paper's equation 7, E Euler, A, B, C Adams-Bashforth of order 2, 3, 4, L linear
-        multistep with the plan's weights, M the same on refined velocities.
+        the paper's equation 7, E Euler, A, B, C Adams-Bashforth of order 2, 3, 4, U UniPC-2,
+        D DPM-Solver++ 2M, X res_2s, L linear multistep with the plan's weights, M the same on
+        refined velocities.
     grid: the len(letters) + 1 times, strictly rising, from `start` to 1.
     guidance_interval: guidance is applied to calls at times in this closed interval; outside it
         only the conditional half is evaluated.

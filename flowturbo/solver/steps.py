@@ -1,144 +1,42 @@
 """The kinds of solver step. A step is a value: (field, state, t0, t1) -> state.
 
 Time runs from 0 (noise) to 1 (data), and dx/dt = v(x, t). H, P and R have the numerics of
-FlowTurbo's public code. To add a kind, write a class and list it in STEPS.
+FlowTurbo's public code. UniPC, DPM-Solver++ and RES are in exponential.py. To add a kind, write a
+class and list it in STEPS.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from fractions import Fraction
-from typing import ClassVar, NamedTuple
 
-from torch import Tensor
+from .exponential import DpmSolver, Res, UniPC
+from .state import (
+    KEPT_STATES,
+    MAX_PAST,
+    Field,
+    Move,
+    NoCachedVelocity,
+    PastVelocity,
+    State,
+    Step,
+    euler,
+    trapezoid,
+)
 
-from flowturbo_kernels import velocity_update
-from flowturbo_kernels.velocity_update import MAX_VELOCITIES
-
-
-class Move(NamedTuple):
-    """An update of the state by a velocity v that is not evaluated yet.
-
-    x becomes origin + sum(weights * velocities) + weight * v. The weights include the step size.
-    origin: (N, ...). Of v and of each of the velocities, the first N rows are read.
-    """
-
-    origin: Tensor
-    weight: float
-    velocities: Sequence[Tensor] = ()
-    weights: Sequence[float] = ()
-
-    def by(self, v: Tensor) -> Tensor:
-        """The updated x, (N, ...)."""
-        return velocity_update(self.origin, [*self.velocities, v], [*self.weights, self.weight])
-
-
-def euler(x: Tensor, dt: float) -> Move:
-    """Euler's update, x + dt * v."""
-    return Move(x, dt)
-
-
-def trapezoid(x: Tensor, v0: Tensor, dt: float) -> Move:
-    """The trapezoidal rule, x + dt/2 * (v0 + v)."""
-    return Move(x, dt / 2, [v0], [dt / 2])
-
-
-class Field(ABC):
-    """What a step asks of a model. Guidance, labels and dtypes are handled by the field.
-
-    A subclass defines `predict` and `refine`, or overrides the other two to fuse each evaluation
-    with the move that follows it.
-    """
-
-    @abstractmethod
-    def predict(self, x: Tensor, t: float) -> Tensor:
-        """The velocity at (x, t).
-
-        x: (N, ...). t: in [0, 1].
-        Returns N rows, or 2N with both halves of guidance, the conditional one first.
-        """
-
-    def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
-        """The refiner's offset at (x, t), to be added to a velocity; of v's shape.
-
-        x: (N, ...). t: in [0, 1]. v: as `predict` returns it.
-        """
-        raise ValueError("this plan has refiner steps, but the field has no refiner")
-
-    def predict_and_move(self, x: Tensor, t: float, move: Move) -> tuple[Tensor, Tensor]:
-        """Evaluate v = predict(x, t) and move by it -> (the new x, v)."""
-        v = self.predict(x, t)
-        return move.by(v), v
-
-    def predict_ahead_and_move(
-        self, ahead: Move, v0: Tensor, t: float, move: Move
-    ) -> tuple[Tensor, Tensor]:
-        """`predict_and_move` at the state that `ahead` leads to by v0."""
-        return self.predict_and_move(ahead.by(v0), t, move)
-
-    def refine_and_move(
-        self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move
-    ) -> tuple[Tensor, Tensor]:
-        """Evaluate v = base + refine(x, t, read), move by it -> (the new x, v)."""
-        v = base + self.refine(x, t, read)
-        return move.by(v), v
-
-
-class PastVelocity(NamedTuple):
-    """A velocity, and the grid time of the state it was evaluated for."""
-
-    t: float
-    v: Tensor
-
-
-class State(NamedTuple):
-    """What passes from step to step.
-
-    x: (N, ...). Under guidance every velocity has 2N rows, of which the first N move x.
-    v: the cached velocity, or None if the last step left none. It stands for the velocity at the
-        present (x, t), but was evaluated at the predicted x (H, P) or at the start of the step (R).
-    past: velocities at earlier grid times, at most MAX_PAST, the newest last.
-    """
-
-    x: Tensor
-    v: Tensor | None = None
-    past: tuple[PastVelocity, ...] = ()
-
-    @property
-    def newest_velocity(self) -> Tensor | None:
-        """The cached velocity if there is one, else the newest of the past."""
-        if self.v is not None:
-            return self.v
-        return self.past[-1].v if self.past else None
-
-
-MAX_PAST = 15
-"""Past velocities that are kept: Adams-Bashforth reads up to three, fitted steps may read all."""
-
-
-class NoCachedVelocity(ValueError):
-    """A step needs a velocity of an earlier step, and there is none."""
-
-
-def remember(past: tuple[PastVelocity, ...], t: float, v: Tensor) -> tuple[PastVelocity, ...]:
-    """The past with one more velocity; the oldest is dropped if there are too many."""
-    return (*past, PastVelocity(t, v))[-MAX_PAST:]
-
-
-class Step(ABC):
-    """One kind of step.
-
-    letter: its name in a plan. title: its name in tables. order: its order of convergence, with an
-        exact field and an exact past.
-    """
-
-    letter: ClassVar[str]
-    title: ClassVar[str]
-    order: ClassVar[int]
-
-    @abstractmethod
-    def __call__(self, field: Field, state: State, t0: float, t1: float) -> State: ...
+__all__ = [
+    "FITTED",
+    "KEPT_STATES",
+    "MAX_PAST",
+    "STEPS",
+    "Field",
+    "Move",
+    "Multistep",
+    "NoCachedVelocity",
+    "PastVelocity",
+    "State",
+    "Step",
+    "adams_bashforth_weights",
+]
 
 
 class Heun(Step):
@@ -153,7 +51,7 @@ class Heun(Step):
         dt = t1 - t0
         ahead, v0 = field.predict_and_move(state.x, t0, euler(state.x, dt))
         x, v1 = field.predict_and_move(ahead, t1, trapezoid(state.x, v0, dt))
-        return State(x, v1, remember(state.past, t0, v0))
+        return State(x, v1, state.remember(t0, v0))
 
 
 class PseudoCorrector(Step):
@@ -169,7 +67,7 @@ class PseudoCorrector(Step):
             return STEPS["H"](field, state, t0, t1)
         dt, v0 = t1 - t0, state.v
         x, v1 = field.predict_ahead_and_move(euler(state.x, dt), v0, t1, trapezoid(state.x, v0, dt))
-        return State(x, v1, remember(state.past, t0, v0))
+        return State(x, v1, state.remember(t0, v0))
 
 
 class Refiner(Step):
@@ -177,10 +75,8 @@ class Refiner(Step):
 
     As in the public code, both calls read the same cached velocity, the second offset is added to
     the first refined velocity, and the first refined velocity is cached. The second point makes the
-    order 1
-    even with an exact refiner: the second velocity is off by the difference between the first
-        refined
-    velocity and the cached one, which is of the order of a step.
+    order 1 even with an exact refiner: the second velocity is off by the difference between the
+    first refined velocity and the cached one, which is of the order of a step.
     """
 
     letter, title, order = "R", "refiner", 1
@@ -191,7 +87,7 @@ class Refiner(Step):
             raise NoCachedVelocity("R needs the velocity of an earlier step")
         ahead, v0 = field.refine_and_move(state.x, t0, cached, cached, euler(state.x, dt))
         x, _ = field.refine_and_move(ahead, t1, cached, v0, trapezoid(state.x, v0, dt))
-        return State(x, v0, remember(state.past, t0, v0))
+        return State(x, v0, state.remember(t0, v0))
 
 
 class SingleRefiner(Step):
@@ -207,7 +103,7 @@ class SingleRefiner(Step):
             raise NoCachedVelocity("S needs the velocity of an earlier step")
         before = state.past[-1].v
         x, v0 = field.refine_and_move(state.x, t0, before, before, euler(state.x, t1 - t0))
-        return State(x, None, remember(state.past, t0, v0))
+        return State(x, None, state.remember(t0, v0))
 
 
 class Multistep(Step):
@@ -251,11 +147,7 @@ class Multistep(Step):
             )
         else:
             *weights, weight = reversed(self.weights)
-        origin, velocities = state.x, [s.v for s in earlier]
-        while len(velocities) > MAX_VELOCITIES:  # the limit of one kernel call
-            origin = velocity_update(origin, velocities[:MAX_VELOCITIES], weights[:MAX_VELOCITIES])
-            velocities, weights = velocities[MAX_VELOCITIES:], weights[MAX_VELOCITIES:]
-        move = Move(origin, weight, velocities, weights)
+        move = Move(state.x, weight, [s.v for s in earlier], weights).within_one_kernel()
         if not self.refines:
             x, v0 = field.predict_and_move(state.x, t0, move)
         else:
@@ -263,15 +155,14 @@ class Multistep(Step):
             if newest is None:
                 raise NoCachedVelocity(f"{self.letter} needs the velocity of an earlier step")
             x, v0 = field.refine_and_move(state.x, t0, newest, newest, move)
-        return State(x, None, remember(state.past, t0, v0))
+        return State(x, None, state.remember(t0, v0))
 
 
 def adams_bashforth_weights(times: list[float], t0: float, t1: float) -> list[float]:
     """The integrals over [t0, t1] of the Lagrange polynomials on `times`.
 
     times: distinct. Returns the weight of each velocity. They are computed in rational arithmetic
-        and
-    rounded once: times (0, 1) and the step [1, 2] give (-1/2, 3/2).
+    and rounded once: times (0, 1) and the step [1, 2] give (-1/2, 3/2).
     """
     nodes = [Fraction(t) for t in times]
     weights = []
@@ -304,6 +195,9 @@ STEPS: dict[str, Step] = {
         Multistep("A", "Adams-Bashforth 2", 2),
         Multistep("B", "Adams-Bashforth 3", 3),
         Multistep("C", "Adams-Bashforth 4", 4),
+        UniPC(),
+        DpmSolver(),
+        Res(),
         Multistep("L", "fitted multistep", 4),
         Multistep("M", "fitted multistep, refined", 4, refines=True),
     )

@@ -58,22 +58,22 @@ ODES = {
 }
 
 
-def measured_order(letters, name: str, shift: float, counts, known: int = 0) -> float:
+def measured_order(
+    letters, name: str, shift: float, counts, known: int = 0, ends=(0.0, 1.0)
+) -> float:
     """The slope of log error over log step size. letters: number of steps -> the plan's letters;
-    the first `known` grid times are not stepped over: their exact velocities are the past that the
-    first step finds."""
+    the first `known` grid times are not stepped over: their exact states and velocities are the
+    past that the first step finds. ends: where the grid starts and ends."""
     f, exact = ODES[name]
     errors = []
     for n in counts:
         plan = Plan(letters(n), Plan.parse(f"E{n}", shift=shift).grid)
-        state = State(
-            exact(plan.grid[known]),
-            None,
-            tuple(PastVelocity(t, f(exact(t), t)) for t in plan.grid[:known]),
-        )
-        for step, t0, t1 in list(plan.schedule())[known:]:
+        grid = [ends[0] + (ends[1] - ends[0]) * t for t in plan.grid]
+        past = tuple(PastVelocity(t, f(exact(t), t), exact(t)) for t in grid[:known])
+        state = State(exact(grid[known]), None, past)
+        for step, t0, t1 in list(zip(plan.steps, grid, grid[1:], strict=False))[known:]:
             state = step(Ode(f), state, t0, t1)
-        errors.append(float((state.x - exact(1.0)).norm()))
+        errors.append(float((state.x - exact(grid[-1])).norm()))
     return -float(np.polyfit(np.log(counts), np.log(errors), 1)[0])
 
 
@@ -83,13 +83,24 @@ def measured_order(letters, name: str, shift: float, counts, known: int = 0) -> 
 def test_order_of_convergence(letter, name, shift):
     claimed = STEPS[letter].order
     start = {"R": "H", "S": "H", "M": "LLL"}.get(letter, "")
-    known = claimed - 1 if letter in "ABCLM" else 0
+    known = claimed - 1 if letter in "ABCLMD" else 1 if letter == "U" else 0
+    # Exponential steps have their order where the log of the noise level is smooth.
+    ends, counts = ((0.1, 0.9), (80, 160, 320)) if letter in "UDX" else ((0, 1), (40, 80, 160))
     order = measured_order(
-        lambda n: start + letter * (n - len(start)), name, shift, (40, 80, 160), known
+        lambda n: start + letter * (n - len(start)), name, shift, counts, known, ends
     )
     assert claimed - 0.35 < order < claimed + 0.85, (
         f"{letter} on {name!r}: measured {order:.2f}, claimed {claimed}"
     )
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("letter", "UDX")
+def test_exponential_steps_converge_from_noise_to_data(letter, shift):
+    """With order 2 up to a logarithm: near t = 0 and 1, steps in the log of t / (1 - t) stay as
+    long as they are, however many there are."""
+    order = measured_order(lambda n: letter * n, "rotating", shift, (160, 320, 640))
+    assert 1.5 < order < 2.1
 
 
 def test_the_pseudo_correctors_error_is_about_2_7_times_heuns():
@@ -106,6 +117,10 @@ def test_the_pseudo_correctors_error_is_about_2_7_times_heuns():
 def test_steps_of_all_kinds_mixed_still_converge(shift):
     order = measured_order(lambda n: ("HAPABCP" * n)[:n], "nonlinear", shift, (70, 140, 280, 560))
     assert order > 1.7
+    order = measured_order(
+        lambda n: ("AUUXDHPDUU" * n)[:n], "rotating", shift, (80, 160, 320), ends=(0.1, 0.9)
+    )
+    assert order > 1.8
 
 
 def test_adams_bashforth_weights_by_hand():
