@@ -56,7 +56,7 @@ class ModelFlags(WeightFlags):
     Default: B7, which measures best on the bundled model at seven calls.
     For text-to-image models, whose guidance is stronger, A7; with --refiner the paper's H1P5R3.
     H is Heun, P pseudo corrector, R refiner, S refiner by the paper's equation 7, E Euler.
-    A, B and C are Adams-Bashforth of order 2, 3 and 4.
+    A, B and C are Adams-Bashforth of order 2, 3 and 4, U UniPC-2, D DPM-Solver++ 2M, X res_2s.
     """
     guidance: Annotated[float, tyro.conf.arg(aliases=["--cfg-scale"])] = 1.5
     """Scale of classifier-free guidance; 1 means none."""

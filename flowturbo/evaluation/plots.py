@@ -22,8 +22,12 @@ FAMILIES = {
     "Heun": ("#0072b2", "s"),
     "pseudo corrector": ("#009e73", "D"),
     "Adams-Bashforth": ("#cc79a7", "^"),
+    "UniPC": ("#e69f00", "<"),
+    "DPM-Solver++": ("#999933", ">"),
+    "RES": ("#882255", "d"),
     "FlowTurbo": ("#d55e00", "o"),
     "Adams-Bashforth + refiner": ("#9c5a00", "P"),
+    "exponential + refiner": ("#117733", "X"),
 }
 FONT: Any = {
     "font.size": 9.5,

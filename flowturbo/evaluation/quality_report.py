@@ -89,7 +89,7 @@ def _fine_solution(fine: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 HEUN = frozenset({"Heun", "pseudo corrector"})
-ALL = HEUN | {"Euler", "Adams-Bashforth"}
+ALL = HEUN | {"Euler", "Adams-Bashforth", "UniPC", "DPM-Solver++", "RES"}
 
 
 RIVALS: tuple[tuple[str, frozenset[str], str, Callable[[Row], float]], ...] = (

@@ -40,8 +40,18 @@ def without_blocks(count: int) -> list[Tensor]:
 def family(plan: Plan) -> str:
     """The name of a plan's family in tables and plots, by its most specific kind of step."""
     if plan.cost.refiner:
-        return "FlowTurbo" if set(plan.letters) <= set("HPRS") else "Adams-Bashforth + refiner"
-    for letters, name in (("P", "pseudo corrector"), ("ABCL", "Adams-Bashforth"), ("H", "Heun")):
+        if set(plan.letters) <= set("HPRS"):
+            return "FlowTurbo"
+        exponential = set(plan.letters) & set("UDX")
+        return "exponential + refiner" if exponential else "Adams-Bashforth + refiner"
+    for letters, name in (
+        ("P", "pseudo corrector"),
+        ("U", "UniPC"),
+        ("D", "DPM-Solver++"),
+        ("X", "RES"),
+        ("ABCL", "Adams-Bashforth"),
+        ("H", "Heun"),
+    ):
         if set(letters) & set(plan.letters):
             return name
     return "Euler"

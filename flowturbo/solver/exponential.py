@@ -1,8 +1,8 @@
 """Exponential integrators as steps: DPM-Solver++ 2M, UniPC-2 and RES of order 2.
 
-They solve for the denoised state D = x + s * v, where s = 1 - t is the noise level. The equation is
-then dx/ds = (x - D) / s. Its part in x is solved exactly, and D is taken to be linear in the
-logarithm of t / s (D, U) or of s (X). Euler's method takes D to be constant, so it is their order 1.
+With the noise level s = 1 - t and the denoised state D = x + s * v, the equation is dx/ds =
+(x - D) / s. Its part in x is solved exactly, and D is taken to be linear in the logarithm of t / s
+(D, U) or of s (X). Euler's method takes D to be constant, so it is their order 1.
 
 For flow matching every such update is x plus weighted velocities and earlier states.
 

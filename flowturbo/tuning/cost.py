@@ -32,9 +32,11 @@ class CostModel(NamedTuple):
         cost = plan.cost
         calls, guided = cost.predictor + cost.refiner, cost.guided_predictor + cost.guided_refiner
         discount = 1 - (1 - self.share) * (calls - guided) / calls
-        # A P step that comes first has no cached velocity and makes a second call.
-        extra = self.steps["E"] if plan.letters[0] == "P" else 0.0
-        steps = sum(self.steps[letter] for letter in plan.letters) + extra
+        # A P step that comes first has no cached velocity and makes a second call, and an X step
+        # that comes last makes one call.
+        letters = plan.letters[:-1] + plan.letters[-1].replace("X", "E")
+        extra = self.steps["E"] if letters[0] == "P" else 0.0
+        steps = sum(self.steps[letter] for letter in letters) + extra
         return self.fixed + discount * steps
 
     def allows(self, plan: Plan) -> bool:
@@ -48,7 +50,12 @@ def call_costs(model: FlowModel) -> dict[str, float]:
     A refiner call counts as its share of a predictor call's multiply-accumulates.
     """
     share = model.macs[1] / model.macs[0] if model.macs else 0.0
-    return {**dict.fromkeys("EABCLP", 1.0), "H": 2.0, "R": 2 * share, "S": share, "M": share}
+    return {
+        **dict.fromkeys("EABCUDLP", 1.0),
+        **dict.fromkeys("HX", 2.0),
+        "R": 2 * share,
+        **dict.fromkeys("SM", share),
+    }
 
 
 def milliseconds(
@@ -103,7 +110,7 @@ def step_costs(
     refined = "RSM" if refiner else ""
     plans = {
         "E": "E",
-        **{letter: "H" if letter == "H" else "H1" + letter for letter in "HPABCL" + refined},
+        **{letter: "H" if letter == "H" else "H1" + letter for letter in "HPABCUDXL" + refined},
     }
     runs = [(letter, count) for letter in plans for count in (few, more)]
     times = milliseconds(

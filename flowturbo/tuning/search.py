@@ -29,7 +29,8 @@ def sequences(refiner: bool) -> Iterator[str]:
     for n in range(1, MAX_PAST + 2):
         heads = ["E" * n, *("H" * h + "P" * (n - h) for h in range(1, n + 1))]
         heads += [letter * n for least, letter in ((2, "A"), (3, "B"), (4, "C")) if n >= least]
-        heads += ["H" + letter * (n - 1) for letter in "AB" if n >= 2]
+        heads += [letter * n for letter in "UDX" if n >= 2]
+        heads += ["H" + letter * (n - 1) for letter in "ABUD" if n >= 2]
         yield from heads
         if refiner:
             yield from (
@@ -55,16 +56,17 @@ def affordable(
 
 def published(cost_model: CostModel, refiner: bool) -> list[Plan]:
     """Plans as published, on the uniform grid: of each scheme all within the budget."""
-    sequences = [letter * n for n in range(1, MAX_PAST + 2) for letter in "EABCH"]
+    sequences = [letter * n for n in range(1, MAX_PAST + 2) for letter in "EABCHUDX"]
     sequences += ["H" + "P" * n for n in range(1, MAX_PAST + 1)]
     if refiner:
         sequences += ["H" + "P" * p + "R" * r for p in range(6) for r in range(1, 4)]
     plans = [Plan(letters, shifted_grid(len(letters))) for letters in dict.fromkeys(sequences)]
-    # Adams-Bashforth of order k in fewer than k steps is that of a lower order.
+    # Of an order k, fewer than k steps are those of a lower one; the last of U, D and X is Euler's.
+    least = {"A": 2, "B": 3, "C": 4, "U": 3, "D": 3, "X": 2}
     return [
         plan
         for plan in plans
-        if cost_model.allows(plan) and len(plan) >= {"A": 2, "B": 3, "C": 4}.get(plan.letters[0], 1)
+        if cost_model.allows(plan) and len(plan) >= least.get(plan.letters[0], 1)
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import exponential
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from flowturbo import Plan
 
 pytest.importorskip("diffusers")
-from flowturbo.integrations.scheduler import PlanScheduler  # noqa: E402
+from flowturbo.integrations.scheduler import PlanScheduler
 
 MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(2)).double() / 2
 
@@ -96,7 +98,7 @@ def test_an_x_plan_is_res_2s_call_by_call(shift):
     assert scheduler.sigmas.diff().max() < 0
     expected = x = latents(5)
     times = [1 - level for level in [*scheduler.sigmas[:-1:2].tolist(), 0.0]]
-    for t0, t1 in zip(times, times[1:], strict=False):
+    for t0, t1 in itertools.pairwise(times):
         expected = exponential.res_2s(velocity, expected, t0, t1)
     assert_close(through(scheduler, x), expected, 1e-6)
 

@@ -39,8 +39,12 @@ def test_every_plan_that_is_tried_keeps_to_the_budget(budget):
 
 
 def test_prices_are_those_of_the_calls_that_a_plan_makes():
-    cost_model = CostModel({"E": 1.0, "P": 1.0, "H": 2.0, "R": 0.25}, 10.0, fixed=0.5)
-    for text, calls in (("E3", 3), ("P3", 4), ("H1P2", 4), ("H1P2R2", 4.5)):
+    steps = {**dict.fromkeys("EPUD", 1.0), "H": 2.0, "X": 2.0, "R": 0.25}
+    cost_model = CostModel(steps, 10.0, fixed=0.5)
+    for text, calls in (
+        *(("E3", 3), ("P3", 4), ("H1P2", 4), ("H1P2R2", 4.5)),
+        *(("U4", 4), ("D4", 4), ("X3", 5), ("X1", 1), ("X2U2", 6), ("U2X1", 3), ("X1R1", 2.25)),
+    ):
         assert cost_model.of(Plan.parse(text)) == pytest.approx(0.5 + calls)
     half = Plan.parse("E4", guidance_interval=(0.4, 1.0))  # calls at 0, 1/4, 1/2, 3/4
     assert cost_model.of(half) == pytest.approx(0.5 + 3)
@@ -49,7 +53,7 @@ def test_prices_are_those_of_the_calls_that_a_plan_makes():
 @pytest.mark.slow
 def test_step_costs_are_told_for_each_kind_of_step():
     costs = step_costs(tiny_model(), 1.5, 4, True)
-    assert costs.keys() == {"E", "H", "P", "A", "B", "C", "L", "R", "S", "M", "fixed"}
+    assert costs.keys() == {*"EHPABCUDXLRSM", "fixed"}
     assert min(costs.values()) >= 0
     assert costs["H"] > 0
     assert not {"R", "S", "M"} & step_costs(tiny_model(refiner=False), 1.0, 4, False).keys()
@@ -235,7 +239,11 @@ def test_results_of_other_settings_are_not_mixed(tuned, weights, tmp_path):
 
 @pytest.mark.slow
 def test_a_budget_in_milliseconds_is_kept_by_the_measured_costs(weights, tmp_path, monkeypatch):
-    costs = {**dict.fromkeys("EABCLP", 2.0), "H": 4.0, "R": 1.0, "S": 0.5, "M": 0.5, "fixed": 0.25}
+    costs = {
+        **dict.fromkeys("EABCUDLP", 2.0),
+        **dict.fromkeys("HX", 4.0),
+        **{"R": 1.0, "S": 0.5, "M": 0.5, "fixed": 0.25},
+    }
     monkeypatch.setattr(tune, "step_costs", lambda *rest: costs)
     with pytest.raises(
         ValueError, match=r"the budget must allow one predictor call, which costs 2\.25, got 2\.2"
