@@ -30,7 +30,9 @@ def sequences(refiner: bool) -> Iterator[str]:
         heads = ["E" * n, *("H" * h + "P" * (n - h) for h in range(1, n + 1))]
         heads += [letter * n for least, letter in ((2, "A"), (3, "B"), (4, "C")) if n >= least]
         heads += [letter * n for letter in "UDX" if n >= 2]
-        heads += ["H" + letter * (n - 1) for letter in "ABUD" if n >= 2]
+        heads += [first + letter * (n - 1) for first, letter in ("HA", "HB", "XA") if n >= 2]
+        # The last U or D step is Euler's; A is better there.
+        heads += [letter * (n - 1) + "A" for letter in "UD" if n >= 3]
         yield from heads
         if refiner:
             yield from (
