@@ -107,9 +107,10 @@ class Run:
     ) -> None:
         self.steps, self.times, self.dtype = steps_on(steps, times), times, dtype
         self.step, time = predictor_calls(steps, times)[first]
-        # A run that starts within a step has no earlier velocity of it. The velocity that comes is
-        # used as the cached one of the next step.
+        # A run that starts within a step has no earlier velocity of it. The velocity that comes
+        # leads to the step's end, if that is still ahead, and is the cached one of the next step.
         self.within_a_step = time != times[self.step]
+        self._rest = times[self.step + 1] - time
         self.position = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
         self.state, self._known = State(self.position), list[Tensor]()
         self._given: tuple[Tensor, int] | None = None
@@ -145,7 +146,8 @@ class Run:
         v: in the state's dtype, and not written to later.
         """
         if self.within_a_step:
-            self.state, self.step, self.within_a_step = State(self.state.x, v), self.step + 1, False
+            x = self.state.x + self._rest * v if self._rest else self.state.x
+            self.state, self.step, self.within_a_step = State(x, v), self.step + 1, False
         else:
             self._known.append(v)
         while self.step < len(self.steps):
