@@ -66,9 +66,13 @@ class _KnownVelocities(Field):
 def steps_on(steps: Sequence[Step], times: Sequence[float]) -> list[Step]:
     """The steps of a plan on this grid.
 
-    Some schedulers end in a step of no length (final_sigmas_type="sigma_min"): there x stays.
+    Some schedulers end in a step of no length (final_sigmas_type="sigma_min"): there x stays, but
+    for what UniPC corrects.
     """
-    return [STEPS["E"] if times[i] == times[i + 1] else step for i, step in enumerate(steps)]
+    return [
+        STEPS["E"] if times[i] == times[i + 1] and step.letter != "U" else step
+        for i, step in enumerate(steps)
+    ]
 
 
 def predictor_calls(steps: Sequence[Step], times: Sequence[float]) -> list[Point]:

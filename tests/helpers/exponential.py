@@ -15,12 +15,12 @@ Velocity = Callable[[Tensor, float], Tensor]
 FLOW: dict[str, Any] = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
 
 
-def scheduler_of(letter: str, shift: float = 1.0) -> Any:
+def scheduler_of(letter: str, shift: float = 1.0, **options: Any) -> Any:
     """diffusers' scheduler whose method is U's or D's."""
     import diffusers
 
     kinds = {"U": diffusers.UniPCMultistepScheduler, "D": diffusers.DPMSolverMultistepScheduler}
-    return kinds[letter](**FLOW, flow_shift=shift, solver_order=2)
+    return kinds[letter](**FLOW, flow_shift=shift, solver_order=2, **options)
 
 
 def by_diffusers(scheduler: Any, v: Velocity, x: Tensor) -> Tensor:
