@@ -16,12 +16,20 @@ from torch import nn
 
 from ..models.flow_model import FlowModel
 from ..models.pipelines import move_part
+from ..models.prompt_kind import type_name
 from ..models.text_to_image import KINDS, check_refiner
 from ..runtime.cuda_graphs import Captures
 from ..solver.plan import Plan, as_plan
 from .masked_class import stock_class
 from .planned_pipeline import MARK, planned_class
-from .transformer import AttachedRefiner, Graphed, Undo, fuse_adaln
+from .transformer import (
+    AttachedRefiner,
+    Graphed,
+    Undo,
+    counting_cache,
+    fuse_adaln,
+    networks_of,
+)
 
 if TYPE_CHECKING:
     from .scheduler import Grid, PlanSteps
@@ -100,10 +108,15 @@ def accelerate(
     scheduler = planned[id(pipe.scheduler)]
     check_plan(pipe, scheduler)
     network = getattr(pipe, "transformer", None)
-    if (refiner is not None or graph) and type(network).__name__ not in KINDS:
+    if (refiner is not None or graph) and type_name(network) not in KINDS:
         raise TypeError(
-            f"refiner and graph know the transformers {', '.join(KINDS)}, not "
-            f"{type(network).__name__}"
+            f"refiner and graph know the transformers {', '.join(KINDS)}, not {type_name(network)}"
+        )
+    networks = networks_of(pipe)
+    if graph and (cache := next(filter(None, map(counting_cache, networks)), None)):
+        raise ValueError(
+            f"graph must be False while {cache} is in the {type_name(network)}: it counts calls, "
+            "which a captured graph repeats as they were"
         )
     refiner_network = None if refiner is None else check_refiner(refiner, network)
 
@@ -114,10 +127,9 @@ def accelerate(
         scheduler.refiner = AttachedRefiner(pipe, network, refiner_network.eval())
         state.undo.append(scheduler.refiner.remove)
     if graph:
-        assert network is not None
-        state.undo += fuse_adaln(network)
         state.captures = Captures()
-        state.undo.append(Graphed(network, state.captures).remove)
+        for one in networks:
+            state.undo += [*fuse_adaln(one), Graphed(one, state.captures).remove]
     for part, name, stock in swapped:
         _set_scheduler(part, name, planned[id(stock)])
     for part in _with_inner(pipe):

@@ -22,6 +22,10 @@ class Refine(Protocol):
         """x (N, ...), velocity v like x -> the refiner's offset, like x."""
         ...
 
+    def observe(self, v: Tensor) -> None:
+        """A velocity as the pipeline gave it, before the step that takes it."""
+        ...
+
     def stepped(self) -> None:
         """The scheduler has finished a step."""
         ...

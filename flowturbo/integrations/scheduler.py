@@ -198,6 +198,8 @@ class PlanSteps:
         wide = run.position.dtype
         v = model_output.to(wide, copy=True) if self._ascending else -model_output.to(wide)
         self._check_at_zero(v)
+        if self.refiner is not None:
+            self.refiner.observe(v)
         run.take(v, self.refiner)
         if self.refiner is not None:
             self.refiner.stepped()

@@ -1,12 +1,10 @@
 """Changes of a pipeline's transformer: fused adaLN, CUDA graphs, and a refiner beside it.
 
-Only the instance is changed. Each change can be undone.
+Only the instance is changed. Each change can be undone, pickled and copied.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,46 +14,58 @@ from torch.utils import _pytree as pytree
 
 from flowturbo_kernels import adaln_modulate
 
-from ..models.text_to_image import KINDS
+from ..models.prompt_kind import original, type_name
 from ..runtime.cuda_graphs import Captures, Key
+from .caches import counting_cache, moved_weights
+from .patches import Patch, Undo, compiled_in_place, patch
+from .refining import AttachedRefiner, networks_of
 
-Undo = Callable[[], object]
-"""Undoes a change."""
-_NOT_FOR_REFINERS = (
-    "block_controlnet_hidden_states",
-    "controlnet_block_samples",
-    "controlnet_single_block_samples",
-    "skip_layers",
-)
+__all__ = [
+    "AttachedRefiner",
+    "Graphed",
+    "Undo",
+    "counting_cache",
+    "fuse_adaln",
+    "networks_of",
+    "patch",
+]
 
-
-def patch(target: Any, name: str, value: Any) -> Undo:
-    """Set an attribute of an instance -> a function that undoes it."""
-    existed, before = name in vars(target), vars(target).get(name)
-    object.__setattr__(target, name, value)
-
-    def undo() -> None:
-        if existed:
-            object.__setattr__(target, name, before)
-        else:
-            object.__delattr__(target, name)
-
-    return undo
+_CONSTANTS = bool | int | float | str | torch.dtype | torch.device
+"""Types of arguments that are equal if they look the same."""
 
 
 def fuse_adaln(network: nn.Module) -> list[Undo]:
     """Fuse LayerNorm and modulation of every adaLN layer -> functions that undo it.
 
-    The layers' own linear layers stay, with their LoRAs.
+    The layers' own linear layers stay, with their LoRAs. A compiled network is left as it is: its
+    compiler fuses them.
     """
-    undo = []
-    for module in network.modules():
-        fused = _FUSED.get(type(module).__name__)
-        norm: Any = getattr(module, "norm", None)
-        plain = isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None
-        if fused is not None and plain and getattr(module, "emb", None) is None:
-            undo.append(patch(module, "forward", functools.partial(fused, module)))
-    return undo
+    if original(network) is not network or compiled_in_place(network):
+        return []
+    return [FusedLayer(module).undo for module in network.modules() if _can_be_fused(module)]
+
+
+def _can_be_fused(module: nn.Module) -> bool:
+    norm: Any = getattr(module, "norm", None)
+    plain = isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None
+    return type(module).__name__ in _FUSED and plain and getattr(module, "emb", None) is None
+
+
+class FusedLayer:
+    """The forward of an adaLN layer, fused."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.fused = layer, _FUSED[type(layer).__name__]
+        self.replaced, self.active = layer.forward, True
+        self.undo = Patch(layer, "forward", self.forward)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.replaced(*args, **kwargs)
+        return self.fused(self.layer, *args, **kwargs)
+
+    def switch_off(self) -> None:
+        self.active = False
 
 
 def _zero(
@@ -90,31 +100,29 @@ _FUSED: dict[str, Callable[..., Any]] = {
 class Graphed:
     """Calls of a network that are replayed from captures.
 
-    There is one capture for each structure, shape and dtype of the arguments.
+    There is one capture for each structure, shape and dtype of the arguments. Calls that can't be
+    captured are eager; while a cache that counts calls is in the network, all of them are, and
+    `captures.refused()` says so.
     """
 
     def __init__(self, network: nn.Module, captures: Captures) -> None:
-        self.network, self.captures = network, captures
-        self._original = network.forward
-        self.remove = patch(network, "forward", self.forward)
+        self.network, self.captures, self.active = network, captures, True
+        # What network.compile() made calls the compiled forward, hooks and all.
+        name = "_compiled_call_impl" if compiled_in_place(network) else "forward"
+        self._original = getattr(network, name)
+        self._lists = type_name(network) == "ZImageTransformer2DModel"
+        self.remove = Patch(network, name, self.forward)
+
+    def switch_off(self) -> None:
+        """Pass all calls through from now on."""
+        self.active = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = {f"input{i}": leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
-        returns_tuple = kwargs.get("return_dict") is False
-        # With offloading the weights move, so that every call would be captured again.
-        offloaded = hasattr(self.network, "_hf_hook")
-        on_device = all(tensor.device == device for tensor in tensors.values())
-        if (
-            not returns_tuple
-            or offloaded
-            or not on_device
-            or torch.is_grad_enabled()
-            or not self.captures.possible(device)
-        ):
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if not self.active or not self._can_be_captured(kwargs, tensors, others):
             return self._original(*args, **kwargs)
-        constants = repr([None if isinstance(leaf, Tensor) else leaf for leaf in leaves])
         settings = (
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
@@ -124,67 +132,38 @@ class Graphed:
         def body(**inputs: Tensor) -> Tensor:
             arguments = [inputs.get(f"input{i}", leaf) for i, leaf in enumerate(leaves)]
             positional, named = pytree.tree_unflatten(arguments, structure)
-            return self._original(*positional, **named)[0]
+            result = self._original(*positional, **named)[0]
+            return torch.stack(result) if self._lists else result
 
-        rows = next(iter(tensors.values())).shape[0]
-        return (
-            self.captures.run(
-                Key((str(structure), constants, shapes, settings), rows),
-                body,
-                tensors,
-                [self.network],
-            ),
-        )
+        # Two networks of a pipeline share the captures.
+        what = id(self.network), str(structure), repr(others), shapes, settings
+        out = self.captures.run(Key(what, self._rows(tensors)), body, tensors, [self.network])
+        return (list(out.unbind()) if self._lists else out,)
 
+    def _can_be_captured(
+        self, kwargs: dict[str, Any], tensors: dict[str, Tensor], others: list[Any]
+    ) -> bool:
+        device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+        if (
+            kwargs.get("return_dict") is not False
+            or kwargs.get("kv_cache_mode") is not None  # it returns a second result
+            or any(other is not None and not isinstance(other, _CONSTANTS) for other in others)
+            or any(tensor.device != device for tensor in tensors.values())
+            or torch.is_grad_enabled()
+            or not self.captures.possible(device)
+        ):
+            return False
+        why, name = None, type_name(self.network)
+        if cache := counting_cache(self.network):
+            why = f"{cache} is in the {name}, and counts calls"
+        elif mover := moved_weights(self.network):
+            # Every call would be captured again.
+            why = f"{mover} moves the weights of the {name} in every call"
+        self.captures.tell(Key("hooks", 0), why)
+        return why is None
 
-class AttachedRefiner:
-    """A refiner that gets the arguments of the transformer's last call, and returns its offset.
-
-    If that call had both halves, unconditional first, as in SD3's pipelines, the offset is guided
-    with the pipeline's scale.
-    """
-
-    def __init__(self, pipe: Any, network: nn.Module, refiner: nn.Module) -> None:
-        self.pipe, self.refiner, self.kind = pipe, refiner, KINDS[type(network).__name__]
-        self._packed = type(network).__name__ == "FluxTransformer2DModel"
-        self._local = threading.local()
-        self.remove = network.register_forward_pre_hook(self._note, with_kwargs=True).remove
-
-    def _note(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._local.calls = [*getattr(self._local, "calls", []), kwargs]
-
-    def stepped(self) -> None:
-        """Forget the recorded calls: the scheduler has finished a step."""
-        self._local.calls = []
-
-    def reset(self) -> None:
-        """A new run begins: what a failed one may have left is void."""
-        self.stepped()
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, noise_level: float, v: Tensor) -> Tensor:
-        """The offset of v, like x. x, v: of the pipeline's latents, packed for FLUX."""
-        calls = getattr(self._local, "calls", [])
-        if len(calls) != 1 or "hidden_states" not in calls[0]:
-            raise ValueError(
-                "a refiner follows one call of the transformer a step, by keyword, got "
-                f"{len(calls)}: is true_cfg_scale in use?"
-            )
-        arguments = {
-            name: value for name, value in calls[0].items() if name not in _NOT_FOR_REFINERS
-        }
-        predictor_input = arguments["hidden_states"]
-        halves = len(predictor_input) // len(x)
-        arguments["hidden_states"] = (
-            torch.cat([x, v], dim=-1 if self._packed else 1)
-            .repeat(halves, *[1] * (x.ndim - 1))
-            .to(predictor_input.dtype)
-        )
-        arguments["timestep"] = torch.full_like(
-            arguments["timestep"], noise_level * (1 if self._packed else 1000)
-        )
-        offset = self.kind.sign * self.refiner(**arguments | {"return_dict": False})[0].to(x.dtype)
-        if halves == 2:
-            unconditional, conditional = offset.chunk(2)
-            offset = unconditional + self.pipe.guidance_scale * (conditional - unconditional)
-        return offset
+    def _rows(self, tensors: dict[str, Tensor]) -> int:
+        """The number of images: of the times, where latents come in a list."""
+        first = next(iter(tensors.values()))
+        times = [t for t in tensors.values() if t.ndim == 1] if self._lists else []
+        return len(times[0] if times else first)

@@ -160,6 +160,12 @@ class Captures:
         with self._lock:
             return {key: why for key, why in self._met.items() if why is not None}
 
+    def tell(self, key: Key, why: str | None) -> None:
+        """Why what stands under this key is not captured; None: nothing is in its way."""
+        with self._lock:
+            if self._met.get(key) != why:
+                self._meet(key, why)
+
     def __str__(self) -> str:
         """One line for each capture and for each run that could not be captured."""
         lines = []

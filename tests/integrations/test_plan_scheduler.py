@@ -42,6 +42,9 @@ class Refine:
     def __call__(self, x: Tensor, noise_level: float, v: Tensor) -> Tensor:
         return offset(x, noise_level, v)
 
+    def observe(self, v: Tensor) -> None:
+        """Nothing to see."""
+
     def stepped(self) -> None:
         self.steps += 1
 

@@ -11,7 +11,6 @@ from close import assert_close
 from pipelines import (
     call,
     diffusers,
-    embeds,
     flux,
     sd3,
     sd3_transformer,
@@ -143,14 +142,3 @@ def test_what_does_not_fit_is_refused_and_leaves_the_pipeline_as_it_was():
     strange.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     with pytest.raises(TypeError, match="know the transformers"):
         ft.accelerate(strange, "H1", graph=True)
-
-
-def test_true_guidance_of_flux_makes_two_calls_a_step_which_a_refiner_cannot_follow():
-    pipe = flux()
-    prompts = {f"negative_{name}": value for name, value in embeds(4).items()}
-    stock = call(pipe, num_inference_steps=3, true_cfg_scale=2.0, **prompts)
-    with ft.accelerated(pipe, "E3"):
-        assert_close(call(pipe, num_inference_steps=3, true_cfg_scale=2.0, **prompts), stock, 1e-6)
-    ft.accelerate(pipe, "H1R1", refiner_of(pipe))
-    with pytest.raises(ValueError, match="is true_cfg_scale in use"):
-        call(pipe, true_cfg_scale=2.0, **prompts)
