@@ -57,7 +57,8 @@ def read_pretrained(
             source,
             use_safetensors=True,
             torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
+            # Classes that keep some modules in float32 can't be read otherwise.
+            low_cpu_mem_usage=bool(getattr(kinds[kind], "_keep_in_fp32_modules", None)),
             output_loading_info=True,
             **options,
         )

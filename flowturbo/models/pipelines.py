@@ -21,7 +21,7 @@ from ..storage.files import CheckpointError, user_path
 from .diffusers_io import ask_hub, first_line, is_path
 from .normalised_vae import Flux2VAE, VideoVAE
 from .prompt_kind import type_name
-from .prompt_kinds import check_text_alone
+from .prompt_kinds import KINDS, check_text_alone
 from .prompt_network import PromptNetwork, TwoExperts
 from .refiners import check_refiner
 from .text_to_image import PromptModel
@@ -143,12 +143,25 @@ def _modules(pipe: Any, network: nn.Module) -> list[nn.Module]:
 def move_part(part: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Move and cast a part of a pipeline, in place; quantised parts are only moved.
 
+    Wan's networks keep some of their modules in float32, as they do when they are loaded.
     nn.Module.to itself: diffusers' own refuses some casts.
     """
     if _quantised(part):
         nn.Module.to(part, device)
-    else:
+        return
+    kept = {
+        id(tensor)
+        for network in part.modules()
+        if type(network).__name__ in KINDS and dtype.itemsize < 4
+        for name, tensor in (*network.named_parameters(), *network.named_buffers())
+        if set(name.split(".")) & set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    }
+    if not kept:
         nn.Module.to(part, device, dtype)
+        return
+    part._apply(
+        lambda t: t.to(device, dtype if t.is_floating_point() and id(t) not in kept else None)
+    )
 
 
 def _quantised(part: nn.Module) -> bool:
