@@ -60,7 +60,7 @@ class PromptLatents:
         tensors = {name: _wide(torch.cat([row[name] for row in rows])) for name in self._names}
         mean, std = tensors["latents"], tensors.get("std")
         if "latents_flipped" in tensors:
-            flip = flips(draws)
+            flip = flips(draws).view(-1, *[1] * (mean.ndim - 1))
             mean = torch.where(flip, tensors["latents_flipped"], mean)
             std = None if std is None else torch.where(flip, tensors["std_flipped"], std)
         conditions = {name: tensors[name] for name in _CONDITIONS if name in tensors}

@@ -39,8 +39,8 @@ def test_texts_make_what_they_make_in_the_pipeline(kind, tmp_path):
     else:
         more = {"guidance_scale": 3.0, "negative_prompt": against, "num_frames": FRAMES}
     stock = pipe(
-        prompt=list(texts), latents=start, height=SIZE, width=SIZE, num_inference_steps=3, output_type="latent",
-        **more,
+        prompt=list(texts), latents=start, height=SIZE, width=SIZE, num_inference_steps=3,
+        output_type="latent", **more,
     )[0]  # fmt: skip
     plan = ft.Plan.parse("E3", grid=[1 - level for level in pipe.scheduler.sigmas.tolist()])
     encoded = model.encode(texts, against)
