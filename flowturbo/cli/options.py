@@ -21,7 +21,8 @@ class WeightFlags:
 
     model: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])] = "digits"
     """A .pt, .pth or .safetensors file with SiT's keys, or "digits".
-    Or the folder or hub name of a diffusers pipeline (SD3, FLUX or 2-RF), which needs --prompts.
+    Or the folder or hub name of a diffusers pipeline of images, which needs --prompts: SD3, FLUX.1,
+    FLUX.2, Qwen-Image, Z-Image or 2-RF.
     """
     refiner: str | None = None
     """The refiner's file, for a pipeline its folder. The bundled model brings its own."""
@@ -156,7 +157,7 @@ def _pipeline(settings: ModelFlags) -> FlowModel:
         )
     if not settings.prompts:
         raise ValueError("prompts must be at least one text for a text-to-image model")
-    return from_pipeline(
+    model = from_pipeline(
         settings.model,
         settings.refiner,
         settings.vae,
@@ -165,6 +166,11 @@ def _pipeline(settings: ModelFlags) -> FlowModel:
         device=settings.device,
         dtype="auto" if settings.dtype == "auto" else dtype_of(settings.dtype),
     )
+    if len(model.latent_shape) != 3:
+        raise ValueError(
+            f"model must make images, and {settings.model!r} makes videos: use ft.sample in Python"
+        )
+    return model
 
 
 def _only(what: str, settings: WeightFlags, *names: str) -> None:

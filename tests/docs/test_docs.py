@@ -98,6 +98,7 @@ NO_GPU = {'.to("cuda")': '.to("cpu")', 'device="cuda"': 'device="cpu"'}
 IN_PYTHON = {
     **({} if torch.cuda.is_available() else NO_GPU),
     "image_size=1024": "image_size=32",
+    "image_size=(480, 832), frames=81": "image_size=32, frames=5",
     "B, T, D, heads = 8, 256, 1152, 16": "B, T, D, heads = 1, 16, 144, 2",
 }
 """Text that is replaced in Python examples."""
@@ -227,13 +228,15 @@ def run_example(block: Block, page: Path, names: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, pipeline_folders) -> Path:
+def folder(tmp_path, monkeypatch, pipeline_folders, request) -> Path:
     """The working folder, with small files under published names. Inception is a small random
     network, and long work is short.
     """
     import stand_ins  # needs diffusers
 
-    stand_ins.write(tmp_path, pipeline_folders)
+    page = getattr(request.node, "callspec", None)
+    text = page.params["page"].read_text() if page is not None else ""
+    stand_ins.write(tmp_path, pipeline_folders, text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fidelity, "Inception", lambda weights, device: RandomNetwork())
     stop_when_it_serves(monkeypatch)

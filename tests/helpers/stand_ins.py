@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import complete
+import complete_newer
 import numpy as np
 import pipelines
 import torch
@@ -24,8 +25,18 @@ CLASSES = 1000  # ImageNet's, for the labels in the examples
 SIDE = 16  # of the SiT's images; latents have half of it, and the pipelines' images 32
 
 
-def write(folder: Path, pipeline_folders: dict[str, Path]) -> None:
-    """Write all files that the documents name but do not make."""
+NEWER = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan22"}
+"""Pipelines that only some documents name."""
+
+
+def write(folder: Path, pipeline_folders: dict[str, Path], text: str = "") -> None:
+    """Write all files that the documents name but do not make.
+
+    text: of the document, for those that are made only where they are named.
+    """
+    for name, kind in NEWER.items():
+        if name in text:
+            complete_newer.complete(kind).save_pretrained(folder / name)
     config = replace(
         CONFIG,
         hidden=384,

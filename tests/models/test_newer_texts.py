@@ -62,3 +62,17 @@ def test_both_networks_of_wan_2_2_are_loaded_and_cast(tmp_path):
     assert network.low.module is model.pipe.transformer_2
     for part in (model.pipe.transformer, model.pipe.transformer_2):
         assert {p.dtype for p in part.parameters()} == {torch.float64}
+
+
+def test_the_command_line_makes_images_of_texts_and_no_videos(tmp_path, capsys):
+    from flowturbo.cli.main import main
+
+    command = ["sample", "--prompts", "a cat", "--image-size", "32", "--device", "cpu"]
+    image = tmp_path / "cat.png"
+    folder = complete_newer.saved("zimage", tmp_path)
+    assert main([*command, "--model", str(folder), "--plan", "A2", "--guidance", "2",
+                 "--out", str(image)]) == 0  # fmt: skip
+    assert image.is_file()
+    folder = complete_newer.saved("wan", tmp_path)
+    assert main([*command, "--model", str(folder), "--out", str(tmp_path / "no.png")]) != 0
+    assert "model must make images" in capsys.readouterr().err
