@@ -153,6 +153,10 @@ class Graphed:
             or not self.captures.possible(device)
         ):
             return False
+        if kwargs.get("encoder_hidden_states_mask") is not None:
+            # Qwen-Image's network copies a number from the host for it.
+            self.captures.tell(Key("mask", 0), "prompts of different lengths in one batch")
+            return False
         why, name = None, type_name(self.network)
         if cache := counting_cache(self.network):
             why = f"{cache} is in the {name}, and counts calls"

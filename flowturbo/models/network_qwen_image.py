@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -26,19 +25,18 @@ class QwenImage(Kind):
         return noise_level
 
     def call(self, module: Any, x: Tensor, noise_level: Tensor, c: Conditions) -> Tensor:
-        """Rows of one length need no mask: up to two of such groups, as the halves of guidance are,
-        run one after the other, as in the pipeline. With a mask, attention is slower.
+        """Rows of one length at a time: so they need no mask, with which attention is slower, and
+        no row depends on the lengths of others.
         """
-        lengths = lengths_of(c)
-        groups = [len(list(group)) for _, group in itertools.groupby(lengths)]
-        if len(groups) > 2:
-            return _call(module, x, self.timestep(noise_level), c["embeds"], lengths)
-        parts, first = [], 0
-        for count in groups:
-            rows, first = slice(first, first + count), first + count
-            embeds = c["embeds"][rows, : lengths[rows][0]]
-            parts.append(_call(module, x[rows], self.timestep(noise_level[rows]), embeds, None))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        groups: dict[int, list[int]] = {}
+        for row, length in enumerate(lengths_of(c)):
+            groups.setdefault(length, []).append(row)
+        outputs: dict[int, Tensor] = {}
+        for length, rows in groups.items():
+            embeds = _chosen(c["embeds"], rows)[:, :length]
+            y = _call(module, _chosen(x, rows), self.timestep(_chosen(noise_level, rows)), embeds)
+            outputs |= {row: y[i : i + 1] for i, row in enumerate(rows)}
+        return y if len(groups) == 1 else torch.cat([outputs[row] for row in range(len(x))])
 
     def encode(
         self, pipe: Any, texts: list[str], negative: list[str] | None, device: Any
@@ -62,22 +60,19 @@ class QwenImage(Kind):
         return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
 
-def _call(
-    module: Any, x: Tensor, time: Tensor, embeds: Tensor, lengths: list[int] | None
-) -> Tensor:
-    """lengths: of the prompts, where they differ."""
+def _chosen(values: Tensor, rows: list[int]) -> Tensor:
+    """These rows, without an index on the device, whose copy can't be captured."""
+    if rows == list(range(rows[0], rows[-1] + 1)):
+        return values[rows[0] : rows[-1] + 1]
+    return torch.cat([values[row : row + 1] for row in rows])
+
+
+def _call(module: Any, x: Tensor, time: Tensor, embeds: Tensor) -> Tensor:
     N, _, H, W = x.shape
-    mask = None
-    if lengths is not None:
-        embeds = embeds[:, : max(lengths)]
-        mask = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=x.device)
-        for row, length in zip(mask, lengths, strict=True):
-            row[:length] = True  # not copied from the host, which can't be captured
     y = module(
         hidden_states=packed(x),
         timestep=time.to(x.dtype),
         encoder_hidden_states=embeds,
-        encoder_hidden_states_mask=mask,
         img_shapes=[[(1, H // 2, W // 2)]] * N,
         return_dict=False,
     )[0]
