@@ -187,7 +187,7 @@ def test_one_network_of_wan_2_2_takes_over_from_the_other():
                          expected, 1e-6)  # fmt: skip
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_refiners_of_published_networks_are_small(depth):
     """At the sizes of their published weights."""
     with torch.device("meta"):

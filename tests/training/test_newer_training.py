@@ -23,7 +23,7 @@ from flowturbo.runtime.rng import StepRandom
 from flowturbo.training.objectives import Refinement
 from flowturbo.training.train import Distill, distill
 
-KINDS = ("qwen", "zimage", "klein", "wan22")
+KINDS = ("qwen", "zimage", pytest.param("klein", marks=pytest.mark.slow), "wan22")
 CAPTIONS = ["a cat", "two dogs", "", "snow, snow"]
 
 
