@@ -16,7 +16,7 @@ from flowturbo_kernels import adaln_modulate
 
 from ..models.prompt_kind import original, type_name
 from ..runtime.cuda_graphs import Captures, Key
-from .caches import counting_cache, moved_weights
+from .caches import counting_cache, hooks_of, moved_weights
 from .patches import Patch, Undo, compiled_in_place, patch
 from .refining import AttachedRefiner, networks_of
 
@@ -157,10 +157,10 @@ class Graphed:
             # Qwen-Image's network copies a number from the host for it.
             self.captures.tell(Key("mask", 0), "prompts of different lengths in one batch")
             return False
-        why, name = None, type_name(self.network)
-        if cache := counting_cache(self.network):
+        why, name, hooks = None, type_name(self.network), hooks_of(self.network)
+        if cache := counting_cache(self.network, hooks):
             why = f"{cache} is in the {name}, and counts calls"
-        elif mover := moved_weights(self.network):
+        elif mover := moved_weights(self.network, hooks):
             # Every call would be captured again.
             why = f"{mover} moves the weights of the {name} in every call"
         self.captures.tell(Key("hooks", 0), why)

@@ -144,9 +144,8 @@ class PromptModel(FlowModel):
 
     @property
     def kind(self) -> Kind:
-        """How the network is called."""
-        assert isinstance(self.predictor, PromptNetwork)
-        return self.predictor.kind
+        """How the network is called; a plain one reads embeds."""
+        return self.predictor.kind if isinstance(self.predictor, PromptNetwork) else Kind()
 
 
 def _lengths(given: Tensor | None, name: str, embeds: Tensor) -> Tensor:
