@@ -31,3 +31,11 @@ def denoised(x: Tensor, v: Tensor, t: float) -> Tensor:
     x: (N, ...). v: N rows, or 2N under guidance, of which the first N are read.
     """
     return x + (1 - t) * v[: len(x)].to(torch.promote_types(x.dtype, v.dtype))
+
+
+def noise_estimate(x: Tensor, v: Tensor, t: float) -> Tensor:
+    """The noise that x comes from if its velocity was always v: x - t * v.
+
+    With `denoised` it makes up x: x = t * denoised + (1 - t) * noise. Arguments as for `denoised`.
+    """
+    return x - t * v[: len(x)].to(torch.promote_types(x.dtype, v.dtype))

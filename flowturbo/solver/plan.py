@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..checks import finite, numbers_of
 from ..storage.files import write_text
-from .plan_file import FORMAT, read_entries
-from .plan_text import MAX_STEPS, expand, marked
+from .plan_file import FORMAT, ONLY_WITH_STAGES, read_entries
+from .plan_text import MAX_STEPS, expand, has_stages, marked
 from .steps import FITTED, MAX_PAST, STEPS, Field, Multistep, NoCachedVelocity, State, Step
 
 __all__ = ["MAX_STEPS", "Call", "Cost", "Plan", "as_plan", "shifted_grid"]
@@ -62,7 +62,7 @@ class Plan:
         the paper's equation 7, E Euler, A, B, C Adams-Bashforth of order 2, 3, 4, U UniPC-2,
         D DPM-Solver++ 2M, X res_2s, L linear multistep with the plan's weights, M the same on
         refined velocities.
-    grid: the len(letters) + 1 times, strictly rising, from `start` to 1.
+    grid: the len(letters) + 1 times, strictly rising, from `start` to `end`.
     guidance_interval: guidance is applied to calls at times in this closed interval; outside it
         only the conditional half is evaluated.
     start: where the grid starts. It is 0, except for editing, which starts on the path between
@@ -70,9 +70,11 @@ class Plan:
     weights: one row for each L and M step, in order: the weights of its own velocity and of earlier
         ones, newest first, times the step size, as `flowturbo tune` fits them. No rows at all: the
         weights of Adams-Bashforth of order 4.
+    end: where the grid ends. It is 1, except for a stage that another one follows (see `between`).
     calls: the evaluations that a run makes, in order.
     Raises ValueError for an unknown letter, for a step that needs a velocity that no earlier step
-    left, each with a mark under the letter, and for a grid that does not rise from `start` to 1.
+    left, each with a mark under the letter, and for a grid that does not rise from `start` to
+        `end`.
     `Plan.parse` reads a plan from text, `Plan.load` from a file.
     """
 
@@ -81,6 +83,7 @@ class Plan:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     start: float = 0.0
     weights: tuple[tuple[float, ...], ...] = ()
+    end: float = field(default=1.0, repr=False)  # the grid shows it
     calls: tuple[Call, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -100,7 +103,7 @@ class Plan:
                 )
         if not 1 <= len(self.letters) <= MAX_STEPS:
             raise ValueError(f"a plan must have 1 to {MAX_STEPS} steps, got {len(self.letters)}")
-        _check_grid(self.grid, len(self.letters), self.start)
+        _check_grid(self.grid, len(self.letters), self.start, self.end)
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(
                 f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {interval}"
@@ -162,11 +165,21 @@ class Plan:
         """
         if not 0 <= finite("t", t) < 1:
             raise ValueError(f"t must be at least 0 and less than 1, got {t}")
+        return self.between(t, 1.0)
+
+    def between(self, start: float, end: float) -> Plan:
+        """The same steps on the grid compressed into [start, end], 0 <= start < end <= 1.
+
+        As `starting_at`, whose end is 1.
+        """
+        if not 0 <= finite("start", start) < finite("end", end) <= 1:
+            raise ValueError(f"start and end must be 0 <= start < end <= 1, got {start} and {end}")
         first, last = self.grid[0], self.grid[-1]
-        grid = [t + (1 - t) * (time - first) / (last - first) for time in self.grid]
-        scale = (1 - t) / (last - first)
+        grid = [start + (end - start) * (time - first) / (last - first) for time in self.grid]
+        scale = (end - start) / (last - first)
         weights = tuple(tuple(scale * weight for weight in row) for row in self.weights)
-        return Plan(self.letters, (t, *grid[1:-1], 1.0), self.guidance_interval, t, weights)
+        times = (start, *grid[1:-1], end)
+        return Plan(self.letters, times, self.guidance_interval, start, weights, end)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -186,7 +199,7 @@ class Plan:
         """Write the plan as a .json file, atomically.
 
         about: notes for readers of the file.
-        Raises ValueError for another suffix, and for a plan that does not start at 0.
+        Raises ValueError for another suffix, and for a plan that does not run from 0 to 1.
         """
         if Path(path).suffix != ".json":
             raise ValueError(f"path must end in .json, got {str(path)!r}")
@@ -194,6 +207,8 @@ class Plan:
             raise ValueError(
                 f"a plan must start at 0 to be saved, got one that starts at {self.start:g}"
             )
+        if self.end != 1:
+            raise ValueError(f"a plan must end at 1 to be saved, got one that ends at {self.end:g}")
         entries = {"format": FORMAT, "plan": str(self), **self.record(), "about": dict(about or {})}
         del entries["letters"]
         write_text(path, json.dumps(entries, indent=1, allow_nan=False) + "\n")
@@ -290,14 +305,17 @@ def as_plan(plan: str | Plan, shift: float = 1.0) -> Plan:
     """A Plan as it is, or the plan of a text or of a .json file.
 
     shift: of the grid of a plan given as text, as in `Plan.parse`.
+    Raises ValueError also for a plan with stages, and for a part of one.
     """
     if isinstance(plan, Plan):
+        if plan.end != 1:
+            raise ValueError(f"plan must end at 1, got one that ends at {plan.end:g}")
         return plan
-    return (
-        Plan.load(plan)
-        if isinstance(plan, str) and plan.endswith(".json")
-        else Plan.parse(plan, shift=shift)
-    )
+    if isinstance(plan, str) and plan.endswith(".json"):
+        return Plan.load(plan)
+    if has_stages(plan) if isinstance(plan, str) else hasattr(plan, "stages"):
+        raise ValueError(f"plan {str(plan)!r} has stages: {ONLY_WITH_STAGES}")
+    return Plan.parse(plan, shift=shift)
 
 
 def shifted_grid(steps: int, shift: float = 1.0) -> tuple[float, ...]:
@@ -310,7 +328,7 @@ def shifted_grid(steps: int, shift: float = 1.0) -> tuple[float, ...]:
     return tuple(times if shift == 1 else [t / (t + shift * (1 - t)) for t in times])
 
 
-def _check_grid(grid: tuple[float, ...], steps: int, start: float) -> None:
+def _check_grid(grid: tuple[float, ...], steps: int, start: float, end: float) -> None:
     if len(grid) != steps + 1:
         raise ValueError(
             f"grid must hold {steps + 1} times, one more than the {steps} steps, got {len(grid)}"
@@ -322,9 +340,11 @@ def _check_grid(grid: tuple[float, ...], steps: int, start: float) -> None:
             )
     if not 0 <= start < 1:
         raise ValueError(f"start must be at least 0 and less than 1, got {start}")
-    if grid[0] != start or grid[-1] != 1:
+    if not start < end <= 1:
+        raise ValueError(f"end must be above {start:g} and at most 1, got {end}")
+    if grid[0] != start or grid[-1] != end:
         raise ValueError(
-            f"grid must run from {start:g} to 1, got grid[0] = {grid[0]} and grid[{steps}] = "
+            f"grid must run from {start:g} to {end:g}, got grid[0] = {grid[0]} and grid[{steps}] = "
             f"{grid[-1]}"
         )
 

@@ -1,13 +1,14 @@
-"""Plan files: the JSON in which a plan is saved."""
+"""Plan files: the JSON in which a plan is saved, with stages or without."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FORMAT = "flowturbo plan 1"
+FORMAT, STAGES_FORMAT = "flowturbo plan 1", "flowturbo stages 1"
 _MAX_BYTES = 1 << 20
 _ENTRIES = {
     "format": str,
@@ -18,9 +19,12 @@ _ENTRIES = {
     "about": dict,
 }
 
+ONLY_WITH_STAGES = "sample, compile and sample_stages take such a plan, and nothing else does"
+"""What a refusal of a plan with stages says."""
 
-def read_entries(path: Path) -> dict[str, Any]:
-    """The entries of a plan file, with their types checked.
+
+def read_contents(path: Path) -> dict[str, Any]:
+    """What a file of either format holds, unchecked but for its format.
 
     Raises OSError or ValueError saying what is wrong.
     """
@@ -39,13 +43,29 @@ def read_entries(path: Path) -> dict[str, Any]:
         raise ValueError(f"{text} is no number")
 
     contents = json.loads(data.decode(), object_pairs_hook=entries, parse_constant=no_number)
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+    if not isinstance(contents, dict) or contents.get("format") not in (FORMAT, STAGES_FORMAT):
         raise ValueError(f"its format must be {FORMAT!r}")
-    if contents.keys() != _ENTRIES.keys():
-        raise ValueError(
-            f"it must hold {', '.join(_ENTRIES)}, and holds {', '.join(map(repr, contents))}"
-        )
-    for key, kind in _ENTRIES.items():
+    return contents
+
+
+def read_entries(path: Path) -> dict[str, Any]:
+    """The entries of the file of a plan without stages, with their types checked.
+
+    Raises OSError or ValueError saying what is wrong.
+    """
+    contents = read_contents(path)
+    if contents["format"] == STAGES_FORMAT:
+        raise ValueError(f"it holds a plan with stages: {ONLY_WITH_STAGES}")
+    return checked_entries(contents, _ENTRIES)
+
+
+def checked_entries(contents: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries, if they are these and of these types; ValueError otherwise."""
+    if not isinstance(contents, dict) or contents.keys() != kinds.keys():
+        held = ", ".join(map(repr, contents)) if isinstance(contents, dict) else repr(contents)
+        raise ValueError(f"it must hold {', '.join(kinds)}, and holds {held}")
+    for key, kind in kinds.items():
         if not isinstance(contents[key], kind):
-            raise ValueError(f"{key} must be a {kind.__name__}, got {type(contents[key]).__name__}")
+            name = getattr(kind, "__name__", str(kind))
+            raise ValueError(f"{key} must be a {name}, got {type(contents[key]).__name__}")
     return contents

@@ -9,16 +9,24 @@ from .steps import STEPS
 MAX_STEPS = 1000
 
 _RUN = re.compile(r"([A-Z])([0-9]*)")
+_STAGES = re.compile(r"\+|\b(at|from|to)\b")
 
 
-def expand(text: str) -> str:
+def has_stages(text: str) -> bool:
+    """Whether a text is meant as a plan with stages, such as "A4 at 1/2 + A3 from 0.6"."""
+    return _STAGES.search(text) is not None
+
+
+def expand(text: str, first: int = 0, last: int | None = None) -> str:
     """The letters of a plan without counts: "H1P2" -> "HPP".
 
+    first, last: where the plan stands in the text; by default it is all of it.
     Raises ValueError, with a mark under the character, for letters and counts that are not allowed.
     """
-    letters, position = "", 0
-    while position < len(text):
-        run = _RUN.match(text, position)
+    letters, position = "", first
+    last = len(text) if last is None else last
+    while position < last:
+        run = _RUN.match(text, position, last)
         if run is None or run[1] not in STEPS:
             known = ", ".join(STEPS)
             raise ValueError(

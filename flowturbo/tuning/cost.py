@@ -8,7 +8,8 @@ from typing import NamedTuple
 from ..models.flow_model import FlowModel
 from ..runtime.device import seconds
 from ..sampling.sampler import sample
-from ..solver.plan import Plan
+from ..solver.plan import Plan, as_plan
+from ..solver.stages import StagedPlan
 
 TURNS = 9
 """Timed runs per plan."""
@@ -27,8 +28,16 @@ class CostModel(NamedTuple):
     fixed: float = 0.0
     share: float = 0.5
 
-    def of(self, plan: Plan) -> float:
-        """The cost of a plan, with the discount for calls outside its guidance interval."""
+    def of(self, plan: Plan | StagedPlan) -> float:
+        """The cost of a plan, with the discount for calls outside its guidance interval.
+
+        A step of a stage costs its share of the finished image's tokens.
+        """
+        if isinstance(plan, StagedPlan):
+            return self.fixed + sum(
+                float(stage.size) ** 2 * (self.of(as_plan(stage.plan)) - self.fixed)
+                for stage in plan.stages
+            )
         cost = plan.cost
         calls, guided = cost.predictor + cost.refiner, cost.guided_predictor + cost.guided_refiner
         discount = 1 - (1 - self.share) * (calls - guided) / calls
@@ -39,7 +48,7 @@ class CostModel(NamedTuple):
         steps = sum(self.steps[letter] for letter in letters) + extra
         return self.fixed + discount * steps
 
-    def allows(self, plan: Plan) -> bool:
+    def allows(self, plan: Plan | StagedPlan) -> bool:
         """Whether a plan is within the budget, up to rounding."""
         return self.of(plan) <= self.budget + 1e-9
 
