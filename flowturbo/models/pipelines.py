@@ -5,6 +5,7 @@ Which parts of a pipeline are loaded, and what it says of the model.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from ..runtime.device import choose_device
 from ..storage.files import CheckpointError, user_path
 from .diffusers_io import ask_hub, first_line, is_path
 from .normalised_vae import Flux2VAE, VideoVAE
-from .prompt_kind import type_name
+from .prompt_kind import Kind, type_name
 from .prompt_kinds import KINDS, check_text_alone
 from .prompt_network import PromptNetwork, TwoExperts
 from .refiners import check_refiner
@@ -91,9 +92,9 @@ def from_pipeline(
         part.eval().requires_grad_(False)
     if named and isinstance(codec, DiffusersVAE):
         fuse(pipe.vae)
-    tokens = math.prod(shape[1:]) // network.multiple**2
     scheduler = getattr(pipe, "scheduler", None)
-    return PromptModel(
+    shift_of = functools.partial(_shift_of, network.kind, scheduler)
+    model = PromptModel(
         predictor=network,
         refiner=refiner_network,
         latent_shape=shape,
@@ -104,9 +105,12 @@ def from_pipeline(
         dtype=dtype,
         vae=codec,
         guidance_style=network.kind.guidance(module, pipe),
-        shift=network.kind.shift(scheduler, tokens) or _shift(scheduler, tokens),
+        shift=shift_of(math.prod(shape[1:]) // network.multiple**2),
         pipe=pipe if getattr(pipe, "text_encoder", None) is not None else None,
     )
+    if getattr(scheduler, "config", {}).get("use_dynamic_shifting"):
+        model.shift_of = shift_of
+    return model
 
 
 def network_with_prompts(pipe: Any, convention: str = "auto") -> PromptNetwork:
@@ -204,6 +208,11 @@ def _latent_shape(
     per_latent = getattr(codec, "frames_per_latent", 4)
     count = (positive("frames", 81 if frames is None else frames) - 1) // per_latent + 1
     return network.channels, count, height // factor, width // factor
+
+
+def _shift_of(kind: Kind, scheduler: Any, tokens: int) -> float:
+    """The shift of the time grid for images of so many tokens."""
+    return kind.shift(scheduler, tokens) or _shift(scheduler, tokens)
 
 
 def _shift(scheduler: Any, tokens: int) -> float:

@@ -5,8 +5,9 @@ diffusers is imported only where it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +48,23 @@ class PromptModel(FlowModel):
 
     guidance_style: GuidanceStyle = "halves"
     pipe: Any = None
+    shift_of: Callable[[int], float] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
+    """The shift for images of so many tokens, if the scheduler has a rule for it."""
+
+    def shift_at(self, height: int, width: int) -> float:
+        """The shift of the time grid for latents of another size.
+
+        By the scheduler's rule (FLUX), else in proportion to the sides, as in SD3's paper
+        (arXiv 2403.03206, section 5.3.2).
+        """
+        H, W = self.latent_shape[-2:]
+        if (height, width) == (H, W):
+            return self.shift
+        if self.shift_of is not None and isinstance(self.predictor, PromptNetwork):
+            return self.shift_of(height * width // self.predictor.multiple**2)
+        return self.shift * math.sqrt(height * width / (H * W))
 
     def guided(self, guidance: float) -> bool:
         if self.guidance_style == "none" and guidance != 1:

@@ -6,6 +6,7 @@ and by any process.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -37,6 +38,21 @@ def noise(shape: Sequence[int], seed: int, images: Iterable[int]) -> Tensor:
     rows = np.empty((len(numbers), *shape), dtype=np.float32)
     for row, number in zip(rows, numbers, strict=True):
         stream(key, number).standard_normal(dtype=np.float32, out=row)
+    return torch.from_numpy(rows)
+
+
+def later_noise(noise: Tensor, shape: Sequence[int], lane: int) -> Tensor:
+    """More noise for images that have some: (N, *shape), float32, on the CPU.
+
+    Row k depends on row k of `noise`, in float32, and on lane alone, to the last bit. So it needs
+    no seed and no number, and noise of any origin will do.
+    noise: (N, ...).
+    """
+    rows = np.empty((len(noise), *shape), dtype=np.float32)
+    for row, own in zip(rows, noise.float().cpu().contiguous().numpy(), strict=True):
+        key = int.from_bytes(hashlib.blake2b(own.tobytes(), digest_size=16).digest(), "little")
+        philox = np.random.Philox(key=key, counter=[0, 0, 0, lane])
+        np.random.Generator(philox).standard_normal(dtype=np.float32, out=row)
     return torch.from_numpy(rows)
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..checks import finite
 from ..models.flow_model import FlowModel
 from ..solver.plan import Plan, as_plan
+from .batches import ModelBatches, in_batches
 from .inputs import inputs_of
 from .run import Callback, Job
-from .sampler import ModelBatches, in_batches
 
 Images = np.ndarray | Tensor
 Output = Literal["latents", "uint8"]

@@ -26,7 +26,8 @@ from ..models.text_to_image import PromptModel, PromptNetwork, config_of
 from ..runtime import rng
 from ..runtime.device import device_name
 from ..runtime.distributed import Team
-from ..solver.plan import Plan, as_plan
+from ..solver.plan import Plan
+from ..solver.stages import StagedPlan, as_stages
 from ..storage.files import Lock
 from ..storage.image_shards import (
     MANIFEST,
@@ -40,8 +41,10 @@ from ..storage.image_shards import (
 )
 from ..storage.resume import difference
 from ..version import __version__
+from .enlarge import enlarger
 from .run import Job
 from .sampler import sample
+from .stages import Leg, leg_job, model_legs
 
 LabelRule = Literal["cycle", "random"]
 BATCH_SIZE, SHARD_SIZE = 64, 256
@@ -67,7 +70,7 @@ def class_labels(rule: LabelRule, num: int, num_classes: int, seed: int) -> np.n
 
 def generate(
     model: FlowModel,
-    plan: str | Plan,
+    plan: str | Plan | StagedPlan,
     labels: Sequence[int] | Sequence[str] | np.ndarray,
     out: str | os.PathLike[str],
     *,
@@ -77,6 +80,7 @@ def generate(
     seed: int = 0,
     batch_size: int | None = None,
     shard_size: int | None = None,
+    enlarge: Literal["latents", "pixels"] = "latents",
     about: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -92,14 +96,15 @@ def generate(
     batch_size: images per batch; None: 64. An image is the same to the last bit in any batch of
         this size.
     shard_size: images per file, a multiple of batch_size; None: the first multiple from 256 on.
+    enlarge: where a plan with stages enlarges images.
     about: notes for the manifest only, such as file names. All other settings must be the same when
         a set is resumed.
     The other arguments are those of `sample`.
     Raises ValueError for a folder with other settings or one that another run writes to, and
     RuntimeError in the other processes if one ends early.
     """
-    out, plan = Path(out), as_plan(plan, model.shift)
-    if plan.start:
+    out, plan = Path(out), as_stages(plan, model.shift)
+    if isinstance(plan, Plan) and plan.start:
         raise ValueError(f"plan must start at 0, got one that starts at {plan.start:g}")
     if len(model.latent_shape) != 3:
         raise ValueError("model must make images: sets of videos are not supported")
@@ -111,15 +116,28 @@ def generate(
     )
     if shard_size % size:
         raise ValueError(f"shard_size must be a multiple of batch_size, {size}, got {shard_size}")
-    job = Job.of(model, plan, guidance, guidance_channels, "uint8", torch.float32)
+    legs = model_legs(model, plan)
+    jobs = [
+        leg_job(model, leg, guidance, guidance_channels, "uint8", torch.float32) for leg in legs
+    ]
+    staged: dict[str, Any] = {}
+    if isinstance(plan, StagedPlan):
+        enlarger(enlarge, model.vae, len(legs))
+        refiner = _digest(model.refiner) if plan.cost.refiner else None
+        staged = {"plan": str(plan), "refiner": refiner, "enlarge": enlarge, **_of_stages(legs)}
     settings = (
-        _settings(model, job, image_labels, guidance, natural("seed", seed), size, shard_size)
+        _settings(model, jobs[-1], image_labels, guidance, natural("seed", seed), size, shard_size)
         | prompt_options
+        | json.loads(json.dumps(staged))
     )
     shards = cut(len(image_labels), shard_size)
 
     options: dict[str, Any] = dict(
-        guidance=guidance, guidance_channels=guidance_channels, batch_size=size, **prompt_options
+        guidance=guidance,
+        guidance_channels=guidance_channels,
+        batch_size=size,
+        enlarge=enlarge,
+        **prompt_options,
     )
 
     def images_of(images: range) -> np.ndarray:
@@ -215,6 +233,16 @@ def _settings(
         "numpy": np.__version__,
     }
     return json.loads(json.dumps(settings))
+
+
+def _of_stages(legs: Sequence[Leg]) -> dict[str, Any]:
+    """What determines the images of a plan with stages: for each setting one value a stage."""
+    return {
+        "sizes": [leg.size for leg in legs],
+        "grid": [leg.plan.grid for leg in legs],
+        "guidance_interval": [leg.plan.guidance_interval for leg in legs],
+        "weights": [leg.plan.weights for leg in legs],
+    }
 
 
 def _digest(part: object) -> str | None:

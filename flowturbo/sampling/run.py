@@ -22,7 +22,7 @@ from ..models.normalised_vae import Flux2VAE, VideoVAE
 from ..models.text_to_image import PromptNetwork
 from ..models.vae import DiffusersVAE, Pixels
 from ..runtime.cuda_graphs import Key
-from ..solver.path import denoised, on_path
+from ..solver.path import denoised, noise_estimate, on_path
 from ..solver.plan import Plan
 from ..solver.steps import Field, State
 from .velocity_field import field_of
@@ -57,6 +57,7 @@ class StepMonitor:
     """Progress bar and callback of one batch.
 
     first, count: the number of its first image, and how many images it has.
+    before, after: the steps of the stages before and after the one that runs.
     """
 
     plan: Plan
@@ -64,6 +65,8 @@ class StepMonitor:
     count: int
     bar: tqdm[Any]
     callback: Callback | None
+    before: int = 0
+    after: int = 0
     stopped: bool = False
 
     def step(self, step: int, state: State, t: float) -> bool:
@@ -77,9 +80,9 @@ class StepMonitor:
         v = state.newest_velocity
         assert v is not None
         x, preview = state.x[: self.count], denoised(state.x, v, t)[: self.count]
-        self.stopped = (
-            self.callback(StepInfo(step, len(self.plan), t, self.first, x, preview)) is False
-        )
+        steps = self.before + len(self.plan) + self.after
+        info = StepInfo(self.before + step, steps, t, self.first, x, preview)
+        self.stopped = self.callback(info) is False
         return not self.stopped
 
 
@@ -89,8 +92,8 @@ def integrate(
     x: Tensor,
     monitor: StepMonitor | None = None,
     after: Callable[[Tensor, float], Tensor] | None = None,
-) -> Tensor:
-    """Integrate one batch along a plan: x (N, ...) at the plan's start -> x at its end.
+) -> State:
+    """Integrate one batch along a plan: x (N, ...) at the plan's start -> the state at its end.
 
     monitor: is called after each step, and may end the run.
     after: (x, t) -> x, applied after each step.
@@ -102,7 +105,17 @@ def integrate(
             state = state._replace(x=after(state.x, t1))
         if monitor is not None and not monitor.step(i + 1, state, t1):
             break
-    return state.x
+    return state
+
+
+def both_ends(state: State, t: float) -> Tensor:
+    """What the next stage needs of a state at time t: where its path begins and ends.
+
+    Returns (N, 2C, ...): the denoised estimate, then that of the noise. It costs no call.
+    """
+    v = state.newest_velocity
+    assert v is not None
+    return torch.cat([denoised(state.x, v, t), noise_estimate(state.x, v, t)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -114,9 +127,11 @@ class Job:
     dtype: of the noise.
     null_class, backend, precision, deterministic: as they are now; they may change between calls.
         precision is that of float32 products; deterministic means deterministic operations only.
-    taken: names and row shapes of all inputs besides noise: source, mask and conditions. Those of
-        prompts may have any length; where a network must know the lengths of prompts, they are in
-        it too, one number if all are the same.
+    latent_shape: that of the noise.
+    taken: names and row shapes of all other inputs: source, mask and conditions. Those of prompts
+        may have any length; where a network must know the lengths of prompts, they are in it too,
+        one number if all are the same.
+    output "stage" is for a plan that another stage follows: see `both_ends`.
     """
 
     plan: Plan
@@ -128,6 +143,7 @@ class Job:
     backend: str
     precision: str
     deterministic: bool
+    latent_shape: tuple[int, ...]
     taken: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @classmethod
@@ -177,13 +193,16 @@ class Job:
             backend,
             precision,
             deterministic,
+            model.latent_shape,
         )
 
     def __str__(self) -> str:
         start = f" from t = {self.plan.start:g}" if self.plan.start else ""
+        output = self.output
+        if output == "stage":
+            output = f"a stage of {self.latent_shape[1]} x {self.latent_shape[2]}"
         return (
-            f"plan {self.plan}{start} {'with' if self.guided else 'without'} guidance to "
-            f"{self.output}"
+            f"plan {self.plan}{start} {'with' if self.guided else 'without'} guidance to {output}"
         )
 
     def taking(self, inputs: Mapping[str, Tensor]) -> Job:
@@ -278,8 +297,10 @@ class Job:
 
         x = noise if source is None else on_path(source, noise, self.plan.start)
         with use_backend(model.backend):
-            latents = integrate(self.plan, field, x, monitor, None if mask is None else keep_source)
-        return model.decode(latents) if self.output == "uint8" else latents
+            state = integrate(self.plan, field, x, monitor, None if mask is None else keep_source)
+        if self.output == "stage" and not (monitor is not None and monitor.stopped):
+            return both_ends(state, self.plan.end)
+        return model.decode(state.x) if self.output == "uint8" else state.x
 
     @staticmethod
     def _scales(model: FlowModel, count: int, guidance: float) -> Tensor:

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..checks import positive
 from ..models.flow_model import FlowModel, VelocityFunction
 from ..models.text_to_image import PromptModel
-from ..solver.plan import Plan, as_plan
+from ..solver.plan import Plan
+from ..solver.stages import StagedPlan, as_stages
+from .batches import ModelBatches, Watch
+from .enlarge import Enlarge, enlarger
 from .function_field import Convention, FunctionField, check_function
 from .inputs import inputs_of, starting_noise
-from .run import Callback, Job, StepMonitor, integrate
+from .run import Callback, StepMonitor, both_ends, integrate
+from .stages import (
+    Leg,
+    StageBatches,
+    at_size,
+    function_legs,
+    leg_job,
+    model_legs,
+    sample_legs,
+)
 
 
 @torch.no_grad()
 def sample(
     model: FlowModel | VelocityFunction,
-    plan: str | Plan,
+    plan: str | Plan | StagedPlan,
     labels: int | Sequence[int] | np.ndarray | Tensor | None = None,
     *,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
     noise: Tensor | None = None,
     seed: int | None = None,
-    batch_size: int | None = None,
+    batch_size: int | Sequence[int] | None = None,
     progress: bool = False,
     callback: Callback | None = None,
     output: Literal["latents", "uint8"] = "latents",
     convention: Convention = "time",
+    enlarge: Enlarge = "latents",
     **cond: Any,
 ) -> Tensor:
     """Integrate dx/dt = v(x, t) from noise at t = 0 to data at t = 1 along a plan.
@@ -42,7 +52,8 @@ def sample(
     model: a FlowModel (from `load`), or any callable v(x, t, **cond) with t a scalar tensor, which
         needs `noise`. It returns the velocity, floating point, in x's shape and on its device.
     plan: a Plan, or text such as "H1P5R3". The grid of a text is uniform, except for models with a
-        shift of their own (SD3, FLUX).
+        shift of their own (SD3, FLUX). For models of any size (text to image, callables) also a
+        StagedPlan, or text such as "A4 at 1/2 + A3 from 0.6".
     labels: N class numbers; None: unconditional, one image per row of `noise`. For a text-to-image
         model N prompts, or what its `encode` returns for them. A callable gets them as cond
         "labels".
@@ -55,7 +66,8 @@ def sample(
     batch_size: images per batch; None: the smallest batch size that `compile` captured and that
         holds all images, else all at once. The last batch is padded to this size. So for one batch
         size, device and machine an image does not depend on the others in its batch; between batch
-        sizes it agrees up to rounding.
+        sizes it agrees up to rounding. For a plan with stages also one number for each stage: a
+        small stage fills the device only with more images.
     progress: show a bar of steps.
     callback: called with a StepInfo after each step. If it returns False, sampling ends at once and
         returns the latents as they are, of the batches that were started.
@@ -63,6 +75,10 @@ def sample(
     convention: of a callable. "time": it is called with the time t and returns data - noise;
         "sigma": with the noise level sigma = 1 - t, and it returns noise - data, as networks of
         diffusers and ComfyUI do.
+    enlarge: how a plan with stages enlarges images. "latents": by cubic interpolation of the
+        latents; "pixels": the same of the decoded images; a callable or module: of the decoded
+        images (n, 3, height, width), in [0, 1], by this network, to any larger size;
+        ("latents", f): of latents x (n, C, h, w), by f(x, (H, W)).
     cond: further arguments of a callable; tensors and lists of N entries are cut into batches. For
         a text-to-image model `negative`: the prompts to guide away from.
 
@@ -74,12 +90,14 @@ def sample(
     3), uint8, on the model's device.
     Raises ValueError or TypeError, naming the argument, for input that does not fit.
     """
-    plan = as_plan(plan, model.shift if isinstance(model, FlowModel) else 1.0)
-    if plan.start:
+    plan = as_stages(plan, model.shift if isinstance(model, FlowModel) else 1.0)
+    if isinstance(plan, Plan) and plan.start:
         raise ValueError(
             f"plan must start at 0, got one that starts at {plan.start:g}: that is for edit, "
             "which starts from a source"
         )
+    watch = Watch(progress, callback)
+    runs: Sequence[StageBatches]
     if isinstance(model, FlowModel):
         if convention != "time":
             raise ValueError(
@@ -96,103 +114,60 @@ def sample(
             if isinstance(noise, Tensor) and noise.dtype == torch.float64
             else torch.float32
         )
-        job = Job.of(model, plan, guidance, guidance_channels, output, dtype)
+        legs = model_legs(model, plan)
+        jobs = [leg_job(model, leg, guidance, guidance_channels, output, dtype) for leg in legs]
+        enlarging = enlarger(enlarge, model.vae, len(legs))
         inputs = inputs_of(model, labels, guidance, noise, seed, negative)
         start = inputs["noise"]
-        batches: Batches = ModelBatches(model, job, inputs, guidance)
+        runs = [
+            ModelBatches(at_size(model, leg.size), job, inputs, guidance)
+            for leg, job in zip(legs, jobs, strict=True)
+        ]
     else:
         if labels is not None:
             cond["labels"] = labels
         check_function(model, convention)
         start = _plain_function(plan, guidance, guidance_channels, noise, seed, output)
-        batches = _FunctionBatches(model, plan, start, cond, convention)
-
-    return in_batches(batches, len(start), plan, batch_size, progress, callback)
-
-
-class Batches(Protocol):
-    """What `in_batches` runs, batch by batch."""
-
-    size: int
-    """The default number of images per batch."""
-
-    def run(self, rows: Tensor, monitor: StepMonitor) -> Tensor:
-        """The latents or images of these numbers, (len(rows), ...)."""
-        ...
-
-
-def in_batches(
-    batches: Batches,
-    N: int,
-    plan: Plan,
-    batch_size: int | None,
-    progress: bool,
-    callback: Callback | None,
-) -> Tensor:
-    """Run N images in batches -> (N, ...), or fewer if the callback ended it."""
-    size = batches.size if batch_size is None else positive("batch_size", batch_size)
-    parts = []
-    with tqdm(
-        total=math.ceil(N / size) * len(plan), disable=not progress, unit="step", leave=False
-    ) as bar:
-        for first in range(0, N, size):
-            # The last batch is padded with its last image.
-            rows = torch.arange(first, first + size).clamp(max=N - 1)
-            monitor = StepMonitor(plan, first, min(size, N - first), bar, callback)
-            parts.append(batches.run(rows, monitor)[: monitor.count])
-            if monitor.stopped:
-                break
-    return torch.cat(parts)
-
-
-class ModelBatches:
-    """Batches of a FlowModel. inputs: those of its job, for all images."""
-
-    def __init__(
-        self, model: FlowModel, job: Job, inputs: dict[str, Tensor], guidance: float
-    ) -> None:
-        self.model, self.job, self.inputs, self.guidance = model, job, inputs, guidance
-        count = len(inputs["noise"])
-        self.size = model.captures.size_for(job.taking(inputs), count) or count
-
-    def run(self, rows: Tensor, monitor: StepMonitor) -> Tensor:
-        return self.job.run(
-            self.model,
-            {name: value[rows] for name, value in self.inputs.items()},
-            self.guidance,
-            monitor,
-        )
+        legs = function_legs(plan, start)
+        enlarging = enlarger(enlarge, None, len(legs))
+        runs = [_FunctionBatches(model, leg, len(start), cond, convention) for leg in legs]
+    result = sample_legs(legs, runs, start, enlarging, batch_size, watch)
+    if isinstance(model, FlowModel) and output == "uint8" and result.is_floating_point():
+        return model.decode(result)  # of a small stage, which the callback has ended
+    return result
 
 
 class _FunctionBatches:
-    """Batches of a plain function. start: the noise of all images."""
+    """Batches of a plain function, of one stage. size: the number of all images."""
 
     def __init__(
         self,
         function: VelocityFunction,
-        plan: Plan,
-        start: Tensor,
+        leg: Leg,
+        size: int,
         cond: dict[str, Any],
         convention: Convention,
     ) -> None:
-        self.function, self.plan, self.start, self.cond = function, plan, start, cond
-        self.size, self.convention = len(start), convention
+        self.function, self.leg, self.size = function, leg, size
+        self.cond, self.convention = cond, convention
 
-    def run(self, rows: Tensor, monitor: StepMonitor) -> Tensor:
+    def run_from(self, start: Tensor, rows: Tensor, monitor: StepMonitor) -> Tensor:
         cond = {name: self._pick(value, rows) for name, value in self.cond.items()}
         field = FunctionField(self.function, cond, self.convention)
-        return integrate(self.plan, field, self.start[rows], monitor)
+        state = integrate(self.leg.plan, field, start, monitor)
+        whole = self.leg.last or monitor.stopped
+        return state.x if whole else both_ends(state, self.leg.plan.end)
 
     def _pick(self, value: Any, rows: Tensor) -> Any:
-        if isinstance(value, Tensor) and value.ndim and len(value) == len(self.start):
+        if isinstance(value, Tensor) and value.ndim and len(value) == self.size:
             return value[rows.to(value.device)]
-        if isinstance(value, list | tuple) and len(value) == len(self.start):
+        if isinstance(value, list | tuple) and len(value) == self.size:
             return [value[i] for i in rows.tolist()]
         return value
 
 
 def _plain_function(
-    plan: Plan,
+    plan: Plan | StagedPlan,
     guidance: float,
     guidance_channels: int | None,
     noise: Tensor | None,
