@@ -13,6 +13,8 @@ from ..models.pipelines import from_pipeline, is_pipeline
 from ..runtime.device import Dtype, dtype_of
 from ..runtime.streams import interactive
 from ..solver.plan import Plan, as_plan
+from ..solver.plan_text import has_stages
+from ..solver.stages import StagedPlan, as_stages
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class ModelFlags(WeightFlags):
     For text-to-image models, whose guidance is stronger, A7; with --refiner the paper's H1P5R3.
     H is Heun, P pseudo corrector, R refiner, S refiner by the paper's equation 7, E Euler.
     A, B and C are Adams-Bashforth of order 2, 3 and 4, U UniPC-2, D DPM-Solver++ 2M, X res_2s.
+    `flowturbo sample` takes stages for text-to-image models: "A4 at 1/2 + A3 from 0.6".
     """
     guidance: Annotated[float, tyro.conf.arg(aliases=["--cfg-scale"])] = 1.5
     """Scale of classifier-free guidance; 1 means none."""
@@ -85,6 +88,17 @@ class ModelFlags(WeightFlags):
 
 def load_model(settings: ModelFlags) -> tuple[FlowModel, Plan, dict[str, Any]]:
     """The model, the plan, and the options of `sample`, `edit` and `inpaint`."""
+    if settings.plan is not None:  # before the model is loaded
+        as_plan(settings.plan)
+    model, plan, options = load_model_and_stages(settings)
+    assert isinstance(plan, Plan)
+    return model, plan, options
+
+
+def load_model_and_stages(
+    settings: ModelFlags,
+) -> tuple[FlowModel, Plan | StagedPlan, dict[str, Any]]:
+    """As `load_model`, for commands that take plans with stages."""
     if settings.plan is not None:  # validate the plan before loading the model
         _plan(settings, settings.plan, 1.0)
     model = _pipeline(settings) if is_pipeline(settings.model) else load_checkpoint(settings)
@@ -108,18 +122,19 @@ def _default_plan(settings: ModelFlags) -> str:
     return "A7" if is_pipeline(settings.model) else "B7"
 
 
-def _plan(settings: ModelFlags, text: str, own_shift: float) -> Plan:
-    if text.endswith(".json"):
+def _plan(settings: ModelFlags, text: str, own_shift: float) -> Plan | StagedPlan:
+    if text.endswith(".json") or has_stages(text):
         if (
             settings.grid is not None
             or settings.shift is not None
             or settings.guidance_interval != (0.0, 1.0)
         ):
+            holder = "a plan with stages" if has_stages(text) else "a plan's file"
             raise ValueError(
-                "a plan's file holds its grid and guidance interval: leave out grid, shift and "
+                f"{holder} holds its grid and guidance interval: leave out grid, shift and "
                 "guidance_interval"
             )
-        return as_plan(text)
+        return as_stages(text, own_shift)
     shift = (
         settings.shift
         if settings.shift is not None

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..solver.plan import Plan
+from ..solver.stages import StagedPlan
 from ..storage.files import atomic_write
 
 _MARGIN, _TEXT = 6, 18
@@ -103,10 +104,11 @@ def write_images(
             picture.save(file, format="PNG")
 
 
-def summary_line(out: Path, count: int, plan: Plan) -> str:
+def summary_line(out: Path, count: int, plan: Plan | StagedPlan) -> str:
     """What was written, by which plan, with how many calls per image."""
     cost = plan.cost
+    price = f", priced as {plan.price:.3g} at full size" if isinstance(plan, StagedPlan) else ""
     return (
         f"{out}: {count} images by {plan} ({cost.predictor} predictor and {cost.refiner} "
-        "refiner calls)"
+        f"refiner calls{price})"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -14,7 +14,7 @@ from ..runtime.distributed import workers
 from ..sampling.generate import LabelRule, class_labels, generate
 from ..sampling.sampler import sample
 from ..storage.image_shards import join, verify
-from .options import ModelFlags, load_model
+from .options import ModelFlags, load_model_and_stages
 from .output import check_out, names_a_folder, summary_line, write_images
 
 
@@ -45,6 +45,8 @@ class Sample(ModelFlags):
     """Images per file of a folder, a multiple of --batch-size, which is then 64 by default.
     Default: the least multiple from 256 on.
     """
+    enlarge: Literal["latents", "pixels"] = "latents"
+    """Where a plan with stages enlarges images: in the latents, or decoded."""
 
 
 def run_sample(settings: Sample) -> str:
@@ -58,9 +60,10 @@ def run_sample(settings: Sample) -> str:
     if settings.out.is_dir() or names_a_folder(settings.out):
         return _sample_set(settings)
     check_out(settings.out)
-    model, plan, options = load_model(settings)
+    model, plan, options = load_model_and_stages(settings)
     labels = _labels(settings, model)
-    write_images(settings.out, sample(model, plan, labels, **options), labels)
+    images = sample(model, plan, labels, enlarge=settings.enlarge, **options)
+    write_images(settings.out, images, labels)
     return summary_line(settings.out, len(labels), plan)
 
 
@@ -91,7 +94,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 def _sample_set(settings: Sample) -> str:
     with workers(settings.device) as device:
-        model, plan, options = load_model(replace(settings, device=str(device)))
+        model, plan, options = load_model_and_stages(replace(settings, device=str(device)))
         labels = _labels(settings, model)
         names = {"model": settings.model, "refiner": settings.refiner, "vae": settings.vae}
         about = {
@@ -110,6 +113,7 @@ def _sample_set(settings: Sample) -> str:
             labels,
             settings.out,
             shard_size=settings.shard_size,
+            enlarge=settings.enlarge,
             about=about,
             **options,
         )
