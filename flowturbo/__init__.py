@@ -8,6 +8,7 @@ A plan such as H1P5R3 combines Heun, pseudo corrector and velocity refiner steps
 """
 
 from .integrations.diffusers import accelerate, accelerated, restore, summary
+from .integrations.stages import sample_stages
 from .models.flow_model import FlowModel
 from .models.load import load
 from .models.pipelines import from_pipeline
@@ -19,6 +20,7 @@ from .sampling.edit import edit, inpaint
 from .sampling.run import StepInfo
 from .sampling.sampler import sample
 from .solver.plan import Plan
+from .solver.stages import Stage, StagedPlan
 from .storage.files import CheckpointError
 from .version import __version__
 
@@ -28,6 +30,8 @@ __all__ = [
     "FlowModel",
     "Plan",
     "PromptModel",
+    "Stage",
+    "StagedPlan",
     "StepInfo",
     "__version__",
     "accelerate",
@@ -41,5 +45,6 @@ __all__ = [
     "refiner_for",
     "restore",
     "sample",
+    "sample_stages",
     "summary",
 ]

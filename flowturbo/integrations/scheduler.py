@@ -50,6 +50,8 @@ class PlanSteps:
     timesteps, sigmas, num_inference_steps = PerThread(), PerThread(), PerThread()
     _step_index, _begin_index = PerThread(), PerThread()
     _run, _times, _own_sigmas = PerThread(), PerThread(), PerThread()
+    ended = PerThread()  # the state that a run came to, if it is to be kept
+    keeps_end = False
 
     plan: Plan
     grid: Grid
@@ -206,6 +208,7 @@ class PlanSteps:
         self._step_index += 1
         if self._step_index == len(self.timesteps):
             self._run = None
+            self.ended = run.state if self.keeps_end else None
         x: Any = run.give()
         self.meter.called(started)
         if not return_dict:
