@@ -44,8 +44,9 @@ def drawn(model: ft.PromptModel, count: int = 2) -> Tensor:
     return torch.cat([torch.randn(1, *model.latent_shape, generator=g) for g in generators(count)])
 
 
-@pytest.mark.parametrize("enlarge", ["latents", "pixels"])
-@pytest.mark.parametrize("plan", [TWO, THREE, DONE_FIRST])
+@pytest.mark.parametrize(
+    "plan, enlarge", [(TWO, "latents"), (THREE, "latents"), (DONE_FIRST, "pixels")]
+)
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_a_pipeline_and_its_model_make_the_same_images(kind, plan, enlarge):
     pipe = PIPELINES[kind]()
