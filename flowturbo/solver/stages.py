@@ -88,16 +88,6 @@ class Stage:
         text += "" if self.start == 1 else f" from {_shortest(self.start)}"
         return text if self.end is None else f"{text} to {_shortest(self.end)}"
 
-    @property
-    def cost(self) -> Cost:
-        """The number of calls, by network."""
-        return as_plan(self.plan).cost
-
-    @property
-    def price(self) -> float:
-        """Predictor calls times the share of the finished image's tokens."""
-        return self.cost.predictor * float(self.size) ** 2
-
     def between(self, start: float, end: float, shift: float) -> Plan:
         """The stage's plan from the noise level `start` to `end`.
 
@@ -216,17 +206,26 @@ class StagedPlan:
         return sum(len(as_plan(stage.plan)) for stage in self.stages)
 
     @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plan of each stage between its noise levels, for a model without a shift."""
+        levels = self.levels([float(stage.size) for stage in self.stages])
+        return tuple(s.between(*ends, 1.0) for s, ends in zip(self.stages, levels, strict=True))
+
+    @property
     def price(self) -> float:
         """Predictor calls, each times the share of the finished image's tokens that it reads.
 
         Attention costs less than its share at small sizes, so a long sequence gains more.
         """
-        return sum(stage.price for stage in self.stages)
+        return sum(
+            plan.cost.predictor * float(stage.size) ** 2
+            for stage, plan in zip(self.stages, self.plans, strict=True)
+        )
 
     @property
     def cost(self) -> Cost:
         """The number of calls of all stages, by network, whatever their size."""
-        return Cost(*map(sum, zip(*(stage.cost for stage in self.stages), strict=True)))
+        return Cost(*map(sum, zip(*(plan.cost for plan in self.plans), strict=True)))
 
     def levels(self, sides: Sequence[float]) -> list[tuple[float, float]]:
         """The noise levels (start, end) of each stage, for images of these side lengths.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..models.flow_model import FlowModel
 from ..runtime.device import seconds
 from ..sampling.sampler import sample
-from ..solver.plan import Plan, as_plan
+from ..solver.plan import Plan
 from ..solver.stages import StagedPlan
 
 TURNS = 9
@@ -35,15 +35,17 @@ class CostModel(NamedTuple):
         """
         if isinstance(plan, StagedPlan):
             return self.fixed + sum(
-                float(stage.size) ** 2 * (self.of(as_plan(stage.plan)) - self.fixed)
-                for stage in plan.stages
+                float(stage.size) ** 2 * (self.of(part) - self.fixed)
+                for stage, part in zip(plan.stages, plan.plans, strict=True)
             )
         cost = plan.cost
         calls, guided = cost.predictor + cost.refiner, cost.guided_predictor + cost.guided_refiner
         discount = 1 - (1 - self.share) * (calls - guided) / calls
         # A P step that comes first has no cached velocity and makes a second call, and an X step
-        # that comes last makes one call.
-        letters = plan.letters[:-1] + plan.letters[-1].replace("X", "E")
+        # that ends at t = 1 makes one call.
+        letters = plan.letters
+        if plan.end == 1:
+            letters = letters[:-1] + letters[-1].replace("X", "E")
         extra = self.steps["E"] if letters[0] == "P" else 0.0
         steps = sum(self.steps[letter] for letter in letters) + extra
         return self.fixed + discount * steps

@@ -66,7 +66,7 @@ def test_text_and_back_is_the_same_plan(sizes, starts, ends):
         ("", "must look like 'A4 at 1/2 + A3 from 0.6': here a plan is due", 0),
         ("A4 at 1/2 + ", "here a plan is due", 12),
         ("A4 at 1/2 + + A3", "here a plan is due", 12),
-        ("A4 at 1/2 + X3 from 0.6", "got 'X'", 12),
+        ("A4 at 1/2 + Z3 from 0.6", "got 'Z'", 12),
         ("A4 at 1/2 + A0 from 0.6", "a count must be from 1 to 1000, got 0", 13),
         ("A4 at", "after 'at' comes a size such as 1/2, got ''", 5),
         ("A4 at 1/0 + A3", "after 'at' comes a size such as 1/2, got '1/0'", 6),
@@ -247,7 +247,7 @@ def test_the_price_is_calls_times_tokens():
 
 
 def test_the_search_prices_stages_by_the_same_rule():
-    steps = {"A": 1.0, "E": 1.0, "H": 2.0, "R": 0.2}
+    steps = {"A": 1.0, "E": 1.0, "H": 2.0, "R": 0.2, "X": 2.0}
     cost_model = CostModel(steps, budget=4.0, fixed=0.5)
     plan = StagedPlan.parse("A4 at 1/2 + A2 from 0.5")
     assert cost_model.of(plan) == 0.5 + 4 / 4 + 2
@@ -255,4 +255,10 @@ def test_the_search_prices_stages_by_the_same_rule():
     assert not cost_model.allows(StagedPlan.parse("A4 at 1/2 + A3 from 0.5"))
     refined = StagedPlan.parse("A4 at 1/2 + H1R1 from 0.5")
     assert cost_model.of(refined) == pytest.approx(0.5 + 1 + 2.2)
+    # A step of two calls makes one where it ends at t = 1, which only the last stage does.
+    two = StagedPlan.parse("X2 at 1/2 + X2 from 0.5")
+    assert (two.cost.predictor, two.price) == (4 + 3, 4 / 4 + 3)
+    assert cost_model.of(two) == 0.5 + two.price
+    done = StagedPlan.parse("X2 at 1/2 to 0 + X2 from 0.5")
+    assert (done.cost.predictor, cost_model.of(done)) == (3 + 3, 0.5 + 3 / 4 + 3)
     assert cost_model.of(StagedPlan.parse("A3")) == cost_model.of(ft.Plan.parse("A3"))
