@@ -31,6 +31,12 @@ class Convert:
     """"repa" for checkpoints whose time runs backwards."""
     vae: str | None = None
     """Folder or hub name of the VAE for the model's latents, to be named in the file."""
+    null_class: int | Literal["auto", "none"] = "auto"
+    """Row of the label table that guidance takes for no label; "none" if there is none.
+    Default: as the source says, else the last row.
+    """
+    assume_velocity: bool = False
+    """Take the model for a velocity on the straight path even if its file says that it is none."""
     dtype: Dtype | None = None
     """Data type of the weights. Default: as in the source."""
 
@@ -44,5 +50,7 @@ def run_convert(settings: Convert) -> Path:
         convention=settings.convention,
         vae=settings.vae,
         dtype=dtype_of(settings.dtype),
+        null_class=None if settings.null_class == "none" else settings.null_class,
+        assume_velocity=settings.assume_velocity,
     )
     return settings.target

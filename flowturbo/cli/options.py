@@ -44,6 +44,12 @@ class WeightFlags:
     """Data type of the model. Default: bfloat16 on a GPU, float32 on the CPU.
     "auto": bfloat16 also on a CPU that has instructions for it; `flowturbo info` says so.
     """
+    null_class: int | Literal["auto", "none"] = "auto"
+    """Row of the label table that guidance takes for no label; "none" if there is none.
+    Default: as the file says, else the last row.
+    """
+    assume_velocity: bool = False
+    """Take the model for a velocity on the straight path even if its file says that it is none."""
     quantize: Literal["fp8"] | None = None
     """"fp8" runs the predictor's matrix products in e4m3.
     This is faster on recent GPUs and gives slightly different images.
@@ -161,11 +167,14 @@ def load_checkpoint(settings: WeightFlags) -> FlowModel:
         dtype="auto" if settings.dtype == "auto" else dtype_of(settings.dtype),
         convention=settings.convention,
         quantize=settings.quantize,
+        null_class=None if settings.null_class == "none" else settings.null_class,
+        assume_velocity=settings.assume_velocity,
     )
 
 
 def _pipeline(settings: ModelFlags) -> FlowModel:
     _only("a model of classes", settings, "labels", "heads", "quantize")
+    _only("a model of classes", settings, "null_class", "assume_velocity")
     if settings.convention not in ("auto", "2-rf"):
         raise ValueError(
             f"convention must be 'auto' or '2-rf' for a pipeline, got {settings.convention!r}"
@@ -191,5 +200,5 @@ def _pipeline(settings: ModelFlags) -> FlowModel:
 def _only(what: str, settings: WeightFlags, *names: str) -> None:
     """ValueError if a flag is set that is only for another kind of model."""
     for name in names:
-        if getattr(settings, name, None) not in (None, ()):
+        if getattr(settings, name, None) not in (None, (), False, "auto"):
             raise ValueError(f"{name} is for {what}, which {settings.model!r} is not")

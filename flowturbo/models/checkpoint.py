@@ -7,16 +7,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..storage.files import CheckpointError, load_tensors, load_torch_file, save_tensors
+from ..storage.files import (
+    CheckpointError,
+    header_texts,
+    load_tensors,
+    load_torch_file,
+    save_tensors,
+)
+from .finite_weights import check_finite
 from .fp8 import Fp8Linear
+from .label_table import TABLE, NullClass, arranged, check_null_class
 from .sit import SiT, SiTConfig, config_from_state
+from .training_metadata import Said, said_by
+from .vae import check_named_vae
+from .wrapped_weights import kind, unwrapped
 
 Convention = Literal["sit", "repa"]
 Role = Literal["predictor", "refiner"]
@@ -33,12 +44,15 @@ class Checkpoint:
 
     vae: the name of the autoencoder that decodes its latents, if known.
     provenance: where the weights come from, if known.
+    assumed: what the file says against a velocity on the straight path, if it was assumed to be
+        one.
     """
 
     model: SiT
     convention: Convention
     vae: str | None = None
     provenance: Mapping[str, Any] | None = None
+    assumed: str | None = None
 
 
 def load_sit(
@@ -47,30 +61,51 @@ def load_sit(
     *,
     heads: int | None = None,
     convention: Literal["auto", "sit", "repa"] = "auto",
+    null_class: NullClass = "auto",
+    assume_velocity: bool = False,
+    like: SiTConfig | None = None,
 ) -> Checkpoint:
     """Read a SiT from a .pt, .pth or .safetensors file, on the CPU, in the file's dtype.
 
-    Sizes are inferred from the tensors. The weights may be at the top level, or under "ema"
-    (preferred) or "model", as the trainers of SiT, FlowTurbo and REPA write them. Only plain
-    tensors and argparse.Namespace are unpickled.
-    convention: "auto": as our own files say; "repa" for files with REPA's projectors; else "sit".
+    Sizes are inferred from the tensors. The weights may be at the top level or in mappings, as the
+    trainers of SiT, FlowTurbo, REPA and others write them, averaged ones ("ema") preferred, with
+    the prefixes of DDP, torch.compile and Lightning (see wrapped_weights). Only plain tensors and
+    argparse.Namespace are unpickled.
+    convention: "auto": as the file says; "repa" for files with REPA's projectors or the arguments
+        of its trainer; else "sit".
+    null_class: the row of the label table that is the null class; None: none is; "auto": as the
+        file says, else the last one, with a warning unless they are ImageNet's 1001.
+    assume_velocity: take the network for a velocity on the straight path between noise and data
+        even if the file says that it is none.
+    like: for a refiner, the predictor's sizes.
     Raises CheckpointError, naming the file and what is wrong with it.
     """
     if convention not in ("auto", *CONVENTIONS):
         raise ValueError(f"convention must be 'auto', 'sit' or 'repa', got {convention!r}")
-    state, description = read_state(path)
+    check_null_class(null_class)
+    state, description, said = _read(path)
     if description is not None:
         _check_description(path, description, role)
-    detected: Convention = description["convention"] if description else _guess_convention(state)
-    if convention not in ("auto", detected) and (description or detected == "repa"):
+    if said.other and not assume_velocity:
         raise CheckpointError(
-            f"{path}: convention {convention!r} was asked for, but the file is of {detected!r}"
+            f"{path} is no velocity model on the straight path between noise and data, for which "
+            f"plans are made: {said.other}. If it is one all the same, give assume_velocity=True, "
+            "or --assume-velocity, as `flowturbo convert` takes it, too"
         )
-    used = detected if convention == "auto" else convention
+    used = _convention(path, state, description, said, convention)
     state = {k: v for k, v in state.items() if not k.startswith(_DROPPED[used])}
     try:
-        config = _config(state, description, role, heads)
-        model = build(config, state)
+        weights, null_row = arranged(path, state, said, null_class, like)
+        if description is None:
+            config = config_from_state(
+                weights, reads_velocity=role == "refiner", heads=heads, null_row=null_row
+            )
+        else:
+            config = _described_sizes(description, heads)
+            if len(state.get(TABLE, ())) == config.label_rows:
+                classes = len(weights[TABLE]) - null_row
+                config = replace(config, num_classes=classes, null_row=null_row)
+        model = build(config, weights)
     except KeyError as error:
         raise CheckpointError(f"{path} is no SiT checkpoint: it has no {error.args[0]!r}") from None
     except ValueError as error:
@@ -85,8 +120,11 @@ def load_sit(
         raise CheckpointError(
             f"{path} is a refiner (one block, x and v as input): give it as refiner="
         )
+    check_finite(str(path), model.state_dict())
     description = description or {}
-    return Checkpoint(model, used, description.get("vae"), description.get("provenance"))
+    return Checkpoint(
+        model, used, description.get("vae"), description.get("provenance"), said.other
+    )
 
 
 def save_sit(
@@ -110,7 +148,7 @@ def save_sit(
     description = {
         "format": FORMAT,
         "role": "refiner" if model.config.reads_velocity else "predictor",
-        "config": asdict(model.config),
+        "config": _sizes(model.config),
         "convention": convention,
         "vae": vae,
         "provenance": dict(provenance or {}),
@@ -127,55 +165,93 @@ def convert(
     convention: Literal["auto", "sit", "repa"] = "auto",
     vae: str | None = None,
     dtype: torch.dtype | None = None,
+    null_class: NullClass = "auto",
+    assume_velocity: bool = False,
 ) -> None:
     """Write a published checkpoint as our safetensors file, checked and with a digest.
 
-    Only the weights that sampling needs are written. dtype: None: that of the source. Raises
-    CheckpointError for a source that can't be used, ValueError for a target with another suffix.
+    Only the weights that sampling needs are written. dtype: None: that of the source.
+    null_class, assume_velocity: as for load_sit; the target needs them no more.
+    Raises CheckpointError for a source that can't be used and for weights that overflow in dtype,
+    ValueError for a target with another suffix and for a vae that does not fit.
     """
     if Path(target).suffix != ".safetensors":
         raise ValueError(f"target must end in .safetensors, got {str(target)!r}")
-    checkpoint = load_sit(source, role, heads=heads, convention=convention)
+    checkpoint = load_sit(
+        source,
+        role,
+        heads=heads,
+        convention=convention,
+        null_class=null_class,
+        assume_velocity=assume_velocity,
+    )
+    model = checkpoint.model.to(dtype=dtype)
+    if dtype is not None:
+        check_cast(str(source), model, dtype)
+    if vae is not None:
+        check_named_vae(vae, model.config.channels)
+    origin = {"source": Path(source).name}
+    if checkpoint.assumed:
+        origin["assumed"] = f"a velocity on the straight path, although {checkpoint.assumed}"
     save_sit(
         target,
-        checkpoint.model.to(dtype=dtype),
+        model,
         convention=checkpoint.convention,
         vae=vae or checkpoint.vae,
-        provenance={**(checkpoint.provenance or {}), "source": Path(source).name},
+        provenance={**(checkpoint.provenance or {}), **origin},
+    )
+
+
+def check_cast(what: str, model: SiT, dtype: torch.dtype) -> None:
+    """Raise CheckpointError for weights that are finite in their file, but not in this dtype."""
+    check_finite(
+        f"{what}, cast to {dtype},",
+        model.state_dict(),
+        "they are too large for that type: choose dtype bfloat16 or float32",
     )
 
 
 def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The weights of a file, unwrapped from "ema" or "model", and its description.
+    """The weights of a file, by a SiT's names, and its description.
 
     The description is None unless the file is one of ours. Raises CheckpointError.
     """
+    return _read(path)[:2]
+
+
+def _read(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Tensor], dict[str, Any] | None, Said]:
+    """The weights of a file, its description, and what it says of its training."""
     suffix = Path(path).suffix.lower()
-    state: Any
+    content: Any
     description: dict[str, Any] | None = None
     if suffix == ".safetensors":
-        state, description = load_tensors(path)
+        content, description = load_tensors(path)
+        beside: Any = header_texts(path) if description is None else description
     elif suffix in (".pt", ".pth"):
-        state = load_torch_file(path)
+        beside = content = load_torch_file(path)
     else:
         raise CheckpointError(f"{path} must end in .safetensors, .pt or .pth")
-    for wrapper in ("ema", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-            break
-    if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(
-            f"{path} holds no weights: expected a mapping of names to tensors, got {_kind(state)}"
-        )
+    try:
+        state = unwrapped(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from None
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: expected a tensor under {name!r}, got {_kind(value)}")
+            raise CheckpointError(f"{path}: expected a tensor under {name!r}, got {kind(value)}")
         if value.layout != torch.strided or value.is_meta:
             raise CheckpointError(
                 f"{path}: expected a dense tensor with its numbers under {name!r}, got "
                 f"{value.layout}, {value.device}"
             )
-    return dict(state), description
+    if description is None:
+        return state, None, said_by(beside, Path(path).name)
+    # Where the weights come from is no matter any more, but how they were trained is.
+    origin = description.get("provenance")
+    trained = origin.get("settings") if isinstance(origin, Mapping) else None
+    others = {name: value for name, value in description.items() if name != "provenance"}
+    return state, description, said_by([others, trained])
 
 
 def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
@@ -212,15 +288,8 @@ def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
     return model.requires_grad_(False).eval()
 
 
-def _config(
-    state: Mapping[str, Tensor],
-    description: Mapping[str, Any] | None,
-    role: Role,
-    heads: int | None,
-) -> SiTConfig:
-    """The sizes that the description has, or else those inferred from the tensors."""
-    if description is None:
-        return config_from_state(state, reads_velocity=role == "refiner", heads=heads)
+def _described_sizes(description: Mapping[str, Any], heads: int | None) -> SiTConfig:
+    """The sizes that one of our files has. ValueError for others, and for other heads."""
     try:
         config = SiTConfig(**description["config"])
     except TypeError as error:
@@ -228,6 +297,36 @@ def _config(
     if heads not in (None, config.heads):
         raise ValueError(f"heads={heads} was asked for, but the file says {config.heads}")
     return config
+
+
+def _convention(
+    path: str | os.PathLike[str],
+    state: Mapping[str, Tensor],
+    description: Mapping[str, Any] | None,
+    said: Said,
+    asked: Literal["auto", "sit", "repa"],
+) -> Convention:
+    """The convention that was asked for, unless the file is certainly of the other."""
+    projectors = any(name.startswith("projectors.") for name in state)
+    detected: Convention = (
+        description["convention"] if description else "repa" if projectors or said.repa else "sit"
+    )
+    if asked not in ("auto", detected) and (description or projectors):
+        raise CheckpointError(
+            f"{path}: convention {asked!r} was asked for, but the file is of {detected!r}"
+        )
+    return detected if asked == "auto" else asked
+
+
+def _sizes(config: SiTConfig) -> dict[str, Any]:
+    """The sizes as files hold them: a null row, which nearly all have, is named if it is not there.
+
+    So the files of models with one are what they were before there were others.
+    """
+    sizes = asdict(config)
+    if config.null_row:
+        del sizes["null_row"]
+    return sizes
 
 
 def _check_description(
@@ -246,14 +345,6 @@ def _check_description(
             f"{path} is of convention {description.get('convention')!r}; known are "
             f"{', '.join(CONVENTIONS)}"
         )
-
-
-def _guess_convention(state: Mapping[str, Tensor]) -> Convention:
-    return "repa" if any(k.startswith("projectors.") for k in state) else "sit"
-
-
-def _kind(value: object) -> str:
-    return f"a {type(value).__name__}" + (" with nothing in it" if value in ({}, []) else "")
 
 
 def _some(names: list[str], limit: int = 4) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..storage.files import CheckpointError, save_tensors, write_text
+from .finite_weights import check_finite
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -77,6 +78,7 @@ def read_pretrained(
                 f"{role} {str(name)!r} is no {type(network).__name__} of its own configuration: "
                 f"it {verb} {some} ({len(keys)} keys)"
             )
+    check_finite(f"{role} {str(name)!r}", network.state_dict())
     return network
 
 

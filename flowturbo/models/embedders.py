@@ -45,11 +45,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """y (N,) int64 -> (N, D); the last row of the table is the null class."""
+    """y (N,) int64 -> (N, D); a null class is the last row of the table."""
 
-    def __init__(self, num_classes: int, hidden: int) -> None:
+    def __init__(self, rows: int, hidden: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden)
+        self.embedding_table = nn.Embedding(rows, hidden)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)

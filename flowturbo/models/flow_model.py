@@ -90,7 +90,8 @@ class FlowModel:
         """
         if guidance != 1 and self.null_class is None:
             raise ValueError(
-                f"guidance={guidance} needs a model with a null class, and this one has none"
+                f"guidance={guidance} needs a model with a null class, and this one has none: "
+                "give guidance=1"
             )
         return guidance != 1
 

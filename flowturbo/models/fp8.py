@@ -196,7 +196,7 @@ def _sample(
     generator = torch.Generator().manual_seed(0)
     shape = IMAGES, config.channels, config.side, config.side
     noise = torch.randn(shape, generator=generator).to(like.device, like.dtype)
-    labels = torch.randint(config.num_classes + 1, (IMAGES,), generator=generator).to(like.device)
+    labels = torch.randint(config.label_rows, (IMAGES,), generator=generator).to(like.device)
     x = noise
     with use_backend("reference"):  # no kernel is chosen for these few calls
         for i in range(TIMES):

@@ -8,7 +8,7 @@ import importlib.resources
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -19,10 +19,11 @@ from ..runtime.cpu_dtype import choose_dtype, warn_if_slow
 from ..runtime.device import choose_device
 from ..storage.files import CheckpointError
 from ..storage.provenance import file_digest
-from .checkpoint import CONVENTIONS, Checkpoint, load_sit
+from .checkpoint import CONVENTIONS, Checkpoint, check_cast, load_sit
 from .flow_model import FlowModel, Network, ReversedTime
+from .label_table import check_null_class
 from .sit import SiT
-from .vae import VAE, load_vae
+from .vae import VAE, check_vae, load_vae
 
 
 def model_digests(
@@ -80,6 +81,8 @@ def load(
     backend: Literal["auto", "reference", "triton", "cuda"] = "auto",
     convention: Literal["auto", "sit", "repa"] = "auto",
     quantize: Literal["fp8"] | None = None,
+    null_class: int | Literal["auto"] | None = "auto",
+    assume_velocity: bool = False,
 ) -> FlowModel:
     """A flow model from checkpoints.
 
@@ -100,6 +103,11 @@ def load(
         outputs of GELU and attention, one per layer, which a few calls on fixed noise find here.
         That is faster on sm_89 and later, and changes the velocity by some percent, as `flowturbo
         bench --quantize fp8` measures. A SiT is changed in place.
+    null_class: the row of the label table that guidance takes for no label; None: there is none,
+        and no guidance; "auto": as the file says, else the last row, with a warning unless they are
+        ImageNet's 1001.
+    assume_velocity: take a network for a velocity on the straight path between noise and data even
+        if its file says that it is none, such as SiT's with --path-type GVP or --prediction noise.
     Raises CheckpointError for a file that can't be used, ValueError or TypeError for arguments that
     don't fit together, BackendError if the device can't run the requested backend.
     """
@@ -107,20 +115,21 @@ def load(
     if isinstance(predictor, str) and predictor in MODELS:
         bundled = MODELS[predictor]
         predictor, refiner = bundled.predictor, refiner or bundled.refiner
-    checkpoint = _checkpoint(predictor, "predictor", heads, convention)
+    reading = {"heads": heads, "null_class": null_class, "assume_velocity": assume_velocity}
+    checkpoint = _checkpoint(predictor, "predictor", {**reading, "convention": convention})
     config = checkpoint.model.config
     refiner_model = None
     if refiner is not None:
-        refiner_model = _checkpoint(refiner, "refiner", heads, "auto").model
-        _check_pair(checkpoint.model, refiner_model)
-        refiner_model = _placed(refiner_model, target, dtype)
-    sit = _placed(checkpoint.model, target, dtype)
+        refiner_model = _checked_refiner(refiner, checkpoint.model, reading)
+        refiner_model = _placed("refiner", refiner_model, target, dtype)
+    sit = _placed("predictor", checkpoint.model, target, dtype)
     network: nn.Module = ReversedTime(sit) if checkpoint.convention == "repa" else sit
     if quantize:
         sit.quantize_(network)
     autoencoder = vae if vae is not None else checkpoint.vae
     if isinstance(autoencoder, str | os.PathLike):
         autoencoder = load_vae(autoencoder, target, dtype)
+    check_vae(autoencoder, config.channels)
     # SiT's public code guides 3 of 4 channels, as the published scores do. All others guide all.
     guides_three = config.channels == 4 and checkpoint.convention == "sit"
     return FlowModel(
@@ -128,7 +137,7 @@ def load(
         refiner=None if refiner_model is None else cast(Network, refiner_model),
         latent_shape=(config.channels, config.side, config.side),
         num_classes=config.num_classes,
-        null_class=config.null_class,
+        null_class=None if null_class is None else config.null_class,
         guidance_channels=3 if guides_three else config.channels,
         device=target,
         dtype=dtype,
@@ -166,14 +175,23 @@ def _device_and_dtype(
 def _checkpoint(
     source: Source,
     role: Literal["predictor", "refiner"],
-    heads: int | None,
-    convention: Literal["auto", "sit", "repa"],
+    reading: dict[str, Any],
 ) -> Checkpoint:
-    """The checkpoint of a file, a bundled name or a network; checked for its role."""
+    """The checkpoint of a file, a bundled name or a network; checked for its role.
+
+    reading: the options of load_sit, of which a network takes convention and null_class.
+    """
+    null_class = reading["null_class"]
+    check_null_class(null_class)
     if isinstance(source, SiT):
         if source.config.reads_velocity != (role == "refiner"):
             raise ValueError(f"{role} must be a SiT with config.reads_velocity={role == 'refiner'}")
-        return Checkpoint(source, "repa" if convention == "repa" else "sit")
+        if null_class not in ("auto", None, source.config.null_class):
+            raise ValueError(
+                f"null_class must be {source.config.null_class}, that of the SiT, or None, got "
+                f"{null_class}"
+            )
+        return Checkpoint(source, "repa" if reading.get("convention") == "repa" else "sit")
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
             f"{role} must be a path, a bundled name or a SiT, got {type(source).__name__}"
@@ -185,12 +203,28 @@ def _checkpoint(
         )
     if isinstance(source, str) and source in MODELS:
         source = MODELS[source].refiner
-    return load_sit(source, role, heads=heads, convention=convention)
+    return load_sit(source, role, **reading)
 
 
-def _placed(sit: SiT, device: torch.device, dtype: torch.dtype) -> SiT:
-    """The network on the device, its weights laid out as they are read there."""
+def _checked_refiner(source: Source, predictor: SiT, reading: dict[str, Any]) -> SiT:
+    """The refiner of a file, a bundled name or a network, if it fits the predictor."""
+    checkpoint = _checkpoint(source, "refiner", {**reading, "like": predictor.config})
+    if checkpoint.convention == "repa":
+        raise CheckpointError(
+            f"refiner {str(source)!r} is of convention 'repa', whose time runs backwards: a "
+            "refiner must have been trained for time that runs from noise to data"
+        )
+    _check_pair(predictor, checkpoint.model)
+    return checkpoint.model
+
+
+def _placed(role: str, sit: SiT, device: torch.device, dtype: torch.dtype) -> SiT:
+    """The network on the device, its weights laid out as they are read there.
+
+    Raises CheckpointError for weights that are not finite in dtype.
+    """
     sit = sit.to(device, dtype)
+    check_cast(role, sit, dtype)
     return sit.stack_() if device.type == "cuda" else _aligned(sit)
 
 
@@ -218,3 +252,9 @@ def _check_pair(predictor: SiT, refiner: SiT) -> None:
             raise ValueError(
                 f"refiner does not fit the predictor: it has {what} {theirs}, the predictor {ours}"
             )
+    if p.null_row != r.null_row:
+        with_it, without = ("predictor", "refiner") if p.null_row else ("refiner", "predictor")
+        raise ValueError(
+            f"refiner does not fit the predictor: the {with_it} has a null class for guidance, the "
+            f"{without} has none; null_class=None (--null-class none) loads both without guidance"
+        )

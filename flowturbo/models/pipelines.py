@@ -20,13 +20,14 @@ from ..runtime.cpu_dtype import choose_dtype
 from ..runtime.device import choose_device
 from ..storage.files import CheckpointError, user_path
 from .diffusers_io import ask_hub, first_line, is_path
+from .finite_weights import check_finite
 from .normalised_vae import Flux2VAE, VideoVAE
 from .prompt_kind import Kind, type_name
 from .prompt_kinds import KINDS, check_text_alone
 from .prompt_network import PromptNetwork, TwoExperts
 from .refiners import check_refiner
 from .text_to_image import PromptModel
-from .vae import VAE, DiffusersVAE, load_vae
+from .vae import VAE, DiffusersVAE, check_vae, load_vae
 from .vae_fusion import fuse
 
 
@@ -60,6 +61,7 @@ def from_pipeline(
     files that can't be read.
     """
     named = isinstance(pipe, str | os.PathLike)
+    name = pipe
     if named:
         pipe = load_pipeline(
             pipe, ("network", "text") if vae is not None else ("network", "text", "vae")
@@ -75,6 +77,7 @@ def from_pipeline(
         codec: VAE | None = pipeline_vae(pipe)
     else:
         codec = load_vae(vae, target, dtype) if isinstance(vae, str | os.PathLike) else vae
+    check_vae(codec, network.channels)
     shape = _latent_shape(network, codec, image_size, frames)
     if _quantised(module) and dtype != module.dtype:
         raise ValueError(
@@ -90,6 +93,8 @@ def from_pipeline(
         parts.append(refiner_network)
     for part in parts:
         part.eval().requires_grad_(False)
+        if named:
+            check_finite(f"{type_name(part)} of {str(name)!r}", part.state_dict())
     if named and isinstance(codec, DiffusersVAE):
         fuse(pipe.vae)
     scheduler = getattr(pipe, "scheduler", None)

@@ -131,7 +131,7 @@ class SiT(Stackable):
         self.config = config
         self.x_embedder = PatchEmbedder(config.in_channels, config.hidden, config.patch)
         self.t_embedder = TimestepEmbedder(config.hidden)
-        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden)
+        self.y_embedder = LabelEmbedder(config.label_rows, config.hidden)
         self.register_buffer(
             "pos_embed", sincos_positions(config.hidden, config.side // config.patch)[None]
         )

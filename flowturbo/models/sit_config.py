@@ -24,6 +24,7 @@ class SiTConfig:
     num_classes: without the null class.
     learned_sigma: the final layer has twice the channels, of which the second half is not used.
     reads_velocity: the input is x and a velocity, as a refiner's is.
+    null_row: the label table has a last row for the null class, without which there is no guidance.
     Raises ValueError or TypeError for sizes that don't fit together.
     """
 
@@ -36,6 +37,7 @@ class SiTConfig:
     num_classes: int = 1000
     learned_sigma: bool = True
     reads_velocity: bool = False
+    null_row: bool = True
 
     def __post_init__(self) -> None:
         for name in ("hidden", "depth", "heads", "patch", "side", "channels", "num_classes"):
@@ -65,9 +67,14 @@ class SiTConfig:
         return (self.side // self.patch) ** 2
 
     @property
-    def null_class(self) -> int:
-        """The label of the unconditional half: the last row of the label table."""
-        return self.num_classes
+    def label_rows(self) -> int:
+        """Rows of the label table: the classes, and the null class if there is one."""
+        return self.num_classes + self.null_row
+
+    @property
+    def null_class(self) -> int | None:
+        """The label of the unconditional half: the last row of the label table; None: no such."""
+        return self.num_classes if self.null_row else None
 
     def refiner(self, depth: int = 1) -> SiTConfig:
         """The refiner of this predictor: the same trunk, reading x and v (paper section 3.2).
@@ -124,12 +131,17 @@ def _count_blocks(state: Mapping[str, Tensor]) -> int:
 
 
 def config_from_state(
-    state: Mapping[str, Tensor], *, reads_velocity: bool = False, heads: int | None = None
+    state: Mapping[str, Tensor],
+    *,
+    reads_velocity: bool = False,
+    heads: int | None = None,
+    null_row: bool = True,
 ) -> SiTConfig:
     """The sizes of a SiT, inferred from the tensors of its checkpoint.
 
     state: tensors by SiT's names, unwrapped.
     heads: None: those of the published model of that width.
+    null_row: whether the label table's last row is the null class, which its shape does not tell.
     Raises KeyError for a missing tensor, and ValueError where the shapes fit no SiT or the number
     of heads is unknown.
     """
@@ -177,7 +189,8 @@ def config_from_state(
         patch=patch,
         side=grid * patch,
         channels=channels,
-        num_classes=table.shape[0] - 1,
+        num_classes=table.shape[0] - null_row,
         learned_sigma=outputs == 2 * patch**2 * channels,
         reads_velocity=reads_velocity,
+        null_row=null_row,
     )

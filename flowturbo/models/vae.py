@@ -6,6 +6,7 @@ An interface, and two implementations: the autoencoders of diffusers, and plain 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from flowturbo_kernels import image_bytes, unscale_latents
 from ..storage.files import CheckpointError, user_path
 from .convolution_search import convolution_search
 from .diffusers_io import ask_hub, is_path, read_pretrained
+from .finite_weights import check_finite
 from .vae_fusion import fuse
 
 SD_LATENT_SCALE = 0.18215
@@ -52,6 +54,7 @@ class VAE(Protocol):
 class Pixels:
     """Grey images as their own latents: one channel, from -1 for black to 1 for white."""
 
+    channels = 1
     scale, shift, factor = 1.0, 0.0, 1
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -172,8 +175,60 @@ def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dt
     # nn.Module.to itself: diffusers' method warns of parts that must stay in float32 even if there
     # are none.
     nn.Module.to(network, device, torch.float32 if too_narrow or overflows else dtype)
+    check_finite(
+        f"vae {str(name)!r}, cast to {network.dtype},",
+        network.state_dict(),
+        "they are too large for that type: choose dtype bfloat16 or float32",
+    )
     fuse(network)
     return DiffusersVAE(network.eval().requires_grad_(False))
+
+
+def check_vae(vae: Any, channels: int) -> None:
+    """Raise unless a model whose latents have so many channels can use this autoencoder.
+
+    TypeError for what is none, ValueError for one of other latents. An object that does not say how
+    many channels it has (`channels`) is taken.
+    """
+    if vae is None:
+        return
+    if hasattr(vae, "config") and not isinstance(vae, VAE):
+        raise TypeError(
+            f"vae must have factor, decode and encode, got a {type(vae).__name__}: give its "
+            "folder, or DiffusersVAE of it (flowturbo.models.vae)"
+        )
+    if not callable(getattr(vae, "decode", None)):
+        raise TypeError(
+            "vae must be a folder, a hub name, 'pixels' or an object with decode and encode, got "
+            f"{type(vae).__name__}"
+        )
+    _check_channels(getattr(vae, "channels", None), channels, "vae")
+
+
+def check_named_vae(name: str | os.PathLike[str], channels: int) -> None:
+    """Raise ValueError if a folder or "pixels" has latents of another number of channels.
+
+    Nothing is loaded: what its configuration says counts, and other names may be right.
+    """
+    own = Pixels.channels if name == "pixels" else _said_channels(Path(name).expanduser())
+    _check_channels(own, channels, f"vae {str(name)!r}")
+
+
+def _said_channels(path: Path) -> int | None:
+    """The latent channels in the configuration of a VAE's or a pipeline's folder, if they are."""
+    for file in (path / "config.json", path / "vae" / "config.json"):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            config = json.loads(file.read_text(encoding="utf-8"))
+            return config.get("latent_channels") if isinstance(config, dict) else None
+    return None
+
+
+def _check_channels(own: Any, channels: int, what: str) -> None:
+    if isinstance(own, int) and own != channels:
+        raise ValueError(
+            f"{what} does not fit the model: its latents have {own} channels, the model's "
+            f"{channels}"
+        )
 
 
 def _vae_folder(path: Path) -> Path:

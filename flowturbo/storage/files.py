@@ -135,6 +135,16 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         return tensors, json.loads(metadata[_MARK]) if ours else None
 
 
+def header_texts(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata in the header of any safetensors file. Raises CheckpointError."""
+    path = _existing(path)
+    with (
+        _as_checkpoint_error(path, "is no whole safetensors file"),
+        safetensors.safe_open(path, framework="pt") as file,
+    ):
+        return dict(file.metadata() or {})
+
+
 def _check_digest(path: Path) -> None:
     """Hash the file in pieces, with the digest in its header blanked."""
     with open(path, "rb") as file:

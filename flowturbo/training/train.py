@@ -121,7 +121,7 @@ def train(settings: Train) -> Path:
         data = _data(settings, device)
         config = settings.config(data)
         network = SiT(config).reset_parameters(_seeded(settings.seed))
-        objective = FlowMatching(config.null_class, settings.label_drop)
+        objective = FlowMatching(config.num_classes, settings.label_drop)
         return run_training(network, objective, data, settings, device, _SIT)
 
 
@@ -157,11 +157,17 @@ def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
             f"{teacher.latent_shape} "
             f"of {teacher.num_classes}"
         )
+    if teacher.null_class is None and (settings.label_drop or settings.guidance != (1.0, 1.0)):
+        raise ValueError(
+            "label_drop must be 0 and guidance 1 1 for a teacher without a null class, got "
+            f"{settings.label_drop} and {settings.guidance}"
+        )
     config = _teacher_config(teacher.predictor).refiner(settings.depth)
     network = SiT(config).reset_parameters(_seeded(settings.seed))
     return (
         network,
-        _refinement(settings, teacher.predictor, config.null_class, teacher.guidance_channels),
+        # Without a null class no label is dropped, and the number not used.
+        _refinement(settings, teacher.predictor, config.num_classes, teacher.guidance_channels),
         data,
     )
 

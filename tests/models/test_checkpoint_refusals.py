@@ -126,7 +126,7 @@ NO_WEIGHTS = {
     "a number": 3,
     "None": None,
     "weights of something else": {"conv.weight": torch.zeros(3, 3)},
-    "a nested dict": {"state_dict": predictor_state(depth=1)},
+    "a nested dict": {"state_dict": {"conv.weight": torch.zeros(3, 3)}},
     "a name that is none": {**predictor_state(depth=1), 3: torch.zeros(1)},
     "a number under a name": {**predictor_state(depth=1), "epoch": 3},
     "an empty ema": {"model": predictor_state(depth=1), "ema": {}},
