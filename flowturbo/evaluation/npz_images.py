@@ -15,6 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..storage.files import CheckpointError
+from ..storage.npz_headers import check_size, read_header
 
 
 class StoredImages:
@@ -31,8 +32,13 @@ class StoredImages:
         try:
             with zipfile.ZipFile(path) as archive:
                 member = archive.getinfo("arr_0.npy")
+                check_size(path, member)
                 with archive.open(member) as file:
                     self.shape = _read_header(file)
+                    if file.tell() + math.prod(self.shape) != member.file_size:
+                        raise ValueError(
+                            f"arr_0 has {member.file_size} bytes, and its header says {self.shape}"
+                        )
             self.stored = member.compress_type == zipfile.ZIP_STORED
             if self.stored:  # the values follow the member's zip header and the array's own
                 with open(path, "rb") as file:
@@ -44,7 +50,9 @@ class StoredImages:
             raise CheckpointError(
                 f"{path} has no arr_0, the images (N, height, width, 3) uint8 of ADM's layout"
             ) from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # zipfile and its decompressors raise many types
             raise CheckpointError(
                 f"{path} is no whole .npz of images: {error or type(error).__name__}"
             ) from error
@@ -60,13 +68,7 @@ class StoredImages:
 
 def _read_header(file: IO[bytes]) -> tuple[int, int, int, int]:
     """Read an array's .npy header; returns its shape. ValueError unless it holds images."""
-    version = np.lib.format.read_magic(file)
-    read_array_header = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    shape, fortran, dtype = read_array_header(file)
+    shape, fortran, dtype = read_header(file)
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not math.prod(shape) or fortran:
         raise ValueError(
             f"arr_0 must be (N, height, width, 3) uint8 with N at least 1, got {shape} {dtype}"
@@ -93,6 +95,8 @@ def digest_of_arrays(paths: Sequence[Path]) -> str:
                             while piece := file.read(1 << 22):
                                 hashed.update(piece)
                         bar.update(member.compress_size)
-            except (OSError, EOFError, zipfile.BadZipFile) as error:
+            except MemoryError:
+                raise
+            except Exception as error:  # zipfile and its decompressors raise many types
                 raise CheckpointError(f"{path} is no whole .npz of images: {error}") from error
     return hashed.hexdigest()

@@ -33,6 +33,8 @@ Convention = Literal["sit", "repa"]
 Role = Literal["predictor", "refiner"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 FORMAT = 1
+_LARGEST = 2**24
+"""The largest size that one of our files may have."""
 
 # Prefixes of keys that are used in training only, by convention.
 _DROPPED = {"sit": (), "repa": ("projectors.",)}
@@ -101,7 +103,7 @@ def load_sit(
                 weights, reads_velocity=role == "refiner", heads=heads, null_row=null_row
             )
         else:
-            config = _described_sizes(description, heads)
+            config = _described_sizes(description, state, heads)
             if len(state.get(TABLE, ())) == config.label_rows:
                 classes = len(weights[TABLE]) - null_row
                 config = replace(config, num_classes=classes, null_row=null_row)
@@ -288,7 +290,9 @@ def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
     return model.requires_grad_(False).eval()
 
 
-def _described_sizes(description: Mapping[str, Any], heads: int | None) -> SiTConfig:
+def _described_sizes(
+    description: Mapping[str, Any], state: Mapping[str, Tensor], heads: int | None
+) -> SiTConfig:
     """The sizes that one of our files has. ValueError for others, and for other heads."""
     try:
         config = SiTConfig(**description["config"])
@@ -296,6 +300,10 @@ def _described_sizes(description: Mapping[str, Any], heads: int | None) -> SiTCo
         raise ValueError(f"its config is none of a SiT: {error}") from None
     if heads not in (None, config.heads):
         raise ValueError(f"heads={heads} was asked for, but the file says {config.heads}")
+    # Building a network of lying sizes would not end.
+    blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    if config.depth != blocks or max(map(int, asdict(config).values())) > _LARGEST:
+        raise ValueError(f"it has {blocks} blocks, and its description is {config}")
     return config
 
 
@@ -336,13 +344,18 @@ def _check_description(
     if description.get("format") != FORMAT or "config" not in description:
         raise CheckpointError(
             f"{path} is no model file of format {FORMAT} (it says "
-            f"{description.get('kind', description.get('format'))!r})"
+            f"{description.get('kind', description.get('format'))!r:.80})"
         )
     if description.get("role") != role:
-        raise CheckpointError(f"{path} is a {description.get('role')}, but was given as {role}=")
+        raise CheckpointError(
+            f"{path} is a {description.get('role')!s:.80}, but was given as {role}="
+        )
+    vae, origin = description.get("vae"), description.get("provenance")
+    if not isinstance(vae, str | None) or not isinstance(origin, dict | None):
+        raise CheckpointError(f"{path} must name its vae as text and its provenance as a mapping")
     if description.get("convention") not in CONVENTIONS:
         raise CheckpointError(
-            f"{path} is of convention {description.get('convention')!r}; known are "
+            f"{path} is of convention {description.get('convention')!r:.80}; known are "
             f"{', '.join(CONVENTIONS)}"
         )
 

@@ -42,6 +42,9 @@ class SiTConfig:
     def __post_init__(self) -> None:
         for name in ("hidden", "depth", "heads", "patch", "side", "channels", "num_classes"):
             positive(name, getattr(self, name))
+        for name in ("learned_sigma", "reads_velocity", "null_row"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.hidden % self.heads:
             raise ValueError(f"heads must divide the hidden size {self.hidden}, got {self.heads}")
         if self.hidden % 4:

@@ -24,6 +24,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .npz_headers import check_headers
+
 try:
     import fcntl
 except ImportError:  # Windows has none
@@ -132,7 +134,10 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         if ours:
             _check_digest(path)
         tensors = safetensors.torch.load_file(path)
-        return tensors, json.loads(metadata[_MARK]) if ours else None
+        description = json.loads(metadata[_MARK]) if ours else None
+        if not isinstance(description, dict | None):
+            raise ValueError("its description is no mapping")
+        return tensors, description
 
 
 def header_texts(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -239,11 +244,10 @@ def open_npz(path: str | os.PathLike[str]) -> Iterator[Mapping[str, np.ndarray]]
     the block raises while it reads become CheckpointErrors too.
     """
     path = _existing(path)
-    with (
-        _as_checkpoint_error(path, "is no whole .npz of plain arrays"),
-        np.load(path, allow_pickle=False) as arrays,
-    ):
-        yield arrays
+    with _as_checkpoint_error(path, "is no whole .npz of plain arrays"):
+        check_headers(path)
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
 
 
 class Lock:
@@ -287,6 +291,13 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
     with _as_checkpoint_error(path, "is no whole torch file of plain tensors"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                # torch compresses nothing; what is small here could be endless there.
+                packed = [i for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
+                if packed:
+                    raise CheckpointError(
+                        f"{path} is no file of torch.save: its part {packed[0].filename[:60]!r} is "
+                        "compressed"
+                    )
                 bad = archive.testzip()
             if bad is not None:
                 raise CheckpointError(
@@ -326,7 +337,10 @@ def _reason(error: Exception) -> str:
     """
     text = str(error)
     if name := _GLOBAL.search(text):
-        return f"it asks for {name[1]}, which is not unpickled"
+        return (
+            f"it asks for {name[1]}, which is not unpickled; if you trust the file, load it "
+            "yourself once and save its state dict alone with torch.save"
+        )
     if "weights_only" in text:
         return "it holds something other than plain tensors"
     line = (text.strip().split("\n")[0] or type(error).__name__)[:300]

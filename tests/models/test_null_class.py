@@ -68,7 +68,9 @@ def test_the_file_is_believed(tmp_path, rows, says, classes, null, warned):
     assert torch.equal(model.predictor.state_dict()[TABLE], used)
     if null is None:
         ft.sample(model, "E1", labels=[classes - 1], guidance=1, seed=0)
-        with pytest.raises(ValueError, match="guidance=4.0 needs a model with a null class.*give"):
+        with pytest.raises(
+            ValueError, match=r"guidance=4\.0 needs a model with a null class.*give"
+        ):
             ft.sample(model, "E1", labels=[0], guidance=4.0, seed=0)
         with pytest.raises(ValueError, match="labels are needed: the model has no null class"):
             ft.sample(model, "E1", noise=torch.zeros(1, 4, 8, 8), guidance=1.0)
@@ -172,7 +174,7 @@ def test_a_refiner_follows_its_predictor(tmp_path):
         assert ft.sample(model, "H1R1", labels=[9], guidance=guidance, seed=0).isfinite().all()
     torch.save({"ema": with_rows(11), "args": args}, tmp_path / "p.pt")
     torch.save({"ema": with_rows(10, refiner_state), "args": args}, tmp_path / "r.pt")
-    with pytest.raises(ValueError, match="predictor has a null class.*refiner has none"):
+    with pytest.raises(ValueError, match=r"predictor has a null class.*refiner has none"):
         ft.load(tmp_path / "p.pt", tmp_path / "r.pt", heads=HEADS, device="cpu")
     model, _ = loaded(tmp_path / "p.pt", refiner=tmp_path / "r.pt", null_class=None)
     assert (model.num_classes, model.null_class) == (10, None)
