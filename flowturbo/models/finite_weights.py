@@ -21,7 +21,7 @@ def check_finite(what: str, weights: Mapping[str, Tensor], hint: str = "") -> No
         return
     some = []
     for name in bad[:4]:
-        count = int((~weights[name].isfinite()).sum())
+        count = int((~_readable(weights[name]).isfinite()).sum())
         some.append(f"{name} ({count} of {weights[name].numel()})")
     more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
     advice = hint or "its training may have diverged: take an earlier checkpoint"
@@ -35,8 +35,11 @@ def _finite(weight: Tensor) -> bool:
         return True
     if not weight.is_floating_point():
         return True
-    if weight.dtype.itemsize == 1:  # float8, for which torch has no extremes
-        weight = weight.float()
     # NaN makes both extremes NaN. isfinite() takes fifteen times as long, and a copy.
-    low, high = torch.aminmax(weight.detach())
+    low, high = torch.aminmax(_readable(weight.detach()))
     return bool(low.isfinite() & high.isfinite())
+
+
+def _readable(weight: Tensor) -> Tensor:
+    """The weight in a type in which torch finds extremes, as it does not in float8."""
+    return weight.float() if weight.dtype.itemsize == 1 else weight

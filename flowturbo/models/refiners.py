@@ -10,7 +10,7 @@ from torch import nn
 from ..checks import positive
 from ..storage.files import user_path
 from .diffusers_io import is_path, read_pretrained
-from .prompt_kind import original
+from .prompt_kind import Kind, original
 from .prompt_kinds import check_text_alone, kind_of
 from .prompt_network import config_of
 
@@ -65,4 +65,24 @@ def check_refiner(refiner: nn.Module | str | os.PathLike[str], teacher: Any) -> 
         raise ValueError(
             f"refiner must read {2 * channels} channels, x and v, got {refiner_channels}"
         )
+    _check_sizes(original(module).config, original(teacher).config, kind_of(teacher, "teacher"))
     return module
+
+
+# What a network reads and gives besides latents of its channels; depth and width may differ.
+_SIZES = (
+    *("joint_attention_dim", "pooled_projection_dim", "cross_attention_dim", "cap_feat_dim"),
+    *("text_dim", "patch_size", "guidance_embeds"),
+)
+
+
+def _check_sizes(refiner: Any, teacher: Any, kind: Kind) -> None:
+    """Raise ValueError unless two configurations have the same conditions and outputs."""
+    compared = [(name, refiner.get(name), teacher.get(name)) for name in _SIZES]
+    compared.append(("number of output channels", kind.outputs(refiner), kind.outputs(teacher)))
+    for name, ours, theirs in compared:
+        if None not in (ours, theirs) and str(ours) != str(theirs):
+            raise ValueError(
+                f"refiner does not fit the predictor: its {name} is {ours}, the predictor's "
+                f"{theirs}"
+            )
