@@ -11,6 +11,7 @@ import json
 import math
 import re
 from argparse import Namespace
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,12 @@ _VELOCITY = {"velocity", "v", "vel", "flow", "velocityfield", "vectorfield", "fl
 # v-prediction of diffusion models is a velocity only on the straight path.
 _VELOCITY_IF_LINEAR = {"vprediction", "vpred"}
 # These names have other meanings, too: only what speaks of a diffusion model counts.
-_LOOSE_NAMES = {"objective", "parameterization", "parametrization", "predict", "target"}
-_DIFFUSION = re.compile(r"(pred)?(noise|eps|epsilon|x0|xstart|score)")
+_LOOSE_NAMES = {
+    *("objective", "parameterization", "parametrization", "predict", "predict_type", "pred"),
+    *("target", "target_type", "train_target", "model_mean_type", "model_output", "output_type"),
+    *("path", "flow_path", "schedule", "schedule_type", "interpolation", "sde_type", "process"),
+}
+_DIFFUSION = re.compile(r"(pred)?(noise|eps|epsilon|x0|xstart|startx|score)|g?vp(sde)?|ve(sde)?")
 _SCHEDULE_NAMES = {"noise_schedule", "beta_schedule", "predict_xstart"}
 
 _CLASS_NAMES = {"num_classes", "n_classes", "nb_classes", "class_num", "num_class"}
@@ -131,10 +136,10 @@ def _entries(contents: Any) -> Iterator[tuple[str, str, Any]]:
     Tensors and what contains itself are left out, and so is what comes after very many entries.
     """
     seen: dict[int, Any] = {}  # with the values, so that no other gets the number of one of them
-    waiting: list[tuple[str, Any]] = [("", contents)]
+    waiting: deque[tuple[str, Any]] = deque([("", contents)])
     count = 0
     while waiting and count < _MAX_ENTRIES:
-        where, value = waiting.pop(0)
+        where, value = waiting.popleft()
         if id(value) in seen or where.count(".") >= _MAX_DEPTH:
             continue
         seen[id(value)] = value

@@ -7,6 +7,7 @@ Lightning's), beside the weights of other networks, and more than once: averaged
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,15 +91,15 @@ def unwrapped(content: Any) -> dict[Any, Any]:
 def _containers(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The content and every mapping and list in it, each once, with the names that lead to it."""
     seen: set[int] = set()
-    waiting: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    waiting: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
     while waiting:
-        path, value = waiting.pop(0)
+        path, value = waiting.popleft()
         if id(value) in seen or len(path) > _MAX_DEPTH:
             continue
         seen.add(id(value))
         yield path, value
         inner = value.items() if isinstance(value, Mapping) else enumerate(value[:_MAX_LIST])
-        waiting += [((*path, str(k)), v) for k, v in inner if isinstance(v, _CONTAINERS)]
+        waiting.extend(((*path, str(k)), v) for k, v in inner if isinstance(v, _CONTAINERS))
 
 
 def _prefixes(keys: Mapping[Any, Any]) -> list[str]:

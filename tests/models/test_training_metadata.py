@@ -11,6 +11,7 @@ from oracle import sit_forward
 from published_checkpoints import HEADS, inputs, predictor_state, refiner_state, repa_state, sit
 
 import flowturbo as ft
+from flowturbo.cli.main import main
 from flowturbo.models.checkpoint import convert, load_sit, save_sit
 from flowturbo.models.training_metadata import said_by
 from flowturbo.storage.files import CheckpointError, save_tensors
@@ -87,6 +88,9 @@ OTHERS = [
     dict(interpolant="trig"),
     dict(objective="pred_noise"),
     dict(parameterization="eps"),
+    dict(model_mean_type="START_X"),
+    dict(path="GVP"),
+    dict(sde_type="vp-sde"),
     dict(noise_schedule="linear", diffusion_steps=1000),
     dict(beta_schedule="scaled_linear"),
     dict(predict_xstart=True),
@@ -100,7 +104,7 @@ OURS = [
     dict(path_type=None, prediction=None),
     dict(prediction="flow_prediction"),
     dict(objective="flow matching", target="all", predict="images"),
-    dict(predict_xstart=False, noise_schedule=""),
+    dict(predict_xstart=False, noise_schedule="", schedule="cosine", interpolation="bicubic"),
     dict(model="DiT-XL/2", path_type="Linear"),
     dict(model="SiT-XL/2", path="/data", ckpt="DiT-XL-2-256x256.pt"),
     dict(path_type=3, prediction=[1], args=None),
@@ -215,3 +219,24 @@ def test_metadata_of_any_shape_end():
     said_by({i: dict.fromkeys(range(2000), "x") for i in range(50)})
     said_by({"path_type": "G" * 10**6, "num_classes": "9" * 10**6, "cfg_prob": float("nan")})
     said_by({"num_classes": 10**400, 3: None, ("a", 1): b"x"})
+
+
+def test_the_command_line_takes_the_same_answers(tmp_path, capsys):
+    path = write(tmp_path / "a.pt", dict(path_type="GVP", num_classes=11))
+    convert_it = ["convert", str(path), str(tmp_path / "b.safetensors"), "--heads", str(HEADS)]
+    assert main(convert_it) != 0
+    assert "--assume-velocity" in capsys.readouterr().err
+    sample_it = ["sample", "--model", str(path), "--heads", str(HEADS), "--plan", "E1"]
+    assert main(sample_it) != 0
+    assert "--assume-velocity" in capsys.readouterr().err
+    for answer, null in (("auto", None), ("none", None), ("10", 10), ("3", 11)):
+        assert main([*convert_it, "--assume-velocity", "--null-class", answer]) == 0
+        read = load_sit(tmp_path / "b.safetensors", "predictor").model
+        assert read.config.null_class == null
+    save_sit(tmp_path / "grey.safetensors", sit(channels=1, null_row=False), vae="pixels")
+    out = tmp_path / "grey.npz"
+    sample_it = ["sample", "--model", str(out.with_suffix(".safetensors")), "--out", str(out)]
+    assert main(sample_it) != 0
+    assert "guidance=1.5 needs a model with a null class" in capsys.readouterr().err
+    assert main([*sample_it, "--plan", "E1", "--guidance", "1"]) == 0
+    assert main([*sample_it, "--null-class", "9", "--assume-velocity", "--plan", "E1"]) == 0
