@@ -85,7 +85,7 @@ def load_sit(
     if convention not in ("auto", *CONVENTIONS):
         raise ValueError(f"convention must be 'auto', 'sit' or 'repa', got {convention!r}")
     check_null_class(null_class)
-    state, description, said = _read(path)
+    state, description, said = read_state(path)
     if description is not None:
         _check_description(path, description, role)
     if said.other and not assume_velocity:
@@ -213,18 +213,13 @@ def check_cast(what: str, model: SiT, dtype: torch.dtype) -> None:
     )
 
 
-def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The weights of a file, by a SiT's names, and its description.
+def read_state(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Tensor], dict[str, Any] | None, Said]:
+    """The weights of a file by a SiT's names, its description, and what it says of its training.
 
     The description is None unless the file is one of ours. Raises CheckpointError.
     """
-    return _read(path)[:2]
-
-
-def _read(
-    path: str | os.PathLike[str],
-) -> tuple[dict[str, Tensor], dict[str, Any] | None, Said]:
-    """The weights of a file, its description, and what it says of its training."""
     suffix = Path(path).suffix.lower()
     content: Any
     description: dict[str, Any] | None = None

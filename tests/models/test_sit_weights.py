@@ -76,7 +76,7 @@ def test_loading_copies_no_weight_that_stands_well(tmp_path, monkeypatch, suffix
         checkpoint, "read_state", lambda path: read.append(original(path)) or read[-1]
     )
     loaded = ft.load(path, heads=4, device="cpu", dtype=torch.float32).predictor
-    [(state, _)] = read
+    [(state, _, _)] = read
     copied = [
         state[k] for k, v in loaded.state_dict().items() if v.data_ptr() != state[k].data_ptr()
     ]
