@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -194,7 +195,7 @@ def load_data(
     if source == "digits":
         return digits()
     path = Path(source)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return _from_npz(path)
     if not path.is_dir():
         raise ValueError(
@@ -332,15 +333,20 @@ def order(length: int, seed: int, first: int, count: int) -> np.ndarray:
 
     The order is an endless series of epochs of `length` rows, each with its own permutation. The
     index at a position is a function of (seed, position) alone, so any process and any resumed run
-    computes it without state.
+    computes it without state. Calls within one epoch shuffle once.
     """
     positions = np.arange(first, first + count)
+    epochs, places = np.divmod(positions, length)
     indices = np.empty(count, dtype=np.int64)
-    for epoch in np.unique(positions // length):
-        in_epoch = positions // length == epoch
-        permutation = stream(seed, int(epoch), lane=_ORDER_LANE).permutation(length)
-        indices[in_epoch] = permutation[positions[in_epoch] % length]
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1) if count else ():
+        in_epoch = epochs == epoch
+        indices[in_epoch] = _permutation(length, seed, epoch)[places[in_epoch]]
     return indices
+
+
+@lru_cache(maxsize=1)  # the current epoch's: a training goes through them in order
+def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    return stream(seed, epoch, lane=_ORDER_LANE).permutation(length)
 
 
 _ORDER_LANE = 2**62  # of the random streams: no other use draws from this lane
