@@ -38,7 +38,9 @@ def find_nvcc() -> str | None:
 def architectures(nvcc: str) -> list[str]:
     if archs := os.environ.get("FLOWTURBO_CUDA_ARCHS"):
         return archs.split(";")
-    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        [nvcc, "--list-gpu-arch"], capture_output=True, encoding="utf-8"
+    ).stdout
     known = re.findall(r"compute_(\d+)", listing)
     return [arch for arch in ARCHS if arch.rstrip("a") in known]
 
@@ -75,7 +77,7 @@ class NinjaBuild(build_ext):
             lines.append(f"build {objects[-1]}: compile {source}")
         lines.append(f"build {target}: link {' '.join(objects)}")
         script = temp / "build.ninja"
-        script.write_text("\n".join(lines) + "\n")
+        script.write_text("\n".join(lines) + "\n", encoding="utf-8")
         subprocess.run([sys.executable, "-m", "ninja", "-f", str(script)], cwd=ROOT, check=True)
 
 

@@ -145,7 +145,7 @@ def main() -> None:
                 shown.append(str(line._replace(name=label)))
                 print(shown[-1], flush=True)
     if settings.out:
-        settings.out.write_text("\n".join(shown) + "\n")
+        settings.out.write_text("\n".join(shown) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

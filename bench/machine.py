@@ -111,7 +111,7 @@ def _said(*command: str) -> str:
     """What a command prints; nothing where it fails or is not there."""
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=20
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

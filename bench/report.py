@@ -124,7 +124,7 @@ def _who(info: Info) -> str:
 
 def _read_json(file: Path, devices: dict[str, Device], named: bool) -> None:
     try:
-        benchmarks = json.loads(file.read_text())["benchmarks"]
+        benchmarks = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
     except (ValueError, KeyError, TypeError):
         if named:
             raise ValueError(f"{file} is no report of pytest-benchmark") from None
@@ -138,7 +138,7 @@ def _read_json(file: Path, devices: dict[str, Device], named: bool) -> None:
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(errors="replace").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:  # the end of a run that was killed while writing

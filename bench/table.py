@@ -30,7 +30,7 @@ def main() -> None:
     text = page(read(arguments.reports))
     if arguments.out:
         written = arguments.out.with_name(f"{arguments.out.name}.part")
-        written.write_text(text)
+        written.write_text(text, encoding="utf-8")
         os.replace(written, arguments.out)
     print(text, end="")
 

@@ -138,7 +138,9 @@ def compiled(name: str, capability: tuple[int, int], flags: tuple[str, ...]) -> 
     arch = _compiled_for(capability)
     exact = arch == 10 * capability[0] + capability[1]
     target = f"-arch={'sm' if exact else 'compute'}_{arch}"
-    text = "".join(path.read_text() for path in sorted(sources().glob("*.*h"))) + source(name)
+    text = "".join(
+        path.read_text(encoding="utf-8") for path in sorted(sources().glob("*.*h"))
+    ) + source(name)
     key = repr((name, target, flags, nvrtc.getVersion(), text))
     file = cache_folder() / "nvrtc" / f"{hashlib.sha256(key.encode()).hexdigest()}.bin"
     try:
@@ -182,4 +184,4 @@ def _compiled_for(capability: tuple[int, int]) -> int:
 
 def source(name: str) -> str:
     """The text of the file with that instance's kernel."""
-    return (sources() / FILES[name.split("::")[1].split("<")[0]]).read_text()
+    return (sources() / FILES[name.split("::")[1].split("<")[0]]).read_text(encoding="utf-8")

@@ -42,7 +42,7 @@ def bfloat16_instructions() -> tuple[str, ...]:
     if not multiplies_bfloat16():
         return ()
     with contextlib.suppress(OSError):  # there is none off Linux, and some sandboxes hide it
-        return instructions_in(_CPUINFO.read_text(errors="replace"))
+        return instructions_in(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     return ("avx512_bf16",) if supported else ()
 

@@ -18,7 +18,11 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        line = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        line = re.search(
+            r"^model name\s*:\s*(.+)$",
+            cpuinfo.read_text(encoding="utf-8", errors="replace"),
+            re.MULTILINE,
+        )
         if line:
             return line[1].strip()
     return platform.processor() or platform.machine()

@@ -116,7 +116,7 @@ def verify(out: str | os.PathLike[str]) -> dict[str, Any]:
             "if started again"
         )
     try:
-        manifest = json.loads((out / MANIFEST).read_text())
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         about = manifest.pop("about")
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{out / MANIFEST} is no whole manifest: {error}") from error

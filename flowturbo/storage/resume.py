@@ -80,7 +80,7 @@ def resumed_report(
     if not path.exists():
         return fresh
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         valid = stored["format"] == identity["format"]
         valid = valid and all(isinstance(stored[key], type(value)) for key, value in fresh.items())
     except (ValueError, KeyError, TypeError) as error:

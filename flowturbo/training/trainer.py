@@ -296,11 +296,11 @@ class _Log:
     def __init__(self, settings: Settings, first: int) -> None:
         self.every, self.path = settings.log_every, settings.out / "log.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         # A killed run may have logged steps that are now repeated, and cut its last line short.
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
-        self.file = open(self.path, "a")  # noqa: SIM115
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self.losses: list[Tensor] = []
         self.since = time.perf_counter()
         self.board: Any = None

@@ -229,7 +229,7 @@ def command_evaluate() -> Any:
         "H3",
     ]
     command("evaluate", "--plans", "E1", "H1R1", *small, "--out", "run")
-    report = json.loads(Path("run/quality.json").read_text())
+    report = json.loads(Path("run/quality.json").read_text(encoding="utf-8"))
     return without_times(report.get("rows", report))
 
 
@@ -248,7 +248,7 @@ def command_tune() -> Any:
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         command("tune", *words)
-    rows = json.loads(Path("run/tuning.json").read_text())["rows"]
+    rows = json.loads(Path("run/tuning.json").read_text(encoding="utf-8"))["rows"]
     return [[row[name] for name in ("plan", "how", "predictor_calls", "rms")] for row in rows]
 
 
@@ -326,7 +326,7 @@ def machine() -> dict[str, str]:
 def processor() -> str:
     """Maker, family and model of the processor, by which torch's libraries choose their kernels."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     found = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
@@ -348,10 +348,10 @@ def result(name: str) -> dict[str, Any]:
 
 def records() -> list[dict[str, Any]]:
     """What was recorded, by machine."""
-    return json.loads(RECORD.read_text())
+    return json.loads(RECORD.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
     record = {"machine": machine(), "results": {name: result(name) for name in CALLS}}
     others = [one for one in records() if one["machine"] != record["machine"]]
-    RECORD.write_text(json.dumps([*others, record], indent=1) + "\n")
+    RECORD.write_text(json.dumps([*others, record], indent=1) + "\n", encoding="utf-8")

@@ -84,7 +84,7 @@ def bench(settings):
     settings.profile.mkdir(parents=True, exist_ok=True)
     for name in ("trace.json", "md"):
         path = settings.profile / f"{settings.plans[0]}-batch{settings.batch_sizes[0]}.{name}"
-        path.write_text("a trace")
+        path.write_text("a trace", encoding="utf-8")
 """,
     "setup.py": "raise SystemExit('there is no nvcc')",
     "tests/kernels/test_gpu.py": """

@@ -24,8 +24,10 @@ def _clip_tokenizer() -> Any:
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
         vocabulary, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
-        vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
-        merges.write_text("#version: 0.2\n")
+        vocabulary.write_text(
+            json.dumps({word: number for number, word in enumerate(words)}), encoding="utf-8"
+        )
+        merges.write_text("#version: 0.2\n", encoding="utf-8")
         return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=_LENGTH)
 
 

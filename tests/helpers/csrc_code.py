@@ -27,7 +27,7 @@ def compiled(arch: str) -> tuple[dict[str, list[str]], dict[str, tuple[int, int]
             cubin = Path(folder) / f"{file}.cubin"
             how = "-O3", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v"
             command = ["nvcc", *how, "-o", cubin, _nvrtc.sources() / file]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+            said = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stderr
             code |= {named(name): lines for name, lines in sass.instructions(cubin).items()}
             for name, rest in re.findall(
                 r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", said, re.DOTALL

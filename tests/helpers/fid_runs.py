@@ -32,7 +32,7 @@ def settings(files: Path, out: Path, **changes) -> Fidelity:
 
 
 def read(out: Path) -> dict:
-    return json.loads((out / "report.json").read_text())
+    return json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 
 def contents(out: Path) -> dict[str, bytes]:

@@ -94,5 +94,5 @@ def torchrun(out: Path, **environment: str) -> subprocess.Popen[str]:
         env=ENVIRONMENT | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
     )

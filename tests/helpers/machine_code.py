@@ -54,7 +54,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local bytes of a file's kernel: reg, stack, local."""
     with _file(cubin) as path:
         command = [tool("cuobjdump"), "--dump-resource-usage", path]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
     return {k.lower(): int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
 
 

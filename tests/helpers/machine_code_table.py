@@ -78,7 +78,7 @@ def compiled() -> list[dict[str, Any]]:
         command,
         env=environment | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         check=True,
     ).stdout
     return [json.loads(line) for line in out.splitlines()]

@@ -129,7 +129,7 @@ def compiled(name: str, run: Callable[[], Any]) -> None:
 
 def tool(name: str, *words: object) -> str:
     return subprocess.run(
-        [TOOLS / name, *map(str, words)], capture_output=True, text=True, check=True
+        [TOOLS / name, *map(str, words)], capture_output=True, encoding="utf-8", check=True
     ).stdout
 
 

@@ -26,7 +26,7 @@ def settings(models, out: Path, **changes) -> Evaluate:
 
 
 def read(out: Path) -> dict:
-    return json.loads((out / "quality.json").read_text())
+    return json.loads((out / "quality.json").read_text(encoding="utf-8"))
 
 
 class Killed(BaseException):

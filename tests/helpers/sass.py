@@ -22,7 +22,7 @@ def disassembler() -> str | None:
 def instructions(cubin: Path) -> dict[str, list[str]]:
     """Of each kernel in a file of machine code, by its linker's name."""
     command = [str(disassembler()), str(cubin)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
     return {
         name: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", body)
         for name, body in re.findall(r"\n\.text\.(\w+):(.*?)(?=\n\.text\.|\Z)", text, re.DOTALL)

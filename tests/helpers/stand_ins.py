@@ -71,9 +71,9 @@ def write(folder: Path, pipeline_folders: dict[str, Path], text: str = "") -> No
         for i in range(3):
             _picture(folder / place / f"{i}.png", seed=i)
     for i in range(3):
-        (folder / "captioned" / f"{i}.txt").write_text(f"noise {i}")
+        (folder / "captioned" / f"{i}.txt").write_text(f"noise {i}", encoding="utf-8")
     ft.Plan("LL", (0, 0.5, 1), weights=((0.5,), (0.8, -0.3))).save(folder / "tuned.json")
-    (folder / "captions.txt").write_text("a red fox\na harbour\na red house\n")
+    (folder / "captions.txt").write_text("a red fox\na harbour\na red house\n", encoding="utf-8")
     _picture(folder / "photo.png")
     mask = np.zeros((SIDE, SIDE), np.uint8)
     mask[SIDE // 2 :] = 255

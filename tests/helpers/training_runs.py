@@ -39,7 +39,9 @@ def tiny(out: Path, data: str, **changes: Any) -> Train:
 
 
 def log_of(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def contents(out: Path) -> dict[str, Tensor]:

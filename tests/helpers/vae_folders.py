@@ -45,7 +45,10 @@ def make_folder(path: Path, **config: object) -> Path:
 
 def changed(folder: Path, target: Path, change: str) -> Path:
     """A copy of a VAE's folder with one thing wrong in it."""
-    state, config = load_file(folder / WEIGHTS), (folder / "config.json").read_text()
+    state, config = (
+        load_file(folder / WEIGHTS),
+        (folder / "config.json").read_text(encoding="utf-8"),
+    )
     if change == "a key missing":
         del state["quant_conv.weight"]
     if change == "a key too many":
@@ -63,7 +66,7 @@ def changed(folder: Path, target: Path, change: str) -> Path:
     target.mkdir()
     save_file(state, target / WEIGHTS, metadata={"format": "pt"})
     if change != "no configuration":
-        (target / "config.json").write_text(config)
+        (target / "config.json").write_text(config, encoding="utf-8")
     if change == "truncated":
         (target / WEIGHTS).write_bytes((target / WEIGHTS).read_bytes()[:-100])
     if change == "empty":
