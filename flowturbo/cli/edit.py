@@ -76,7 +76,7 @@ def run_edit(settings: Edit) -> str:
 
 def _images(paths: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
     """The images of an .npz, or of files, (N, height, width, 3) uint8."""
-    if any(path.suffix == ".npz" for path in paths):
+    if any(path.suffix.lower() == ".npz" for path in paths):
         if len(paths) > 1:
             raise ValueError(
                 f"images must be image files or one .npz, got {len(paths)} files with an .npz "
@@ -93,7 +93,7 @@ def _mask(settings: Inpaint, images: np.ndarray) -> np.ndarray:
         raise ValueError("give mask or box, not both")
     if settings.box is not None:
         return box_mask(settings.box, height, width)
-    files = [path for path in settings.images if path.suffix != ".npz"]
+    files = [path for path in settings.images if path.suffix.lower() != ".npz"]
     if settings.mask is not None:
         if not files:
             raise ValueError("mask must go with image files; for an .npz give box")

@@ -14,6 +14,7 @@ from ..runtime.distributed import workers
 from ..sampling.generate import LabelRule, class_labels, generate
 from ..sampling.sampler import sample
 from ..storage.image_shards import join, verify
+from ..storage.text import TextError, read_lines
 from .options import ModelFlags, load_model_and_stages
 from .output import check_out, names_a_folder, summary_line, write_images
 
@@ -76,14 +77,14 @@ def _labels(settings: Sample, model: FlowModel) -> list[Any]:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """The lines of a text file, one prompt each.
+    """The lines of a text file, one prompt each, in UTF-8, or UTF-16 with a mark.
 
     ValueError for an empty line: skipping it would shift the prompts against the images.
     """
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts_file {path} can't be read as text: {error}") from None
+        lines = read_lines(path)
+    except TextError as error:
+        raise ValueError(f"prompts_file {error}") from None
     empty = [number for number, line in enumerate(lines, 1) if not line.strip()]
     if empty:
         raise ValueError(

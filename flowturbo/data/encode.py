@@ -334,7 +334,7 @@ def _open_images(path: Path, out: Path) -> _NpzImages | ImageFiles:
 
     ValueError for anything else, and if `out` lies in the folder, where it would become a class.
     """
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return _NpzImages(path)
     _check_outside(path, out)
     return scan(path)

@@ -20,7 +20,9 @@ from ..runtime import rng
 from ..sampling.sampler import sample
 from ..solver.plan import Plan
 from ..storage.files import CheckpointError, open_npz
-from ..storage.images import EXTENSIONS, read_npz, read_whole
+from ..storage.folders import EXTENSIONS, files_below, images_among, suffix
+from ..storage.images import read_npz, read_whole
+from ..storage.text import file_path
 from .metrics import Gaussian
 from .npz_images import StoredImages, digest_of_arrays
 
@@ -43,23 +45,20 @@ class ImageSet(Protocol):
 def open_images(path: Path, name: str) -> Shards | Files:
     """The images of an .npz, or of a folder of .npz files or image files.
 
-    Files are in the order of their names. name: of the argument, for messages. ValueError for any
-    other path, CheckpointError for a damaged or incomplete set.
+    Files are in the order of their names; `storage.folders` says which count. name: of the
+    argument, for messages. ValueError for any other path, CheckpointError for a damaged or
+    incomplete set.
     """
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return Shards([path])
     if not path.is_dir():
         problem = "is a file of another kind" if path.exists() else "does not exist"
         raise ValueError(
             f"{name} must be an .npz or a folder of .npz files or images, but {path} {problem}"
         )
-    visible = sorted(
-        p
-        for p in path.rglob("*")
-        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
-    )
-    shards = [p for p in visible if p.suffix == ".npz"]
-    files = [p for p in visible if p.suffix.lower() in EXTENSIONS]
+    names = files_below(path)
+    shards = [name for name in names if suffix(name) == ".npz"]
+    files = images_among(path, names, used=[*shards, "manifest.json"])
     if bool(shards) == bool(files):
         has = "both" if shards else "neither"
         raise ValueError(
@@ -68,8 +67,9 @@ def open_images(path: Path, name: str) -> Shards | Files:
         )
     if files:
         return Files(path, files)
-    _check_complete(path, shards)
-    return Shards(shards, path)
+    paths = [file_path(path, name) for name in shards]
+    _check_complete(path, paths)
+    return Shards(paths, path)
 
 
 def _check_complete(folder: Path, paths: Sequence[Path]) -> None:
@@ -149,7 +149,11 @@ def _manifest(folder: Path | None) -> dict[str, Any]:
         return {}
     try:
         return {
-            "manifest": {k: v for k, v in json.loads(path.read_text()).items() if k != "shards"}
+            "manifest": {
+                k: v
+                for k, v in json.loads(path.read_text(encoding="utf-8")).items()
+                if k != "shards"
+            }
         }
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is no manifest: {error}") from None
@@ -158,8 +162,9 @@ def _manifest(folder: Path | None) -> dict[str, Any]:
 class Files:
     """Image files of one size, in any of the formats that Pillow reads."""
 
-    def __init__(self, folder: Path, paths: Sequence[Path]) -> None:
-        self.folder, self.paths = folder, list(paths)
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder, self.names = folder, list(names)
+        self.paths = [file_path(folder, name) for name in names]
         self.size = read_whole(self.paths[:1])[0].shape[:2]
         self._digest = ""
 
@@ -170,13 +175,15 @@ class Files:
     def description(self) -> dict[str, Any]:
         if not self._digest:
             hashed = hashlib.sha256()
-            for path in tqdm(self.paths, disable=None, unit="file", desc="checking", leave=False):
-                data = path.read_bytes()
-                hashed.update(
-                    f"{path.relative_to(self.folder)} {len(data)}\n".encode(
-                        errors="surrogateescape"
-                    )
-                )
+            files = zip(self.names, self.paths, strict=True)
+            bar = tqdm(files, None, len(self), disable=None, unit="file", leave=False)
+            bar.set_description("checking")
+            for name, path in bar:
+                try:
+                    data = path.read_bytes()
+                except OSError as error:
+                    raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
+                hashed.update(f"{name} {len(data)}\n".encode(errors="surrogateescape"))
                 hashed.update(data)
             self._digest = hashed.hexdigest()
         return {
@@ -184,7 +191,7 @@ class Files:
             "images": len(self),
             "size": list(self.size),
             "sha256": self._digest,
-            "formats": sorted({path.suffix.lower() for path in self.paths}),
+            "formats": sorted({suffix(name) for name in self.names}),
             **_manifest(self.folder),
         }
 
@@ -251,7 +258,7 @@ class Reference:
     """
 
     def __init__(self, path: Path) -> None:
-        arrays = _gaussian_arrays(path) if path.suffix == ".npz" and path.is_file() else {}
+        arrays = _gaussian_arrays(path) if path.suffix.lower() == ".npz" and path.is_file() else {}
         self.pool, self.spatial = (
             _gaussian(path, arrays, "mu", "sigma"),
             _gaussian(path, arrays, "mu_s", "sigma_s"),

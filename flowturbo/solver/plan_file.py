@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..storage.text import decoded
+
 FORMAT, STAGES_FORMAT = "flowturbo plan 1", "flowturbo stages 1"
 _MAX_BYTES = 1 << 20
 _ENTRIES = {
@@ -42,7 +44,7 @@ def read_contents(path: Path) -> dict[str, Any]:
     def no_number(text: str) -> float:
         raise ValueError(f"{text} is no number")
 
-    contents = json.loads(data.decode(), object_pairs_hook=entries, parse_constant=no_number)
+    contents = json.loads(decoded(data, "it"), object_pairs_hook=entries, parse_constant=no_number)
     if not isinstance(contents, dict) or contents.get("format") not in (FORMAT, STAGES_FORMAT):
         raise ValueError(f"its format must be {FORMAT!r}")
     return contents

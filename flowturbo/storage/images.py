@@ -1,13 +1,14 @@
 """Images as arrays of uint8, from files and from folders.
 
 Training reads them as centre-cropped squares. A folder of classes has one sub-folder per class.
+`folders` says which files count.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .captions import table_of_captions
 from .files import CheckpointError, open_npz
+from .folders import EXTENSIONS, files_below, images_among, sub_folders, suffix, warn_of_others
+from .text import file_path, read_lines
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # pillow decides by a file's content, not by its name. Its other readers are not used: one of them
 # calls ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -53,40 +56,40 @@ class ImageFiles:
 
     def read(self, indices: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
         """Images of these numbers, (N, size, size, 3) uint8, as `read_image` reads them."""
-        return _read_all([self.root / self.names[i] for i in indices], size)
+        return _read_all([file_path(self.root, self.names[i]) for i in indices], size)
 
 
 def scan(folder: str | os.PathLike[str]) -> ImageFiles:
     """The images of a folder with one sub-folder per class.
 
-    Classes and files are in the order of their names. Hidden files are left out, and so are images
-    in deeper folders. Formats: png, jpg, jpeg, webp, bmp. Raises ValueError for a folder without
-    classes, and for a class without images.
+    Classes and files are in the order of their names. Images in deeper folders are of the class
+    that these lie in; `folders` says which files are images. Raises ValueError for a folder without
+    classes, for a class without images, and for images beside the classes.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(
             f"images must be a folder with a sub-folder for each class, but {root} {_problem(root)}"
         )
-    with os.scandir(root) as entries:
-        classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    names = images_among(root, files_below(root))
+    classes = sub_folders(root)
     if not classes:
         raise ValueError(
             f"images must be a folder with a sub-folder for each class, but {root} has no "
             "sub-folders"
         )
-    names: list[str] = []
-    counts = []
-    for name in classes:
-        with os.scandir(root / name) as entries:
-            files = sorted(e.name for e in entries if _is_image(e))
-        if not files:
-            raise ValueError(
-                f"every class needs an image ({', '.join(EXTENSIONS)}), but {root / name} has none"
-            )
-        names += [f"{name}/{file}" for file in files]
-        counts.append(len(files))
-    return ImageFiles(root, names, np.repeat(np.arange(len(classes)), counts), classes)
+    if beside := [name for name in names if "/" not in name]:
+        raise ValueError(
+            f"every image must lie in the sub-folder of its class, but {root} has {len(beside)} "
+            f"beside them, the first {beside[0]}"
+        )
+    counts = Counter(name.partition("/")[0] for name in names)
+    if empty := [name for name in classes if not counts[name]]:
+        raise ValueError(
+            f"every class needs an image ({', '.join(EXTENSIONS)}), but {root / empty[0]} has none"
+        )
+    numbers = np.repeat(np.arange(len(classes)), [counts[name] for name in classes])
+    return ImageFiles(root, names, numbers, classes)
 
 
 @dataclass(frozen=True)
@@ -102,32 +105,31 @@ class CaptionedImages:
 
     def read(self, indices: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
         """Images of these numbers, (N, size, size, 3) uint8, as `read_image` reads them."""
-        return _read_all([self.root / self.names[i] for i in indices], size)
+        return _read_all([file_path(self.root, self.names[i]) for i in indices], size)
 
 
 def scan_captions(folder: str | os.PathLike[str]) -> CaptionedImages:
     """The images of a folder with captions.
 
     Captions are the lines of metadata.jsonl ("file_name", "text"), or a .txt file beside each
-    image.
-    Raises ValueError, naming the file, if there are no images or a caption is missing.
+    image; `folders` says which files are images. Raises ValueError, naming the file, if there are
+    no images, if a caption is missing, and for a caption of an image that is missing.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(
             f"images must be a folder of images with captions, but {root} {_problem(root)}"
         )
-    table = root / "metadata.jsonl"
-    if table.is_file():
-        pairs = [
-            _caption_of(table, number, line)
-            for number, line in enumerate(table.read_text().splitlines(), 1)
-            if line.strip()
-        ]
+    files = files_below(root)
+    table = "metadata.jsonl"
+    texts = {os.path.splitext(name)[0]: name for name in files if suffix(name) == ".txt"}
+    images = images_among(root, files, used={table} if table in files else set(texts.values()))
+    if table in files:
+        pairs = table_of_captions(root / table, images)
     else:
-        with os.scandir(root) as entries:
-            names = sorted(entry.name for entry in entries if _is_image(entry))
-        pairs = [(name, _text_beside(root / name)) for name in names]
+        pairs = [(name, _text_beside(root, name, texts)) for name in images]
+        stems = {os.path.splitext(name)[0] for name in images}
+        warn_of_others(root, [text for stem, text in texts.items() if stem not in stems])
     if not pairs:
         raise ValueError(
             f"images must be a folder of images ({', '.join(EXTENSIONS)}) with captions, but "
@@ -136,46 +138,19 @@ def scan_captions(folder: str | os.PathLike[str]) -> CaptionedImages:
     return CaptionedImages(root, [name for name, _ in pairs], [text for _, text in pairs])
 
 
-def _caption_of(table: Path, number: int, line: str) -> tuple[str, str]:
-    """File name and caption of one line of metadata.jsonl."""
-    try:
-        row = json.loads(line)
-        name, text = row["file_name"], row["text"]
-        valid = isinstance(name, str) and isinstance(text, str)
-    except (ValueError, KeyError, TypeError):
-        valid = False
-    if not valid:
+def _text_beside(root: Path, image: str, texts: Mapping[str, str]) -> str:
+    """texts: the .txt files, by their names without the suffix."""
+    stem = os.path.splitext(image)[0]
+    if stem not in texts:
         raise ValueError(
-            f"{table}, line {number}, must be JSON with file_name and text, got {line[:80]!r}"
+            f"{root / image} has no caption: {Path(stem).name}.txt beside it, or a line of "
+            "metadata.jsonl"
         )
-    if not (table.parent / name).is_file():
-        raise ValueError(f"{table}, line {number}: {name} does not exist")
-    return name, text
-
-
-def _text_beside(image: Path) -> str:
-    path = image.with_suffix(".txt")
-    if not path.is_file():
-        raise ValueError(
-            f"{image} has no caption: {path.name} beside it, or a line of metadata.jsonl"
-        )
-    return path.read_text().strip()
+    return "\n".join(read_lines(file_path(root, texts[stem]))).strip()
 
 
 def _problem(path: Path) -> str:
     return "is a file" if path.exists() else "does not exist"
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    """Whether a folder's entry is an image, by its name.
-
-    Broken links count: an error that names the file is better than a missing image.
-    """
-    return (
-        not entry.name.startswith(".")
-        and entry.name.lower().endswith(EXTENSIONS)
-        and not entry.is_dir()
-    )
 
 
 def _read_all(paths: Sequence[Path], size: int) -> np.ndarray:

@@ -63,20 +63,24 @@ def test_classes_are_the_sub_folders_in_order(folder: Path) -> None:
     ):
         (folder / extra).parent.mkdir(exist_ok=True)
         (folder / extra).write_bytes(b"not an image")
-    files = scan(folder)
+    with pytest.warns(
+        UserWarning, match=r"2 files \(1 \.md, 1 \.txt\) left out, the first a/notes"
+    ):
+        files = scan(folder)
     assert files.classes == ["a", "b", "c"]
     assert files.names == [
         "a/1.png",
         "a/2.JPEG",
         "a/3.webp",
         "a/4.bmp",
+        "a/deeper.png/x.png",
         "b/x.png",
         "c/10.png",
         "c/2.png",
         "c/9.jpg",
     ]
-    assert files.labels.tolist() == [0, 0, 0, 0, 1, 2, 2, 2]
-    read = files.read([5, 0], 8)
+    assert files.labels.tolist() == [0, 0, 0, 0, 0, 1, 2, 2, 2]
+    read = files.read([6, 0], 8)
     assert np.array_equal(
         read, np.stack([read_image(folder / "c/10.png", 8), read_image(folder / "a/1.png", 8)])
     )

@@ -219,7 +219,7 @@ def test_the_command_reads_a_prompt_a_line(
         captions.write_text(text)
         assert main(folder) == 2
         assert said in capsys.readouterr().err
-    captions.write_bytes(b"\xff\xfe")
+    captions.write_bytes(b"caf\xe9\n")
     assert main(folder) == 2
     assert "can't be read as text" in capsys.readouterr().err
     assert main([*folder, "--prompts", "a"]) == 2
