@@ -375,7 +375,11 @@ class _NpzImages:
             raise ValueError(
                 f"{path} must hold images (N, height, width, 3) uint8 in arr_0, got {got}"
             )
-        if labels.shape != (len(self.images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        if (
+            labels.shape != (len(self.images),)
+            or labels.dtype.kind not in "iu"
+            or not (0 <= int(labels.min()) <= int(labels.max()) < 2**31)
+        ):
             raise ValueError(
                 f"{path} must hold a label from 0 on for each of its {len(self.images)} images in "
                 f"{name}"

@@ -21,6 +21,7 @@ from ..models.vae import VAE
 from ..runtime.rng import StepRandom, stream
 from ..storage.files import CheckpointError, load_tensors, open_npz
 from ..storage.images import scan
+from ..storage.pixels import refuse_pixels, tensor_of
 
 
 class Data(Protocol):
@@ -49,6 +50,7 @@ class Latents:
     mean (N, C, H, W): latents, or the mean of the encoder's posterior.
     labels (N,): integers from 0.
     std (N, C, H, W): of the posterior, which is sampled anew at each use; None for exact latents.
+        It has no negative value.
     latents_flipped, std_flipped: of the mirrored images, taken with probability 1/2 at each use.
     num_classes: by default the largest label plus one.
     ValueError for tensors whose shapes or values do not fit.
@@ -67,7 +69,7 @@ class Latents:
             raise ValueError(
                 f"latents must have shape (N, C, H, W) with N at least 1, got {tuple(mean.shape)}"
             )
-        if labels.shape != (len(mean),) or labels.is_floating_point():
+        if labels.shape != (len(mean),) or labels.is_floating_point() or labels.is_complex():
             raise ValueError(
                 f"labels must be {len(mean)} whole numbers, one a latent, got shape "
                 f"{tuple(labels.shape)}, {labels.dtype}"
@@ -83,11 +85,8 @@ class Latents:
                     f"{tuple(values.shape)}"
                 )
         for name, values in ({"latents": mean} | others).items():
-            # In pieces: one mask for everything would take half the memory of float16 latents.
-            if values is not None and not all(
-                piece.isfinite().all() for piece in values.split(4096)
-            ):
-                raise ValueError(f"{name} must be finite, got NaN or infinity in them")
+            if values is not None:
+                _check_values(name, values)
         if int(labels.min()) < 0:
             raise ValueError(f"labels must be from 0 on, got {int(labels.min())}")
         self.mean, self.std, self.labels = mean, std, labels.to(torch.int64)
@@ -138,6 +137,21 @@ class ImageFolder:
         images = torch.where(flips(draws), images.flip(2), images)
         mean, std = self.vae.encode(images)
         return sample_posterior(mean, std, draws), torch.from_numpy(self.files.labels[indices])
+
+
+def _check_values(name: str, values: Tensor) -> None:
+    if not values.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating point, got {values.dtype}: pixels must be encoded first"
+        )
+    # In pieces: one mask for everything would take half the memory of float16 latents.
+    if not all(piece.isfinite().all() for piece in values.split(4096)):
+        raise ValueError(f"{name} must be finite, got NaN or infinity in them")
+    if name.startswith("std") and values.amin() < 0:
+        raise ValueError(
+            f"{name} must not be negative, got {float(values.amin()):g}: it is a standard "
+            "deviation, not its logarithm"
+        )
 
 
 def flips(draws: StepRandom) -> Tensor:
@@ -238,8 +252,12 @@ Parts = dict[str, Tensor]
 def _from_npz(path: Path) -> Latents:
     with open_npz(path) as arrays:
         names = list(arrays)
-        part = {k: torch.from_numpy(arrays[k]) for k in _NAMES if k in names}
-    return _latents(path, part, None, names)
+        found = {k: arrays[k] for k in _NAMES if k in names}
+    try:
+        part = {k: tensor_of(k, array) for k, array in found.items()}
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return _latents(path, part, None, names, encoded=False)
 
 
 def _from_shards(paths: list[Path]) -> Latents:
@@ -258,7 +276,9 @@ def _from_shards(paths: list[Path]) -> Latents:
     del loaded
     first = paths[0]
     for path, part in parts.items():
-        shard = _latents(path, part, num_classes, list(part))
+        encoded = "settings" in (descriptions[path] or {})
+        shard = _latents(path, part, num_classes, list(part), encoded)
+        part["labels"] = shard.labels  # in one type
         if part.keys() != parts[first].keys() or shard.shape != tuple(
             parts[first]["latents"].shape[1:]
         ):
@@ -269,13 +289,16 @@ def _from_shards(paths: list[Path]) -> Latents:
     joined = {
         name: torch.cat([part.pop(name) for part in parts.values()]) for name in list(parts[first])
     }
-    return _latents(first.parent, joined, num_classes, list(joined))
+    return _latents(first.parent, joined, num_classes, list(joined), encoded=True)
 
 
-def _latents(path: Path, part: Parts, num_classes: int | None, names: list[str]) -> Latents:
+def _latents(
+    path: Path, part: Parts, num_classes: int | None, names: list[str], encoded: bool
+) -> Latents:
     """The latents in a file's tensors; CheckpointError, naming the file, if they do not fit.
 
     names: of all tensors in the file, for the message.
+    encoded: whether `flowturbo encode` made them; in other files they may be pixels.
     """
     if "latents" not in part or "labels" not in part:
         raise CheckpointError(
@@ -284,8 +307,13 @@ def _latents(path: Path, part: Parts, num_classes: int | None, names: list[str])
         )
     others = {name: part.get(name) for name in ("std", "latents_flipped", "std_flipped")}
     try:
-        return Latents(part["latents"], part["labels"], num_classes=num_classes, **others)
-    except ValueError as error:
+        labels = tensor_of("labels", part["labels"])
+        latents = Latents(part["latents"], labels, num_classes=num_classes, **others)
+        for name in () if encoded else ("latents", "latents_flipped"):
+            if name in part:
+                refuse_pixels(name, part[name], "encode pixels first, or scale them to -1 to 1")
+        return latents
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 

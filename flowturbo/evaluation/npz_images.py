@@ -21,8 +21,8 @@ from ..storage.npz_headers import check_size, read_header
 class StoredImages:
     """arr_0 (N, height, width, 3) uint8 of an .npz, located but not read.
 
-    shape: (N, height, width, 3). stored: whether it is uncompressed, so that `rows` can read parts
-    of it. CheckpointError for a file without such images.
+    shape: (N, height, width, 3). stored: whether it is uncompressed and in C's order, so that
+    `rows` can read parts of it. CheckpointError for a file without such images.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,12 +34,13 @@ class StoredImages:
                 member = archive.getinfo("arr_0.npy")
                 check_size(path, member)
                 with archive.open(member) as file:
-                    self.shape = _read_header(file)
+                    self.shape, fortran = _read_header(file)
                     if file.tell() + math.prod(self.shape) != member.file_size:
                         raise ValueError(
                             f"arr_0 has {member.file_size} bytes, and its header says {self.shape}"
                         )
-            self.stored = member.compress_type == zipfile.ZIP_STORED
+            # In Fortran's order the rows of an image are not together.
+            self.stored = member.compress_type == zipfile.ZIP_STORED and not fortran
             if self.stored:  # the values follow the member's zip header and the array's own
                 with open(path, "rb") as file:
                     file.seek(member.header_offset + 26)
@@ -66,14 +67,17 @@ class StoredImages:
         return values.reshape(count, *self.shape[1:])
 
 
-def _read_header(file: IO[bytes]) -> tuple[int, int, int, int]:
-    """Read an array's .npy header; returns its shape. ValueError unless it holds images."""
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, int, int, int], bool]:
+    """Read an array's .npy header; returns its shape, and whether it is in Fortran's order.
+
+    ValueError unless it holds images.
+    """
     shape, fortran, dtype = read_header(file)
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not math.prod(shape) or fortran:
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not math.prod(shape):
         raise ValueError(
             f"arr_0 must be (N, height, width, 3) uint8 with N at least 1, got {shape} {dtype}"
         )
-    return shape
+    return shape, fortran
 
 
 def digest_of_arrays(paths: Sequence[Path]) -> str:

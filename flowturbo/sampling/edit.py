@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checks import finite
 from ..models.flow_model import FlowModel
 from ..solver.plan import Plan, as_plan
+from ..storage.pixels import kind_of, refuse_pixels, tensor_of, to_bytes, to_mask
 from .batches import ModelBatches, in_batches
 from .inputs import inputs_of
 from .run import Callback, Job
@@ -41,8 +42,9 @@ def edit(
 ) -> Tensor:
     """Change images towards labels: mix each with noise, and integrate from there.
 
-    images: (N, height, width, 3) uint8, of the model's size, or latents (N, C, H, W), floating
-        point. One image serves all labels, and one label all images.
+    images: (N, height, width, 3) of the model's size, or latents (N, C, H, W), floating point.
+        Pixels are uint8, uint16, bool, or floating point from 0 to 1 or from 0 to 255; others are
+        rounded to uint8 first. One image serves all labels, and one label all images.
     labels: class numbers, or prompts for a text-to-image model.
     strength: above 0, at most 1. Integration starts at t = 1 - strength: a small strength keeps the
         image, 1 ignores it. All steps of the plan run, on its grid compressed into [1 - strength,
@@ -89,8 +91,8 @@ def inpaint(
 
     To remove an object, mask it and give the label of the background.
     mask: (height, width) or (N, height, width), of the size of the images (or of the latents, if
-        images are latents): bool, or floating point above 0.5, or uint8 above 127 (above 0 if no
-        value is larger than 1), for the part to generate.
+        images are latents), of the types of pixels, or 0 and 1 of any type: above half of white
+        for the part to generate.
     strength: below 1 the masked part is edited rather than generated from noise alone.
     After each step, x outside the mask is set to the source on its path to the noise (paper section
     4.4). So the latents outside are those of the source in the end. A latent is inside the mask if
@@ -103,7 +105,7 @@ def inpaint(
         model, remaining, images, labels, guidance, guidance_channels, noise, seed, output, negative
     )
     N, (H, W) = len(inputs["noise"]), model.latent_shape[1:]
-    pixels = torch.as_tensor(images)
+    pixels = _pixels_or_latents(model, images)
     size = (H, W) if pixels.is_floating_point() else tuple(pixels.shape[1:3])
     masked = _mask(mask, N, size).to(model.device)
     inputs["mask"] = F.max_pool2d(masked[:, None].float(), (size[0] // H, size[1] // W)) > 0
@@ -169,31 +171,37 @@ def edit_job(
 
 def _source(model: FlowModel, images: Images) -> Tensor:
     """Latents (N, C, H, W) float32 of images, on the model's device."""
-    if not isinstance(images, np.ndarray | Tensor):
-        raise TypeError(f"images must be an array or a tensor, got {type(images).__name__}")
-    source = torch.as_tensor(images)
-    if source.is_floating_point():
-        if source.ndim != 4 or tuple(source.shape[1:]) != model.latent_shape or not len(source):
-            raise ValueError(
-                f"images given as latents must have shape (N, {_shape(model)}), got "
-                f"{tuple(source.shape)}"
-            )
-        if not source.isfinite().all():
+    given = _pixels_or_latents(model, images)
+    if given.is_floating_point():
+        return given.to(model.device, torch.float32)
+    assert model.vae is not None
+    return model.vae.encode(given.to(model.device))[0].to(model.device, torch.float32)
+
+
+def _pixels_or_latents(model: FlowModel, images: Images) -> Tensor:
+    """Images, checked: pixels (N, height, width, 3) uint8, or latents (N, C, H, W).
+
+    Floating point is taken for latents unless its shape is that of pixels.
+    """
+    given = tensor_of("images", images)
+    shape = tuple(given.shape)
+    if shape[1:] == model.latent_shape and given.is_floating_point() and len(given):
+        if not given.isfinite().all():
             raise ValueError("images must be finite, got NaN or infinity in them")
-        return source.to(model.device, torch.float32)
-    if source.dtype != torch.uint8 or source.ndim != 4 or source.shape[-1] != 3 or not len(source):
+        refuse_pixels("images given as latents", given, "give pixels as (N, height, width, 3)")
+        return given
+    if given.ndim != 4 or shape[-1] != 3 or not len(given):
+        latents = f", or as latents (N, {_shape(model)}) in floating point"
         raise ValueError(
-            f"images must be uint8 of shape (N, height, width, 3), got {source.dtype} of "
-            f"{tuple(source.shape)}"
+            f"images must have shape (N, height, width, 3){latents}, got {kind_of(images)} of "
+            f"{shape}"
         )
     height, width = image_size(model)
-    assert model.vae is not None
-    if tuple(source.shape[1:3]) != (height, width):
+    if shape[1:3] != (height, width):
         raise ValueError(
-            f"images must be {height} x {width} for this model, got {source.shape[1]} x "
-            f"{source.shape[2]}"
+            f"images must be {height} x {width} for this model, got {shape[1]} x {shape[2]}"
         )
-    return model.vae.encode(source.to(model.device))[0].to(model.device, torch.float32)
+    return to_bytes("images", given, kind_of(images))
 
 
 def image_size(model: FlowModel) -> tuple[int, int]:
@@ -210,21 +218,14 @@ def _shape(model: FlowModel) -> str:
 
 def _mask(mask: Images, count: int, size: tuple[int, ...]) -> Tensor:
     """The mask as (count, height, width) bool, checked."""
-    if not isinstance(mask, np.ndarray | Tensor):
-        raise TypeError(f"mask must be an array or a tensor, got {type(mask).__name__}")
-    masked = torch.as_tensor(mask)
-    masked = masked[None] if masked.ndim == 2 else masked
-    if masked.ndim != 3 or tuple(masked.shape[1:]) != size or len(masked) not in (1, count):
+    given = tensor_of("mask", mask)
+    rows = given[None] if given.ndim == 2 else given
+    if rows.ndim != 3 or tuple(rows.shape[1:]) != size or len(rows) not in (1, count):
         raise ValueError(
             f"mask must have the images' size, shape {size} or {(count, *size)}, got "
-            f"{tuple(torch.as_tensor(mask).shape)}"
+            f"{tuple(given.shape)}"
         )
-    if masked.is_floating_point():
-        masked = masked > 0.5
-    elif masked.dtype == torch.uint8:
-        masked = masked > (127 if masked.max() > 1 else 0)
-    elif masked.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, uint8 or floating point, got {masked.dtype}")
+    masked = to_mask("mask", rows, kind_of(mask))
     if not masked.flatten(1).any(dim=1).all():
         raise ValueError(
             "mask must choose at least one pixel of every image, got one that chooses nothing"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..models.flow_model import FlowModel
 from ..models.text_to_image import PromptModel
 from ..runtime import rng
+from ..storage.pixels import refuse_pixels, tensor_of
 
 
 def inputs_of(
@@ -64,12 +66,17 @@ def _labels(labels: Any, num_classes: int) -> Tensor:
     if isinstance(labels, list | tuple | range) and not len(labels):
         raise ValueError("labels must be a list of at least one class number, got an empty one")
     try:
-        classes = torch.as_tensor(labels)
+        # torch does not take all of NumPy's numbers in a list.
+        scalars = labels if isinstance(labels, list | tuple) else [labels]
+        numpys = any(isinstance(label, np.generic) for label in scalars)
+        arrays = isinstance(labels, np.ndarray | Tensor)
+        given = labels if arrays else np.asarray(labels) if numpys else torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"labels must be a class number or a list of them, got {labels!r}"
         ) from None
-    if classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex():
+    classes = tensor_of("labels", given)
+    if classes.dtype == torch.bool or classes.is_floating_point():
         raise TypeError(f"labels must be whole numbers, got {classes.dtype}")
     classes = classes.reshape(1) if classes.ndim == 0 else classes
     if classes.ndim != 1 or not len(classes):
@@ -88,7 +95,7 @@ def starting_noise(noise: Tensor | None, seed: int | None, shape: tuple[int, ...
     """The noise that a run starts from, checked, in float32 or wider.
 
     noise: (N, ...), or None: drawn from the seed.
-    shape: None: any.
+    shape: None: any, and of any distribution.
     """
     if noise is None:
         assert shape is not None
@@ -106,4 +113,6 @@ def starting_noise(noise: Tensor | None, seed: int | None, shape: tuple[int, ...
         raise ValueError(f"noise must hold at least one image, got shape {tuple(noise.shape)}")
     if not noise.isfinite().all():
         raise ValueError("noise must be finite, got NaN or infinity in it")
+    if shape is not None:
+        refuse_pixels("noise", noise, "draw it from the standard normal distribution")
     return noise.to(torch.promote_types(noise.dtype, torch.float32))

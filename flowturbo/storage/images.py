@@ -20,6 +20,7 @@ from PIL import Image
 from .captions import table_of_captions
 from .files import CheckpointError, open_npz
 from .folders import EXTENSIONS, files_below, images_among, sub_folders, suffix, warn_of_others
+from .pixels import narrowed
 from .text import file_path, read_lines
 
 # pillow decides by a file's content, not by its name. Its other readers are not used: one of them
@@ -193,17 +194,18 @@ def fitted(image: Image.Image, size: int) -> np.ndarray:
 def read_mask(path: str | os.PathLike[str], size: int, of: str | os.PathLike[str]) -> np.ndarray:
     """A mask's file -> (size, size) bool, cropped as `read_image` crops its image `of`.
 
-    The mask is True where it is bright, or, if it has transparency, where it is transparent. Raises
-    ValueError unless mask and image have the same size.
+    The mask is True where it is brighter than half of white, on the scale of `pixels`; or, if
+    it has transparency, where it is transparent. Raises ValueError unless mask and image have one
+    size.
     """
-    with _opened(path) as mask, _opened(of) as image:
+    with _opened(path, mask=True) as mask, _opened(of) as image:
         mask, image = _upright(mask), _upright(image)
         if mask.size != image.size:
             raise ValueError(
                 f"mask {path} must have the size of {of}, {image.size}, got {mask.size}"
             )
         transparent = transparency(mask)
-        grey = Image.fromarray(transparent) if transparent is not None else mask.convert("L")
+        grey = Image.fromarray(transparent) if transparent is not None else _brightness(mask)
         return square(grey.convert("RGB"), size)[..., 0] > 127
 
 
@@ -253,6 +255,7 @@ def read_transparency(path: str | os.PathLike[str], size: int) -> np.ndarray | N
 
 def transparency(image: Image.Image) -> np.ndarray | None:
     """(height, width) uint8, 255 where the image is transparent; None if it is opaque."""
+    image = _eight_bits(image)
     if "transparency" not in image.info and not image.mode.lower().endswith("a"):
         return None
     transparent = 255 - np.asarray(image.convert("RGBA"))[..., 3]
@@ -260,8 +263,11 @@ def transparency(image: Image.Image) -> np.ndarray | None:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """An image in memory. CheckpointError if it is missing, damaged or no image."""
+def _opened(path: str | os.PathLike[str], mask: bool = False) -> Iterator[Image.Image]:
+    """An image in memory. CheckpointError if it is missing, damaged, no image, or all but black.
+
+    mask: it may hold 0 and 1.
+    """
     try:
         with Image.open(path, formats=_FORMATS) as image:
             image.load()
@@ -271,6 +277,12 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         raise CheckpointError(
             f"{path} is no whole image: {error or type(error).__name__}"
         ) from error
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        try:
+            narrowed("it", levels * 65535 if mask and levels.max() <= 1 else levels)
+        except ValueError as error:
+            raise CheckpointError(f"{path} can't be shown: {error}") from None
     yield image
 
 
@@ -297,11 +309,28 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits of grey in 8. pillow narrows those of colour, but clips those of grey at 255."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    grey = (values >> 8).astype(np.uint8)
+    key = image.info.get("transparency")
+    if key is None:
+        return Image.fromarray(grey)
+    return Image.fromarray(np.dstack([grey, np.where(values == key, 0, 255).astype(np.uint8)]))
+
+
+def _brightness(image: Image.Image) -> Image.Image:
+    """A mask as grey of 8 bits, of which white is 255; masks may also hold 0 and 1."""
+    levels = np.asarray(image if image.mode.startswith("I") else image.convert("L"))
+    if levels.max() <= 1:
+        return Image.fromarray(levels.astype(np.uint8) * 255)
+    return _eight_bits(image).convert("L")
+
+
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey: pillow's conversion would clip all values above 255. It does narrow 16-bit
-        # colour correctly.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    image = _eight_bits(image)
     if "transparency" in image.info or image.mode.lower().endswith("a"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -20,22 +20,22 @@ from flowturbo.sampling.edit import edit_job
         (dict(strength=1.5), ValueError, "strength must be above 0 and at most 1, got 1.5"),
         (dict(strength=math.nan), ValueError, "strength must be finite"),
         (
-            dict(images=pictures().float()),
+            dict(images=torch.randn(3, 2, 8, 8)),
             ValueError,
-            r"images given as latents must have shape \(N, 1, 8, 8\)",
+            r"or as latents \(N, 1, 8, 8\) in floating point, got float32 of \(3, 2, 8, 8\)",
         ),
         (dict(images=torch.full((3, 1, 8, 8), math.nan)), ValueError, "images must be finite"),
         (
             dict(images=pictures()[..., :1]),
             ValueError,
-            r"images must be uint8 of shape \(N, height, width, 3\)",
+            r"images must have shape \(N, height, width, 3\), or as latents",
         ),
         (
             dict(images=pictures()[0]),
             ValueError,
-            r"images must be uint8 of shape \(N, height, width, 3\)",
+            r"images must have shape \(N, height, width, 3\), or as latents",
         ),
-        (dict(images=pictures().int()), ValueError, "images must be uint8 .* got torch.int32"),
+        (dict(images=pictures().int()), TypeError, "images must be uint8, .* got int32, of which"),
         (
             dict(images=pictures()[:, :4]),
             ValueError,
@@ -81,7 +81,7 @@ def test_what_an_edit_refuses(arguments, kind, said):
             ValueError,
             "mask must choose at least one pixel of every image",
         ),
-        (half().int(), TypeError, "mask must be bool, uint8 or floating point, got torch.int32"),
+        (3 * half().int(), TypeError, "mask must be uint8, uint16, bool or .* got int32, of which"),
         ("mask.png", TypeError, "mask must be an array or a tensor"),
     ],
 )
