@@ -9,6 +9,7 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 
 def natural(name: str, value: int) -> int:
@@ -48,13 +49,15 @@ def finite(name: str, value: float) -> float:
 
 
 def numbers_of(name: str, values: Iterable[float]) -> tuple[float, ...]:
-    """A list, tuple or array of numbers.
+    """A list, tuple, array or tensor of numbers.
 
     NaN and infinity pass: the caller can say at which index they are.
     """
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of numbers, got {values!r}")
-    items = list(values)
+    # A tensor's items are tensors.
+    given: Iterable[Any] = values
+    items = [v.item() if getattr(v, "ndim", None) == 0 else v for v in given]
     for i, value in enumerate(items):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a list of numbers, got {name}[{i}] = {value!r}")

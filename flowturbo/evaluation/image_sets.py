@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import re
@@ -130,10 +131,13 @@ class Shards:
 
     def read(self, first: int, count: int) -> np.ndarray:
         parts = []
-        for array, start in zip(self.arrays, self.starts, strict=False):
-            a, b = max(first - start, 0), min(first + count - start, array.shape[0])
-            if a < b:
-                parts.append(array.rows(a, b - a) if array.stored else self._whole(array)[a:b])
+        file = bisect.bisect_right(self.starts, first) - 1  # a set may have thousands
+        end = min(first + count, len(self))
+        while self.starts[file] < end:
+            array, start = self.arrays[file], self.starts[file]
+            a, b = max(first - start, 0), min(end - start, array.shape[0])
+            parts.append(array.rows(a, b - a) if array.stored else self._whole(array)[a:b])
+            file += 1
         return np.concatenate(parts)
 
     def _whole(self, array: StoredImages) -> np.ndarray:

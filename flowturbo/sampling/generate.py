@@ -153,10 +153,11 @@ def generate(
         with tqdm(total=len(image_labels), disable=hidden, unit="image") as bar:
             for shard in missing[team.rank :: team.size]:
                 parts = []
+                if not bar.disable:  # others' shards, once a shard: their number grows with the set
+                    bar.update(count_images(out, shards) - bar.n)
                 for first in shard.images[::size]:
                     parts.append(images_of(range(first, min(first + size, shard.images.stop))))
-                    if not bar.disable:
-                        bar.update(count_images(out, shards) + sum(map(len, parts)) - bar.n)
+                    bar.update(len(parts[-1]))
                 shard_labels = image_labels[shard.images.start : shard.images.stop].tolist()
                 save_shard(out, shard, np.concatenate(parts), np.array(shard_labels), settings)
             team.barrier()

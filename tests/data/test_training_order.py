@@ -12,6 +12,8 @@ from torch import Tensor
 
 import flowturbo.data.latents as module
 from flowturbo.data.latents import order
+from flowturbo.evaluation.image_sets import Shards, open_images
+from flowturbo.evaluation.npz_images import StoredImages
 from flowturbo.models.sit import SiT, SiTConfig
 from flowturbo.runtime.rng import StepRandom
 from flowturbo.training.objectives import FlowMatching
@@ -85,3 +87,32 @@ def test_a_training_shuffles_once_an_epoch(tmp_path: Path, shuffles: list[int]) 
     cpu = torch.device("cpu")
     run_training(SiT(config), FlowMatching(2, 0.1), Counting(), settings, cpu, weights)
     assert shuffles == [0, 1, 2]
+
+
+def test_a_read_of_an_image_set_asks_only_its_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a set of many files, for its evaluation."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 2, 2, 3), dtype=np.uint8)
+    for k in range(20):
+        np.savez(tmp_path / f"{k:02d}.npz", arr_0=images[2 * k : 2 * k + 2])
+    shards = open_images(tmp_path, "samples")
+    assert isinstance(shards, Shards)
+    asked: list[str] = []
+    real = StoredImages.rows
+
+    def rows(self: StoredImages, first: int, count: int) -> np.ndarray:
+        asked.append(self.path.name)
+        return real(self, first, count)
+
+    class Apart(list):  # type: ignore[type-arg]
+        def __iter__(self) -> object:  # type: ignore[override]
+            raise AssertionError("all files were gone through")
+
+    monkeypatch.setattr(StoredImages, "rows", rows)
+    shards.arrays = Apart(shards.arrays)
+    for first, count in ((0, 40), (39, 1), (39, 9), (5, 4), (6, 2)):
+        asked.clear()
+        assert np.array_equal(shards.read(first, count), images[first : first + count])
+        last = min(first + count, 40) - 1
+        assert asked == [f"{k:02d}.npz" for k in range(first // 2, last // 2 + 1)]
