@@ -11,6 +11,7 @@ import torch
 
 from .masked_class import stock_class
 from .planned_pipeline import counts_steps
+from .tested_pipelines import TESTED
 
 DIVIDE_BY_NOISE_LEVEL = ("LTX2", "Cosmos2Text", "Cosmos2Video", "PRXPixel")
 """How the names of pipelines begin that divide by the noise level of a call."""
@@ -25,18 +26,6 @@ REFUSED = {
     "SanaWMLTX2Refiner": _OWN_LEVELS,
 }
 """Pipelines that no plan can run in, by name, and why."""
-
-TESTED = frozenset(
-    {
-        "FluxPipeline",
-        "FluxImg2ImgPipeline",
-        "FluxInpaintPipeline",
-        "StableDiffusion3Pipeline",
-        "StableDiffusion3Img2ImgPipeline",
-        "StableDiffusion3InpaintPipeline",
-    }
-)
-"""Pipelines in which plans were compared with the stock scheduler and with written-out steps."""
 
 
 def check_kind(pipe: Any) -> None:
