@@ -213,7 +213,7 @@ class Captures:
         modules: all modules whose weights the body reads.
         """
         with self._lock:
-            while True:
+            for last_try in (False, True):
                 capture = self._kept.get(key)
                 if capture is None:
                     if key not in self._met or self._met[key] is not None:
@@ -229,6 +229,8 @@ class Captures:
                     return result
                 _log.info("weights have moved: capturing again")
                 self._drop(c for c in self._kept.values() if not c.watched.fits(modules))
+                if last_try:  # as with offloading, or casts layer by layer
+                    self._meet(key, "its weights move in every run")
         return body(**inputs)
 
     def precapture(

@@ -255,3 +255,17 @@ def test_compiled_transformers_make_models_and_refiners(maker):
     assert type(ft.refiner_for(pipe.transformer)) is type(refiner)
     compiled = ft.from_pipeline(pipe, torch.compile(refiner, backend="eager"), image_size=32)
     assert_close(ft.sample(compiled, "H1R1", c, seed=0), expected, 1e-6)
+
+
+def test_a_model_whose_weights_move_in_every_run_has_no_graph():
+    """It was captured again and again, for ever."""
+    pipe = sd3()
+    layerwise_casting(pipe.transformer)
+    model = ft.from_pipeline(pipe, image_size=32)
+    c = {"embeds": torch.randn(2, 5, 32), "pooled": torch.randn(2, 16)}
+    expected = ft.sample(model, "E2", c, seed=0)
+    recorder = model.captures.recorder = Fake()
+    for _ in range(4):
+        assert_close(ft.sample(model, "E2", c, seed=0), expected, 1e-6)
+    assert recorder.recorded <= 2
+    assert "its weights move in every run" in ft.summary(model)
