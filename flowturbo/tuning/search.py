@@ -31,8 +31,8 @@ def sequences(refiner: bool) -> Iterator[str]:
         heads += [letter * n for least, letter in ((2, "A"), (3, "B"), (4, "C")) if n >= least]
         heads += [letter * n for letter in "UDX" if n >= 2]
         heads += [first + letter * (n - 1) for first, letter in ("HA", "HB", "XA") if n >= 2]
-        # The last U or D step is Euler's; A is better there.
-        heads += [letter * (n - 1) + "A" for letter in "UD" if n >= 3]
+        # The last U step is Euler's; Adams-Bashforth is better there.
+        heads += ["U" * (n - len(end)) + end for end in ("A", "AA", "BB") if n >= len(end) + 2]
         yield from heads
         if refiner:
             yield from (
