@@ -93,7 +93,7 @@ def test_the_path_of_a_gpu_takes_one_call_a_network_and_no_other_update(as_on_a_
             lambda *a, of=original, **k: calls.append(k) or of(*a, **k),
         )
     plan = ft.Plan.parse("H1P2R2")
-    monkeypatch.setattr("flowturbo.solver.steps.velocity_update", None)
+    monkeypatch.setattr("flowturbo.solver.state.velocity_update", None)
     ft.sample(model, plan, [1, 8, 3], guidance=2.0, seed=0)
     assert [sorted(k) for k in calls] == [[]] * 2 + [["ahead"]] * 2 + [["base", "v"]] * 4
 
