@@ -137,9 +137,7 @@ def test_under_autocast_the_reference_runs():
 
 @pytest.mark.slow
 @interpreted
-@pytest.mark.parametrize(
-    "config", [CONFIG, HEAD_DIM_72], ids=["24", "72"]
-)
+@pytest.mark.parametrize("config", [CONFIG, HEAD_DIM_72], ids=["24", "72"])
 def test_a_model_on_triton_is_the_reference_model(config):
     """In float32, through every operation of a guided plan with refiner steps."""
     config = replace(config, side=4)  # the interpreter takes its time

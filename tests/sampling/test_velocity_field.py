@@ -16,7 +16,7 @@ from flowturbo.sampling import velocity_field
 from flowturbo.sampling.velocity_field import GuidedField, HoistedField, field_of
 from flowturbo.solver.steps import State
 
-EVERY_STEP = "H1P1R2S1E1A1B1C2"
+EVERY_STEP = "H1P1R2S1E1A1B1C2U4D2X2A1"
 
 
 def integrate(field: velocity_field.Field, plan: ft.Plan, x: Tensor) -> Tensor:
@@ -92,10 +92,13 @@ def test_the_path_of_a_gpu_takes_one_call_a_network_and_no_other_update(as_on_a_
             "evaluate_and_move",
             lambda *a, of=original, **k: calls.append(k) or of(*a, **k),
         )
-    plan = ft.Plan.parse("H1P2R2")
+    plan, exponential = ft.Plan.parse("H1P2R2"), ft.Plan.parse("U2D2X2")
     monkeypatch.setattr("flowturbo.solver.state.velocity_update", None)
     ft.sample(model, plan, [1, 8, 3], guidance=2.0, seed=0)
     assert [sorted(k) for k in calls] == [[]] * 2 + [["ahead"]] * 2 + [["base", "v"]] * 4
+    calls.clear()
+    ft.sample(model, exponential, [1, 8, 3], guidance=2.0, seed=0)
+    assert calls == [{}] * (2 + 2 + 3)
 
 
 def test_the_path_of_a_gpu_edits_and_inpaints(as_on_a_gpu, monkeypatch):
