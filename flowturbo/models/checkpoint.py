@@ -187,9 +187,8 @@ def convert(
         null_class=null_class,
         assume_velocity=assume_velocity,
     )
+    check_finite(str(source), checkpoint.model.state_dict(), dtype)
     model = checkpoint.model.to(dtype=dtype)
-    if dtype is not None:
-        check_cast(str(source), model, dtype)
     if vae is not None:
         check_named_vae(vae, model.config.channels)
     origin = {"source": Path(source).name}
@@ -201,15 +200,6 @@ def convert(
         convention=checkpoint.convention,
         vae=vae or checkpoint.vae,
         provenance={**(checkpoint.provenance or {}), **origin},
-    )
-
-
-def check_cast(what: str, model: SiT, dtype: torch.dtype) -> None:
-    """Raise CheckpointError for weights that are finite in their file, but not in this dtype."""
-    check_finite(
-        f"{what}, cast to {dtype},",
-        model.state_dict(),
-        "they are too large for that type: choose dtype bfloat16 or float32",
     )
 
 

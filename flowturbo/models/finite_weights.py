@@ -5,39 +5,49 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..storage.files import CheckpointError
 
 
-def check_finite(what: str, weights: Mapping[str, Tensor], hint: str = "") -> None:
-    """Raise CheckpointError naming the weights with NaN or infinity, and how many of each.
+def check_finite(
+    what: str, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Raise CheckpointError naming the weights with NaN or infinity, and how many numbers they are.
 
-    what: whose weights they are, for the message. hint: what to do, instead of the usual advice.
-    One pass without copies: 0.4 s for the 675 million of SiT-XL/2 in float32, on one core.
+    what: whose weights they are, for the message. dtype: what they are cast to next, if anything:
+    numbers that are too large for it count.
+    Only weights on the CPU are looked at, where files are read to: one pass without copies, 0.4 s
+    for the 675 million of SiT-XL/2 in float32, on one core.
     """
-    bad = [name for name, weight in weights.items() if not _finite(weight)]
+    bad = [name for name, weight in weights.items() if not _finite(weight, dtype)]
     if not bad:
         return
     some = []
     for name in bad[:4]:
-        count = int((~_readable(weights[name]).isfinite()).sum())
-        some.append(f"{name} ({count} of {weights[name].numel()})")
+        numbers = _readable(weights[name])
+        count = int((~numbers.to(dtype or numbers.dtype).isfinite()).sum())
+        some.append(f"{name} ({count} of {numbers.numel()})")
     more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
-    advice = hint or "its training may have diverged: take an earlier checkpoint"
+    advice = "its training may have diverged: take an earlier checkpoint"
+    if dtype is not None and all(_finite(weights[name], None) for name in bad):
+        what += f", cast to {dtype},"
+        advice = "they are too large for that type: choose dtype bfloat16 or float32"
     raise CheckpointError(
         f"{what} has weights that are NaN or infinite: {', '.join(some)}{more}; {advice}"
     )
 
 
-def _finite(weight: Tensor) -> bool:
-    if weight.is_meta or not weight.numel() or weight.layout != torch.strided:
+def _finite(weight: Tensor, dtype: torch.dtype | None) -> bool:
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        return True  # quantised weights are of classes of their own
+    if weight.layout != torch.strided:
         return True
-    if not weight.is_floating_point():
+    if weight.device.type != "cpu" or not weight.numel():
         return True
     # NaN makes both extremes NaN. isfinite() takes fifteen times as long, and a copy.
-    low, high = torch.aminmax(_readable(weight.detach()))
-    return bool(low.isfinite() & high.isfinite())
+    extremes = torch.stack(torch.aminmax(_readable(weight.detach())))
+    return bool(extremes.to(dtype or extremes.dtype).isfinite().all())
 
 
 def _readable(weight: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from ..runtime.cpu_dtype import choose_dtype, warn_if_slow
 from ..runtime.device import choose_device
 from ..storage.files import CheckpointError
 from ..storage.provenance import file_digest
-from .checkpoint import CONVENTIONS, Checkpoint, check_cast, load_sit
+from .checkpoint import CONVENTIONS, Checkpoint, load_sit
+from .finite_weights import check_finite
 from .flow_model import FlowModel, Network, ReversedTime
 from .label_table import check_null_class
 from .sit import SiT
@@ -191,6 +192,7 @@ def _checkpoint(
                 f"null_class must be {source.config.null_class}, that of the SiT, or None, got "
                 f"{null_class}"
             )
+        check_finite(role, source.state_dict())
         return Checkpoint(source, "repa" if reading.get("convention") == "repa" else "sit")
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
@@ -223,8 +225,9 @@ def _placed(role: str, sit: SiT, device: torch.device, dtype: torch.dtype) -> Si
 
     Raises CheckpointError for weights that are not finite in dtype.
     """
+    weights = sit.state_dict()
+    check_finite(role, {k: v for k, v in weights.items() if v.dtype != dtype}, dtype)
     sit = sit.to(device, dtype)
-    check_cast(role, sit, dtype)
     return sit.stack_() if device.type == "cuda" else _aligned(sit)
 
 

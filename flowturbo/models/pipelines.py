@@ -85,6 +85,11 @@ def from_pipeline(
             f"got {dtype}"
         )
     parts = _modules(pipe, module)
+    if named:
+        for part in parts:
+            check_finite(
+                f"{type_name(part)} of {str(name)!r}", dict(part.named_parameters()), dtype
+            )
     if named or device is not None or dtype != module.dtype:
         for part in parts:
             move_part(part, target, dtype)
@@ -93,8 +98,6 @@ def from_pipeline(
         parts.append(refiner_network)
     for part in parts:
         part.eval().requires_grad_(False)
-        if named:
-            check_finite(f"{type_name(part)} of {str(name)!r}", part.state_dict())
     if named and isinstance(codec, DiffusersVAE):
         fuse(pipe.vae)
     scheduler = getattr(pipe, "scheduler", None)

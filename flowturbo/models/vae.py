@@ -174,12 +174,9 @@ def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dt
     overflows = dtype == torch.float16 and getattr(network.config, "force_upcast", False)
     # nn.Module.to itself: diffusers' method warns of parts that must stay in float32 even if there
     # are none.
-    nn.Module.to(network, device, torch.float32 if too_narrow or overflows else dtype)
-    check_finite(
-        f"vae {str(name)!r}, cast to {network.dtype},",
-        network.state_dict(),
-        "they are too large for that type: choose dtype bfloat16 or float32",
-    )
+    dtype = torch.float32 if too_narrow or overflows else dtype
+    check_finite(f"vae {str(name)!r}", network.state_dict(), dtype)
+    nn.Module.to(network, device, dtype)
     fuse(network)
     return DiffusersVAE(network.eval().requires_grad_(False))
 

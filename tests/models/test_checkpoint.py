@@ -22,6 +22,9 @@ from flowturbo.models.checkpoint import build, convert, load_sit, save_sit
 from flowturbo.models.sit import config_from_state
 from flowturbo.storage.files import CheckpointError
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*label table")
+
+
 WRAPPED = {
     "bare": lambda m, e: e,
     "under model": lambda m, e: {"model": e},

@@ -24,6 +24,8 @@ from flowturbo.models.checkpoint import build, convert, load_sit, save_sit
 from flowturbo.models.sit import SiT, SiTConfig, config_from_state
 from flowturbo.storage.files import CheckpointError, save_tensors
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*label table")
+
 
 def test_files_of_ours_know_their_heads(tmp_path):
     state = predictor_state()

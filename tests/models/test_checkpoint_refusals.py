@@ -14,6 +14,8 @@ from flowturbo.models.checkpoint import build, load_sit, save_sit
 from flowturbo.models.sit import SiT, SiTConfig, config_from_state
 from flowturbo.storage.files import CheckpointError
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*label table")
+
 
 def refused(
     tmp_path: Path, state: object, role: str = "predictor", *, heads: int | None = HEADS

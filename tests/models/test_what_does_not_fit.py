@@ -188,3 +188,19 @@ def test_refiners_of_pipelines_must_read_the_same_prompts():
     )
     with pytest.raises(ValueError, match="its guidance_embeds is"):
         check_refiner(guided, flux)
+
+
+def test_pipelines_by_name_are_checked_for_weights_that_are_not_finite(pipeline_folders, tmp_path):
+    shutil.copytree(pipeline_folders["sd3"], tmp_path / "sd3")
+    file = tmp_path / "sd3" / "transformer" / WEIGHTS
+    state = load_file(file)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    state[name].view(-1)[1] = 7e4
+    save_file(state, file, {"format": "pt"})
+    ft.from_pipeline(tmp_path / "sd3", image_size=32, device="cpu", dtype=torch.float32)
+    with pytest.raises(CheckpointError, match=rf"sd3', cast to torch\.float16,.*{name}"):
+        ft.from_pipeline(tmp_path / "sd3", image_size=32, device="cpu", dtype=torch.float16)
+    state[name].view(-1)[1] = math.nan
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"SD3Transformer2DModel of .*sd3' has .*{name} \(1"):
+        ft.from_pipeline(tmp_path / "sd3", image_size=32, device="cpu")
