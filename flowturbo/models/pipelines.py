@@ -87,9 +87,8 @@ def from_pipeline(
     parts = _modules(pipe, module)
     if named:
         for part in parts:
-            check_finite(
-                f"{type_name(part)} of {str(name)!r}", dict(part.named_parameters()), dtype
-            )
+            weights = dict(part.named_parameters())
+            check_finite(f"{type_name(part)} of {str(name)!r}", weights, dtype)
     if named or device is not None or dtype != module.dtype:
         for part in parts:
             move_part(part, target, dtype)
