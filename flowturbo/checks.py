@@ -43,9 +43,13 @@ def finite(name: str, value: float) -> float:
     # NumPy's scalars are numbers.Real too.
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    return number
 
 
 def numbers_of(name: str, values: Iterable[float]) -> tuple[float, ...]:
@@ -61,4 +65,7 @@ def numbers_of(name: str, values: Iterable[float]) -> tuple[float, ...]:
     for i, value in enumerate(items):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a list of numbers, got {name}[{i}] = {value!r}")
-    return tuple(map(float, items))
+    try:
+        return tuple(map(float, items))
+    except OverflowError:  # an integer of hundreds of digits
+        raise ValueError(f"{name} must be a list of finite numbers, got a larger one") from None

@@ -26,12 +26,14 @@ from .plan_file import STAGES_FORMAT, checked_entries, read_contents
 from .plan_text import expand, has_stages, marked
 
 MAX_STAGES = 16
+_SMALLEST = Fraction(1, 10**6)  # of a stage: no image has so few pixels, and ratios stay numbers
 
 _WORD = re.compile(r"\+|[^\s+]+")
-_NUMBER = re.compile(r"(\d+(\.\d+)?|\.\d+)(e-\d+)?")
+_NUMBER = re.compile(r"(\d+(\.\d+)?|\.\d+)(e-\d{1,3})?")
 _SIZE = re.compile(rf"\d+/[1-9]\d*|{_NUMBER.pattern}")
 _EXAMPLE = "'A4 at 1/2 + A3 from 0.6'"
 _ENTRIES = {"format": str, "stages": list, "about": dict}
+_PLAN = {"plan": str, "grid": list, "guidance_interval": list, "weights": list}
 _STAGE = {"plan": str | dict, "size": str, "start": int | float, "end": int | float | None}
 
 
@@ -72,6 +74,8 @@ class Stage:
         object.__setattr__(self, "start", finite("start", self.start))
         if not 0 < self.size <= 1:
             raise ValueError(f"size must be above 0 and at most 1, got {self.size}")
+        if self.size < _SMALLEST:
+            raise ValueError(f"size must be at least {_SMALLEST}, got {float(self.size):g}")
         if not 0 < self.start <= 1:
             raise ValueError(f"start must be above 0 and at most 1, got {self.start}")
         if self.end is not None:
@@ -325,7 +329,9 @@ def _stage_of(entries: Any) -> Stage:
     checked = checked_entries(entries, _STAGE)
     plan = checked["plan"]
     if isinstance(plan, dict):
-        plan = Plan.from_record({**plan, "letters": expand(plan["plan"])})
+        plan = Plan.from_record({**checked_entries(plan, _PLAN), "letters": expand(plan["plan"])})
+    else:
+        expand(plan)  # a file names no other file
     return Stage(plan, checked["size"], checked["start"], checked["end"])
 
 

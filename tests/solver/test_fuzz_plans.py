@@ -4,11 +4,12 @@ import json
 
 import pytest
 from fuzzing import CHANGES, JSON, LONG, SHORT, changed, refusal, watched
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flowturbo import Plan
 from flowturbo.solver.plan import MAX_STEPS, as_plan
+from flowturbo.solver.stages import Stage, StagedPlan, load_plan
 from flowturbo.solver.steps import STEPS
 
 LETTERS = "".join(STEPS)
@@ -46,6 +47,44 @@ def any_text(text):
         assert plan_of(lambda: as_plan(text)) == plan
 
 
+WORDS = ["at", "from", "to", "+", "1/2", "0.6", ".5", "1", "0", "1e-9", "1e-999999999", "1/0", "-1"]
+WORDS += ["9" * 400, "1/" + "9" * 400, "0/1", "A4", "A3", "H1P2", "x.json", "", "\n", "½", "at+"]
+STAGE_TEXTS = st.one_of(
+    st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join),
+    st.tuples(*[st.sampled_from(WORDS)] * 2).map(lambda w: f"A4 at {w[0]} + A3 from {w[1]}"),
+    st.tuples(*[st.sampled_from(WORDS)] * 2).map(lambda w: f"A4 to {w[0]} at .5 + A3 from {w[1]}"),
+)
+
+
+def any_stages(text):
+    plans: list[StagedPlan] = []
+    message = refusal(ValueError, lambda: plans.append(StagedPlan.parse(text)))
+    if message is not None:
+        assert 0 < len(message) < 10_000
+        return
+    [plan] = plans
+    assert StagedPlan.parse(str(plan)) == plan
+    assert all(stage.start > 0 for stage in plan.stages)
+    assert plan.price > 0
+    assert sum(map(len, plan.plans)) == len(plan)
+
+
+@SHORT
+@given(STAGE_TEXTS)
+@example("A4 at 1e-999999999 + A3 from 0.6")
+@example("A4 at 1e-320 + A3 from 0.6")
+@example("A4 at 1e-7 + A3 from 0.6")
+def test_any_stages(text):
+    any_stages(text)
+
+
+@pytest.mark.slow
+@LONG
+@given(STAGE_TEXTS)
+def test_any_stages_at_length(text):
+    any_stages(text)
+
+
 def any_numbers(text, grid, shift, interval):
     plan_of(lambda: Plan.parse(text, grid=grid, guidance_interval=interval))
     plan_of(lambda: Plan.parse(text, shift=shift, guidance_interval=interval))
@@ -76,6 +115,14 @@ def test_any_text_and_numbers_at_length(text, grid, shift, interval):
 
 
 @pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stages") / "a.json"
+    second = Stage(Plan("HPL", (0.0, 0.2, 0.5, 1.0), weights=((1.5, -0.5),)), 1, 0.6)
+    StagedPlan((Stage("A4", "1/2"), second)).save(path, about={"seed": 1})
+    return path
+
+
+@pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("plans") / "a.json"
     plan = Plan("HPLM", (0.0, 0.2, 0.5, 0.75, 1.0), (0.1, 0.9), weights=((1.5, -0.5), (1.0,)))
@@ -85,13 +132,13 @@ def saved(tmp_path_factory):
 
 def loads(path, data):
     path.write_bytes(data)
-    message = refusal(ValueError, lambda: Plan.load(path))
+    message = refusal(ValueError, lambda: load_plan(path))
     if message is not None:
         assert str(path) in message
         return
-    plan = Plan.load(path)
+    plan = load_plan(path)
     plan.save(path.with_name("again.json"))
-    assert Plan.load(path.with_name("again.json")) == plan
+    assert load_plan(path.with_name("again.json")) == plan
 
 
 def run_files(path, kind):
@@ -113,17 +160,56 @@ def run_files(path, kind):
             return
         loads(path.with_name("b.json"), text.encode(errors="surrogatepass"))
 
+    @kind
+    @given(st.integers(0, 1), st.sampled_from(STAGE_PLACES), JSON | NUMBERS | STAGE_TEXTS)
+    @example(1, ("plan",), {})
+    @example(1, ("plan", "grid"), None)
+    @example(0, ("plan",), "a.json")
+    @example(0, ("size",), "1e-999999999")
+    def stages_changed(number, place, value):
+        stages = json.loads(json.dumps(entries["stages"]))
+        inner = stages[number]
+        if len(place) == 2:
+            inner = inner["plan"] if isinstance(inner["plan"], dict) else {}
+        inner[place[-1]] = value
+        try:
+            text = json.dumps({**entries, "stages": stages})
+        except (TypeError, ValueError):  # no JSON
+            return
+        loads(path.with_name("b.json"), text.encode(errors="surrogatepass"))
+
     bytes_changed()
     entries_changed()
+    if "stages" in entries:
+        stages_changed()
+
+
+STAGE_PLACES = [("plan",), ("size",), ("start",), ("end",), ("new",)]
+STAGE_PLACES += [("plan", name) for name in ("plan", "grid", "guidance_interval", "weights", "new")]
 
 
 def test_plan_files(saved):
     run_files(saved, SHORT)
 
 
+def test_files_of_stages(staged):
+    run_files(staged, SHORT)
+
+
 @pytest.mark.slow
-def test_plan_files_at_length(saved):
-    run_files(saved, LONG)
+@pytest.mark.parametrize("file", ["saved", "staged"])
+def test_plan_files_at_length(file, request):
+    run_files(request.getfixturevalue(file), LONG)
+
+
+def test_a_file_of_stages_names_no_other_file(staged):
+    """So whoever sends one can't choose what else is read."""
+    entries = json.loads(staged.read_text())
+    Plan.parse("A4").save(staged.with_name("other.json"))
+    entries["stages"][0]["plan"] = str(staged.with_name("other.json"))
+    staged.with_name("b.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"b\.json is no file of a plan with stages"):
+        load_plan(staged.with_name("b.json"))
 
 
 @pytest.mark.parametrize(
