@@ -15,6 +15,7 @@ from ..runtime.streams import interactive
 from ..solver.plan import Plan, as_plan
 from ..solver.plan_text import has_stages
 from ..solver.stages import StagedPlan, as_stages
+from ..storage.text import argument
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class ModelFlags(WeightFlags):
     """Negative prompt, for text-to-image models with classifier-free guidance (SD3, 2-RF)."""
     image_size: int | None = None
     """Height and width of the images, for text-to-image models. Default: the model's own."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", tuple(map(argument, self.prompts)))
+        if self.negative is not None:
+            object.__setattr__(self, "negative", argument(self.negative))
 
 
 def load_model(settings: ModelFlags) -> tuple[FlowModel, Plan, dict[str, Any]]:

@@ -20,6 +20,7 @@ from ..models.text_to_image import Labels
 from ..models.vae import VAE
 from ..runtime.rng import StepRandom, stream
 from ..storage.files import CheckpointError, load_tensors, open_npz
+from ..storage.folders import EXTENSIONS, files_below, suffix
 from ..storage.images import scan
 from ..storage.pixels import refuse_pixels, tensor_of
 
@@ -219,6 +220,7 @@ def load_data(
         )
     shards = shards_of(path)
     if shards:
+        check_no_images(path)
         return _from_shards(shards)
     if not any(entry.is_dir() for entry in path.iterdir()):
         raise ValueError(
@@ -240,7 +242,21 @@ def needs_vae(source: str | os.PathLike[str]) -> bool:
 
 def shards_of(folder: Path) -> list[Path]:
     """The .safetensors files of a folder, sorted by name, without hidden ones."""
-    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if suffix(path.name) == ".safetensors" and not path.name.startswith(".")
+    )
+
+
+def check_no_images(folder: Path) -> None:
+    """ValueError for a folder of shards in which there are images too."""
+    images = [name for name in files_below(folder) if suffix(name) in EXTENSIONS]
+    if images:
+        raise ValueError(
+            f"data must be shards or images, but {folder} holds shards and {len(images)} images, "
+            f"the first {images[0]}: move one of the two away"
+        )
 
 
 # The tensors that files of latents hold; any others are ignored.

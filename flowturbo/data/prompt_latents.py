@@ -14,7 +14,7 @@ from torch import Tensor
 from ..models.text_to_image import Labels
 from ..runtime.rng import StepRandom
 from ..storage.files import CheckpointError, load_tensors
-from .latents import check_set, flips, sample_posterior, shards_of
+from .latents import check_no_images, check_set, flips, sample_posterior, shards_of
 
 _LATENTS = ("latents", "std", "latents_flipped", "std_flipped")
 _CONDITIONS = ("embeds", "pooled", "lengths")
@@ -125,4 +125,5 @@ def load_prompts(folder: str | os.PathLike[str]) -> PromptLatents:
             "data must be a folder of shards that `flowturbo encode --model` wrote, got "
             f"{str(folder)!r}"
         )
+    check_no_images(path)
     return PromptLatents(shards)

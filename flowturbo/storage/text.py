@@ -75,6 +75,17 @@ def file_name(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
+def argument(text: str) -> str:
+    """A word of the command line, which Python decodes in the locale's encoding, as UTF-8 if it is.
+
+    Otherwise it is what the locale says.
+    """
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
+
+
 def file_path(root: Path, name: str) -> Path:
     """The path under which the system finds a file by a name of `file_name`."""
     return root / os.fsdecode(name.encode("utf-8", "surrogateescape"))

@@ -16,6 +16,7 @@ from smooth_images import pixels
 
 from flowturbo.data.encode import Encode, encode
 from flowturbo.data.latents import load_data
+from flowturbo.data.prompt_latents import load_prompts
 from flowturbo.evaluation.image_sets import Files, open_images
 from flowturbo.models.vae import Pixels
 from flowturbo.storage.files import CheckpointError
@@ -196,6 +197,14 @@ def test_a_text_without_an_image_is_counted_and_an_image_without_a_text_is_refus
     (folder / "b" / "1.TXT").unlink()
     with pytest.raises(ValueError, match=r"b/1\.png has no caption: 1\.txt beside it"):
         scan_captions(folder)
+
+
+def test_shards_and_images_in_one_folder_are_refused(folder: Path) -> None:
+    for name in ("latents-0.SAFETENSORS", "latents-1.safetensors"):
+        (folder / name).write_bytes(b"")
+        for load in (load_data, load_prompts):
+            with pytest.raises(ValueError, match=r"holds shards and 4 images, the first a/1\.png"):
+                load(folder)
 
 
 def test_an_archive_may_have_an_upper_case_suffix(tmp_path: Path) -> None:

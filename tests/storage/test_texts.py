@@ -14,8 +14,9 @@ import pytest
 from paths import ROOT
 from PIL import Image
 
-from flowturbo.cli.sample import read_prompts
+from flowturbo.cli.sample import Sample, read_prompts
 from flowturbo.solver.plan import Plan
+from flowturbo.storage.files import write_text
 from flowturbo.storage.images import scan, scan_captions
 from flowturbo.storage.text import TextError, decoded, read_lines
 
@@ -108,6 +109,12 @@ def test_other_lines_are_refused_by_number(captioned: Path, line: str) -> None:
         scan_captions(captioned)
 
 
+def test_a_name_that_is_no_text_does_not_cost_a_report(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write_text(tmp_path / "report.md", f"of {name}\n")
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == "of caf\\udce9\n"
+
+
 def test_a_plan_file_with_a_mark_is_read(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     Plan.parse("H1P2").save(path)
@@ -115,7 +122,10 @@ def test_a_plan_file_with_a_mark_is_read(tmp_path: Path) -> None:
     assert Plan.load(path) == Plan.parse("H1P2")
 
 
-def seen(folder: Path) -> list[object]:
+WORDS = ["Höhle 猫", "a"]
+
+
+def seen(folder: Path, words: list[str]) -> list[object]:
     """What is read of the folders, as values that a process can print."""
     images, table = scan(folder / "classes"), scan_captions(folder / "table")
     return [
@@ -127,6 +137,7 @@ def seen(folder: Path) -> list[object]:
         table.read([0], 8).tolist(),
         scan_captions(folder / "captioned").captions,
         read_prompts(folder / "prompts.txt"),
+        Sample(prompts=tuple(words), negative=words[0] if words else None).prompts,
     ]
 
 
@@ -142,18 +153,16 @@ def test_the_locale_decides_nothing(tmp_path: Path) -> None:
     (tmp_path / "table" / "metadata.jsonl").write_text(row, encoding="utf-8")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers"), str(Path(__file__).parent)])
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": paths}
-    code = (
-        "import sys, pathlib, test_texts; print(ascii(test_texts.seen(pathlib.Path(sys.argv[1]))))"
-    )
+    code = "from test_texts import *; print(ascii(seen(Path(sys.argv[1]), sys.argv[2:])))"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
+        [sys.executable, "-c", code, str(tmp_path), *WORDS],
         env={**os.environ, **plain},
         capture_output=True,
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
-    assert ast.literal_eval(done.stdout) == seen(tmp_path)
-    assert seen(tmp_path)[:2] == [["Höhle", "a"], ["Höhle/猫.png", "a/b.png"]]
+    assert ast.literal_eval(done.stdout) == seen(tmp_path, WORDS)
+    assert seen(tmp_path, WORDS)[:2] == [["Höhle", "a"], ["Höhle/猫.png", "a/b.png"]]
 
 
 def in_the_locale(path: Path) -> list[str]:
