@@ -66,11 +66,12 @@ class Latents:
         latents_flipped: Tensor | None = None,
         std_flipped: Tensor | None = None,
     ) -> None:
+        mean, labels = tensor_of("latents", mean), tensor_of("labels", labels)
         if mean.ndim != 4 or not len(mean):
             raise ValueError(
                 f"latents must have shape (N, C, H, W) with N at least 1, got {tuple(mean.shape)}"
             )
-        if labels.shape != (len(mean),) or labels.is_floating_point() or labels.is_complex():
+        if labels.shape != (len(mean),) or labels.is_floating_point():
             raise ValueError(
                 f"labels must be {len(mean)} whole numbers, one a latent, got shape "
                 f"{tuple(labels.shape)}, {labels.dtype}"
@@ -323,8 +324,7 @@ def _latents(
         )
     others = {name: part.get(name) for name in ("std", "latents_flipped", "std_flipped")}
     try:
-        labels = tensor_of("labels", part["labels"])
-        latents = Latents(part["latents"], labels, num_classes=num_classes, **others)
+        latents = Latents(part["latents"], part["labels"], num_classes=num_classes, **others)
         for name in () if encoded else ("latents", "latents_flipped"):
             if name in part:
                 refuse_pixels(name, part[name], "encode pixels first, or scale them to -1 to 1")

@@ -79,8 +79,8 @@ def sample(
         latents; "pixels": the same of the decoded images; a callable or module: of the decoded
         images (n, 3, height, width), in [0, 1], by this network, to any larger size;
         ("latents", f): of latents x (n, C, h, w), by f(x, (H, W)).
-    cond: further arguments of a callable; tensors and lists of N entries are cut into batches. For
-        a text-to-image model `negative`: the prompts to guide away from.
+    cond: further arguments of a callable; tensors, arrays and lists of N entries are cut into
+        batches. For a text-to-image model `negative`: the prompts to guide away from.
 
     On CUDA the second batch of a kind is captured as a CUDA graph, from noise to decoded images,
     and replayed from then on, for any labels, seed and guidance scale. A callback prevents that.
@@ -161,7 +161,9 @@ class _FunctionBatches:
     def _pick(self, value: Any, rows: Tensor) -> Any:
         if isinstance(value, Tensor) and value.ndim and len(value) == self.size:
             return value[rows.to(value.device)]
-        if isinstance(value, list | tuple) and len(value) == self.size:
+        if isinstance(value, np.ndarray) and value.ndim and len(value) == self.size:
+            return value[rows.cpu().numpy()]
+        if isinstance(value, list | tuple | range) and len(value) == self.size:
             return [value[i] for i in rows.tolist()]
         return value
 

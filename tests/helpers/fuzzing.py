@@ -128,7 +128,7 @@ def _limited(room: int) -> Iterator[None]:
         return
     import resource
 
-    with open("/proc/self/statm", encoding="ascii") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     wanted = used + room

@@ -83,7 +83,7 @@ def _short(name: str) -> str:
 
 def written() -> str:
     """The table as it is in the page."""
-    _, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     text, mark, _ = rest.partition(END)
     assert mark, f"{PAGE.name} has no table between {BEGIN!r} and {END!r}"
     return text
@@ -94,12 +94,12 @@ def main() -> None:
     results = [outcome(name) for name in zoo.builders()]
     text = table(results)
     if sys.argv[1:] == ["--write"]:
-        page = PAGE.read_text()
-        PAGE.write_text(page.replace(BEGIN + written() + END, BEGIN + text + END))
-        head, names, _ = MODULE.read_text().partition("_NAMES = ")
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(page.replace(BEGIN + written() + END, BEGIN + text + END), encoding="utf-8")
+        head, names, _ = MODULE.read_text(encoding="utf-8").partition("_NAMES = ")
         filled = textwrap.fill(" ".join(sorted(tested(results))), 100, break_long_words=False)
         tail = "TESTED = frozenset(_NAMES.split())"
-        MODULE.write_text(f'{head}{names}"""\n{filled}\n"""\n{tail}\n')
+        MODULE.write_text(f'{head}{names}"""\n{filled}\n"""\n{tail}\n', encoding="utf-8")
     else:
         sys.stdout.write(text)
     worst = max(e for result in results for e in result.errors.values())

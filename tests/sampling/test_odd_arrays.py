@@ -168,6 +168,29 @@ def test_other_labels_are_refused_by_what_is_wrong(labels: Any, kind: type, said
         ft.sample(tiny_model(), "H1", labels, seed=0)
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [3, 1, 4, 1, 5],
+        (3, 1, 4, 1, 5),
+        np.array([3, 1, 4, 1, 5]),
+        np.array([5, 1, 4, 1, 3], ">i2")[::-1],
+        torch.tensor([3, 1, 4, 1, 5]),
+        range(3, 8),
+    ],
+)
+def test_what_a_function_is_given_is_cut_into_its_batches(labels: Any) -> None:
+    seen: list[list[int]] = []
+
+    def v(x: torch.Tensor, t: torch.Tensor, labels: Any) -> torch.Tensor:
+        seen.append([int(label) for label in labels])
+        return x
+
+    ft.sample(v, "E1", labels, noise=torch.randn(5, 2), batch_size=2)
+    a, b, c, d, e = (int(label) for label in labels)
+    assert seen == [[a, b], [c, d], [e, e]]
+
+
 # Files of latents
 
 GOOD = np.random.default_rng(0).standard_normal((9, 2, 4, 4)).astype(np.float32)
@@ -191,6 +214,15 @@ def test_latents_of_an_npz_may_have_any_layout(tmp_path, latents, labels) -> Non
     assert data.labels.tolist() == list(range(9))
     assert data.num_classes == 9
     assert data.batch(np.arange(9), None)[0].tolist() == GOOD.tolist()  # type: ignore[arg-type]
+
+
+def test_latents_in_memory_may_have_unsigned_labels() -> None:
+    labels = torch.arange(9).to(torch.uint32)
+    assert Latents(torch.tensor(GOOD), labels).labels.tolist() == list(range(9))
+    with pytest.raises(ValueError, match=r"latents must be floating point, got torch\.uint8"):
+        Latents(torch.zeros(9, 2, 4, 4, dtype=torch.uint8), labels)
+    with pytest.raises(TypeError, match="labels must hold real numbers"):
+        Latents(torch.tensor(GOOD), torch.zeros(9, dtype=torch.complex64))
 
 
 def test_a_shard_may_hold_unsigned_labels(tmp_path) -> None:
