@@ -61,8 +61,9 @@ def images_among(root: Path, names: Sequence[str], used: Collection[str] = ()) -
             f"convert them ({', '.join(EXTENSIONS)} are read), or move them away"
         )
     images = [name for name in names if suffix(name) in EXTENSIONS]
-    others = set(names).difference(images, used)
-    warn_of_others(root, [name for name in names if name in others])
+    known = set(used)
+    others = [name for name in names if suffix(name) not in EXTENSIONS and name not in known]
+    warn_of_others(root, others)
     return images
 
 
