@@ -97,12 +97,16 @@ def _installed(*names: str) -> str | None:
     return None
 
 
+def _folder() -> Any:
+    """This package's folder; it may be in a zip."""
+    return importlib.resources.files(__package__)
+
+
 def _digest_of_kernels() -> str:
     """Of this package's sources: kernels, candidates and measurement. Without sources, the
     version.
     """
-    folder = importlib.resources.files(__package__)  # it may be in a zip
-    sources = [file for file in folder.iterdir() if file.name.endswith(".py")]
+    sources = [file for file in _folder().iterdir() if file.name.endswith(".py")]
     texts = [file.read_bytes() for file in sorted(sources, key=lambda file: file.name)]
     if not texts:
         return str(_installed("flowturbo"))

@@ -73,7 +73,7 @@ def test_plans_may_be_added(models, tmp_path, monkeypatch, no_plot):
         (dict(guidance=2.0), r"settings.guidance was 1.5 and is now 2.0"),
         (dict(seed=1), r"settings.seed was 0 and is now 1"),
         (dict(images=30), r"settings.images was 25 and is now 30"),
-        (dict(refiner=None, plans=("E2",)), r"settings.refiner was '.*' and is now None"),
+        (dict(refiner=None, plans=("E2",)), r"settings.refiner was '.* and is now None"),
     ],
 )
 def test_other_settings_are_refused(measured, models, changes, message):
