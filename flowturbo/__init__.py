@@ -11,6 +11,7 @@ from .integrations.diffusers import accelerate, accelerated, restore, summary
 from .integrations.stages import sample_stages
 from .models.flow_model import FlowModel
 from .models.load import load
+from .models.not_finite import NotFiniteError
 from .models.pipelines import from_pipeline
 from .models.text_to_image import PromptModel, refiner_for
 from .runtime.cuda_graphs import CaptureError
@@ -28,6 +29,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "FlowModel",
+    "NotFiniteError",
     "Plan",
     "PromptModel",
     "Stage",

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..models.flow_model import FlowModel
+from ..models.not_finite import listed
 from ..runtime.distributed import workers
-from ..sampling.generate import LabelRule, class_labels, generate
+from ..sampling.generate import LabelRule, NotFinite, class_labels, generate
 from ..sampling.sampler import sample
 from ..storage.image_shards import join, verify
 from ..storage.text import TextError, read_lines
@@ -48,6 +49,10 @@ class Sample(ModelFlags):
     """
     enlarge: Literal["latents", "pixels"] = "latents"
     """Where a plan with stages enlarges images: in the latents, or decoded."""
+    not_finite: NotFinite = "stop"
+    """Of a folder: what to do about images with NaN or infinity, as when a model overflows.
+    "stop" names them and ends; "mark" makes them magenta and lists them in the manifest.
+    """
 
 
 def run_sample(settings: Sample) -> str:
@@ -61,6 +66,10 @@ def run_sample(settings: Sample) -> str:
     if settings.out.is_dir() or names_a_folder(settings.out):
         return _sample_set(settings)
     check_out(settings.out)
+    if settings.not_finite != "stop":
+        raise ValueError(
+            f"not_finite {settings.not_finite!r} is for a folder, but out is {settings.out}"
+        )
     model, plan, options = load_model_and_stages(settings)
     labels = _labels(settings, model)
     images = sample(model, plan, labels, enlarge=settings.enlarge, **options)
@@ -116,14 +125,17 @@ def _sample_set(settings: Sample) -> str:
             shard_size=settings.shard_size,
             enlarge=settings.enlarge,
             about=about,
+            not_finite=settings.not_finite,
             **options,
         )
     return f"{summary_line(settings.out, len(labels), plan)}, {_manifest_summary(manifest)}"
 
 
 def _manifest_summary(manifest: Mapping[str, Any]) -> str:
+    marked = manifest.get("not_finite", [])
     return (
         f"complete in {len(manifest['shards'])} shards, images_sha256 {manifest['images_sha256']}"
+        + (f"; {len(marked)} images are marked as not finite: {listed(marked)}" if marked else "")
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..models.flow_model import FlowModel
+from ..models.not_finite import NotFiniteError, image_name
 from ..runtime import rng
 from ..sampling.sampler import sample
 from ..solver.plan import Plan
@@ -248,7 +249,12 @@ class GeneratedImages:
         indices = range(first, min(first + count, self.count))
         labels = [i % self.model.num_classes for i in indices]
         noise = rng.noise(self.model.latent_shape, self.seed, indices)
-        images = sample(self.model, self.plan, labels, noise=noise, output="uint8", **self.options)
+        try:
+            images = sample(
+                self.model, self.plan, labels, noise=noise, output="uint8", **self.options
+            )
+        except NotFiniteError as error:
+            raise error.named(lambda i: image_name(indices[i], labels[i], self.seed)) from None
         return images.cpu().contiguous().numpy()
 
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from flowturbo_kernels._cache import cache_folder
 
+from ..models.not_finite import NotFiniteError, listed, not_finite_rows
 from ..storage.files import CheckpointError, load_torch_file, save_tensors, user_path
 from ..storage.provenance import file_digest
 from ..storage.resume import remove_partial_files, resumed_tensors
@@ -234,7 +235,13 @@ def _read_features(
     batches = []
     for first in range(rows.start, rows.stop, batch_size):
         count = min(batch_size, rows.stop - first)
-        batches.append(network.read(images.read(first, count)))
+        batch = network.read(images.read(first, count))
+        if broken := {i for part in batch for i in not_finite_rows(part)}:
+            raise NotFiniteError(
+                f"features must be finite, but those of these images are not: "
+                f"{listed([first + i for i in sorted(broken)])}"
+            )
+        batches.append(batch)
         bar.update(count)
     return {
         name: torch.cat(values)

@@ -14,7 +14,8 @@ from typing import IO
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..storage.files import CheckpointError
+from ..storage.files import CheckpointError, open_npz
+from ..storage.image_shards import NOT_FINITE
 from ..storage.npz_headers import check_size, read_header
 
 
@@ -33,6 +34,7 @@ class StoredImages:
             with zipfile.ZipFile(path) as archive:
                 member = archive.getinfo("arr_0.npy")
                 check_size(path, member)
+                marked = f"{NOT_FINITE}.npy" in archive.namelist()
                 with archive.open(member) as file:
                     self.shape, fortran = _read_header(file)
                     if file.tell() + math.prod(self.shape) != member.file_size:
@@ -57,6 +59,14 @@ class StoredImages:
             raise CheckpointError(
                 f"{path} is no whole .npz of images: {error or type(error).__name__}"
             ) from error
+        if marked:
+            with open_npz(path) as arrays:
+                numbers = arrays[NOT_FINITE].tolist()
+            raise CheckpointError(
+                f"{path} has images that are marked as not finite, which would be scored as if "
+                f"the model had made them: {', '.join(map(str, numbers[:8]))}"
+                f"{' ...' if len(numbers) > 8 else ''}"
+            )
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """Images first .. first + count - 1 of an uncompressed array, read from the file."""

@@ -19,6 +19,7 @@ from ..checks import finite, natural, positive
 from ..data.latents import digits
 from ..models.flow_model import FlowModel
 from ..models.load import load, model_digests
+from ..models.not_finite import listed, not_finite_rows
 from ..runtime import rng
 from ..sampling.sampler import sample
 from ..solver.plan import Plan
@@ -239,8 +240,7 @@ def _measure(
             latents, milliseconds = _timed_run(
                 model, plan, noise, labels, settings, bar, cost(plan)
             )
-            if not latents.isfinite().all():
-                raise ValueError(f"plans: {plan} gives NaN or infinity, so it can't be measured")
+            _check_finite("plans", plan, latents)
             row = {
                 "plan": str(plan),
                 "family": family(plan),
@@ -257,6 +257,14 @@ def _measure(
             }
             results["rows"].append(row)
             write_text(path, _json(results))
+
+
+def _check_finite(name: str, plan: Plan, latents: Tensor) -> None:
+    if broken := not_finite_rows(latents):
+        raise ValueError(
+            f"{name}: {plan} gives NaN or infinity, so it can't be measured: of "
+            f"{len(latents)} images these: {listed(broken)}"
+        )
 
 
 def _json(results: Mapping[str, Any]) -> str:
@@ -326,5 +334,6 @@ def _fine_solution(
         batch_size=settings.batch_size,
         callback=advance,
     ).cpu()
+    _check_finite("reference_plan", plan, fine)
     save_tensors(path, {"latents": fine}, identity)
     return fine

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..checks import finite, natural, positive
 from ..models.flow_model import FlowModel
 from ..models.load import load
+from ..models.not_finite import NotFiniteError, listed, not_finite_rows
 from ..runtime import rng
 from ..runtime.streams import interactive
 from ..sampling.sampler import sample
@@ -112,6 +113,11 @@ def velocity_curve(
         noise = rng.noise(model.latent_shape, seed, numbers)
         labels = torch.tensor(numbers) % model.num_classes
         v = trajectory_velocities(model, plan, labels, noise, guidance).flatten(2).double().cpu()
+        if broken := not_finite_rows(v.transpose(0, 1)):
+            raise NotFiniteError(
+                f"the model's velocity is not finite for images (seed {seed}) "
+                f"{listed([numbers[i] for i in broken])}"
+            )
         sizes = v.norm(dim=2)
         if not sizes.all():
             raise ValueError("the model has a velocity of zero: is it trained?")

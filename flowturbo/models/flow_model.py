@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from flowturbo_kernels import use_backend
 
 from ..runtime.cuda_graphs import Captures
+from .not_finite import Dtypes, checked, split_faults
 from .sit import SiT
-from .vae import VAE
+from .vae import VAE, decode_noting
 
 
 class Network(Protocol):
@@ -100,14 +101,26 @@ class FlowModel:
         """Latents (N, C, H, W) -> images (N, height, width, 3), uint8, on the model's device; or
         (N, C, T, H, W) -> videos (N, frames, height, width, 3).
 
-        Raises ValueError if the model has no vae.
+        Raises ValueError if the model has no vae, and NotFiniteError, a FloatingPointError, which
+        names the images, for latents or pixels with NaN or infinity; in a capture of one's own
+        that can't be read.
         """
+        images, faults = split_faults(self.decode_noting(latents))
+        return checked(faults, images.contiguous(), self.dtypes)
+
+    @property
+    def dtypes(self) -> Dtypes:
+        """Of the networks and of the autoencoder, if it has one."""
+        return self.dtype, getattr(self.vae, "dtype", None)
+
+    def decode_noting(self, latents: Tensor) -> Tensor:
+        """`decode` without waiting for the device -> images with faults, see with_faults."""
         if self.vae is None:
             raise ValueError(
                 "decode needs a vae: give one to load, such as vae='stabilityai/sd-vae-ft-ema'"
             )
         with use_backend(self.backend):
-            return self.vae.decode(latents.to(self.device))
+            return decode_noting(self.vae, latents.to(self.device))
 
 
 class ReversedTime(nn.Module):

@@ -5,15 +5,16 @@ Each scales and decodes as its pipeline does.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .vae import DECODE_BYTES, in_slices, to_float, to_uint8
+from .not_finite import PIXELS, finite_rows, with_faults
+from .vae import DECODE_BYTES, Decoder, in_slices, to_float, to_uint8
 
 
-class VideoVAE:
+class VideoVAE(Decoder):
     """AutoencoderKLQwenImage, which reads images as videos of one frame, and AutoencoderKLWan.
 
     Latents z become (z - shift) / scale, with latents_mean and latents_std. Those of images are
@@ -32,18 +33,23 @@ class VideoVAE:
             config.get("scale_factor_spatial") or patch * 2 ** (len(config.dim_mult) - 1)
         )
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (N, height, width, 3), or videos (N, frames, height, width, 3), uint8."""
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(torch.dtype, self.network.dtype)
+
+    def decode_noting(self, latents: Tensor) -> Tensor:
+        """Of images (N, height, width, 3), or of videos (N, frames, height, width, 3), uint8."""
         _check(latents, self.channels, 5 if self.video else 4)
         z = latents.to(self.network.device, self.network.dtype)
         z = z if self.video else z.unsqueeze(2)
         mean, std = self._statistics(z)
         size = 3 * self.factor**2 * 64 * z[0, 0].numel() * z.itemsize * self.frames_per_latent
-        frames = in_slices(self._frames, z * std + mean, max(1, DECODE_BYTES // size))
-        return frames if self.video else frames[:, 0]
+        return in_slices(self._frames, z * std + mean, max(1, DECODE_BYTES // size))
 
     def _frames(self, z: Tensor) -> Tensor:
-        return to_uint8(self.network.decode(z).sample).permute(0, 2, 3, 4, 1)
+        pixels = self.network.decode(z).sample
+        frames = to_uint8(pixels).permute(0, 2, 3, 4, 1)
+        return with_faults(frames if self.video else frames[:, 0], finite_rows(pixels), PIXELS)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of images (N, height, width, 3), or of videos (N, frames, height, width, 3), uint8."""
@@ -66,7 +72,7 @@ class VideoVAE:
         return parts[0], parts[1]
 
 
-class Flux2VAE:
+class Flux2VAE(Decoder):
     """AutoencoderKLFlux2: its latents in patches of 2 x 2, normalised by its batch norm's figures.
 
     They are (N, 4 C, H/2, W/2) for latents (N, C, H, W) of the network itself.
@@ -77,7 +83,11 @@ class Flux2VAE:
         self.channels = 4 * int(network.config.latent_channels)
         self.factor = 2 ** len(network.config.block_out_channels)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(torch.dtype, self.network.dtype)
+
+    def decode_noting(self, latents: Tensor) -> Tensor:
         _check(latents, self.channels, 4)
         mean, std = self._statistics()
         z = latents.to(self.network.device).float() * std + mean
@@ -87,7 +97,8 @@ class Flux2VAE:
         return in_slices(self._images, z, max(1, DECODE_BYTES // size))
 
     def _images(self, z: Tensor) -> Tensor:
-        return to_uint8(self.network.decode(z).sample).permute(0, 2, 3, 1)
+        pixels = self.network.decode(z).sample
+        return with_faults(to_uint8(pixels).permute(0, 2, 3, 1), finite_rows(pixels), PIXELS)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         mean, std = self._statistics()

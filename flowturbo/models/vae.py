@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from ..storage.files import CheckpointError, user_path
 from .convolution_search import convolution_search
 from .diffusers_io import ask_hub, is_path, read_pretrained
 from .finite_weights import check_finite
+from .not_finite import LATENTS, PIXELS, checked, finite_rows, split_faults, with_faults
 from .vae_fusion import fuse
 
 SD_LATENT_SCALE = 0.18215
@@ -51,20 +53,56 @@ class VAE(Protocol):
         ...
 
 
-class Pixels:
+class Decoder(ABC):
+    """An autoencoder that notes which of its images are not finite."""
+
+    @abstractmethod
+    def decode_noting(self, latents: Tensor) -> Tensor:
+        """`decode`, with faults as `with_faults` adds them, and without waiting for the device."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """In which it computes."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (N, C, H, W) -> images (N, height, width, 3), uint8; NotFiniteError for NaN."""
+        images, faults = split_faults(self.decode_noting(latents))
+        return checked(faults, images.contiguous(), (self.dtype, self.dtype))
+
+
+def decode_noting(vae: VAE, latents: Tensor) -> Tensor:
+    """Decode by any autoencoder -> images with faults, a tensor of its own.
+
+    Of one that is not ours, only the latents can be checked.
+    """
+    # Somebody's own decode, of a subclass or set on this object, is called.
+    ours = isinstance(vae, Decoder) and getattr(vae.decode, "__func__", None) is Decoder.decode
+    if not ours:
+        return with_faults(vae.decode(latents), finite_rows(latents), LATENTS)
+    packed = cast(Decoder, vae).decode_noting(latents)
+    fault = packed[:, -1]
+    broken = ~finite_rows(latents).to(packed.device)
+    fault.masked_fill_(broken.view(-1, *[1] * (fault.ndim - 1)), LATENTS)
+    return packed
+
+
+class Pixels(Decoder):
     """Grey images as their own latents: one channel, from -1 for black to 1 for white."""
 
     channels = 1
     scale, shift, factor = 1.0, 0.0, 1
+    dtype = torch.float32
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return to_uint8(latents).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+    def decode_noting(self, latents: Tensor) -> Tensor:
+        images = to_uint8(latents).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+        return with_faults(images, finite_rows(latents), LATENTS)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         return to_float(images).mean(dim=1, keepdim=True), None
 
 
-class DiffusersVAE:
+class DiffusersVAE(Decoder):
     """An AutoencoderKL or AutoencoderTiny of diffusers.
 
     Its latents z become (z - shift) * scale, with the factors of its configuration: 0 and 0.18215
@@ -84,7 +122,11 @@ class DiffusersVAE:
         self.channels = int(config.latent_channels)
         self.factor = 2 ** (len(config.block_out_channels) - 1)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(torch.dtype, self.network.dtype)
+
+    def decode_noting(self, latents: Tensor) -> Tensor:
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise ValueError(
                 f"latents must have shape (N, {self.channels}, H, W) for this vae, got "
@@ -99,7 +141,8 @@ class DiffusersVAE:
     def _images(self, z: Tensor) -> Tensor:
         with convolution_search(self.network, z):
             images = self.network.decode(z).sample
-        return image_bytes(images if images.dtype.itemsize <= 4 else images.float())
+        pixels = image_bytes(images if images.dtype.itemsize <= 4 else images.float())
+        return with_faults(pixels, finite_rows(images), PIXELS)
 
     def _decode_bytes(self, height: int, width: int) -> int:
         """About the bytes that decoding one image takes.

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..checks import positive
 from ..models.flow_model import FlowModel
+from ..models.not_finite import Name, checked
 from ..solver.plan import Plan
 from .run import Callback, Job, StepMonitor
 
@@ -70,7 +71,7 @@ def run_batches(batches: Batches, N: int, plan: Plan, batch_size: int | None, wa
 
 
 def in_batches(
-    batches: Batches,
+    batches: ModelBatches,
     N: int,
     plan: Plan,
     batch_size: int | None,
@@ -78,16 +79,19 @@ def in_batches(
     callback: Callback | None,
 ) -> Tensor:
     """Run N images in batches -> (N, ...), or fewer if the callback ended it."""
-    return torch.cat(run_batches(batches, N, plan, batch_size, Watch(progress, callback)).parts)
+    done = run_batches(batches, N, plan, batch_size, Watch(progress, callback))
+    return batches.checked(torch.cat(done.parts))
 
 
 class ModelBatches:
-    """Batches of a FlowModel. inputs: those of its job, for all images."""
+    """Batches of a FlowModel. inputs: those of its job, for all images; names: of these."""
 
     def __init__(
-        self, model: FlowModel, job: Job, inputs: dict[str, Tensor], guidance: float
+        self, model: FlowModel, job: Job, inputs: dict[str, Tensor], guidance: float, names: Name
     ) -> None:
         self.model, self.job, self.inputs, self.guidance = model, job, inputs, guidance
+        self.names = names
+        self._faults: list[Tensor] = []
         count = len(inputs["noise"])
         self.size = model.captures.size_for(job.taking(inputs), count) or count
 
@@ -97,4 +101,13 @@ class ModelBatches:
     def run_from(self, start: Tensor, rows: Tensor, monitor: StepMonitor) -> Tensor:
         """`run` from other latents than the noise, (len(rows), C, H, W)."""
         inputs = {name: value[rows] for name, value in self.inputs.items() if name != "noise"}
-        return self.job.run(self.model, {"noise": start, **inputs}, self.guidance, monitor)
+        out = self.job.run(self.model, {"noise": start, **inputs}, self.guidance, monitor)
+        if monitor.faults is not None:
+            self._faults.append(monitor.faults[: monitor.count])
+        return out
+
+    def checked(self, result: Tensor) -> Tensor:
+        """The result of all batches, if its images are finite. This reads from the device, once."""
+        if not self._faults:
+            return result
+        return checked(torch.cat(self._faults), result, self.model.dtypes, self.names)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..checks import finite
 from ..models.flow_model import FlowModel
+from ..models.not_finite import NotFiniteError, listed, not_finite_rows
 from ..solver.plan import Plan, as_plan
 from ..storage.pixels import kind_of, refuse_pixels, tensor_of, to_bytes, to_mask
 from .batches import ModelBatches, in_batches
-from .inputs import inputs_of
+from .inputs import drawn_seed, image_names, inputs_of
 from .run import Callback, Job
 
 Images = np.ndarray | Tensor
@@ -54,12 +55,12 @@ def edit(
     device.
     Raises ValueError or TypeError, naming the argument, for input that does not fit.
     """
-    remaining = _plan_from_strength(model, plan, strength)
+    remaining, seed = _plan_from_strength(model, plan, strength), drawn_seed(seed, noise)
     inputs, job = edit_job(
         model, remaining, images, labels, guidance, guidance_channels, noise, seed, output, negative
     )
     return in_batches(
-        ModelBatches(model, job, inputs, guidance),
+        ModelBatches(model, job, inputs, guidance, image_names(labels, seed, noise, inputs)),
         len(inputs["noise"]),
         remaining,
         batch_size,
@@ -100,7 +101,7 @@ def inpaint(
     and errors are otherwise those of `edit`. ValueError also for a mask of another size, and for an
     empty one.
     """
-    remaining = _plan_from_strength(model, plan, strength)
+    remaining, seed = _plan_from_strength(model, plan, strength), drawn_seed(seed, noise)
     inputs, job = edit_job(
         model, remaining, images, labels, guidance, guidance_channels, noise, seed, output, negative
     )
@@ -110,7 +111,12 @@ def inpaint(
     masked = _mask(mask, N, size).to(model.device)
     inputs["mask"] = F.max_pool2d(masked[:, None].float(), (size[0] // H, size[1] // W)) > 0
     generated = in_batches(
-        ModelBatches(model, job, inputs, guidance), N, remaining, batch_size, progress, callback
+        ModelBatches(model, job, inputs, guidance, image_names(labels, seed, noise, inputs)),
+        N,
+        remaining,
+        batch_size,
+        progress,
+        callback,
     )
     if output == "latents" or pixels.is_floating_point():
         return generated
@@ -175,7 +181,13 @@ def _source(model: FlowModel, images: Images) -> Tensor:
     if given.is_floating_point():
         return given.to(model.device, torch.float32)
     assert model.vae is not None
-    return model.vae.encode(given.to(model.device))[0].to(model.device, torch.float32)
+    encoded = model.vae.encode(given.to(model.device))[0].to(model.device, torch.float32)
+    if broken := not_finite_rows(encoded):
+        raise NotFiniteError(
+            f"images {listed(broken)} have latents with NaN or infinity: the vae "
+            "overflows, as some do in float16, or has weights that are not finite"
+        )
+    return encoded
 
 
 def _pixels_or_latents(model: FlowModel, images: Images) -> Tensor:

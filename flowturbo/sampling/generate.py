@@ -7,9 +7,11 @@ verifies it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ..checks import natural, positive
 from ..models.flow_model import FlowModel
+from ..models.not_finite import NotFiniteError, image_name, listed
 from ..models.sit import SiT
 from ..models.text_to_image import PromptModel, PromptNetwork, config_of
 from ..runtime import rng
@@ -47,6 +50,9 @@ from .sampler import sample
 from .stages import Leg, leg_job, model_legs
 
 LabelRule = Literal["cycle", "random"]
+NotFinite = Literal["stop", "mark"]
+MARK = (255, 0, 255)
+"""The colour of an image that is not finite, which nobody takes for a result."""
 BATCH_SIZE, SHARD_SIZE = 64, 256
 
 
@@ -83,6 +89,7 @@ def generate(
     enlarge: Literal["latents", "pixels"] = "latents",
     about: Mapping[str, Any] | None = None,
     progress: bool = False,
+    not_finite: NotFinite = "stop",
 ) -> dict[str, Any]:
     """Generate the missing shards of a set, then write its manifest, which is returned.
 
@@ -99,6 +106,9 @@ def generate(
     enlarge: where a plan with stages enlarges images.
     about: notes for the manifest only, such as file names. All other settings must be the same when
         a set is resumed.
+    not_finite: what to do about images with NaN or infinity. "stop": raise NotFiniteError, which
+        names them; earlier shards stay. "mark": make them magenta, warn, and list their numbers as
+        "not_finite" in shard and manifest; `flowturbo fid` refuses such a set.
     The other arguments are those of `sample`.
     Raises ValueError for a folder with other settings or one that another run writes to, and
     RuntimeError in the other processes if one ends early.
@@ -110,6 +120,8 @@ def generate(
         raise ValueError("model must make images: sets of videos are not supported")
     image_labels = _checked(labels, model)
     prompt_options = {} if negative is None else {"negative": _checked_negative(negative, model)}
+    if not_finite not in get_args(NotFinite):
+        raise ValueError(f"not_finite must be 'stop' or 'mark', got {not_finite!r}")
     size = BATCH_SIZE if batch_size is None else positive("batch_size", batch_size)
     shard_size = (
         -(-SHARD_SIZE // size) * size if shard_size is None else positive("shard_size", shard_size)
@@ -139,12 +151,9 @@ def generate(
         enlarge=enlarge,
         **prompt_options,
     )
-
-    def images_of(images: range) -> np.ndarray:
-        noise = rng.noise(model.latent_shape, seed, images)
-        batch_labels = image_labels[images.start : images.stop].tolist()
-        result = sample(model, plan, batch_labels, noise=noise, output="uint8", **options)
-        return result.cpu().numpy()
+    images_of = functools.partial(
+        _images_of, model, plan, image_labels, seed, options, not_finite == "mark"
+    )
 
     with Team() as team, _writing(out, team, shards, settings) as missing:
         if missing and model.device.type == "cuda":
@@ -152,17 +161,61 @@ def generate(
         hidden = None if progress and team.rank == 0 else True
         with tqdm(total=len(image_labels), disable=hidden, unit="image") as bar:
             for shard in missing[team.rank :: team.size]:
-                parts = []
                 if not bar.disable:  # others' shards, once a shard: their number grows with the set
                     bar.update(count_images(out, shards) - bar.n)
-                for first in shard.images[::size]:
-                    parts.append(images_of(range(first, min(first + size, shard.images.stop))))
-                    bar.update(len(parts[-1]))
+                pixels, marked = _images_of_shard(shard, size, images_of, bar)
                 shard_labels = image_labels[shard.images.start : shard.images.stop].tolist()
-                save_shard(out, shard, np.concatenate(parts), np.array(shard_labels), settings)
+                save_shard(out, shard, pixels, np.array(shard_labels), settings, marked)
             team.barrier()
             bar.update(len(image_labels) - bar.n)
-        return team.from_rank0(lambda: write_manifest(out, about))
+        manifest = team.from_rank0(lambda: write_manifest(out, about))
+    if not_finite == "stop" and (before := manifest.get("not_finite")):
+        raise ValueError(
+            f"out {out} holds images that an earlier run marked as not finite: {listed(before)}; "
+            "delete their shards, or give not_finite='mark'"
+        )
+    return manifest
+
+
+def _images_of_shard(
+    shard: Shard, size: int, images_of: Callable[[range], tuple[np.ndarray, list[int]]], bar: Any
+) -> tuple[np.ndarray, list[int]]:
+    """What images_of gives for all images of a shard, in batches of this size."""
+    parts, marked = [], []
+    for first in shard.images[::size]:
+        part, bad = images_of(range(first, min(first + size, shard.images.stop)))
+        parts.append(part)
+        marked += bad
+        bar.update(len(part))
+    return np.concatenate(parts), marked
+
+
+def _images_of(
+    model: FlowModel,
+    plan: Plan | StagedPlan,
+    labels: np.ndarray,
+    seed: int,
+    options: Mapping[str, Any],
+    mark: bool,
+    numbers: range,
+) -> tuple[np.ndarray, list[int]]:
+    """The images of these numbers, and the numbers of those that are not finite.
+
+    mark: whether these are made magenta; else they are an error.
+    """
+    noise = rng.noise(model.latent_shape, seed, numbers)
+    classes = labels[numbers.start : numbers.stop].tolist()
+    try:
+        images = sample(model, plan, classes, noise=noise, output="uint8", **options)
+        return images.cpu().numpy(), []
+    except NotFiniteError as error:
+        named = error.named(lambda i: image_name(numbers[i], classes[i], seed))
+        if not mark:
+            raise named from None
+    warnings.warn(f"{named}; they are marked", stacklevel=3)
+    pixels = named.images.cpu().numpy()
+    pixels[named.numbers] = MARK
+    return pixels, [numbers[i] for i in named.numbers]
 
 
 def _checked(labels: Sequence[int] | Sequence[str] | np.ndarray, model: FlowModel) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.flow_model import FlowModel
+from ..models.not_finite import Name, image_name
 from ..models.text_to_image import PromptModel
 from ..runtime import rng
 from ..storage.pixels import refuse_pixels, tensor_of
@@ -46,6 +48,32 @@ def inputs_of(
         }
     start = starting_noise(noise, seed, (max(rows, count), *model.latent_shape)).to(model.device)
     return {"noise": start, **conditions}
+
+
+def drawn_seed(seed: int | None, noise: Tensor | None) -> int | None:
+    """The seed, drawn here if neither seed nor noise is given: so that messages can name it."""
+    return secrets.randbits(63) if seed is None and noise is None else seed
+
+
+def image_names(
+    labels: Any, seed: int | None, noise: Tensor | None, inputs: Mapping[str, Tensor]
+) -> Name:
+    """Number -> "image 3 (label 7, seed 0)", for messages.
+
+    labels, seed, noise: the caller's. inputs: what `inputs_of` made of them.
+    """
+    texts = [labels] if isinstance(labels, str) else labels
+    prompts = (
+        texts if isinstance(texts, Sequence) and all(isinstance(x, str) for x in texts) else []
+    )
+
+    def name(i: int) -> str:
+        label = prompts[i % len(prompts)] if prompts else None
+        if "labels" in inputs:
+            label = int(inputs["labels"][i])
+        return image_name(i, label, seed if noise is None else None)
+
+    return name
 
 
 def _class_numbers(model: FlowModel, labels: Any, guidance: float, noise: Tensor | None) -> Tensor:
@@ -99,7 +127,7 @@ def starting_noise(noise: Tensor | None, seed: int | None, shape: tuple[int, ...
     """
     if noise is None:
         assert shape is not None
-        return rng.noise(shape[1:], secrets.randbits(63) if seed is None else seed, range(shape[0]))
+        return rng.noise(shape[1:], drawn_seed(seed, None) or 0, range(shape[0]))
     if not isinstance(noise, Tensor):
         raise TypeError(f"noise must be a tensor, got {type(noise).__name__}")
     if not noise.is_floating_point():

@@ -19,6 +19,7 @@ from flowturbo_kernels import requested_backend, use_backend
 from ..checks import finite, positive
 from ..models.flow_model import AdaptiveNetwork, FlowModel
 from ..models.normalised_vae import Flux2VAE, VideoVAE
+from ..models.not_finite import split_faults
 from ..models.text_to_image import PromptNetwork
 from ..models.vae import DiffusersVAE, Pixels
 from ..runtime.cuda_graphs import Key
@@ -58,6 +59,7 @@ class StepMonitor:
 
     first, count: the number of its first image, and how many images it has.
     before, after: the steps of the stages before and after the one that runs.
+    faults: of each image, see with_faults, once the run is done; None if it gives latents.
     """
 
     plan: Plan
@@ -68,6 +70,7 @@ class StepMonitor:
     before: int = 0
     after: int = 0
     stopped: bool = False
+    faults: Tensor | None = None
 
     def step(self, step: int, state: State, t: float) -> bool:
         """Report a finished step -> whether to continue.
@@ -233,12 +236,17 @@ class Job:
             start; and mask (N, 1, H, W) bool, True where the latents may change.
         """
         try:
-            return self._run(model, inputs, guidance, monitor)
+            out = self._run(model, inputs, guidance, monitor)
         except torch.OutOfMemoryError:
             if monitor.callback is not None or not model.captures.report():
                 raise
-        model.captures.clear()  # their memory may be enough
-        return self._run(model, inputs, guidance, monitor)
+            out = None
+        if out is None:
+            model.captures.clear()  # their memory may be enough
+            out = self._run(model, inputs, guidance, monitor)
+        if self.output == "uint8":
+            out, monitor.faults = split_faults(out)
+        return out
 
     def _run(
         self, model: FlowModel, inputs: Mapping[str, Tensor], guidance: float, monitor: StepMonitor
@@ -287,7 +295,7 @@ class Job:
         mask: Tensor | None = None,
         **conditions: Tensor,
     ) -> Tensor:
-        """`run`, always eager."""
+        """`run`, always eager; images come with their faults, see with_faults."""
         field = field_of(
             model, self.plan, conditions, guidance if self.guided else None, self.guidance_channels
         )
@@ -300,7 +308,7 @@ class Job:
             state = integrate(self.plan, field, x, monitor, None if mask is None else keep_source)
         if self.output == "stage" and not (monitor is not None and monitor.stopped):
             return both_ends(state, self.plan.end)
-        return model.decode(state.x) if self.output == "uint8" else state.x
+        return model.decode_noting(state.x) if self.output == "uint8" else state.x
 
     @staticmethod
     def _scales(model: FlowModel, count: int, guidance: float) -> Tensor:

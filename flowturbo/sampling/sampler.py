@@ -16,7 +16,7 @@ from ..solver.stages import StagedPlan, as_stages
 from .batches import ModelBatches, Watch
 from .enlarge import Enlarge, enlarger
 from .function_field import Convention, FunctionField, check_function
-from .inputs import inputs_of, starting_noise
+from .inputs import drawn_seed, image_names, inputs_of, starting_noise
 from .run import Callback, StepMonitor, both_ends, integrate
 from .stages import (
     Leg,
@@ -88,7 +88,10 @@ def sample(
 
     Returns latents (N, C, H, W), float32 (float64 for float64 noise), or images (N, height, width,
     3), uint8, on the model's device.
-    Raises ValueError or TypeError, naming the argument, for input that does not fit.
+    Raises ValueError or TypeError, naming the argument, for input that does not fit; with
+    output="uint8" NotFiniteError, a FloatingPointError, for latents or pixels with NaN or infinity,
+    which names the images and has all of them as `images`. In latents NaN can be seen, and reading
+    them would wait for the device: they are returned as they are.
     """
     plan = as_stages(plan, model.shift if isinstance(model, FlowModel) else 1.0)
     if isinstance(plan, Plan) and plan.start:
@@ -117,10 +120,11 @@ def sample(
         legs = model_legs(model, plan)
         jobs = [leg_job(model, leg, guidance, guidance_channels, output, dtype) for leg in legs]
         enlarging = enlarger(enlarge, model.vae, len(legs))
+        seed = drawn_seed(seed, noise)
         inputs = inputs_of(model, labels, guidance, noise, seed, negative)
-        start = inputs["noise"]
+        start, names = inputs["noise"], image_names(labels, seed, noise, inputs)
         runs = [
-            ModelBatches(at_size(model, leg.size), job, inputs, guidance)
+            ModelBatches(at_size(model, leg.size), job, inputs, guidance, names)
             for leg, job in zip(legs, jobs, strict=True)
         ]
     else:
@@ -134,7 +138,7 @@ def sample(
     result = sample_legs(legs, runs, start, enlarging, batch_size, watch)
     if isinstance(model, FlowModel) and output == "uint8" and result.is_floating_point():
         return model.decode(result)  # of a small stage, which the callback has ended
-    return result
+    return runs[-1].checked(result)
 
 
 class _FunctionBatches:
@@ -157,6 +161,9 @@ class _FunctionBatches:
         state = integrate(self.leg.plan, field, start, monitor)
         whole = self.leg.last or monitor.stopped
         return state.x if whole else both_ends(state, self.leg.plan.end)
+
+    def checked(self, result: Tensor) -> Tensor:
+        return result
 
     def _pick(self, value: Any, rows: Tensor) -> Any:
         if isinstance(value, Tensor) and value.ndim and len(value) == self.size:

@@ -44,6 +44,10 @@ class StageBatches(Protocol):
         """From latents (n, C, H, W) to `run.both_ends` of them, or to the result if it is last."""
         ...
 
+    def checked(self, result: Tensor) -> Tensor:
+        """The result of all runs, or an error for what is not finite in it."""
+        ...
+
 
 def model_legs(model: FlowModel, plan: Plan | StagedPlan) -> list[Leg]:
     """The stages of a plan for a model; a plan without stages is one.

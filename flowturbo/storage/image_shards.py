@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,9 @@ from .resume import check_same, difference, remove_partial_files
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+NOT_FINITE = "not_finite"
+"""Of a shard and of a manifest: the numbers of images whose latents or pixels held NaN or infinity.
+"""
 
 
 class Shard(NamedTuple):
@@ -71,15 +74,24 @@ def missing_shards(out: Path, shards: list[Shard], settings: Mapping[str, Any]) 
 
 
 def save_shard(
-    out: Path, shard: Shard, images: np.ndarray, labels: np.ndarray, settings: Mapping[str, Any]
+    out: Path,
+    shard: Shard,
+    images: np.ndarray,
+    labels: np.ndarray,
+    settings: Mapping[str, Any],
+    not_finite: Sequence[int] = (),
 ) -> None:
     """Write one shard.
 
     images: (N, height, width, 3) uint8.
     labels: (N,) int64, or texts.
     settings: everything that the images depend on.
+    not_finite: the numbers of images that could not be made. Only if there are any, the file has
+        an array of that name.
     """
     arrays = {"arr_0": images, "labels": labels, "indices": np.array(shard.images)}
+    if not_finite:
+        arrays[NOT_FINITE] = np.array(not_finite)
     save_arrays(
         out / shard.name, arrays, {"kind": "images", "format": FORMAT, "settings": dict(settings)}
     )
@@ -149,6 +161,9 @@ def join(out: str | os.PathLike[str], target: str | os.PathLike[str]) -> dict[st
                 labels.append(arrays["labels"])
         with archive.open("labels.npy", "w") as entry:
             np.lib.format.write_array(entry, np.concatenate(labels))
+        if marked := manifest.get(NOT_FINITE):
+            with archive.open(f"{NOT_FINITE}.npy", "w") as entry:
+                np.lib.format.write_array(entry, np.array(marked))
     return manifest
 
 
@@ -166,6 +181,7 @@ def _manifest_of(out: Path) -> dict[str, Any]:
     Raises CheckpointError unless they hold every image once, in order, with the same settings.
     """
     pixels, shards, num = hashlib.sha256(), [], 0
+    marked: list[int] = []
     settings: dict[str, Any] | None = None
     shape: tuple[int, ...] = ()
     for path in sorted(out.glob("images-*.npz")):
@@ -184,6 +200,7 @@ def _manifest_of(out: Path) -> dict[str, Any]:
         pixels.update(np.ascontiguousarray(images).data)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         shards.append({"name": path.name, "first": num, "count": len(images), "sha256": digest})
+        marked += arrays[NOT_FINITE].tolist() if NOT_FINITE in arrays else []
         num += len(images)
     if settings is None or num != settings["num"]:
         raise CheckpointError(
@@ -197,5 +214,6 @@ def _manifest_of(out: Path) -> dict[str, Any]:
         "last": num - 1,
         "images_sha256": pixels.hexdigest(),
         "settings": settings,
+        **({NOT_FINITE: marked} if marked else {}),
         "shards": shards,
     }

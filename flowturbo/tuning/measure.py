@@ -16,6 +16,7 @@ from ..evaluation.digit_classifier import read_images, train_classifier
 from ..evaluation.metrics import rms_distance
 from ..evaluation.statistics import without_blocks
 from ..models.flow_model import FlowModel
+from ..models.not_finite import listed, not_finite_rows
 from ..runtime import rng
 from ..sampling.sampler import sample
 from ..solver.plan import Plan, as_plan
@@ -123,6 +124,9 @@ class _TestImages:
             batches.append(latents.cpu())
             self.advance(len(part) * plan.cost.predictor)
         result = torch.cat(batches)
-        if not result.isfinite().all():
-            raise ValueError(f"plan {plan} gives NaN or infinity, so it can't be measured")
+        if broken := not_finite_rows(result):
+            raise ValueError(
+                f"plan {plan} gives NaN or infinity, so it can't be measured: of {len(result)} "
+                f"images these: {listed(broken)}"
+            )
         return result
