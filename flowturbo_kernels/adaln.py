@@ -154,7 +154,10 @@ def _adaln_cpu(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     if x[:1].numel() < _LARGE:
         return adaln_modulate.reference(x, shift, scale, eps)
     shift, scale = (modulation_rows(m, len(x)) for m in (shift, scale))
-    out, wide_x = torch.empty(x.shape, dtype=x.dtype), torch.empty(x[:1].shape)
+    out, wide_x = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty(x[:1].shape, dtype=torch.float32, device=x.device),
+    )
     for image, offset, gain, to in zip(*(t.split(1) for t in (x, shift, scale, out)), strict=True):
         to.copy_(_modulated(wide_x.copy_(image), offset, gain, eps))
     return out
@@ -220,8 +223,10 @@ def _residual_adaln_cpu(
     if x[:1].numel() < _LARGE:
         return gated_residual_adaln.reference(x, y, gate, shift, scale, eps)
     gate, shift, scale = (modulation_rows(m, len(x)) for m in (gate, shift, scale))
-    total, out = (torch.empty(x.shape, dtype=x.dtype) for _ in range(2))
-    wide_total, wide_y = (torch.empty(x[:1].shape) for _ in range(2))
+    total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    wide_total, wide_y = (
+        torch.empty(x[:1].shape, dtype=torch.float32, device=x.device) for _ in range(2)
+    )
     images = zip(*(t.split(1) for t in (x, y, gate, shift, scale, total, out)), strict=True)
     for image, branch, g, offset, gain, to_total, to in images:
         wide_total.copy_(image).add_(wide_y.copy_(branch).mul_(g.float()[:, None]))

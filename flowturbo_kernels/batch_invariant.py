@@ -87,8 +87,8 @@ def gelu_tanh_bfloat16(x: Tensor) -> Tensor:
         flat if x.dtype == torch.bfloat16 else torch.empty_like(flat, dtype=torch.bfloat16),
     )
     most = _padded_size(min(count, _PIECE * torch.get_num_threads()), _GRAIN, _VECTORS)
-    wide, inner = torch.zeros(most), torch.empty(most)
-    linear = torch.tensor(_LINEAR)
+    wide, inner = (torch.zeros(most, dtype=torch.float32, device="cpu") for _ in range(2))
+    linear = torch.tensor(_LINEAR, dtype=torch.float32, device="cpu")
     for start in range(0, count, max(1, most)):
         part = flat[start : start + most]
         size = min(most, _padded_size(len(part), _GRAIN, _VECTORS))

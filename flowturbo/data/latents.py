@@ -125,7 +125,9 @@ class ImageFolder:
         self.files = scan(folder)
         self.vae, self.image_size = vae, positive("image_size", image_size)
         with torch.no_grad():
-            blank, _ = vae.encode(torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8))
+            blank, _ = vae.encode(
+                torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8, device="cpu")
+            )
         self.shape = (blank.shape[1], blank.shape[2], blank.shape[3])
         self.num_classes = len(self.files.classes)
 

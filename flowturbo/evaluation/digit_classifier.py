@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import natural, positive
 from ..data.latents import Latents
+from ..runtime.modes import own_modes, without_autocast
 from .metrics import frechet_distance
 from .statistics import without_blocks
 
@@ -42,14 +43,16 @@ class DigitClassifier(nn.Module):
 
         Latents are clipped to [-1, 1], as decoding does.
         """
-        features = self.trunk(latents.detach().cpu().float().clamp(-1, 1))
-        return features, self.head(features).argmax(dim=1)
+        with without_autocast(torch.device("cpu")):
+            features = self.trunk(latents.detach().cpu().float().clamp(-1, 1))
+            return features, self.head(features).argmax(dim=1)
 
     def accuracy(self, data: Latents) -> float:
         """The share of images that are classified as their label."""
         return float((self.read(data.mean)[1] == data.labels).double().mean())
 
 
+@own_modes()
 def train_classifier(
     data: Latents, *, steps: int = 1000, batch_size: int = 64, lr: float = 3e-3, seed: int = 0
 ) -> DigitClassifier:
@@ -64,9 +67,9 @@ def train_classifier(
             f"data must be latents (1, 8, 8) of 10 classes, got {data.shape} of {data.num_classes}"
         )
     positive("steps", steps)
-    generator = torch.Generator().manual_seed(natural("seed", seed))
+    generator = torch.Generator("cpu").manual_seed(natural("seed", seed))
     with torch.device("meta"):  # torch's own initialisation would draw from the global generator
-        network = DigitClassifier()
+        network = DigitClassifier().float()
     network.to_empty(device="cpu")
     for parameter in network.parameters():
         if parameter.ndim > 1:
@@ -90,7 +93,7 @@ def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     """x (N, 1, 8, 8), the whole batch shifted by up to one pixel each way, plus noise."""
     right, down = torch.randint(0, 3, (2,), generator=generator).tolist()
     shifted = F.pad(x, (1, 1, 1, 1), value=-1.0)[:, :, down : down + 8, right : right + 8]
-    return shifted + 0.1 * torch.randn(x.shape, generator=generator)
+    return shifted + 0.1 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 def read_images(

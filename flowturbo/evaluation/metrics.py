@@ -87,7 +87,7 @@ class Gaussian(NamedTuple):
         if not features.isfinite().all():
             raise ValueError("features must be finite, got NaN or infinity in them")
         mean = features.mean(dim=0, dtype=torch.float64)
-        scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+        scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=mean.device)
         for rows in features.split(ROWS):
             centred = rows.double() - mean
             scatter.addmm_(centred.T, centred)

@@ -222,7 +222,7 @@ def _measure(
         "images": len(train),
     }
     noise = rng.noise(model.latent_shape, settings.seed, range(settings.images))
-    labels = torch.arange(settings.images) % 10
+    labels = torch.arange(settings.images, device="cpu") % 10
     refiner_cost = results["model"]["refiner_macs"] / results["model"]["predictor_macs"]
 
     def cost(plan: Plan) -> float:

@@ -33,7 +33,7 @@ def without_blocks(count: int) -> list[Tensor]:
 
     Blocks are runs of consecutive indices.
     """
-    blocks = torch.arange(count).tensor_split(BLOCKS)
+    blocks = torch.arange(count, device="cpu").tensor_split(BLOCKS)
     return [torch.cat([*blocks[:i], *blocks[i + 1 :]]) for i in range(BLOCKS)]
 
 

@@ -16,6 +16,7 @@ from ..models.flow_model import FlowModel
 from ..models.load import load
 from ..models.not_finite import NotFiniteError, listed, not_finite_rows
 from ..runtime import rng
+from ..runtime.modes import without_autocast
 from ..runtime.streams import interactive
 from ..sampling.sampler import sample
 from ..sampling.velocity_field import GuidedField
@@ -111,7 +112,7 @@ def velocity_curve(
     for first in tqdm(range(0, images, batch_size), disable=not progress, unit="batch"):
         numbers = range(first, min(first + batch_size, images))
         noise = rng.noise(model.latent_shape, seed, numbers)
-        labels = torch.tensor(numbers) % model.num_classes
+        labels = torch.tensor(numbers, device="cpu") % model.num_classes
         v = trajectory_velocities(model, plan, labels, noise, guidance).flatten(2).double().cpu()
         if broken := not_finite_rows(v.transpose(0, 1)):
             raise NotFiniteError(
@@ -166,7 +167,10 @@ def trajectory_velocities(
         calls.append(field.predict(x, float(t))[: len(x)])
         return calls[-1]
 
-    end = sample(velocity, plan, noise=noise.to(model.device))
-    # A Heun step's first call is at a state of the trajectory; its second is at the Euler
-    # prediction, which is not.
-    return torch.stack([*calls[::2], velocity(end, torch.ones(()))])
+    with without_autocast(model.device):
+        end = sample(velocity, plan, noise=noise.to(model.device))
+        # A Heun step's first call is at a state of the trajectory; its second is at the Euler
+        # prediction, which is not.
+        return torch.stack(
+            [*calls[::2], velocity(end, torch.ones((), dtype=torch.float32, device="cpu"))]
+        )

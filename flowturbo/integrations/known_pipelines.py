@@ -75,7 +75,7 @@ def _rehearse(name: str, stock: Any) -> None:
     try:
         dynamic = {"mu": 1.0} if stock.config.get("use_dynamic_shifting") else {}
         planned.set_timesteps(4, **dynamic)
-        x = torch.linspace(-1, 1, 8)[None]
+        x = torch.linspace(-1, 1, 8, dtype=torch.float32, device="cpu")[None]
         by_hand, sigmas = x.clone(), planned.sigmas.tolist()
         for i, t in enumerate(planned.timesteps):
             by_hand = by_hand + (sigmas[i + 1] - sigmas[i]) * torch.sin(3 * by_hand)

@@ -61,7 +61,7 @@ class Timesteps:
     def at(self, levels: Sequence[float], device: torch.device) -> Tensor:
         """The timesteps at these levels, (len(levels),)."""
         told = [self._known.get(level, self._between(level)) for level in levels]
-        wide = torch.tensor(told, dtype=torch.float64)
+        wide = torch.tensor(told, dtype=torch.float64, device="cpu")
         return wide.to(self.dtype).to(device)
 
     def _between(self, level: float) -> float:

@@ -160,7 +160,7 @@ class PlanSteps:
         times = [point.time for point in predictor_calls(self.plan.steps, self._times)]
         called = times if self._ascending else [1 - t for t in times]
         self.timesteps = timesteps.at(called, self.timesteps.device)
-        own = torch.tensor([*called, levels[-1]], dtype=torch.float32)
+        own = torch.tensor([*called, levels[-1]], dtype=torch.float32, device="cpu")
         self.sigmas = own.to(stock.device, copy=True)
         # On the host, so that no step waits for the device.
         self._own_sigmas = own.tolist(), self.sigmas, version_of(self.sigmas)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..runtime.modes import own_modes
 from ..storage.files import CheckpointError, save_tensors, write_text
 from .finite_weights import check_finite
 
@@ -35,6 +36,7 @@ def is_path(name: str | os.PathLike[str]) -> bool:
     return path.parent.exists()
 
 
+@own_modes()
 def read_pretrained(
     role: str, kinds: Mapping[str, Any], name: str | os.PathLike[str], source: str, **options: Any
 ) -> Any:

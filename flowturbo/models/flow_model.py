@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowturbo_kernels import use_backend
 
 from ..runtime.cuda_graphs import Captures
+from ..runtime.modes import without_autocast
 from .not_finite import Dtypes, checked, split_faults
 from .sit import SiT
 from .vae import VAE, decode_noting
@@ -119,7 +120,7 @@ class FlowModel:
             raise ValueError(
                 "decode needs a vae: give one to load, such as vae='stabilityai/sd-vae-ft-ema'"
             )
-        with use_backend(self.backend):
+        with use_backend(self.backend), without_autocast(self.device):
             return decode_noting(self.vae, latents.to(self.device))
 
 

@@ -193,10 +193,14 @@ def _sample(
     config: SiTConfig, like: Tensor, velocity: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> None:
     """Evaluate the velocity on images on their way from noise, and on noise, at the same times."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     shape = IMAGES, config.channels, config.side, config.side
-    noise = torch.randn(shape, generator=generator).to(like.device, like.dtype)
-    labels = torch.randint(config.label_rows, (IMAGES,), generator=generator).to(like.device)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(
+        like.device, like.dtype
+    )
+    labels = torch.randint(config.label_rows, (IMAGES,), generator=generator, device="cpu").to(
+        like.device
+    )
     x = noise
     with use_backend("reference"):  # no kernel is chosen for these few calls
         for i in range(TIMES):

@@ -157,7 +157,7 @@ def with_lengths(embeds: Sequence[Tensor], prefix: str = "") -> dict[str, Tensor
     longest = max(map(len, embeds))
     return {
         f"{prefix}embeds": torch.cat([padded(e[None], longest) for e in embeds]),
-        f"{prefix}lengths": torch.tensor([len(e) for e in embeds]),
+        f"{prefix}lengths": torch.tensor([len(e) for e in embeds], device="cpu"),
     }
 
 

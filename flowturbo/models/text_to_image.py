@@ -169,7 +169,7 @@ class PromptModel(FlowModel):
 def _lengths(given: Tensor | None, name: str, embeds: Tensor) -> Tensor:
     """Tokens of each prompt, (N,) int64 on the CPU, where shapes must be known; all by default."""
     if given is None:
-        return torch.full((len(embeds),), embeds.shape[1])
+        return torch.full((len(embeds),), embeds.shape[1], device="cpu")
     lengths = given.to("cpu", torch.int64)
     if lengths.ndim != 1 or (lengths < 1).any() or (lengths > embeds.shape[1]).any():
         raise ValueError(

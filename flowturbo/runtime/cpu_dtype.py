@@ -70,7 +70,9 @@ def product_ratio(limit: float = 0.3) -> float:
     `limit` seconds: 512 rows of 768 features times a square weight.
     """
     operands = {
-        dtype: [torch.ones(size, dtype=dtype) for size in ((512, 768), (768, 768), (768,))]
+        dtype: [
+            torch.ones(size, dtype=dtype, device="cpu") for size in ((512, 768), (768, 768), (768,))
+        ]
         for dtype in (torch.float32, torch.bfloat16)
     }
     fastest = dict.fromkeys(operands, float("inf"))

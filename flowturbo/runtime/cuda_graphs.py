@@ -73,7 +73,7 @@ class Capture:
 
     def give_up(self) -> None:
         """Release the graph and its tensors."""
-        self.inputs, self.result = {}, torch.empty(0)
+        self.inputs, self.result = {}, torch.empty(0, dtype=torch.float32, device="cpu")
         self.replay, self.watched = _given_up, Fingerprint()
 
 

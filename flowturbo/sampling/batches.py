@@ -59,7 +59,7 @@ def run_batches(batches: Batches, N: int, plan: Plan, batch_size: int | None, wa
     ) as bar:
         for first in range(0, N, size):
             # The last batch is padded with its last image.
-            rows = torch.arange(first, first + size).clamp(max=N - 1)
+            rows = torch.arange(first, first + size, device="cpu").clamp(max=N - 1)
             count = min(size, N - first)
             monitor = StepMonitor(
                 plan, first, count, bar, watch.callback, watch.before, watch.after

@@ -57,7 +57,7 @@ def compile(
     work = list(itertools.product(jobs, [positive("batch_sizes", size) for size in sizes]))
     captures = []
     for job, size in tqdm(work, disable=not progress, unit="capture", leave=False):
-        noise = torch.zeros(size, *job.latent_shape)
+        noise = torch.zeros(size, *job.latent_shape, dtype=torch.float32, device="cpu")
         sized = at_size(model, job.latent_shape[1:])
         inputs = inputs_of(
             sized,

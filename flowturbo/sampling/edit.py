@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checks import finite
 from ..models.flow_model import FlowModel
 from ..models.not_finite import NotFiniteError, listed, not_finite_rows
+from ..runtime.modes import without_autocast
 from ..solver.plan import Plan, as_plan
 from ..storage.pixels import kind_of, refuse_pixels, tensor_of, to_bytes, to_mask
 from .batches import ModelBatches, in_batches
@@ -181,7 +182,8 @@ def _source(model: FlowModel, images: Images) -> Tensor:
     if given.is_floating_point():
         return given.to(model.device, torch.float32)
     assert model.vae is not None
-    encoded = model.vae.encode(given.to(model.device))[0].to(model.device, torch.float32)
+    with without_autocast(model.device):
+        encoded = model.vae.encode(given.to(model.device))[0].to(model.device, torch.float32)
     if broken := not_finite_rows(encoded):
         raise NotFiniteError(
             f"images {listed(broken)} have latents with NaN or infinity: the vae "

@@ -169,12 +169,17 @@ def generate(
             team.barrier()
             bar.update(len(image_labels) - bar.n)
         manifest = team.from_rank0(lambda: write_manifest(out, about))
-    if not_finite == "stop" and (before := manifest.get("not_finite")):
+    if not_finite == "stop":
+        _refuse_marked(out, manifest)
+    return manifest
+
+
+def _refuse_marked(out: Path, manifest: Mapping[str, Any]) -> None:
+    if before := manifest.get("not_finite"):
         raise ValueError(
             f"out {out} holds images that an earlier run marked as not finite: {listed(before)}; "
             "delete their shards, or give not_finite='mark'"
         )
-    return manifest
 
 
 def _images_of_shard(

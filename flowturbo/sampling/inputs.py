@@ -85,7 +85,7 @@ def _class_numbers(model: FlowModel, labels: Any, guidance: float, noise: Tensor
             raise ValueError(f"guidance={guidance} needs labels")
         if model.null_class is None:
             raise ValueError("labels are needed: the model has no null class")
-        return torch.full((len(noise),), model.null_class)
+        return torch.full((len(noise),), model.null_class, device="cpu")
     return _labels(labels, model.num_classes)
 
 
@@ -98,7 +98,13 @@ def _labels(labels: Any, num_classes: int) -> Tensor:
         scalars = labels if isinstance(labels, list | tuple) else [labels]
         numpys = any(isinstance(label, np.generic) for label in scalars)
         arrays = isinstance(labels, np.ndarray | Tensor)
-        given = labels if arrays else np.asarray(labels) if numpys else torch.as_tensor(labels)
+        given = (
+            labels
+            if arrays
+            else np.asarray(labels)
+            if numpys
+            else torch.as_tensor(labels, device="cpu")
+        )
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"labels must be a class number or a list of them, got {labels!r}"

@@ -23,6 +23,7 @@ from ..models.not_finite import split_faults
 from ..models.text_to_image import PromptNetwork
 from ..models.vae import DiffusersVAE, Pixels
 from ..runtime.cuda_graphs import Key
+from ..runtime.modes import without_autocast
 from ..solver.path import denoised, noise_estimate, on_path
 from ..solver.plan import Plan
 from ..solver.steps import Field, State
@@ -304,7 +305,7 @@ class Job:
             return torch.where(cast(Tensor, mask), x, on_path(cast(Tensor, source), noise, t))
 
         x = noise if source is None else on_path(source, noise, self.plan.start)
-        with use_backend(model.backend):
+        with use_backend(model.backend), without_autocast(model.device):
             state = integrate(self.plan, field, x, monitor, None if mask is None else keep_source)
         if self.output == "stage" and not (monitor is not None and monitor.stopped):
             return both_ends(state, self.plan.end)

@@ -20,6 +20,7 @@ from ..models.sit import SIT_CONFIGS, SiT, SiTConfig
 from ..models.text_to_image import Conditions, PromptNetwork, refiner_for
 from ..models.vae import load_vae
 from ..runtime.distributed import workers
+from ..runtime.modes import own_modes
 from ..runtime.rng import stream
 from .objectives import FlowMatching, Refinement
 from .trainer import Objective, Settings, Weights, provenance, run_training
@@ -111,6 +112,7 @@ class Distill(Settings):
             )
 
 
+@own_modes()
 def train(settings: Train) -> Path:
     """Train a predictor; returns the path of its EMA weights.
 
@@ -120,11 +122,12 @@ def train(settings: Train) -> Path:
     with workers(settings.device) as device:
         data = _data(settings, device)
         config = settings.config(data)
-        network = SiT(config).reset_parameters(_seeded(settings.seed))
+        network = SiT(config).float().reset_parameters(_seeded(settings.seed))
         objective = FlowMatching(config.num_classes, settings.label_drop)
         return run_training(network, objective, data, settings, device, _SIT)
 
 
+@own_modes()
 def distill(settings: Distill) -> Path:
     """Train a refiner for a frozen predictor; returns the path of its EMA weights.
 
@@ -163,7 +166,7 @@ def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
             f"{settings.label_drop} and {settings.guidance}"
         )
     config = _teacher_config(teacher.predictor).refiner(settings.depth)
-    network = SiT(config).reset_parameters(_seeded(settings.seed))
+    network = SiT(config).float().reset_parameters(_seeded(settings.seed))
     return (
         network,
         # Without a null class no label is dropped, and the number not used.
@@ -239,7 +242,7 @@ _PROMPTED = Weights(WEIGHTS, _save_prompted)
 
 def _seeded(seed: int) -> torch.Generator:
     """The generator of initial weights, on a lane of its own: step draws never share its stream."""
-    return torch.Generator().manual_seed(int(stream(seed, 0, lane=2**61).integers(2**62)))
+    return torch.Generator("cpu").manual_seed(int(stream(seed, 0, lane=2**61).integers(2**62)))
 
 
 def _teacher_config(predictor: Any) -> SiTConfig:

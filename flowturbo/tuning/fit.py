@@ -155,8 +155,8 @@ def _normal_equations(
     """
     count = len(plan) - 1 + sum(map(len, plan.weights))
     curvature, slope = (
-        torch.zeros(count, count, dtype=torch.float64),
-        torch.zeros(count, dtype=torch.float64),
+        torch.zeros(count, count, dtype=torch.float64, device="cpu"),
+        torch.zeros(count, dtype=torch.float64, device="cpu"),
     )
     for batch in batches:
         states = _states(plan, batch)

@@ -72,7 +72,7 @@ class _TestImages:
         self, settings: Tune, model: FlowModel, fitting: FlowModel, advance: Advance
     ) -> None:
         self.settings, self.model, self.fitting, self.advance = settings, model, fitting, advance
-        self.labels = torch.arange(settings.images) % model.num_classes
+        self.labels = torch.arange(settings.images, device="cpu") % model.num_classes
         self.noise = rng.noise(model.latent_shape, settings.seed, range(settings.images))
         trained_classes = model.num_classes - settings.held_class_count(model.num_classes)
         self.held = self.labels >= trained_classes
@@ -112,7 +112,7 @@ class _TestImages:
     def _latents(self, model: FlowModel, plan: Plan) -> Tensor:
         """Latents (N, C, H, W) by a plan, on the CPU."""
         batches, batch_size = [], self.settings.batch_size
-        for part in torch.arange(len(self.noise)).split(batch_size):
+        for part in torch.arange(len(self.noise), device="cpu").split(batch_size):
             latents = sample(
                 model,
                 plan,

@@ -186,7 +186,7 @@ def calibration_batches(settings: Tune, model: FlowModel, advance: Advance) -> l
     """
     count = settings.calibration_images
     noise = rng.noise(model.latent_shape, settings.seed, range(CALIBRATION, CALIBRATION + count))
-    indices = torch.arange(count)
+    indices = torch.arange(count, device="cpu")
     labels = indices % (model.num_classes - settings.held_class_count(model.num_classes))
     parts = indices.split(settings.batch_size)
     return [_batch(settings, model, noise[part], labels[part], advance) for part in parts]
