@@ -70,7 +70,7 @@ def ones(count: int, device: torch.device) -> Tensor:
     size = next_power_of_2(max(count, 1))
     kept = _ones.get((device, size))
     if kept is None:
-        kept = torch.ones(size, device=device)
+        kept = torch.ones(size, dtype=torch.float32, device=device)
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 return kept[:count]

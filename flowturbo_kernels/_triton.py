@@ -144,7 +144,7 @@ def _problem(device: torch.device) -> str | None:
         return "the GPU is older than sm_80"
     try:
         with torch.cuda.device(device if device.type == "cuda" else -1):
-            probe = torch.zeros(1, device=device)
+            probe = torch.zeros(1, dtype=torch.float32, device=device)
             _one.launch((1,), probe)
             return None if float(probe) == 1 else "its smallest kernel gave a wrong result"
     except Exception as error:  # whatever a compiler, a linker or a driver may raise

@@ -37,7 +37,11 @@ def report() -> str:
 def _backend(name: str) -> str:
     """The backend of an operation on this machine, and why those before it are not used."""
     device = _device()
-    args = next(iter(OPS[name].example(lambda *shape: torch.zeros(shape, device=device))))
+    args = next(
+        iter(
+            OPS[name].example(lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device))
+        )
+    )
     try:
         backend, refusals = OPS[name].why(*args)
     except BackendError as error:

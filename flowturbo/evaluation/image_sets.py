@@ -338,7 +338,9 @@ def _no_covariance(matrix: Tensor) -> str:
     asymmetry = float((matrix - matrix.T).abs().max())
     if asymmetry > rounding:
         return f"is not symmetric: entries differ from their mirrors by up to {asymmetry:.3g}"
-    shifted = (matrix + matrix.T) / 2 + rounding * torch.eye(len(matrix), dtype=matrix.dtype)
+    shifted = (matrix + matrix.T) / 2 + rounding * torch.eye(
+        len(matrix), dtype=matrix.dtype, device=matrix.device
+    )
     if rounding and int(torch.linalg.cholesky_ex(shifted).info):
         least = float(torch.linalg.eigvalsh(matrix)[0])
         return f"has negative eigenvalues, down to {least:.3g}"

@@ -205,7 +205,7 @@ def measure(
     peak = torch.cuda.max_memory_reserved(model.device) if cuda else None
     decoding = 0.0
     if output == "uint8":
-        latents = torch.randn(batch, *model.latent_shape, device=model.device)
+        latents = torch.randn(batch, *model.latent_shape, device=model.device, dtype=torch.float32)
         model.decode(latents)
         decoding = statistics.median(
             seconds(lambda: model.decode(latents), model.device) for _ in range(repeats)

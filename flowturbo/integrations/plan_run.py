@@ -91,7 +91,7 @@ def predictor_calls(steps: Sequence[Step], times: Sequence[float]) -> list[Point
         def refine(self, x: Tensor, t: float, v: Tensor) -> Tensor:
             return v
 
-    state = State(torch.zeros(1, device="cpu"))
+    state = State(torch.zeros(1, dtype=torch.float32, device="cpu"))
     for number, step in enumerate(steps_on(steps, times)):
         state = step(CallRecorder(), state, times[number], times[number + 1])
     return points

@@ -132,7 +132,7 @@ class Fp8Linear(nn.Module):
         errors: list[str] = rest[-1]
         given = [name for name in STATIC if prefix + name in state]
         if given and self.input_scale is None:
-            self.set_input_scale(torch.ones(1, device=self.weight.device))
+            self.set_input_scale(torch.ones(1, dtype=torch.float32, device=self.weight.device))
         elif self.input_scale is not None and prefix + "weight" in state and not given:
             errors.append(
                 f"{prefix}input_scale is missing: this state is of a layer in fp8 that was not "

@@ -25,9 +25,9 @@ class Flux2(Kind):
 
     def call(self, module: Any, x: Tensor, noise_level: Tensor, c: Conditions) -> Tensor:
         _, _, H, W = x.shape
-        words = torch.zeros(c["embeds"].shape[1], 4, device=x.device)
+        words = torch.zeros(c["embeds"].shape[1], 4, dtype=torch.float32, device=x.device)
         words[:, 3] = torch.arange(len(words), device=x.device)
-        positions = torch.zeros(H, W, 4, device=x.device)
+        positions = torch.zeros(H, W, 4, dtype=torch.float32, device=x.device)
         positions[..., 1] = torch.arange(H, device=x.device)[:, None]
         positions[..., 2] = torch.arange(W, device=x.device)
         y = module(

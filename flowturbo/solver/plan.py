@@ -276,7 +276,7 @@ class Plan:
         So the calls of a plan, and whether it is valid, follow from the steps themselves.
         """
         recorder = _CallRecorder(self)
-        state = State(torch.zeros(1, device="cpu"))
+        state = State(torch.zeros(1, dtype=torch.float32, device="cpu"))
         for i, (step, t0, t1) in enumerate(self.schedule()):
             try:
                 state = step(recorder, state, t0, t1)

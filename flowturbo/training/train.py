@@ -122,7 +122,7 @@ def train(settings: Train) -> Path:
     with workers(settings.device) as device:
         data = _data(settings, device)
         config = settings.config(data)
-        network = SiT(config).float().reset_parameters(_seeded(settings.seed))
+        network = _untrained(config, settings.seed)
         objective = FlowMatching(config.num_classes, settings.label_drop)
         return run_training(network, objective, data, settings, device, _SIT)
 
@@ -166,7 +166,7 @@ def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
             f"{settings.label_drop} and {settings.guidance}"
         )
     config = _teacher_config(teacher.predictor).refiner(settings.depth)
-    network = SiT(config).float().reset_parameters(_seeded(settings.seed))
+    network = _untrained(config, settings.seed)
     return (
         network,
         # Without a null class no label is dropped, and the number not used.
@@ -238,6 +238,12 @@ def _save_prompted(settings: Settings, network: nn.Module, step: int) -> None:
 
 _SIT = Weights("model.safetensors", _save_sit)
 _PROMPTED = Weights(WEIGHTS, _save_prompted)
+
+
+def _untrained(config: SiTConfig, seed: int) -> SiT:
+    with torch.random.fork_rng(devices=[]):  # layers draw weights before these are set
+        network = SiT(config)
+    return network.float().reset_parameters(_seeded(seed))
 
 
 def _seeded(seed: int) -> torch.Generator:
