@@ -83,7 +83,9 @@ class StepMonitor:
             return True
         v = state.newest_velocity
         assert v is not None
-        x, preview = state.x[: self.count], denoised(state.x, v, t)[: self.count]
+        # A copy: whoever writes to it changes no image.
+        x = state.x[: self.count].clone()
+        preview = denoised(state.x, v, t)[: self.count]
         steps = self.before + len(self.plan) + self.after
         info = StepInfo(self.before + step, steps, t, self.first, x, preview)
         self.stopped = self.callback(info) is False

@@ -116,8 +116,12 @@ class GuidedField(Field):
         labels = self.both_labels if guided else self.labels
         rows = torch.cat([x, x]) if guided else x
         times = torch.full((len(rows),), t, dtype=wide, device=x.device)
+        given: tuple[Any, ...] = rows, labels, v
+        if not _is_ours(network):
+            given = tuple(g.clone() if isinstance(g, Tensor) else g for g in given)
+        rows, labels, v = given
         out = network(rows.to(dtype), times, labels, None if v is None else v.to(dtype))
-        return out.to(torch.promote_types(x.dtype, wide))
+        return _kept(network, out).to(torch.promote_types(x.dtype, wide))
 
 
 class HoistedField(GuidedField):
@@ -187,9 +191,11 @@ class HoistedField(GuidedField):
     def _run(self, network: Network, x: Tensor, t: float, v: Tensor | None) -> Tensor:
         assert isinstance(network, AdaptiveNetwork)
         modulations = self._modulations[id(network)].at(t, self._scale(t) is not None)
+        if not _is_ours(network):
+            x, v = x.clone(), None if v is None else v.clone()
         with skip_checks():  # `sample` has checked the shape of x
             out = network.evaluate(x, modulations, v)
-        return out.to(
+        return _kept(network, out).to(
             torch.promote_types(x.dtype, torch.promote_types(self.model.dtype, torch.float32))
         )
 
@@ -263,6 +269,19 @@ def field_of(
     networks = [model.predictor] + ([] if model.refiner is None else [model.refiner])
     hoisted = all(isinstance(network, AdaptiveNetwork) for network in networks)
     return (HoistedField if hoisted else GuidedField)(model, plan, labels, guidance, channels)
+
+
+def _is_ours(network: Network) -> bool:
+    """Whether a network is known to leave its inputs, and to return another tensor at every call.
+
+    Others may write to what they are given, or return one buffer at every call, as compiled ones
+    do that replay a CUDA graph. They get copies, and so do the steps, which keep velocities.
+    """
+    return type(network) in (SiT, ReversedTime) or isinstance(network, PromptNetwork)
+
+
+def _kept(network: Network, out: Tensor) -> Tensor:
+    return out if _is_ours(network) else out.clone()
 
 
 def _fused(network: Network, at: Tensor) -> bool:
