@@ -50,6 +50,12 @@ def base_of(scheduler: Any) -> type[Any]:
             f"plans take the place of UniPC and DPM++ with flow sigmas, and of {_EULER}, not of "
             f"{kind.__name__}{why and ': '}{why}"
         )
+    own = [name for name in ("set_timesteps", "step") if name in vars(scheduler)]
+    if own:
+        raise TypeError(
+            f"plans can't take the place of a scheduler whose {own[0]} was replaced on the "
+            "instance: take that off first"
+        )
     if kind.step is not base.step:
         raise TypeError(
             f"plans can't take the place of {kind.__name__}: its step is not that of "

@@ -70,7 +70,8 @@ def accelerate(
         noticed: restore, and accelerate again.
     grid: the noise levels; see integrations.scheduler.PlanScheduler.
     LoRAs, ControlNets, callbacks, generators, image-to-image and inpainting work as before. Several
-    threads may share the pipeline. It can be pickled and copied. A pipeline made of its components
+    threads may share the pipeline, with the same guidance and other settings, which diffusers keeps
+    on the pipeline. It can be pickled and deep-copied. A pipeline made of its components
     (from_pipe) is a stock one, to be accelerated by itself.
     Returns the pipeline. Raises ValueError if it is accelerated already, if the refiner does not
     fit the plan, or if the plan calls the network at noise level 0, where the pipeline divides by
@@ -83,11 +84,11 @@ def accelerate(
             f"pipe must be a diffusers pipeline with a scheduler, got {type(pipe).__name__}{hint}"
         )
     from .known_pipelines import check_kind, check_plan
-    from .scheduler import PlanScheduler, PlanSteps
+    from .scheduler import PlanScheduler
 
-    if isinstance(pipe.scheduler, PlanSteps):
+    if MARK in vars(pipe):
         raise ValueError(
-            f"this pipeline is accelerated by plan {pipe.scheduler.plan} already: restore it first"
+            f"this pipeline is accelerated by plan {_state_of(pipe).plan} already: restore it first"
         )
     plan = as_plan(plan)
     if bool(plan.cost.refiner) != (refiner is not None):
@@ -98,14 +99,12 @@ def accelerate(
         )
         raise ValueError(f"plan {plan} {problem}")
     check_kind(pipe)
-    planned: dict[int, Any] = {}
-    swapped = [
-        (part, name, stock) for part in _with_inner(pipe) for name, stock in _schedulers(part)
-    ]
-    for _, _, stock in swapped:
-        if id(stock) not in planned:
-            planned[id(stock)] = PlanScheduler.of(stock, plan, grid)
-    scheduler = planned[id(pipe.scheduler)]
+    swapped = _with_stock_schedulers(pipe)
+    planned = {
+        stock: PlanScheduler.of(stock, plan, grid)
+        for stock in {id(stock): stock for _, _, stock in swapped}.values()
+    }
+    scheduler = next(planned[stock] for part, name, stock in swapped if name == "scheduler")
     check_plan(pipe, scheduler)
     network = getattr(pipe, "transformer", None)
     if (refiner is not None or graph) and type_name(network) not in KINDS:
@@ -131,7 +130,7 @@ def accelerate(
         for one in networks:
             state.undo += [*fuse_adaln(one), Graphed(one, state.captures).remove]
     for part, name, stock in swapped:
-        _set_scheduler(part, name, planned[id(stock)])
+        _set_scheduler(part, name, planned[stock])
     for part in _with_inner(pipe):
         part.__class__ = planned_class(type(part))
         vars(part)[MARK] = state
@@ -141,14 +140,18 @@ def accelerate(
 def restore(pipe: Any) -> Any:
     """Undo accelerate, to the bit -> the pipeline.
 
+    A scheduler that was put in the place of ours meanwhile stays.
     Raises ValueError if it is not accelerated.
     """
+    from .scheduler import PlanSteps
+
     state = _state_of(pipe)
     for undo in reversed(state.undo):
         undo()
     for part, name, stock in state.swapped:
         part.__class__ = stock_class(type(part))
-        _set_scheduler(part, name, stock)
+        if isinstance(getattr(part, name), PlanSteps):
+            _set_scheduler(part, name, stock)
         vars(part).pop(MARK, None)
     if state.captures is not None:
         state.captures.clear()
@@ -162,11 +165,25 @@ def _with_inner(pipe: Any) -> list[Any]:
     return [pipe, *(part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline))]
 
 
+def _with_stock_schedulers(pipe: Any) -> list[tuple[Any, str, Any]]:
+    """Pipeline, attribute and stock scheduler of all that are to be replaced, the main one first.
+
+    A pipeline may have been made with the scheduler of another that is accelerated.
+    """
+    from .scheduler import PlanSteps
+
+    return [
+        (part, name, scheduler.stock if isinstance(scheduler, PlanSteps) else scheduler)
+        for part in _with_inner(pipe)
+        for name, scheduler in _schedulers(part)
+    ]
+
+
 def _schedulers(pipe: Any) -> list[tuple[str, Any]]:
     """Attributes and schedulers of a pipeline; LTX-2 may have one for sound beside its own."""
     from diffusers import SchedulerMixin
 
-    parts = {**vars(pipe), "scheduler": pipe.scheduler}
+    parts = {"scheduler": pipe.scheduler, **vars(pipe)}
     return [
         (name, part)
         for name, part in parts.items()

@@ -31,13 +31,13 @@ REFUSED = {
 def check_kind(pipe: Any) -> None:
     """Raise TypeError for a pipeline that no plan can run in."""
     name = stock_class(type(pipe)).__name__
-    if name in REFUSED:
-        raise TypeError(f"plans can't run in {name}: {REFUSED[name]}")
+    if refused := next((REFUSED[one] for one in _names(pipe) if one in REFUSED), ""):
+        raise TypeError(f"plans can't run in {name}: {refused}")
     if not counts_steps(pipe):
         raise TypeError(
             f"plans can't run in {name}: it takes no num_inference_steps, so {_OWN_LEVELS}"
         )
-    if "per_token_timesteps=" in _source(type(pipe)):
+    if any("per_token_timesteps=" in _source(kind) for kind in _kinds(pipe)):
         raise TypeError(
             f"plans can't run in {name}: it gives each token a time of its own, and a plan has one "
             "for all"
@@ -50,7 +50,8 @@ def check_plan(pipe: Any, scheduler: Any) -> None:
     A pipeline that was never tried is rehearsed, with a warning, or TypeError if that fails.
     """
     name = stock_class(type(pipe)).__name__
-    if name.startswith(DIVIDE_BY_NOISE_LEVEL) and scheduler.plan.calls_at_data:
+    divides = any(one.startswith(DIVIDE_BY_NOISE_LEVEL) for one in _names(pipe))
+    if divides and scheduler.plan.calls_at_data:
         raise ValueError(
             f"plan must not call the network at noise level 0, by which {name} divides, got "
             f"{scheduler.plan}: choose one that ends in a one-call step, such as A7 or H1P4E1"
@@ -62,6 +63,18 @@ def check_plan(pipe: Any, scheduler: Any) -> None:
         )
     if name not in TESTED:
         _rehearse(name, pipe.scheduler)
+
+
+def _kinds(pipe: Any) -> list[type[Any]]:
+    """The pipeline's class and those that it extends, up to the common base of diffusers."""
+    kinds = [kind for kind in stock_class(type(pipe)).__mro__ if kind.__module__ != "builtins"]
+    bases = ("DiffusionPipeline", "ModularPipeline")
+    end = next((i for i, kind in enumerate(kinds) if kind.__name__ in bases), len(kinds))
+    return kinds[:end] or kinds[:1]
+
+
+def _names(pipe: Any) -> list[str]:
+    return [kind.__name__ for kind in _kinds(pipe)]
 
 
 def _rehearse(name: str, stock: Any) -> None:

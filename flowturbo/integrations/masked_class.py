@@ -14,12 +14,17 @@ from typing import Any
 def masked_class(mixin: Any, stock: Any, methods: tuple[str, ...]) -> Any:
     """The class (mixin, stock) with the name and module of `stock`, equal to it by ==.
 
+    Called, it makes an instance of `stock`.
+
     methods: the names of those of `mixin` that show the signature of the stock class's.
     """
 
     class Masked(type(stock)):  # type: ignore[misc]
         def __eq__(cls, other: Any) -> bool:
             return other is cls or other is stock
+
+        def __call__(cls, *args: Any, **options: Any) -> Any:
+            return stock(*args, **options)  # also by from_config and from_pretrained
 
         def __ne__(cls, other: Any) -> bool:
             return not cls == other

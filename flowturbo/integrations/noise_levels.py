@@ -16,7 +16,8 @@ from torch import Tensor
 def resampled(levels: Any, count: int) -> Any:
     """Noise levels or timesteps, a sequence, array or tensor, interpolated to `count` steps.
 
-    Falling ones end before 0, which is added for the interpolation and left out of the result.
+    Falling ones end before 0, which is added for the interpolation and left out of the result; a 0
+    at their end is taken for that one.
     Rising ones (Cosmos 2) are interpolated as they are.
     Returns a list for a list, else an array; some schedulers take but one of them.
     """
@@ -25,6 +26,10 @@ def resampled(levels: Any, count: int) -> Any:
     if len(levels) == count:
         return levels
     knots = np.asarray(levels, dtype=np.float64)
+    if len(knots) == count + 1 > 1 and knots[-1] == 0:
+        return levels[:-1]
+    if len(knots) > 1 and knots[-1] == 0 < knots[0]:
+        knots = knots[:-1]
     if len(knots) > 1 and knots[-1] > knots[0]:
         places = np.linspace(0, len(knots) - 1, count)
     else:

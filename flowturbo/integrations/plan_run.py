@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..solver.steps import STEPS, Field, State, Step
+from ..solver.steps import Field, State, Step
 
 
 class Refine(Protocol):
@@ -70,13 +70,26 @@ class _KnownVelocities(Field):
 def steps_on(steps: Sequence[Step], times: Sequence[float]) -> list[Step]:
     """The steps of a plan on this grid.
 
-    Some schedulers end in a step of no length (final_sigmas_type="sigma_min"): there x stays, but
-    for what UniPC corrects.
+    Some schedulers end in a step of no length (final_sigmas_type="sigma_min"), and levels that are
+    given may repeat: there x stays, but for what UniPC corrects in the last step.
     """
+    last = len(steps) - 1
     return [
-        STEPS["E"] if times[i] == times[i + 1] and step.letter != "U" else step
+        _Stay()
+        if times[i] == times[i + 1] and (step.letter != "U" or i < last or times[i] == 1)
+        else step
         for i, step in enumerate(steps)
     ]
+
+
+class _Stay(Step):
+    """A step of no length: one predictor call, which changes nothing."""
+
+    letter, title, order = "", "no step", 1
+
+    def __call__(self, field: Field, state: State, t0: float, t1: float) -> State:
+        field.predict(state.x, t0)
+        return state
 
 
 def predictor_calls(steps: Sequence[Step], times: Sequence[float]) -> list[Point]:
@@ -155,7 +168,8 @@ class Run:
         """
         if self.within_a_step:
             x = self.state.x + self._rest * v if self._rest else self.state.x
-            self.state, self.step, self.within_a_step = State(x, v), self.step + 1, False
+            cached = None if self._rest else v  # it is that of another time
+            self.state, self.step, self.within_a_step = State(x, cached), self.step + 1, False
         else:
             self._known.append(v)
         while self.step < len(self.steps):

@@ -29,14 +29,19 @@ class PlannedPipeline:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         call: Any = super().__call__  # type: ignore[misc]
-        names = list(inspect.signature(call).parameters)
-        steps = vars(self)[MARK].scheduler.calls
+        scheduler = vars(self)[MARK].scheduler
+        if vars(self).get("scheduler", scheduler) is not scheduler:
+            return call(*args, **options)  # the user has put another in its place
+        names, steps = list(inspect.signature(call).parameters), scheduler.calls
         place = names.index(_COUNT) if _COUNT in names else len(args)
         if place < len(args):
             args = (*args[:place], steps, *args[place + 1 :])
         elif counts_steps(self):
             options = {**options, _COUNT: steps}
-        return call(*args, **options)
+        try:
+            return call(*args, **options)
+        finally:
+            scheduler.abandon()
 
     @property
     def components(self) -> dict[str, Any]:
@@ -47,7 +52,15 @@ class PlannedPipeline:
                 "a pipeline made from one that is accelerated is a stock one: accelerate it too",
                 stacklevel=3,
             )
-        return {name: getattr(part, "stock", part) for name, part in parts.items()}
+        return {name: _stock_part(part) for name, part in parts.items()}
+
+    def __copy__(self) -> Any:
+        """A stock pipeline with the same parts: two can't share what was done to one."""
+        stock = type(self)._masked  # type: ignore[attr-defined]
+        made = stock.__new__(stock)
+        values = {name: _stock_part(part) for name, part in vars(self).items()}
+        made.__dict__.update({name: part for name, part in values.items() if name != MARK})
+        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # Networks first: a scheduler's copy has a refiner of its own only if its network is copied.
@@ -61,6 +74,11 @@ class PlannedPipeline:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _revive, (type(self)._masked, dict(vars(self)))  # type: ignore[attr-defined]
+
+
+def _stock_part(part: Any) -> Any:
+    """A part of a pipeline, or the scheduler that it takes the place of."""
+    return vars(part)["stock"] if hasattr(part, "__dict__") and "stock" in vars(part) else part
 
 
 def counts_steps(pipe: Any) -> bool:

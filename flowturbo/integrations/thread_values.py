@@ -26,6 +26,9 @@ class _Threads:
     def get(self, name: str) -> Any:
         return self.mine()[name] if name in self.mine() else self.first.get(name)
 
+    def __copy__(self) -> _Threads:
+        return _Threads({**self.first, **self.mine()})
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Threads:
         return _Threads(copy.deepcopy({**self.first, **self.mine()}, memo))
 
@@ -34,7 +37,13 @@ class _Threads:
 
 
 class PerThread:
-    """A descriptor: an attribute of the instance with a value for each thread."""
+    """A descriptor: an attribute of the instance with a value for each thread.
+
+    shown: whether threads that have set none see the first thread's; else they see None.
+    """
+
+    def __init__(self, *, shown: bool = True) -> None:
+        self.shown = shown
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -47,4 +56,5 @@ class PerThread:
     def __set__(self, instance: Any, value: Any) -> None:
         threads = instance.__dict__.setdefault("_threads", _Threads())
         threads.mine()[self.name] = value
-        threads.first.setdefault(self.name, value)
+        if self.shown:
+            threads.first.setdefault(self.name, value)

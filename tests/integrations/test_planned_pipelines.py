@@ -249,3 +249,75 @@ def test_guidance_and_negative_prompts_are_the_pipelines_own():
     with ft.accelerated(pipe, "E4"):
         assert call(pipe, guidance_scale=6.0).equal(strong)
     assert negative()
+
+
+def test_a_scheduler_that_the_user_puts_in_place_is_the_users():
+    pipe = sd3()
+    stock = call(pipe, num_inference_steps=5)
+    ft.accelerate(pipe, "H1P2")
+    pipe.scheduler = other = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert call(pipe, num_inference_steps=5).equal(stock)
+    with pytest.raises(ValueError, match="accelerated by plan H1P2 already"):
+        ft.accelerate(pipe, "E4")
+    ft.restore(pipe)
+    assert pipe.scheduler is other
+    assert type(pipe) is diffusers.StableDiffusion3Pipeline
+    assert call(pipe, num_inference_steps=5).equal(stock)
+
+
+def test_a_pipeline_made_with_anothers_scheduler_can_be_accelerated():
+    first = ft.accelerate(sd3(), "H1P2")
+    second = sd3()
+    expected = call(second, num_inference_steps=4)
+    second.scheduler = first.scheduler
+    ft.accelerate(second, "E4")
+    assert call(second).equal(expected)
+    ft.restore(second)
+    assert type(second.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
+    assert "H1P2" in ft.summary(first)
+
+
+def test_classes_and_shallow_copies_make_stock_ones():
+    pipe = sd3()
+    stock = call(pipe, num_inference_steps=3)
+    ft.accelerate(pipe, "E5")
+    planned = call(pipe)
+    made = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=5.0)
+    assert type(made) is diffusers.FlowMatchEulerDiscreteScheduler
+    assert made.config.shift == 5.0
+    other = copy.copy(pipe)
+    assert type(other) is diffusers.StableDiffusion3Pipeline
+    assert call(other, num_inference_steps=3).equal(stock)
+    again = type(pipe)(**pipe.components)
+    assert type(again) is diffusers.StableDiffusion3Pipeline
+    assert call(pipe).equal(planned)
+
+
+def test_a_failed_call_keeps_nothing():
+    pipe = ft.accelerate(sd3(), "A4")
+
+    def fail(pipe: Any, index: int, timestep: Any, kept: Any) -> Any:
+        if index == 2:
+            raise RuntimeError("in the callback")
+        return kept
+
+    expected = call(pipe)
+    with pytest.raises(RuntimeError, match="in the callback"):
+        call(pipe, callback_on_step_end=fail)
+    assert pipe.scheduler._run is None
+    assert call(pipe).equal(expected)
+
+
+def test_what_holds_for_a_pipeline_holds_for_its_subclasses():
+    class Mine(diffusers.LTX2Pipeline):
+        pass
+
+    class Token(diffusers.LTXConditionPipeline):
+        pass
+
+    for kind, plan, message in ((Mine, "H1P5", "divides"), (Token, "E4", "each token")):
+        pipe = kind.__new__(kind)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        pipe.__dict__ |= {"scheduler": scheduler, "_internal_dict": {}}
+        with pytest.raises((ValueError, TypeError), match=message):
+            ft.accelerate(pipe, plan)

@@ -307,3 +307,67 @@ def test_a_network_that_is_not_finite_on_data_is_named():
     v = x.sin() * planned.sigmas[-2] / planned.sigmas[-2]
     with pytest.raises(ValueError, match=r"noise level 0, where .*such as A7 or H1P4E1"):
         planned.step(v, planned.timesteps[-1], x)
+
+
+@pytest.mark.parametrize("first", range(7))
+def test_a_run_begins_at_the_call_that_the_slice_begins_with(first):
+    """Wan's video-to-video sets no begin index, and H3E1 calls twice at three levels."""
+    planned = PlanScheduler.of(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), "H3E1")
+
+    def rest(begin: bool) -> Tensor:
+        planned.set_timesteps(7)
+        if begin:
+            planned.set_begin_index(first)
+        x = start()
+        for t in planned.timesteps[first:]:
+            x = planned.step(output(x, float(t)), t, x, return_dict=False)[0]
+        assert planned._run is None
+        return x
+
+    assert rest(False).equal(rest(True))
+
+
+def test_a_call_too_many_is_refused():
+    planned = PlanScheduler.of(diffusers.FlowMatchEulerDiscreteScheduler(), "E3")
+    planned.set_timesteps(3)
+    x = run(planned, start())
+    with pytest.raises(ValueError, match="makes 3 predictor calls, and the pipeline makes another"):
+        planned.step(x, planned.timesteps[-1].clone(), x)
+
+
+@pytest.mark.parametrize("sigmas", [[1, 0.7, 0.7, 0.3], [1, 1, 0.7, 0.3], [1, 0.7, 0.3, 0]])
+@pytest.mark.parametrize("letters", ["AAAA", "EEEE", "UUUU", "DDDD"])
+def test_levels_that_repeat_stand_still(sigmas, letters):
+    planned = PlanScheduler.of(diffusers.FlowMatchEulerDiscreteScheduler(), letters)
+    planned.set_timesteps(sigmas=sigmas)
+    made = run(planned, start())
+    assert made.isfinite().all()
+    if letters == "EEEE" and sigmas[0] != sigmas[1]:  # where the stock scheduler loses count
+        stock = diffusers.FlowMatchEulerDiscreteScheduler()
+        stock.set_timesteps(sigmas=sigmas)
+        assert made.equal(run(stock, start()))
+
+
+def test_a_zero_at_the_end_of_given_levels_is_their_end():
+    assert resampled([1.0, 0.7, 0.5, 0.3, 0.0], 4) == [1.0, 0.7, 0.5, 0.3]
+    assert resampled([1.0, 0.5, 0.0], 4) == pytest.approx([1.0, 0.75, 0.5, 0.25])
+
+
+def test_a_scheduler_whose_methods_were_replaced_is_refused():
+    stock = diffusers.FlowMatchEulerDiscreteScheduler()
+    own = stock.step
+    stock.step = lambda *args, **options: own(*args, **options)
+    with pytest.raises(TypeError, match="whose step was replaced on the instance"):
+        PlanScheduler.of(stock, "E4")
+
+
+def test_a_shallow_copy_has_a_run_of_its_own():
+    planned = PlanScheduler.of(diffusers.FlowMatchEulerDiscreteScheduler(), "A4")
+    planned.set_timesteps(4)
+    expected = run(copy.copy(planned), start())
+    x = start()
+    for i, t in enumerate(planned.timesteps):
+        if i == 2:
+            run(copy.copy(planned), start(1))
+        x = planned.step(output(x, float(t)), t, x, return_dict=False)[0]
+    assert x.equal(expected)
