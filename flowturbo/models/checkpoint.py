@@ -219,7 +219,10 @@ def read_state(
     elif suffix in (".pt", ".pth"):
         beside = content = load_torch_file(path)
     else:
-        raise CheckpointError(f"{path} must end in .safetensors, .pt or .pth")
+        raise CheckpointError(
+            f"{path} must end in .safetensors, .pt or .pth: rename a file of torch.save that has "
+            "another suffix, such as .ckpt or .bin"
+        )
     try:
         state = unwrapped(content)
     except ValueError as error:

@@ -18,7 +18,7 @@ from ..models.diffusers_io import WEIGHTS, write_pretrained
 from ..models.pipelines import is_pipeline, load_pipeline, move_part, network_with_prompts
 from ..models.sit import SIT_CONFIGS, SiT, SiTConfig
 from ..models.text_to_image import Conditions, PromptNetwork, refiner_for
-from ..models.vae import load_vae
+from ..models.vae import check_named_vae, load_vae
 from ..runtime.distributed import workers
 from ..runtime.modes import own_modes
 from ..runtime.rng import stream
@@ -122,6 +122,8 @@ def train(settings: Train) -> Path:
     with workers(settings.device) as device:
         data = _data(settings, device)
         config = settings.config(data)
+        if settings.vae is not None:
+            check_named_vae(settings.vae, config.channels)
         network = _untrained(config, settings.seed)
         objective = FlowMatching(config.num_classes, settings.label_drop)
         return run_training(network, objective, data, settings, device, _SIT)

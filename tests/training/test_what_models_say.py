@@ -1,4 +1,4 @@
-"""Training without dropping labels: no null class, no guidance, and refiners that know it."""
+"""What trained models say of themselves: no null class without dropped labels, a VAE that fits."""
 
 import pytest
 from training_runs import CLASSES, tiny, tiny_refiner
@@ -23,6 +23,12 @@ def test_a_model_that_dropped_no_labels_has_no_null_class(tmp_path, data):
     assert both.refiner.config.null_class is None
     labels = [CLASSES - 1]
     assert ft.sample(both, "H1R1", labels=labels, guidance=1, seed=0).isfinite().all()
+
+
+def test_no_run_begins_that_would_name_a_vae_of_other_latents(tmp_path, data):
+    with pytest.raises(ValueError, match=r"vae .pixels. does not fit .* 1 channels, the model's 2"):
+        train(tiny(tmp_path, data, vae="pixels"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_refiner_that_dropped_no_labels_is_for_models_without_guidance(tmp_path, data):
