@@ -306,8 +306,24 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
                 raise CheckpointError(
                     f"{path} is damaged: the checksum of its part {bad} does not match"
                 )
-        with torch.serialization.safe_globals([Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with (
+            torch.serialization.safe_globals([Namespace]),
+            _Bounded(io.FileIO(path)) as file,
+        ):
+            zipped = file.peek(4)[:4] == b"PK\x03\x04"
+            return torch.load(path if zipped else file, map_location="cpu", weights_only=True)
+
+
+class _Bounded(io.BufferedReader):
+    """A file from which no more is asked than it has.
+
+    Python makes room for what is asked, and a length in a pickle may lie.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > 1 << 16:
+            size = min(size, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(size)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

@@ -179,6 +179,20 @@ def test_a_description_that_is_no_mapping(tmp_path):
         assert loads(tmp_path / "a.safetensors", bytes(data), None) is None
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("length", [2**31 - 1, 2**32 - 1])
+def test_a_text_that_lies_about_its_length_costs_no_memory(tmp_path, length):
+    """In a pickle of the format before 1.6, which torch reads from the file itself."""
+    data = torch_bytes(_use_new_zipfile_serialization=False)
+    at = data.index(b"X\x05\x00\x00\x00model") + 1
+    lying = data[:at] + length.to_bytes(4, "little") + data[at + 4 :]
+    path = tmp_path / "a.pt"
+    assert loads(path, data) is not None
+    path.write_bytes(lying)
+    with watched(1 << 28), pytest.raises(CheckpointError, match=r"a\.pt is no whole torch file"):
+        load_sit(path, "predictor", heads=2)
+
+
 def test_the_watch_sees_what_it_must(tmp_path):
     """An unpickled class, and a huge allocation."""
     with pytest.raises(AssertionError, match=r"pickle\.find_class"), watched():
