@@ -20,7 +20,7 @@ import flowturbo as ft
 from flowturbo.cli.main import main
 from flowturbo.evaluation.image_sets import GeneratedImages, open_images
 from flowturbo.evaluation.velocity import velocity_curve
-from flowturbo.models.not_finite import MOST_NAMED
+from flowturbo.models.not_finite import MOST_NAMED, finite_rows, not_finite_rows
 from flowturbo.models.vae import DiffusersVAE, Pixels
 from flowturbo.sampling.generate import MARK, generate
 from flowturbo.storage.files import CheckpointError
@@ -311,3 +311,15 @@ def test_commands_end_with_the_reason(broken, tmp_path, capsys, monkeypatch):
         assert main([*words, "--out", folder, "--not-finite", "mark"]) == 0
     assert main(["verify", folder]) == 0
     assert "1 images are marked as not finite: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_numbers_are_finite_in_every_type_and_layout(dtype, value):
+    x = torch.randn(4, 3, 5, 7).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[0], x[1] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    x[1, 0] = torch.finfo(dtype).max
+    x[2, 1, 3, 4] = value
+    for layout in (x, x.contiguous(), x[..., None], x.flatten(1), x.permute(0, 3, 1, 2)):
+        assert finite_rows(layout).tolist() == [True, True, False, True]
+        assert not_finite_rows(layout) == [2]
