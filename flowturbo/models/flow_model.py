@@ -115,7 +115,7 @@ class FlowModel:
         return self.dtype, getattr(self.vae, "dtype", None)
 
     def decode_noting(self, latents: Tensor) -> Tensor:
-        """`decode` without waiting for the device -> images with faults, see with_faults."""
+        """`decode` without waiting for the device -> images with faults, see with_rows."""
         if self.vae is None:
             raise ValueError(
                 "decode needs a vae: give one to load, such as vae='stabilityai/sd-vae-ft-ema'"

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .not_finite import PIXELS, finite_rows, with_faults
+from .not_finite import LATENTS, note, with_rows
 from .vae import DECODE_BYTES, Decoder, in_slices, to_float, to_uint8
 
 
@@ -44,12 +44,13 @@ class VideoVAE(Decoder):
         z = z if self.video else z.unsqueeze(2)
         mean, std = self._statistics(z)
         size = 3 * self.factor**2 * 64 * z[0, 0].numel() * z.itemsize * self.frames_per_latent
-        return in_slices(self._frames, z * std + mean, max(1, DECODE_BYTES // size))
+        packed = in_slices(self._frames, z * std + mean, max(1, DECODE_BYTES // size))
+        return note(packed, LATENTS, latents)
 
     def _frames(self, z: Tensor) -> Tensor:
         pixels = self.network.decode(z).sample
         frames = to_uint8(pixels).permute(0, 2, 3, 4, 1)
-        return with_faults(frames if self.video else frames[:, 0], finite_rows(pixels), PIXELS)
+        return with_rows(frames if self.video else frames[:, 0], pixels)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of images (N, height, width, 3), or of videos (N, frames, height, width, 3), uint8."""
@@ -94,11 +95,11 @@ class Flux2VAE(Decoder):
         z = z.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
         z = z.to(self.network.dtype)
         size = 3 * 512 * z[0, 0].numel() * self.factor**2 // 4 * z.itemsize
-        return in_slices(self._images, z, max(1, DECODE_BYTES // size))
+        return note(in_slices(self._images, z, max(1, DECODE_BYTES // size)), LATENTS, latents)
 
     def _images(self, z: Tensor) -> Tensor:
         pixels = self.network.decode(z).sample
-        return with_faults(to_uint8(pixels).permute(0, 2, 3, 1), finite_rows(pixels), PIXELS)
+        return with_rows(to_uint8(pixels).permute(0, 2, 3, 1), pixels)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         mean, std = self._statistics()

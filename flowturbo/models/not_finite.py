@@ -6,6 +6,7 @@ images, since a captured run gives one tensor and may not wait for the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -88,25 +89,57 @@ def not_finite_rows(x: Tensor) -> list[int]:
 
 def finite_rows(x: Tensor) -> Tensor:
     """x (N, ...) -> (N,) bool: which rows hold neither NaN nor infinity."""
+    if not x.is_floating_point():
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
     # NaN makes both extremes NaN. They are two passes, in any layout; isfinite() of all is more.
     rest = tuple(range(1, x.ndim))
     return x.amax(rest).isfinite() & x.amin(rest).isfinite()
 
 
-def with_faults(images: Tensor, finite: Tensor, fault: int | Tensor) -> Tensor:
-    """images (N, height, ..., 3) uint8, finite (N,) -> (N, height + 1, ..., 3).
+_SLOTS = 8
+"""Bytes that hold what was noted of an image: of its pixels and of its latents, as float32."""
+_EXACT = (torch.float32, torch.float16, torch.bfloat16)
 
-    The last row of an image holds `fault` unless it is finite, else 0. It is another tensor than
-    the images, which may be a buffer.
+
+def with_rows(images: Tensor, pixels: Tensor | None) -> Tensor:
+    """images (N, height, ..., 3) uint8 -> (N, height + rows, ..., 3), a tensor of its own.
+
+    The bytes of the last rows hold what `note` writes. pixels: (N, ...), of which the images were
+    made; None: they can't be looked at.
     """
-    faults = (~finite).to(images.dtype) * fault
-    row = faults.view(-1, *[1] * (images.ndim - 1)).expand(-1, 1, *images.shape[2:])
-    return torch.cat([images, row.to(images.device)], dim=1)
+    packed = images.new_empty((len(images), images.shape[1] + _rows(images), *images.shape[2:]))
+    packed[:, : images.shape[1]] = images
+    return note(packed, PIXELS, images.new_zeros(len(images), 1) if pixels is None else pixels)
+
+
+def note(packed: Tensor, part: int, x: Tensor) -> Tensor:
+    """Note whether x (N, ...) is finite, in one pass on the device -> packed.
+
+    part: LATENTS or PIXELS, what x is. What is noted is the largest magnitude, or NaN.
+    """
+    x, rest = x.detach(), tuple(range(1, x.ndim))
+    flat, place = packed[:, -_rows(packed) :].flatten(1), 4 * (part == LATENTS)
+    aligned = not (flat.storage_offset() % 4 or flat.stride(0) % 4)
+    if aligned and x.dtype in _EXACT and x.device == packed.device:
+        slot = flat[:, :_SLOTS].view(torch.float32)[:, place // 4]
+        torch.linalg.vector_norm(x, math.inf, rest, dtype=torch.float32, out=slot)
+    else:
+        broken = torch.where(finite_rows(x), 0.0, math.nan).to(packed.device, torch.float32)
+        flat[:, place : place + 4] = broken[:, None].view(torch.uint8)
+    return packed
+
+
+def _rows(images: Tensor) -> int:
+    """How many rows of an image hold what is noted of it."""
+    return -(-_SLOTS // math.prod(images.shape[2:]))
 
 
 def split_faults(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """What `with_faults` made -> images, faults (N,)."""
-    return packed[:, :-1], packed[:, -1].flatten(1)[:, 0]
+    """What `with_rows` and `note` made -> images, faults (N,)."""
+    rows = _rows(packed)
+    noted = packed[:, -rows:].flatten(1)[:, :_SLOTS].contiguous().view(torch.float32)
+    pixels, latents = (~(noted < math.inf)).unbind(1)  # NaN is not less
+    return packed[:, :-rows], torch.where(latents, LATENTS, PIXELS * pixels)
 
 
 def readable(faults: Tensor) -> bool:

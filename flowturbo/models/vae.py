@@ -22,7 +22,7 @@ from ..storage.files import CheckpointError, user_path
 from .convolution_search import convolution_search
 from .diffusers_io import ask_hub, is_path, read_pretrained
 from .finite_weights import check_finite
-from .not_finite import LATENTS, PIXELS, checked, finite_rows, split_faults, with_faults
+from .not_finite import LATENTS, checked, note, split_faults, with_rows
 from .vae_fusion import fuse
 
 SD_LATENT_SCALE = 0.18215
@@ -58,7 +58,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def decode_noting(self, latents: Tensor) -> Tensor:
-        """`decode`, with faults as `with_faults` adds them, and without waiting for the device."""
+        """`decode`, with rows as `with_rows` adds them, and without waiting for the device."""
 
     @property
     @abstractmethod
@@ -78,13 +78,9 @@ def decode_noting(vae: VAE, latents: Tensor) -> Tensor:
     """
     # Somebody's own decode, of a subclass or set on this object, is called.
     ours = isinstance(vae, Decoder) and getattr(vae.decode, "__func__", None) is Decoder.decode
-    if not ours:
-        return with_faults(vae.decode(latents), finite_rows(latents), LATENTS)
-    packed = cast(Decoder, vae).decode_noting(latents)
-    fault = packed[:, -1]
-    broken = ~finite_rows(latents).to(packed.device)
-    fault.masked_fill_(broken.view(-1, *[1] * (fault.ndim - 1)), LATENTS)
-    return packed
+    if ours:
+        return cast(Decoder, vae).decode_noting(latents)
+    return note(with_rows(vae.decode(latents), None), LATENTS, latents)
 
 
 class Pixels(Decoder):
@@ -96,7 +92,7 @@ class Pixels(Decoder):
 
     def decode_noting(self, latents: Tensor) -> Tensor:
         images = to_uint8(latents).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
-        return with_faults(images, finite_rows(latents), LATENTS)
+        return note(with_rows(images, None), LATENTS, latents)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         return to_float(images).mean(dim=1, keepdim=True), None
@@ -136,13 +132,14 @@ class DiffusersVAE(Decoder):
         z = unscale_latents(
             numbers.to(self.network.device), self.scale, self.shift, self.network.dtype
         )
-        return in_slices(self._images, z, max(1, DECODE_BYTES // self._decode_bytes(*z.shape[2:])))
+        size = self._decode_bytes(*z.shape[2:])
+        return note(in_slices(self._images, z, max(1, DECODE_BYTES // size)), LATENTS, latents)
 
     def _images(self, z: Tensor) -> Tensor:
         with convolution_search(self.network, z):
             images = self.network.decode(z).sample
         pixels = image_bytes(images if images.dtype.itemsize <= 4 else images.float())
-        return with_faults(pixels, finite_rows(images), PIXELS)
+        return with_rows(pixels, images)
 
     def _decode_bytes(self, height: int, width: int) -> int:
         """About the bytes that decoding one image takes.

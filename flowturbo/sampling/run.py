@@ -60,7 +60,7 @@ class StepMonitor:
 
     first, count: the number of its first image, and how many images it has.
     before, after: the steps of the stages before and after the one that runs.
-    faults: of each image, see with_faults, once the run is done; None if it gives latents.
+    faults: of each image, see with_rows, once the run is done; None if it gives latents.
     """
 
     plan: Plan
@@ -298,7 +298,7 @@ class Job:
         mask: Tensor | None = None,
         **conditions: Tensor,
     ) -> Tensor:
-        """`run`, always eager; images come with their faults, see with_faults."""
+        """`run`, always eager; images come with their faults, see with_rows."""
         field = field_of(
             model, self.plan, conditions, guidance if self.guided else None, self.guidance_channels
         )
