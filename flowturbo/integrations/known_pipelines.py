@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..solver.plan import Plan
 from .masked_class import stock_class
 from .planned_pipeline import counts_steps
 from .tested_pipelines import TESTED
@@ -49,20 +50,26 @@ def check_plan(pipe: Any, scheduler: Any) -> None:
 
     A pipeline that was never tried is rehearsed, with a warning, or TypeError if that fails.
     """
+    check_steps(pipe, scheduler.plan)
     name = stock_class(type(pipe)).__name__
-    divides = any(one.startswith(DIVIDE_BY_NOISE_LEVEL) for one in _names(pipe))
-    if divides and scheduler.plan.calls_at_data:
-        raise ValueError(
-            f"plan must not call the network at noise level 0, by which {name} divides, got "
-            f"{scheduler.plan}: choose one that ends in a one-call step, such as A7 or H1P4E1"
-        )
-    if scheduler.plan.letters.strip("E") and _mean_velocity(pipe):
-        raise ValueError(
-            f"plan must have E steps alone for the mean velocities that this {name} predicts, each "
-            f"over one step, got {scheduler.plan}"
-        )
     if name not in TESTED:
         _rehearse(name, pipe.scheduler)
+
+
+def check_steps(pipe: Any, plan: Plan) -> None:
+    """Raise ValueError for a plan with steps that this pipeline can't run."""
+    name = stock_class(type(pipe)).__name__
+    divides = any(one.startswith(DIVIDE_BY_NOISE_LEVEL) for one in _names(pipe))
+    if divides and plan.calls_at_data:
+        raise ValueError(
+            f"plan must not call the network at noise level 0, by which {name} divides, got "
+            f"{plan}: choose one that ends in a one-call step, such as A7 or H1P4E1"
+        )
+    if plan.letters.strip("E") and _mean_velocity(pipe):
+        raise ValueError(
+            f"plan must have E steps alone for the mean velocities that this {name} predicts, each "
+            f"over one step, got {plan}"
+        )
 
 
 def _kinds(pipe: Any) -> list[type[Any]]:

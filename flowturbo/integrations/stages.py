@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.pipelines import from_pipeline
+from ..models.prompt_kind import type_name
 from ..models.text_to_image import PromptModel, packed, unpacked
 from ..sampling.enlarge import Enlarge, Enlarger, coarse_noise, enlarger, taken_over
 from ..sampling.run import both_ends
@@ -18,6 +19,8 @@ from ..sampling.stages import Leg, batch_sizes, model_legs
 from ..solver.plan import Plan, as_plan
 from ..solver.stages import StagedPlan, as_stages
 from .diffusers import accelerated
+from .known_pipelines import check_steps
+from .patches import Patch
 from .planned_pipeline import MARK
 
 
@@ -33,24 +36,33 @@ def sample_stages(
     """Call a diffusers pipeline once for each stage of a plan -> what its last call returns.
 
     pipe: a text-to-image pipeline that `from_pipeline` takes. It is accelerated for the call; with
-        `accelerate(pipe, ..., graph=True)` before it keeps a CUDA graph for each stage.
+        `accelerate(pipe, ..., graph=True)` before it keeps a CUDA graph for each stage, and with a
+        refiner before it takes plans with refiner steps.
     plan: a StagedPlan, or text such as "A4 at 1/2 + A3 from 0.6". One stage is `accelerate`, to the
-        bit. For several the noise levels are those of `from_pipeline`.
-    enlarge, batch_size: as for `sample`; a batch is of prompts.
+        bit, with the `grid` of an earlier `accelerate` unless the plan's own grid is not uniform.
+        For several the noise levels are those of `from_pipeline`.
+    enlarge, batch_size: as for `sample`; a batch is of prompts. The last batch is padded to
+        batch_size even if it is the only one, so that an image has the same bits in any company.
     options: the arguments of the pipeline: prompt, height, width, guidance_scale, generator,
         output_type and so on. Texts are encoded once. `latents`, or the noise that the generator
         gives, are for the finished size; small stages start from its low frequencies.
     Not for several threads at once. Raises ValueError or TypeError for arguments that do not fit,
-    and for a pipeline that takes images.
+    for a pipeline that takes images, and before the first call for a plan that the pipeline can't
+    run: one that calls the network at noise level 0 where the pipeline divides by the level, one
+    with refiner steps for a pipeline without a refiner, and one with a guidance interval.
     """
     plan = as_stages(plan)
+    _check_plan(pipe, plan)
     if isinstance(plan, Plan):
         if batch_size is not None:
             raise ValueError(
                 f"batch_size must be left out for plan {plan}, which has one stage, got "
                 f"{batch_size!r}"
             )
-        with _scheduler_of(pipe, plan) as scheduler, _at(scheduler, plan, _own_grid(pipe, plan)):
+        with (
+            _scheduler_of(pipe, plan) as scheduler,
+            _at(scheduler, plan, _grid_for(scheduler, plan)),
+        ):
             return pipe(**options)
     _check(pipe, options)
     height, width = options.pop("height", None), options.pop("width", None)
@@ -71,9 +83,26 @@ _PACKED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
 _KNOWN = (*_PACKED, "SD3Transformer2DModel", "ZImageTransformer2DModel")
 
 
+def _check_plan(pipe: Any, plan: Plan | StagedPlan) -> None:
+    """Raise ValueError for a plan of which the pipeline can't run every stage."""
+    state = getattr(pipe, MARK, None)
+    if plan.cost.refiner and (state is None or state.scheduler.refiner is None):
+        raise ValueError(
+            f"plan {plan} has refiner steps, for which pipe must have a refiner: restore it if it "
+            "is accelerated, and accelerate it with a plan such as 'H1R1' and a refiner"
+        )
+    for part in [plan] if isinstance(plan, Plan) else plan.plans:
+        if part.guidance_interval != (0.0, 1.0):
+            raise ValueError(
+                f"plan must have no guidance interval, got {part.guidance_interval} in {part}: a "
+                "pipeline guides by itself"
+            )
+        check_steps(pipe, part)
+
+
 def _check(pipe: Any, options: Mapping[str, Any]) -> None:
     """Raise ValueError or TypeError for what stages can't do."""
-    network = type(getattr(pipe, "transformer", None)).__name__
+    network = type_name(getattr(pipe, "transformer", None))
     if network not in _KNOWN:
         raise TypeError(
             f"pipe must have one of the transformers {', '.join(_KNOWN)} for a plan with stages, "
@@ -142,7 +171,7 @@ class _Call:
     ) -> None:
         self.pipe, self.scheduler, self.model = pipe, scheduler, model
         self.options, self.rows, self.encode = options, rows, encode
-        self.packs = type(pipe.transformer).__name__ in _PACKED
+        self.packs = type_name(pipe.transformer) in _PACKED
         self.factor = model.vae.factor if model.vae is not None else pipe.vae_scale_factor
 
     def stage(self, leg: Leg, start: Tensor, prompts: Sequence[int]) -> Any:
@@ -162,7 +191,7 @@ class _Call:
                 latents=packed(start) if self.packs else start,
                 **options,
             )
-            state, self.scheduler.ended = self.scheduler.ended, None
+            state = self.scheduler.ended
         if leg.last:
             return result
         if state is None:
@@ -250,7 +279,7 @@ def _noise(pipe: Any, model: PromptModel, count: int, options: dict[str, Any]) -
 
 def _dtype(pipe: Any, options: Mapping[str, Any]) -> torch.dtype:
     """In which the pipeline draws its noise."""
-    if type(pipe.transformer).__name__ == "ZImageTransformer2DModel":
+    if type_name(pipe.transformer) == "ZImageTransformer2DModel":
         return torch.float32
     embeds = options.get("prompt_embeds")
     return embeds.dtype if isinstance(embeds, Tensor) else pipe.transformer.dtype
@@ -272,25 +301,28 @@ def _at(scheduler: Any, plan: Plan, grid: str, keeps_end: bool = False) -> Itera
     """The scheduler with another plan, of which it keeps the end if asked to."""
     before = scheduler.plan, scheduler.grid
     scheduler.plan, scheduler.grid, scheduler.keeps_end = plan, grid, keeps_end
+    scheduler.ended = None  # its first value stays, for other threads, and must not be latents
     try:
         yield
     finally:
         scheduler.plan, scheduler.grid = before
+        scheduler.ended = None
         del scheduler.keeps_end
 
 
-def _own_grid(pipe: Any, plan: Plan) -> str:
-    """The kind of grid that `accelerate` gives a plan by default."""
+def _grid_for(scheduler: Any, plan: Plan) -> str:
+    """The kind of grid for another plan: its own, or the one that `accelerate` was asked for."""
     from .scheduler import PlanScheduler
 
-    return PlanScheduler.of(getattr(pipe.scheduler, "stock", None) or pipe.scheduler, plan).grid
+    default, asked = PlanScheduler.of(scheduler.stock, plan).grid, scheduler.config["_grid"]
+    return default if default == "plan" or asked == "auto" else asked
 
 
 class _Encodings:
     """What a pipeline's encode_prompt has returned, call by call, for each batch of prompts."""
 
     def __init__(self, encode: Any) -> None:
-        self._encode = encode
+        self._encode, self._active = encode, True
         self._known: dict[tuple[int, ...], list[Any]] = {}
         self._present: list[Any] = []
         self._next = 0
@@ -299,7 +331,14 @@ class _Encodings:
         """The pipeline is called with these prompts."""
         self._present, self._next = self._known.setdefault(tuple(prompts), []), 0
 
+    def switch_off(self) -> None:
+        """Pass all calls through from now on."""
+        self._active = False
+        self._known, self._present = {}, []
+
     def __call__(self, *args: Any, **options: Any) -> Any:
+        if not self._active:
+            return self._encode(*args, **options)
         if self._next == len(self._present):
             self._present.append(self._encode(*args, **options))
         self._next += 1
@@ -310,8 +349,8 @@ class _Encodings:
 def _encoding_once(pipe: Any) -> Iterator[_Encodings]:
     """Texts are encoded in the first stage; later ones get the same encodings."""
     encodings = _Encodings(pipe.encode_prompt)
-    vars(pipe)["encode_prompt"] = encodings
+    undo = Patch(pipe, "encode_prompt", encodings)
     try:
         yield encodings
     finally:
-        del vars(pipe)["encode_prompt"]
+        undo()

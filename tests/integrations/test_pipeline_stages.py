@@ -228,7 +228,12 @@ def test_callbacks_see_every_step_of_every_stage():
         (dict(batch_size=(1, 2, 3)), "one for each of the 2 stages"),
         (dict(plan="A2", batch_size=2), "batch_size must be left out for plan A2, which has one"),
         (dict(prompt_embeds=None), "prompt or prompt_embeds must be given"),
-        (dict(plan="A2 at 1/2 + H1R1 from 0.5"), "has refiner steps: give a refiner"),
+        (
+            dict(plan="A2 at 1/2 + H1R1 from 0.5"),
+            r"H1R1 from 0\.5 has refiner steps, for which pipe",
+        ),
+        (dict(plan="H1R1 at 1/2 + A2 from 0.5"), r"A2 from 0\.5 has refiner steps, for which pipe"),
+        (dict(plan="H1S1"), "H1S1 has refiner steps, for which pipe must have a refiner: restore"),
     ],
 )
 def test_arguments_that_stages_do_not_take(options, message):
