@@ -86,6 +86,11 @@ _KNOWN = (*_PACKED, "SD3Transformer2DModel", "ZImageTransformer2DModel")
 def _check_plan(pipe: Any, plan: Plan | StagedPlan) -> None:
     """Raise ValueError for a plan of which the pipeline can't run every stage."""
     state = getattr(pipe, MARK, None)
+    if state is not None and pipe.scheduler is not state.scheduler:
+        raise ValueError(
+            "pipe must keep the scheduler that accelerate gave it, but has another "
+            f"{type(pipe.scheduler).__name__}: restore the pipeline first"
+        )
     if plan.cost.refiner and (state is None or state.scheduler.refiner is None):
         raise ValueError(
             f"plan {plan} has refiner steps, for which pipe must have a refiner: restore it if it "
@@ -301,12 +306,11 @@ def _at(scheduler: Any, plan: Plan, grid: str, keeps_end: bool = False) -> Itera
     """The scheduler with another plan, of which it keeps the end if asked to."""
     before = scheduler.plan, scheduler.grid
     scheduler.plan, scheduler.grid, scheduler.keeps_end = plan, grid, keeps_end
-    scheduler.ended = None  # its first value stays, for other threads, and must not be latents
     try:
         yield
     finally:
         scheduler.plan, scheduler.grid = before
-        scheduler.ended = None
+        scheduler.ended = None  # latents, which no one needs any more
         del scheduler.keeps_end
 
 

@@ -138,7 +138,7 @@ def network_with_prompts(pipe: Any, convention: str = "auto") -> PromptNetwork:
 
 def pipeline_vae(pipe: Any) -> VAE:
     """The pipeline's own autoencoder."""
-    name = type(pipe.vae).__name__
+    name = type_name(pipe.vae)
     if name in ("AutoencoderKLQwenImage", "AutoencoderKLWan"):
         return VideoVAE(pipe.vae, video=name == "AutoencoderKLWan")
     return Flux2VAE(pipe.vae) if name == "AutoencoderKLFlux2" else DiffusersVAE(pipe.vae)

@@ -11,6 +11,7 @@ import torch
 from accelerated import refiner_of
 from close import assert_close
 from complete import complete_sd3
+from newer_pipelines import newer
 from pipelines import SIZE, diffusers, embeds, flux, negative, sd3
 from prompt_models import conditioning
 from torch import Tensor
@@ -89,6 +90,19 @@ def test_mean_velocities_and_guidance_intervals_are_refused_before_any_call(acce
     assert not calls
 
 
+def test_another_scheduler_in_the_place_of_ours_is_refused():
+    pipe = ft.accelerate(sd3(), "A3")
+    pipe.scheduler = other = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    for plan in ("A2", TWO):
+        with pytest.raises(
+            ValueError, match="has another FlowMatchEulerDiscreteScheduler: restore"
+        ):
+            ft.sample_stages(pipe, plan, **arguments())
+    ft.restore(pipe)
+    ft.sample_stages(pipe, TWO, **arguments())
+    assert pipe.scheduler is other
+
+
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_refiner_steps_in_a_pipeline_that_has_a_refiner(kind):
     pipe = PIPELINES[kind]()
@@ -154,7 +168,6 @@ def fails(images: Tensor) -> Tensor:
 
 
 def test_no_latents_are_kept_after_the_call():
-    """The first value that a thread sets is kept for the others."""
     pipe = ft.accelerate(sd3(), "A3")
 
     def states() -> list[State]:
@@ -192,6 +205,13 @@ def test_compiled_transformers_run_in_stages(kind):
     options["generator"] = torch.Generator().manual_seed(5)
     with torch.compiler.set_stance("force_eager"):  # what is compiled is not the matter
         assert_close(ft.sample_stages(pipe, TWO, **options).images, expected, 1e-6)
+
+
+def test_a_compiled_vae_is_known_for_what_it_is():
+    pipe = newer("qwen")
+    kind = type(ft.from_pipeline(pipe, image_size=SIZE).vae)
+    pipe.vae = torch.compile(pipe.vae, backend="eager")
+    assert type(ft.from_pipeline(pipe, image_size=SIZE).vae) is kind
 
 
 def test_a_batch_that_is_not_full_is_padded():
