@@ -13,7 +13,7 @@ from flowturbo_kernels import use_backend
 
 from ..runtime.cuda_graphs import Captures
 from ..runtime.modes import without_autocast
-from .not_finite import Dtypes, checked, split_faults
+from .not_finite import Dtypes, Noted, checked
 from .sit import SiT
 from .vae import VAE, decode_noting
 
@@ -106,16 +106,16 @@ class FlowModel:
         names the images, for latents or pixels with NaN or infinity; in a capture of one's own
         that can't be read.
         """
-        images, faults = split_faults(self.decode_noting(latents))
-        return checked(faults, images.contiguous(), self.dtypes)
+        images, noted = self.decode_noting(latents)
+        return checked(noted, images, self.dtypes)
 
     @property
     def dtypes(self) -> Dtypes:
         """Of the networks and of the autoencoder, if it has one."""
         return self.dtype, getattr(self.vae, "dtype", None)
 
-    def decode_noting(self, latents: Tensor) -> Tensor:
-        """`decode` without waiting for the device -> images with faults, see with_rows."""
+    def decode_noting(self, latents: Tensor) -> tuple[Tensor, Noted]:
+        """`decode` without waiting for the device -> images, what was noted of each."""
         if self.vae is None:
             raise ValueError(
                 "decode needs a vae: give one to load, such as vae='stabilityai/sd-vae-ft-ema'"

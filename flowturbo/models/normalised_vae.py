@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .not_finite import LATENTS, note, with_rows
-from .vae import DECODE_BYTES, Decoder, in_slices, to_float, to_uint8
+from .not_finite import Noted
+from .vae import DECODE_BYTES, Decoder, decode_in_slices, to_float, to_uint8
 
 
 class VideoVAE(Decoder):
@@ -37,20 +37,19 @@ class VideoVAE(Decoder):
     def dtype(self) -> torch.dtype:
         return cast(torch.dtype, self.network.dtype)
 
-    def decode_noting(self, latents: Tensor) -> Tensor:
+    def decode_noting(self, latents: Tensor) -> tuple[Tensor, Noted]:
         """Of images (N, height, width, 3), or of videos (N, frames, height, width, 3), uint8."""
         _check(latents, self.channels, 5 if self.video else 4)
         z = latents.to(self.network.device, self.network.dtype)
         z = z if self.video else z.unsqueeze(2)
         mean, std = self._statistics(z)
         size = 3 * self.factor**2 * 64 * z[0, 0].numel() * z.itemsize * self.frames_per_latent
-        packed = in_slices(self._frames, z * std + mean, max(1, DECODE_BYTES // size))
-        return note(packed, LATENTS, latents)
+        return decode_in_slices(self._frames, latents, z * std + mean, DECODE_BYTES // size)
 
-    def _frames(self, z: Tensor) -> Tensor:
+    def _frames(self, z: Tensor) -> tuple[Tensor, Tensor]:
         pixels = self.network.decode(z).sample
         frames = to_uint8(pixels).permute(0, 2, 3, 4, 1)
-        return with_rows(frames if self.video else frames[:, 0], pixels)
+        return frames if self.video else frames[:, 0], pixels
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of images (N, height, width, 3), or of videos (N, frames, height, width, 3), uint8."""
@@ -88,18 +87,18 @@ class Flux2VAE(Decoder):
     def dtype(self) -> torch.dtype:
         return cast(torch.dtype, self.network.dtype)
 
-    def decode_noting(self, latents: Tensor) -> Tensor:
+    def decode_noting(self, latents: Tensor) -> tuple[Tensor, Noted]:
         _check(latents, self.channels, 4)
         mean, std = self._statistics()
         z = latents.to(self.network.device).float() * std + mean
         z = z.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
         z = z.to(self.network.dtype)
         size = 3 * 512 * z[0, 0].numel() * self.factor**2 // 4 * z.itemsize
-        return note(in_slices(self._images, z, max(1, DECODE_BYTES // size)), LATENTS, latents)
+        return decode_in_slices(self._images, latents, z, DECODE_BYTES // size)
 
-    def _images(self, z: Tensor) -> Tensor:
+    def _images(self, z: Tensor) -> tuple[Tensor, Tensor]:
         pixels = self.network.decode(z).sample
-        return with_rows(to_uint8(pixels).permute(0, 2, 3, 1), pixels)
+        return to_uint8(pixels).permute(0, 2, 3, 1).contiguous(), pixels
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         mean, std = self._statistics()

@@ -96,66 +96,74 @@ def finite_rows(x: Tensor) -> Tensor:
     return x.amax(rest).isfinite() & x.amin(rest).isfinite()
 
 
-_SLOTS = 8
-"""Bytes that hold what was noted of an image: of its pixels and of its latents, as float32."""
+Noted = Tensor
+"""(2, N) float32: the largest magnitudes in the pixels and in the latents of each image, or NaN."""
 _EXACT = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def with_rows(images: Tensor, pixels: Tensor | None) -> Tensor:
-    """images (N, height, ..., 3) uint8 -> (N, height + rows, ..., 3), a tensor of its own.
-
-    The bytes of the last rows hold what `note` writes. pixels: (N, ...), of which the images were
-    made; None: they can't be looked at.
-    """
-    packed = images.new_empty((len(images), images.shape[1] + _rows(images), *images.shape[2:]))
-    packed[:, : images.shape[1]] = images
-    return note(packed, PIXELS, images.new_zeros(len(images), 1) if pixels is None else pixels)
+def nothing_noted(images: int, device: torch.device) -> Noted:
+    """To be filled by `note`, both rows."""
+    return torch.empty(2, images, dtype=torch.float32, device=device)
 
 
-def note(packed: Tensor, part: int, x: Tensor) -> Tensor:
-    """Note whether x (N, ...) is finite, in one pass on the device -> packed.
+def note(noted: Noted, part: int, x: Tensor, first: int = 0) -> None:
+    """Note whether x (n, ...) is finite, in one pass on the device, of images from `first` on.
 
-    part: LATENTS or PIXELS, what x is. What is noted is the largest magnitude, or NaN.
+    part: LATENTS or PIXELS, what x is.
     """
     x, rest = x.detach(), tuple(range(1, x.ndim))
-    flat, place = packed[:, -_rows(packed) :].flatten(1), 4 * (part == LATENTS)
-    aligned = not (flat.storage_offset() % 4 or flat.stride(0) % 4)
-    if aligned and x.dtype in _EXACT and x.device == packed.device:
-        slot = flat[:, :_SLOTS].view(torch.float32)[:, place // 4]
+    slot = noted[int(part == LATENTS), first : first + len(x)]
+    if x.dtype in _EXACT and x.device == noted.device:
         torch.linalg.vector_norm(x, math.inf, rest, dtype=torch.float32, out=slot)
     else:
-        broken = torch.where(finite_rows(x), 0.0, math.nan).to(packed.device, torch.float32)
-        flat[:, place : place + 4] = broken[:, None].view(torch.uint8)
+        slot.copy_(torch.where(finite_rows(x), 0.0, math.nan))
+
+
+def faults_of(noted: Noted) -> Tensor:
+    """What was noted -> the fault of each image, (N,)."""
+    pixels, latents = ~(noted < math.inf)  # NaN is not less
+    return torch.where(latents, LATENTS, PIXELS * pixels)
+
+
+def pack(images: Tensor, noted: Noted) -> Tensor:
+    """images (N, height, ..., 3) uint8 -> one tensor (N, height + rows, ..., 3) of both.
+
+    A captured run gives one tensor. It is another than the images, which may be a buffer.
+    """
+    height = images.shape[1]
+    packed = images.new_empty((len(images), height + _rows(images), *images.shape[2:]))
+    packed[:, :height] = images
+    notes = noted.to(packed.device).T.contiguous().view(torch.uint8)
+    packed[:, height:].flatten(1)[:, : notes.shape[1]] = notes
     return packed
 
 
-def _rows(images: Tensor) -> int:
-    """How many rows of an image hold what is noted of it."""
-    return -(-_SLOTS // math.prod(images.shape[2:]))
-
-
-def split_faults(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """What `with_rows` and `note` made -> images, faults (N,)."""
+def unpack(packed: Tensor) -> tuple[Tensor, Noted]:
+    """What `pack` made -> images, what was noted."""
     rows = _rows(packed)
-    noted = packed[:, -rows:].flatten(1)[:, :_SLOTS].contiguous().view(torch.float32)
-    pixels, latents = (~(noted < math.inf)).unbind(1)  # NaN is not less
-    return packed[:, :-rows], torch.where(latents, LATENTS, PIXELS * pixels)
+    notes = packed[:, -rows:].flatten(1)[:, :8].contiguous().view(torch.float32)
+    return packed[:, :-rows], notes.T
 
 
-def readable(faults: Tensor) -> bool:
+def _rows(images: Tensor) -> int:
+    """How many rows of an image hold what is noted of it: 8 bytes."""
+    return -(-8 // math.prod(images.shape[2:]))
+
+
+def readable(noted: Noted) -> bool:
     """Whether the values can be read now: not in somebody's capture, trace or on meta."""
     return not (
-        faults.is_meta
+        noted.is_meta
         or torch.compiler.is_compiling()
-        or (faults.is_cuda and torch.cuda.is_current_stream_capturing())
+        or (noted.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
-def checked(faults: Tensor, images: Tensor, dtypes: Dtypes, name: Name = image_name) -> Tensor:
-    """The images; NotFiniteError if any has a fault. One read from the device.
+def checked(noted: Noted, images: Tensor, dtypes: Dtypes, name: Name = image_name) -> Tensor:
+    """The images; NotFiniteError if any is not finite. One read from the device.
 
-    faults: (N,), of each image. In a capture nothing can be read, and nothing is checked.
+    In a capture nothing can be read, and nothing is checked.
     """
-    if readable(faults) and any(found := faults.tolist()):
+    if readable(noted) and any(found := faults_of(noted.cpu()).tolist()):
         raise NotFiniteError.of(found, images, dtypes, name)
     return images

@@ -22,7 +22,7 @@ from ..storage.files import CheckpointError, user_path
 from .convolution_search import convolution_search
 from .diffusers_io import ask_hub, is_path, read_pretrained
 from .finite_weights import check_finite
-from .not_finite import LATENTS, checked, note, split_faults, with_rows
+from .not_finite import LATENTS, PIXELS, Noted, checked, note, nothing_noted
 from .vae_fusion import fuse
 
 SD_LATENT_SCALE = 0.18215
@@ -57,8 +57,8 @@ class Decoder(ABC):
     """An autoencoder that notes which of its images are not finite."""
 
     @abstractmethod
-    def decode_noting(self, latents: Tensor) -> Tensor:
-        """`decode`, with rows as `with_rows` adds them, and without waiting for the device."""
+    def decode_noting(self, latents: Tensor) -> tuple[Tensor, Noted]:
+        """`decode`, with what was noted of each image, and without waiting for the device."""
 
     @property
     @abstractmethod
@@ -67,12 +67,12 @@ class Decoder(ABC):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (N, C, H, W) -> images (N, height, width, 3), uint8; NotFiniteError for NaN."""
-        images, faults = split_faults(self.decode_noting(latents))
-        return checked(faults, images.contiguous(), (self.dtype, self.dtype))
+        images, noted = self.decode_noting(latents)
+        return checked(noted, images, (self.dtype, self.dtype))
 
 
-def decode_noting(vae: VAE, latents: Tensor) -> Tensor:
-    """Decode by any autoencoder -> images with faults, a tensor of its own.
+def decode_noting(vae: VAE, latents: Tensor) -> tuple[Tensor, Noted]:
+    """Decode by any autoencoder -> images, and what was noted of each.
 
     Of one that is not ours, only the latents can be checked.
     """
@@ -80,7 +80,36 @@ def decode_noting(vae: VAE, latents: Tensor) -> Tensor:
     ours = isinstance(vae, Decoder) and getattr(vae.decode, "__func__", None) is Decoder.decode
     if ours:
         return cast(Decoder, vae).decode_noting(latents)
-    return note(with_rows(vae.decode(latents), None), LATENTS, latents)
+    # Its images may be a buffer that it uses again.
+    return vae.decode(latents).clone(), noted_twice(latents)
+
+
+def noted_twice(latents: Tensor) -> Noted:
+    """What is noted where the pixels are the latents, or can't be looked at."""
+    noted = nothing_noted(len(latents), latents.device)
+    for part in (PIXELS, LATENTS):
+        note(noted, part, latents)
+    return noted
+
+
+def decode_in_slices(
+    decode: Callable[[Tensor], tuple[Tensor, Tensor]], latents: Tensor, z: Tensor, size: int
+) -> tuple[Tensor, Noted]:
+    """z (N, ...), made of the latents, decoded `size` at once -> images, what was noted.
+
+    decode: z (n, ...) -> images (n, ...) uint8, and the pixels that they were made of.
+    """
+    noted, done = nothing_noted(len(z), z.device), 0
+    note(noted, LATENTS, latents.to(z.device))
+
+    def noting(part: Tensor) -> Tensor:
+        nonlocal done
+        images, pixels = decode(part)
+        note(noted, PIXELS, pixels, done)
+        done += len(part)
+        return images
+
+    return in_slices(noting, z, max(1, size)), noted
 
 
 class Pixels(Decoder):
@@ -90,9 +119,9 @@ class Pixels(Decoder):
     scale, shift, factor = 1.0, 0.0, 1
     dtype = torch.float32
 
-    def decode_noting(self, latents: Tensor) -> Tensor:
+    def decode_noting(self, latents: Tensor) -> tuple[Tensor, Noted]:
         images = to_uint8(latents).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
-        return note(with_rows(images, None), LATENTS, latents)
+        return images.contiguous(), noted_twice(latents)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         return to_float(images).mean(dim=1, keepdim=True), None
@@ -122,7 +151,7 @@ class DiffusersVAE(Decoder):
     def dtype(self) -> torch.dtype:
         return cast(torch.dtype, self.network.dtype)
 
-    def decode_noting(self, latents: Tensor) -> Tensor:
+    def decode_noting(self, latents: Tensor) -> tuple[Tensor, Noted]:
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise ValueError(
                 f"latents must have shape (N, {self.channels}, H, W) for this vae, got "
@@ -132,14 +161,13 @@ class DiffusersVAE(Decoder):
         z = unscale_latents(
             numbers.to(self.network.device), self.scale, self.shift, self.network.dtype
         )
-        size = self._decode_bytes(*z.shape[2:])
-        return note(in_slices(self._images, z, max(1, DECODE_BYTES // size)), LATENTS, latents)
+        size = DECODE_BYTES // self._decode_bytes(*z.shape[2:])
+        return decode_in_slices(self._images, latents, z, size)
 
-    def _images(self, z: Tensor) -> Tensor:
+    def _images(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with convolution_search(self.network, z):
             images = self.network.decode(z).sample
-        pixels = image_bytes(images if images.dtype.itemsize <= 4 else images.float())
-        return with_rows(pixels, images)
+        return image_bytes(images if images.dtype.itemsize <= 4 else images.float()), images
 
     def _decode_bytes(self, height: int, width: int) -> int:
         """About the bytes that decoding one image takes.

@@ -91,7 +91,7 @@ class ModelBatches:
     ) -> None:
         self.model, self.job, self.inputs, self.guidance = model, job, inputs, guidance
         self.names = names
-        self._faults: list[Tensor] = []
+        self._noted: list[Tensor] = []
         count = len(inputs["noise"])
         self.size = model.captures.size_for(job.taking(inputs), count) or count
 
@@ -102,12 +102,12 @@ class ModelBatches:
         """`run` from other latents than the noise, (len(rows), C, H, W)."""
         inputs = {name: value[rows] for name, value in self.inputs.items() if name != "noise"}
         out = self.job.run(self.model, {"noise": start, **inputs}, self.guidance, monitor)
-        if monitor.faults is not None:
-            self._faults.append(monitor.faults[: monitor.count])
+        if monitor.noted is not None:
+            self._noted.append(monitor.noted[:, : monitor.count])
         return out
 
     def checked(self, result: Tensor) -> Tensor:
         """The result of all batches, if its images are finite. This reads from the device, once."""
-        if not self._faults:
+        if not self._noted:
             return result
-        return checked(torch.cat(self._faults), result, self.model.dtypes, self.names)
+        return checked(torch.cat(self._noted, dim=1), result, self.model.dtypes, self.names)

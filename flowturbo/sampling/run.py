@@ -19,7 +19,7 @@ from flowturbo_kernels import requested_backend, use_backend
 from ..checks import finite, positive
 from ..models.flow_model import AdaptiveNetwork, FlowModel
 from ..models.normalised_vae import Flux2VAE, VideoVAE
-from ..models.not_finite import split_faults
+from ..models.not_finite import pack, unpack
 from ..models.text_to_image import PromptNetwork
 from ..models.vae import DiffusersVAE, Pixels
 from ..runtime.cuda_graphs import Key
@@ -60,7 +60,7 @@ class StepMonitor:
 
     first, count: the number of its first image, and how many images it has.
     before, after: the steps of the stages before and after the one that runs.
-    faults: of each image, see with_rows, once the run is done; None if it gives latents.
+    noted: of each image, once the run is done; None if it gives latents.
     """
 
     plan: Plan
@@ -71,7 +71,7 @@ class StepMonitor:
     before: int = 0
     after: int = 0
     stopped: bool = False
-    faults: Tensor | None = None
+    noted: Tensor | None = None
 
     def step(self, step: int, state: State, t: float) -> bool:
         """Report a finished step -> whether to continue.
@@ -248,7 +248,7 @@ class Job:
             model.captures.clear()  # their memory may be enough
             out = self._run(model, inputs, guidance, monitor)
         if self.output == "uint8":
-            out, monitor.faults = split_faults(out)
+            out, monitor.noted = unpack(out)
         return out
 
     def _run(
@@ -298,7 +298,7 @@ class Job:
         mask: Tensor | None = None,
         **conditions: Tensor,
     ) -> Tensor:
-        """`run`, always eager; images come with their faults, see with_rows."""
+        """`run`, always eager; images come with what was noted of them, see `pack`."""
         field = field_of(
             model, self.plan, conditions, guidance if self.guided else None, self.guidance_channels
         )
@@ -311,7 +311,7 @@ class Job:
             state = integrate(self.plan, field, x, monitor, None if mask is None else keep_source)
         if self.output == "stage" and not (monitor is not None and monitor.stopped):
             return both_ends(state, self.plan.end)
-        return model.decode_noting(state.x) if self.output == "uint8" else state.x
+        return pack(*model.decode_noting(state.x)) if self.output == "uint8" else state.x
 
     @staticmethod
     def _scales(model: FlowModel, count: int, guidance: float) -> Tensor:
