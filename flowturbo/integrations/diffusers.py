@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..models.flow_model import FlowModel
-from ..models.pipelines import move_part
 from ..models.prompt_kind import type_name
 from ..models.text_to_image import KINDS, check_refiner
 from ..runtime.cuda_graphs import Captures
@@ -122,7 +121,6 @@ def accelerate(
     state = Accelerated(plan, scheduler, swapped=swapped)
     if refiner_network is not None:
         assert network is not None
-        move_part(refiner_network, network.device, network.dtype)
         scheduler.refiner = AttachedRefiner(pipe, network, refiner_network.eval())
         state.undo.append(scheduler.refiner.remove)
     if graph:

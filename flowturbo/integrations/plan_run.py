@@ -34,6 +34,10 @@ class Refine(Protocol):
         """A new run begins: what an earlier one left is void."""
         ...
 
+    def end(self) -> None:
+        """The run has ended, or the pipeline's call has failed."""
+        ...
+
 
 class Point(NamedTuple):
     """A predictor call: the number of its step, and its time."""

@@ -209,6 +209,8 @@ class PlanSteps:
         if self._step_index == len(self.timesteps):
             self._run = None
             self.ended = run.state if self.keeps_end else None
+            if self.refiner is not None:
+                self.refiner.end()
         x: Any = run.give()
         self.meter.called(started)
         if not return_dict:
@@ -265,7 +267,7 @@ class PlanSteps:
         """Forget this thread's run, which a failed or interrupted call may have left."""
         self._run = None
         if self.refiner is not None:
-            self.refiner.reset()
+            self.refiner.end()
 
     def _adopt_sigmas(self) -> None:
         """Follow a pipeline that has written to `sigmas` after set_timesteps (Cosmos 2 does)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..models.prompt_kind import original, type_name
 from ..models.prompt_kinds import KINDS, check_text_alone, kind_of
 from .patches import Patch, Undo, compiled_in_place
+from .placement import place
 
 _NOT_FOR_REFINERS = (
     "block_controlnet_hidden_states",
@@ -33,104 +34,111 @@ class _Followed(NamedTuple):
     """The calls of one step, one or two, and how the pipeline combines them.
 
     weight: of the first velocity, that of the second being 1 - weight; (). 1 if there is one.
-    error: how far this is from what the pipeline gave its scheduler; above 1 is more than rounding.
     rescaled: whether the result is rescaled by the first velocity, as Qwen-Image's pipelines do.
     """
 
     calls: list[dict[str, Any]]
     weight: Tensor
-    error: Tensor
     rescaled: bool
+
+
+class _Memory(threading.local):
+    """What a refiner knows of the run that is on in this thread.
+
+    calls: since the last step, two at the most. velocity: of the present step, as the pipeline gave
+    it, made of `step_calls`. followed: how, once it was asked for. placed: whether the refiner has
+    been brought to where the run is.
+    """
+
+    running = placed = False
+    calls: tuple[_Call, ...] = ()
+    step_calls: tuple[_Call, ...] = ()
+    velocity: Tensor | None = None
+    followed: _Followed | None = None
+
+    def clear(self) -> None:
+        vars(self).clear()
 
 
 class AttachedRefiner:
     """A refiner that gets the arguments of the network's last call, and returns its offset.
 
     Where that step was guided, by two halves of one call or by two calls, the offset is guided in
-    the same way, with the scale that the pipeline's result shows.
-    Raises ValueError for a pipeline that gives its network more than latents and prompts.
+    the same way, with the scale that the pipeline's result shows. Calls are noted while a run of
+    the pipeline's scheduler is on in their thread.
+    The refiner is brought to where the pipeline runs, and into the network's dtype.
+    Raises ValueError for a pipeline that gives its network more than latents and prompts, and for a
+    refiner without weights.
     """
 
-    def __init__(self, pipe: Any, network: nn.Module, refiner: nn.Module) -> None:
+    def __init__(self, pipe: Any, network: Any, refiner: nn.Module) -> None:
         check_text_alone(network, pipe)
         self.network, self.refiner, self.kind = network, refiner, kind_of(network)
+        # That of an offloaded network says where its weights wait.
+        place(refiner, getattr(pipe, "_execution_device", network.device), network)
         self._names = list(inspect.signature(type(original(network)).forward).parameters)[1:]
-        self._local = threading.local()
+        self._memory = _Memory()
         self._undo = [_watch(one, self) for one in networks_of(pipe)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_local"}
+        return {name: value for name, value in vars(self).items() if name != "_memory"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._local = threading.local()
+        self._memory = _Memory()
 
     def remove(self) -> None:
         """Follow the network no longer."""
         for undo in self._undo:
             undo()
-        self.reset()
+        self.end()
 
     def note(self, arguments: tuple[Any, ...], named: dict[str, Any], result: Any) -> None:
         """The network was called. No more than two calls are kept, as many as a step has."""
+        if not self._memory.running:  # it serves another pipeline
+            return
         call = _Call(
             {**dict(zip(self._names, arguments, strict=False)), **named},
             self.kind.sign * self.kind.output(result).detach(),
         )
-        self._local.calls = [*getattr(self._local, "calls", [])[-1:], call]
+        self._memory.calls = (*self._memory.calls[-1:], call)
 
-    @torch.no_grad()
     def observe(self, v: Tensor) -> None:
-        """A step's velocity has reached the scheduler: see how its calls were combined.
+        """A step's velocity has reached the scheduler.
 
-        v: as the pipeline gave it, of the shape of its latents.
+        v: as the pipeline gave it, of the shape of its latents. How it was made is looked up when
+        the refiner is called, since that waits for the device.
         """
-        calls: list[_Call] = getattr(self._local, "calls", [])
-        self._local.calls, self._local.followed = [], None
-        if not calls:
-            return
-        last = calls[-1]
-        pair = len(calls) == 2 and (
-            calls[0].arguments.get(self.kind.input) is last.arguments.get(self.kind.input)
-        )
-        step = calls if pair else [last]
-        if pair and all(len(call.velocity) == len(v) for call in step):
-            velocities = [call.velocity for call in step]
-        elif not pair and len(last.velocity) in (len(v), 2 * len(v)):
-            velocities = list(last.velocity.split(len(v)))
-        else:
-            return
-        if velocities[0].shape != v.shape:
-            return
-        weight, error, rescaled = _combination(
-            v, [velocity.to(v.dtype) for velocity in velocities], self.kind
-        )
-        # Nothing else is kept: the arguments may hold the pipeline's prompts, and are its own.
-        self._local.followed = _Followed(
-            [call.arguments for call in step],
-            weight,
-            error / _tolerance(last.velocity.dtype),
-            rescaled,
-        )
+        memory = self._memory
+        memory.running = True  # also where a loop goes through the timesteps a second time
+        memory.velocity, memory.step_calls, memory.calls = v, memory.calls, ()
+        memory.followed = None
 
     def stepped(self) -> None:
         """The scheduler has finished a step."""
-        self._local.calls, self._local.followed = [], None
+        memory = self._memory
+        memory.velocity, memory.step_calls, memory.calls = None, (), ()
+        memory.followed = None
 
     def reset(self) -> None:
         """A new run begins: what an earlier one left, or a failed one, is void."""
-        self.stepped()
+        self._memory.clear()
+        self._memory.running = True
+
+    def end(self) -> None:
+        """The run has ended, or failed: prompts and latents are the pipeline's own."""
+        self._memory.clear()
 
     @torch.no_grad()
     def __call__(self, x: Tensor, noise_level: float, v: Tensor) -> Tensor:
         """The offset of v, like x. x, v: of the pipeline's latents, packed for FLUX."""
-        followed: _Followed | None = getattr(self._local, "followed", None)
-        if followed is None or any(
-            call.get(name) is not None for call in followed.calls for name in _OTHER_NETWORKS
-        ):
-            raise ValueError(_CANNOT_FOLLOW)
-        if float(followed.error) > 1:
-            raise ValueError(_CANNOT_FOLLOW)
+        memory = self._memory
+        if memory.followed is None:
+            memory.followed = _follow(memory.velocity, memory.step_calls, self.kind)
+        if not memory.placed:
+            place(self.refiner, x.device, self.network)
+            memory.placed = True
+        followed = memory.followed
         offsets = torch.cat([self._offsets(call, x, noise_level, v) for call in followed.calls])
         if len(offsets) == len(x):
             return offsets
@@ -195,8 +203,32 @@ def _watch(network: nn.Module, refiner: AttachedRefiner) -> Undo:
     return Patch(network, name, _Recorder(refiner, getattr(network, name)).call)
 
 
-def _combination(v: Tensor, parts: list[Tensor], kind: Any) -> tuple[Tensor, Tensor, bool]:
-    """How v is made of the velocities of a step's calls -> weight, error, rescaled: see _Followed.
+def _follow(v: Tensor | None, calls: tuple[_Call, ...], kind: Any) -> _Followed:
+    """How a step's velocity v was made of the calls before it; ValueError for other ways."""
+    if v is None or not calls:
+        raise ValueError(_CANNOT_FOLLOW)
+    last = calls[-1]
+    pair = len(calls) == 2 and (
+        calls[0].arguments.get(kind.input) is last.arguments.get(kind.input)
+    )
+    step = calls if pair else (last,)
+    velocities = [call.velocity for call in step]
+    if not pair and len(last.velocity) == 2 * len(v):
+        velocities = list(last.velocity.split(len(v)))
+    if any(velocity.shape != v.shape for velocity in velocities) or any(
+        call.arguments.get(name) is not None for call in step for name in _OTHER_NETWORKS
+    ):
+        raise ValueError(_CANNOT_FOLLOW)
+    weight, error, rescaled = _combination(v, [part.to(v.dtype) for part in velocities], kind)
+    # Above it is more than rounding.
+    if error > _tolerance(last.velocity.dtype):
+        raise ValueError(_CANNOT_FOLLOW)
+    return _Followed([call.arguments for call in step], weight, rescaled)
+
+
+def _combination(v: Tensor, parts: list[Tensor], kind: Any) -> tuple[Tensor, float, bool]:
+    """How v is made of the velocities of a step's calls -> weight and rescaled, as in _Followed,
+    and error: how far this is from v, relative to it.
 
     The weight of v = second + weight * (first - second) is that of least squares, in float64.
     """
@@ -207,14 +239,14 @@ def _combination(v: Tensor, parts: list[Tensor], kind: Any) -> tuple[Tensor, Ten
     difference = first - second
     weight = _ratio(v - second, difference)
     error = _error(v, second + weight.to(v.dtype) * difference)
-    if not kind.rescales or float(error) < 1e-6:
+    if not kind.rescales or error < 1e-6:
         return weight, error, False
     # Rescaled, every token of v is parallel to the guided one: their parts across v cancel.
     across = [part - v * (_dots(part, v) / _dots(v, v)) for part in (second, difference)]
     scale = -_ratio(*across)
     guided = kind.rescale_latents(second + scale.to(v.dtype) * difference, first)
     other = _error(v, guided)
-    return (scale, other, True) if float(other) < float(error) else (weight, error, False)
+    return (scale, other, True) if other < error else (weight, error, False)
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
@@ -228,9 +260,9 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, keepdim=True)
 
 
-def _error(v: Tensor, made: Tensor) -> Tensor:
-    """|v - made| / |v|."""
-    return (v - made).norm() / v.norm().clamp(min=1e-30)
+def _error(v: Tensor, made: Tensor) -> float:
+    """|v - made| / |v|. Waits for the device."""
+    return float((v - made).norm() / v.norm().clamp(min=1e-30))
 
 
 def _tolerance(dtype: torch.dtype) -> float:

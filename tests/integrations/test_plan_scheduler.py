@@ -51,6 +51,9 @@ class Refine:
     def reset(self) -> None:
         self.steps = 0
 
+    def end(self) -> None:
+        """Nothing to forget."""
+
 
 def latents(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
