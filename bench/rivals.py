@@ -159,13 +159,28 @@ def autocast(s: Subject) -> Sampler:
     one context holds a batch.
     """
     vae, settings = _faster_decoder(s, _NoCast)
-    model, _ = _plain(s, lambda network: network.requires_grad_(True), vae, torch.float32)
+    model, _ = _plain(s, _casting, vae, torch.float32)
 
     def run(s: Subject, plan: str) -> Tensor:
         with torch.autocast(s.device.type, dtype=torch.bfloat16), torch.no_grad():
             return sample(model, s, plan)
 
     return Sampler(s, run, model, settings)
+
+
+def _casting(network: Any) -> Any:
+    """The network with autocast in its calls, since a model's runs turn the caller's off.
+
+    Casts are kept until the outermost context ends, which is the batch's.
+    """
+    own = network.requires_grad_(True).forward
+
+    def forward(*args: Any, **options: Any) -> Any:
+        with torch.autocast(args[0].device.type, dtype=torch.bfloat16):
+            return own(*args, **options)
+
+    network.forward = forward
+    return network
 
 
 class _NoCast(nn.Module):

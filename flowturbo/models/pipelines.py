@@ -68,7 +68,7 @@ def from_pipeline(
         )
     network = network_with_prompts(pipe, convention)
     module: Any = network.module
-    target = torch.device(module.device) if device is None and not named else choose_device(device)
+    target = _target(module) if device is None and not named else choose_device(device)
     if dtype is None and (not named or _quantised(module)):
         dtype = module.dtype
     dtype = choose_dtype(dtype, target)
@@ -142,6 +142,17 @@ def pipeline_vae(pipe: Any) -> VAE:
     if name in ("AutoencoderKLQwenImage", "AutoencoderKLWan"):
         return VideoVAE(pipe.vae, video=name == "AutoencoderKLWan")
     return Flux2VAE(pipe.vae) if name == "AutoencoderKLFlux2" else DiffusersVAE(pipe.vae)
+
+
+def _target(network: Any) -> torch.device:
+    """Where a network is. ValueError if its weights are offloaded."""
+    device = torch.device(network.device)
+    if device.type == "meta":
+        raise ValueError(
+            f"pipe must hold its weights: those of its {type_name(network)} are offloaded; make "
+            "the model before enable_sequential_cpu_offload, or give device="
+        )
+    return device
 
 
 def _modules(pipe: Any, network: nn.Module) -> list[nn.Module]:

@@ -10,6 +10,7 @@ import torch
 from close import assert_close, relative_error
 from pipelines import (
     SIZE,
+    sd3,
 )
 from prompt_models import KINDS, conditioning, loaded, model_of, noise_of
 
@@ -171,3 +172,12 @@ def test_prompts_that_do_not_fit_are_refused(pipeline_folders):
         ft.sample(ft.load("digits", device="cpu"), "E1", [3], negative="x")
     with pytest.raises(ValueError, match="loaded without refiner"):
         ft.sample(model, "H1R1", c)
+
+
+def test_a_pipeline_whose_weights_are_offloaded_is_refused_and_keeps_a_users_refiner():
+    pipe = sd3()
+    refiner = ft.refiner_for(pipe.transformer)
+    pipe.transformer.to("meta")
+    with pytest.raises(ValueError, match="SD3Transformer2DModel are offloaded"):
+        ft.from_pipeline(pipe, refiner)
+    assert all(not weight.is_meta for weight in refiner.parameters())
