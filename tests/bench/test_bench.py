@@ -35,7 +35,9 @@ from plain_sit import PlainSiT
 
 
 def run(*command: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small networks gain nothing from threads
+    # Small networks gain nothing from threads. In a worker of xdist no benchmark would be taken.
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    environment = {**outside, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment
     )
