@@ -133,7 +133,7 @@ def pack(images: Tensor, noted: Noted) -> Tensor:
     height = images.shape[1]
     packed = images.new_empty((len(images), height + _rows(images), *images.shape[2:]))
     packed[:, :height] = images
-    notes = noted.to(packed.device).T.contiguous().view(torch.uint8)
+    notes = _rowwise(noted.to(packed.device).T).view(torch.uint8)
     packed[:, height:].flatten(1)[:, : notes.shape[1]] = notes
     return packed
 
@@ -141,8 +141,13 @@ def pack(images: Tensor, noted: Noted) -> Tensor:
 def unpack(packed: Tensor) -> tuple[Tensor, Noted]:
     """What `pack` made -> images, what was noted."""
     rows = _rows(packed)
-    notes = packed[:, -rows:].flatten(1)[:, :8].contiguous().view(torch.float32)
+    notes = _rowwise(packed[:, -rows:].flatten(1)[:, :8]).view(torch.float32)
     return packed[:, :-rows], notes.T
+
+
+def _rowwise(x: Tensor) -> Tensor:
+    """A copy, row after row; also of a single row, so that launches are those of any batch."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _rows(images: Tensor) -> int:
