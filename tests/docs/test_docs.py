@@ -175,7 +175,7 @@ def run_bench(arguments: list[str]) -> None:
             patch.syspath_prepend("bench")
             runpy.run_path(arguments[0], run_name="__main__")
         return
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**OUTSIDE, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env=environment
     )
@@ -251,6 +251,8 @@ RUNNABLE = [
 ]
 
 
+OUTSIDE = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+"""In a worker of xdist no benchmark would be taken."""
 LONG = {"benchmarks.md", "reproduce.md", "search.md", "refiner.md", "speed.md"}
 """Pages whose commands take the longest."""
 
@@ -373,7 +375,7 @@ def test_under_torchrun_the_documented_command_makes_the_whole_set(folder):
         "-m",
         "flowturbo",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**OUTSIDE, "OMP_NUM_THREADS": "1"}
     # 6 images in shards of 4: one shard for each process.
     subprocess.run(
         [*launch, *words, "--shard-size", "4", "--batch-size", "4", "--device", "cpu"],
