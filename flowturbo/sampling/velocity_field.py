@@ -57,7 +57,10 @@ class GuidedField(Field):
         return torch.cat([labels, torch.full_like(labels, self.model.null_class or 0)])
 
     def predict(self, x: Tensor, t: float) -> Tensor:
-        return self._whole(x, self._guided(self._run(self.model.predictor, x, t, None), t))
+        network = self.model.predictor
+        v = self._whole(x, self._guided(self._run(network, x, t, None), t))
+        # The move after a call makes a velocity of its own; here it may be the network's buffer.
+        return v if _is_ours(network) else v.clone()
 
     def predict_and_move(self, x: Tensor, t: float, move: Move) -> tuple[Tensor, Tensor]:
         return self._move(self._run(self.model.predictor, x, t, None), x, t, None, move)
@@ -121,7 +124,7 @@ class GuidedField(Field):
             given = tuple(g.clone() if isinstance(g, Tensor) else g for g in given)
         rows, labels, v = given
         out = network(rows.to(dtype), times, labels, None if v is None else v.to(dtype))
-        return _kept(network, out).to(torch.promote_types(x.dtype, wide))
+        return out.to(torch.promote_types(x.dtype, wide))
 
 
 class HoistedField(GuidedField):
@@ -195,7 +198,7 @@ class HoistedField(GuidedField):
             x, v = x.clone(), None if v is None else v.clone()
         with skip_checks():  # `sample` has checked the shape of x
             out = network.evaluate(x, modulations, v)
-        return _kept(network, out).to(
+        return out.to(
             torch.promote_types(x.dtype, torch.promote_types(self.model.dtype, torch.float32))
         )
 
@@ -275,13 +278,9 @@ def _is_ours(network: Network) -> bool:
     """Whether a network is known to leave its inputs, and to return another tensor at every call.
 
     Others may write to what they are given, or return one buffer at every call, as compiled ones
-    do that replay a CUDA graph. They get copies, and so do the steps, which keep velocities.
+    do that replay a CUDA graph. They get copies. What a step keeps is another tensor anyway.
     """
     return type(network) in (SiT, ReversedTime) or isinstance(network, PromptNetwork)
-
-
-def _kept(network: Network, out: Tensor) -> Tensor:
-    return out if _is_ours(network) else out.clone()
 
 
 def _fused(network: Network, at: Tensor) -> bool:

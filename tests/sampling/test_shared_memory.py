@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import flowturbo as ft
 from flowturbo.models.flow_model import AdaptiveNetwork
 from flowturbo.models.vae import Pixels
+from flowturbo.sampling.velocity_field import field_of
 
 PLANS = ["H2", "H1P2", "A4", "B4", "H1P1R2", "H1P1S2", "C4", "X3"]
 LABELS = [1, 2, 3]
@@ -81,6 +82,19 @@ def test_networks_may_use_their_buffers_again(kind, plan, guidance):
     assert error < 1e-5
     assert first.equal(kept)
     assert noise.equal(before)
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+@pytest.mark.parametrize("kind", [Buffered, BufferedAdaptive])
+def test_a_velocity_alone_is_no_buffer_of_the_networks(kind, guidance):
+    """As the curve of velocities keeps them, call after call."""
+    model, plan = wrapped(kind), ft.Plan.parse("A4")
+    conditions = {"labels": torch.tensor(LABELS)}
+    field = field_of(model, plan, conditions, guidance, model.guidance_channels)
+    first = field.predict(torch.randn(3, *model.latent_shape), 0.25)
+    kept = first.clone()
+    field.predict(torch.randn(3, *model.latent_shape), 0.5)
+    assert first.equal(kept)
 
 
 @pytest.mark.parametrize("captured", [False, True])
