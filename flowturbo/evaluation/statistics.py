@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..solver.plan import Plan
+from ..solver.steps import EXPONENTIAL
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -42,7 +43,7 @@ def family(plan: Plan) -> str:
     if plan.cost.refiner:
         if set(plan.letters) <= set("HPRS"):
             return "FlowTurbo"
-        exponential = set(plan.letters) & set("UDX")
+        exponential = set(plan.letters) & set(EXPONENTIAL)
         return "exponential + refiner" if exponential else "Adams-Bashforth + refiner"
     for letters, name in (
         ("P", "pseudo corrector"),

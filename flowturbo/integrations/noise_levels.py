@@ -25,11 +25,11 @@ def resampled(levels: Any, count: int) -> Any:
         levels = levels.detach().cpu().numpy()
     if len(levels) == count:
         return levels
+    if len(levels) > 1 and levels[-1] == 0:
+        levels = levels[:-1]
+    if len(levels) == count:
+        return levels
     knots = np.asarray(levels, dtype=np.float64)
-    if len(knots) == count + 1 > 1 and knots[-1] == 0:
-        return levels[:-1]
-    if len(knots) > 1 and knots[-1] == 0 < knots[0]:
-        knots = knots[:-1]
     if len(knots) > 1 and knots[-1] > knots[0]:
         places = np.linspace(0, len(knots) - 1, count)
     else:
@@ -59,9 +59,9 @@ class Timesteps:
         self._proportional = all(
             abs(t - train * level) <= slack for level, t in self._known.items()
         )
-        last = levels[-1]
-        self._points = sorted({last: train * last} | self._known)
-        self._told = [({last: train * last} | self._known)[level] for level in self._points]
+        ends = {levels[-1]: train * levels[-1]} | self._known
+        self._points = sorted(ends)
+        self._told = [ends[level] for level in self._points]
 
     def at(self, levels: Sequence[float], device: torch.device) -> Tensor:
         """The timesteps at these levels, (len(levels),)."""

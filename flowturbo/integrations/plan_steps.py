@@ -12,7 +12,7 @@ import functools
 import inspect
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ..solver.plan import Plan
+from ..solver.steps import EXPONENTIAL
 from .masked_class import masked_class, stock_class
 from .meter import Meter
 from .noise_levels import Timesteps, resampled
@@ -107,6 +108,10 @@ class PlanSteps:
         """Whether sigma rises from noise to data."""
         return bool(self.config.get("invert_sigmas"))
 
+    def _turned(self, values: Iterable[float]) -> list[float]:
+        """Noise levels as times, or times as noise levels."""
+        return list(values) if self._ascending else [1 - value for value in values]
+
     def scale_model_input(self, sample: Tensor, *args: Any, **options: Any) -> Tensor:
         """The sample as it is: flow models read it so."""
         return sample
@@ -148,17 +153,15 @@ class PlanSteps:
                 f"{len(self.plan)}"
             )
         if self.grid == "plan":
-            times = [float(np.float32(t)) for t in self.plan.grid]
-            noise = [float(np.float32(1 - t)) for t in self.plan.grid]
-            levels = times if self._ascending else noise
-        self._times = levels if self._ascending else [1 - level for level in levels]
-        if min(self._times) < 0 and set(self.plan.letters) & set("UDX"):
+            levels = [float(np.float32(level)) for level in self._turned(self.plan.grid)]
+        self._times = self._turned(levels)
+        if min(self._times) < 0 and set(self.plan.letters) & set(EXPONENTIAL):
             raise ValueError(
                 f"plan must have no U, D or X steps for noise levels up to {max(levels):g}, got "
                 f"{self.plan}: these steps need levels from 0 to 1"
             )
-        times = [point.time for point in predictor_calls(self.plan.steps, self._times)]
-        called = times if self._ascending else [1 - t for t in times]
+        points = predictor_calls(self.plan.steps, self._times)
+        called = self._turned(point.time for point in points)
         self.timesteps = timesteps.at(called, self.timesteps.device)
         own = torch.tensor([*called, levels[-1]], dtype=torch.float32, device="cpu")
         self.sigmas = own.to(stock.device, copy=True)
@@ -281,9 +284,8 @@ class PlanSteps:
             )
         new = self.sigmas.tolist()
         moved = dict(zip(own[:-1], new[:-1], strict=True))
-        levels = [t if self._ascending else 1 - t for t in self._times]
-        levels = [*(moved.get(level, level) for level in levels[:-1]), new[-1]]
-        self._times = [level if self._ascending else 1 - level for level in levels]
+        levels = [moved.get(level, level) for level in self._turned(self._times)[:-1]]
+        self._times = self._turned([*levels, new[-1]])
 
     def _check_at_zero(self, v: Tensor) -> None:
         """Fail if the network's output is not finite where the plan calls it on data."""

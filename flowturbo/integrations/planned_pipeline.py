@@ -78,7 +78,9 @@ class PlannedPipeline:
 
 def _stock_part(part: Any) -> Any:
     """A part of a pipeline, or the scheduler that it takes the place of."""
-    return vars(part)["stock"] if hasattr(part, "__dict__") and "stock" in vars(part) else part
+    from .plan_steps import PlanSteps
+
+    return part.stock if isinstance(part, PlanSteps) else part
 
 
 def counts_steps(pipe: Any) -> bool:

@@ -24,6 +24,7 @@ from .state import (
 )
 
 __all__ = [
+    "EXPONENTIAL",
     "FITTED",
     "KEPT_STATES",
     "MAX_PAST",
@@ -203,5 +204,7 @@ STEPS: dict[str, Step] = {
     )
 }
 
+EXPONENTIAL = "UDX"
+"""The letters of exponential integrators, which need noise levels from 0 to 1."""
 FITTED = "LM"
 """The letters of steps that use the weights of a plan, if it has any."""

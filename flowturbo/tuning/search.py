@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from ..solver.plan import Plan, shifted_grid
-from ..solver.steps import MAX_PAST
+from ..solver.steps import EXPONENTIAL, MAX_PAST
 from .cost import CostModel
 from .fit import Advance, Batch, fit_weights, inserted, rms_error, weighted
 
@@ -29,7 +29,7 @@ def sequences(refiner: bool) -> Iterator[str]:
     for n in range(1, MAX_PAST + 2):
         heads = ["E" * n, *("H" * h + "P" * (n - h) for h in range(1, n + 1))]
         heads += [letter * n for least, letter in ((2, "A"), (3, "B"), (4, "C")) if n >= least]
-        heads += [letter * n for letter in "UDX" if n >= 2]
+        heads += [letter * n for letter in EXPONENTIAL if n >= 2]
         heads += [first + letter * (n - 1) for first, letter in ("HA", "HB", "XA") if n >= 2]
         # The last U step is Euler's; Adams-Bashforth is better there.
         heads += ["U" * (n - len(end)) + end for end in ("A", "AA", "BB") if n >= len(end) + 2]
