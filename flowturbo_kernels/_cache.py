@@ -27,8 +27,12 @@ def give_compilers_a_cache() -> None:
 
     Triton would fail at its first kernel, and CuPy compile in every process.
     """
-    for variable, own in (("TRITON_CACHE_DIR", ".triton"), ("CUPY_CACHE_DIR", ".cupy")):
-        home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
+    user = Path(os.path.expanduser("~"))
+    triton = Path(os.environ.get("TRITON_HOME") or user)
+    for variable, home, own in (
+        ("TRITON_CACHE_DIR", triton, ".triton"),
+        ("CUPY_CACHE_DIR", user, ".cupy"),
+    ):
         folder = home / own if (home / own).exists() else home
         if not os.environ.get(variable) and not os.access(folder, os.W_OK | os.X_OK):
             os.environ[variable] = str(_temporary() / own.strip("."))

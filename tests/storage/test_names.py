@@ -76,6 +76,15 @@ def test_compilers_cache_where_they_can(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     _cache.give_compilers_a_cache()
     assert not any(name in os.environ for name in names)
+    elsewhere = tmp_path / "elsewhere"  # Triton's alone
+    monkeypatch.setenv("TRITON_HOME", str(elsewhere))
+    monkeypatch.setattr(_cache.os, "access", lambda path, _: path != elsewhere)
+    _cache.give_compilers_a_cache()
+    assert "TRITON_CACHE_DIR" in os.environ
+    assert "CUPY_CACHE_DIR" not in os.environ
+    monkeypatch.delenv("TRITON_HOME")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setattr(_cache.os, "access", lambda *_: writable)
     writable = False
     monkeypatch.setenv("CUPY_CACHE_DIR", str(given))
     _cache.give_compilers_a_cache()
