@@ -13,6 +13,19 @@ SIZE = 32
 """Pixels of a side."""
 LATENTS: dict[str, Any] = dict(height=SIZE, width=SIZE, output_type="latent")
 """Arguments of most calls."""
+WAN_SIZES: dict[str, Any] = dict(
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=16,
+    out_channels=16,
+    text_dim=32,
+    freq_dim=32,
+    ffn_dim=32,
+    num_layers=1,
+    cross_attn_norm=True,
+)
+"""Of the transformers of Wan's kin."""
 
 
 def flow_unipc(shift: float, **config: Any) -> Any:

@@ -85,6 +85,20 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def flux2_vae(*widths: int) -> Any:
+    """FLUX.2's autoencoder with 4 channels and levels of these widths."""
+    import diffusers
+
+    return diffusers.AutoencoderKLFlux2(
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+    )
+
+
 def picture(size: int = 32, seed: int = 0) -> Any:
     """A PIL image of noise."""
     from PIL import Image

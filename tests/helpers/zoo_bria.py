@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import pipelines
 from stand_in_text import Letters, Reader
-from zoo import Case, assembled, normal, picture, random_
+from zoo import Case, assembled, flux2_vae, normal, picture, random_
 
 
 def _scheduler() -> Any:
@@ -82,15 +82,11 @@ def bria_fibo_2() -> Case:
         injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=2,
         max_num_gist_tokens=4, gist_step=2, axes_dims=(4, 4, 4), axes_lens=(32, 32, 32),
     )  # fmt: skip
-    vae = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
     pipe = assembled(
         "BriaFibo2Pipeline",
         transformer=random_(transformer, 1),
         scheduler=_scheduler(),
-        vae=random_(vae, 2),
+        vae=random_(flux2_vae(8, 8), 2),
     )
     return Case(
         pipe,

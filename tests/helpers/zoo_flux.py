@@ -8,7 +8,7 @@ from typing import Any
 import pipelines
 import torch
 from pipelines import diffusers, flux_transformer
-from zoo import Case, assembled, normal, picture, random_
+from zoo import Case, assembled, flux2_vae, normal, picture, random_
 
 _SIZE = dict(height=32, width=32, output_type="latent")
 _SHARED = dict(num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2)
@@ -89,17 +89,8 @@ def _flux2(kind: str, guidance: bool, **arguments: Any) -> Case:
         guidance_embeds=guidance,
         **_SHARED,
     )
-    vae = diffusers.AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        latent_channels=4,
-    )
-    pipe = assembled(
-        kind, transformer=random_(transformer, 2), vae=random_(vae, 0), scheduler=_scheduler()
-    )
+    vae = random_(flux2_vae(8, 16), 0)
+    pipe = assembled(kind, transformer=random_(transformer, 2), vae=vae, scheduler=_scheduler())
     return Case(pipe, dict(prompt_embeds=normal(1, 5, 16)) | _SIZE | arguments)
 
 

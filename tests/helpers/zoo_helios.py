@@ -5,22 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines import diffusers
-from video_parts import LATENTS, prompts, with_wan_vae
+from video_parts import LATENTS, WAN_SIZES, prompts, with_wan_vae
 from zoo import Case, random_
 
 
 def _case(name: str, scheduler: Any, given: dict[str, Any]) -> Case:
     network = diffusers.HeliosTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=1,
-        cross_attn_norm=True,
+        **WAN_SIZES,
         rope_dim=(4, 4, 4),
         has_multi_term_memory_patch=True,
         guidance_cross_attn=True,

@@ -9,7 +9,7 @@ import diffusers
 import pipelines
 import torch
 from stand_in_text import Letters, Reader
-from zoo import Case, assembled, normal, random_
+from zoo import Case, assembled, flux2_vae, normal, random_
 
 
 def _scheduler(**more: Any) -> Any:
@@ -21,14 +21,10 @@ def ernie() -> Case:
         hidden_size=32, num_attention_heads=2, num_layers=1, ffn_hidden_size=32, in_channels=16,
         out_channels=16, text_in_dim=32, rope_axes_dim=(4, 6, 6),
     )  # fmt: skip
-    vae = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
     pipe = assembled(
         "ErnieImagePipeline",
         transformer=random_(transformer, 1),
-        vae=random_(vae, 2),
+        vae=random_(flux2_vae(8, 8), 2),
         scheduler=_scheduler(shift=3.0),
     )
     return Case(

@@ -5,22 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines import diffusers
-from video_parts import LATENTS, SIZE, Resized, film, flow_unipc, prompts, vision, with_wan_vae
+from video_parts import (
+    LATENTS,
+    SIZE,
+    WAN_SIZES,
+    Resized,
+    film,
+    flow_unipc,
+    prompts,
+    vision,
+    with_wan_vae,
+)
 from zoo import Case, picture, random_
 
-SIZES: dict[str, Any] = dict(
-    patch_size=(1, 2, 2),
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=16,
-    out_channels=16,
-    text_dim=32,
-    freq_dim=32,
-    ffn_dim=32,
-    num_layers=1,
-    cross_attn_norm=True,
-    rope_max_seq_len=32,
-)
+SIZES: dict[str, Any] = dict(WAN_SIZES, rope_max_seq_len=32)
 """Of a transformer, whatever its kind."""
 IMAGE_WIDTH = 4
 """Of an encoded image's tokens."""
