@@ -1,6 +1,7 @@
-"""Checks of numbers that users pass. Each returns the value in its plain Python type.
+"""Checks of numbers that users pass, and lists for messages.
 
-All raise TypeError for the wrong type and ValueError for the wrong value, naming the argument.
+Each check returns the value in its plain Python type. All raise TypeError for the wrong type and
+ValueError for the wrong value, naming the argument.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+MOST_NAMED = 8
+"""The most things that a message names, unless it says otherwise."""
 
 
 def natural(name: str, value: int) -> int:
@@ -69,3 +73,9 @@ def numbers_of(name: str, values: Iterable[float]) -> tuple[float, ...]:
         return tuple(map(float, items))
     except OverflowError:  # an integer of hundreds of digits
         raise ValueError(f"{name} must be a list of finite numbers, got a larger one") from None
+
+
+def listed(items: Sequence[Any], most: int = MOST_NAMED, name: Callable[[Any], str] = str) -> str:
+    """The first few, and how many more there are: "a, b and 3 more"."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(name, items[:most])) + more

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ..checks import listed
 from ..models.flow_model import FlowModel
-from ..models.not_finite import listed
 from ..runtime.distributed import workers
 from ..sampling.generate import LabelRule, NotFinite, class_labels, generate
 from ..sampling.sampler import sample

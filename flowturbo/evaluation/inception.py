@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from flowturbo_kernels._cache import cache_folder
 
-from ..models.not_finite import NotFiniteError, listed, not_finite_rows
+from ..checks import listed
+from ..models.not_finite import NotFiniteError, not_finite_rows
 from ..storage.files import CheckpointError, load_torch_file, save_tensors, user_path
 from ..storage.provenance import file_digest
 from ..storage.resume import remove_partial_files, resumed_tensors

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import finite, natural, positive
+from ..checks import finite, listed, natural, positive
 from ..data.latents import digits
 from ..models.flow_model import FlowModel
 from ..models.load import load, model_digests
-from ..models.not_finite import listed, not_finite_rows
+from ..models.not_finite import not_finite_rows
 from ..runtime import rng
 from ..sampling.sampler import sample
 from ..solver.plan import Plan

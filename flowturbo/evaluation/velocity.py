@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import finite, natural, positive
+from ..checks import finite, listed, natural, positive
 from ..models.flow_model import FlowModel
 from ..models.load import load
-from ..models.not_finite import NotFiniteError, listed, not_finite_rows
+from ..models.not_finite import NotFiniteError, not_finite_rows
 from ..runtime import rng
 from ..runtime.modes import without_autocast
 from ..runtime.streams import interactive

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..checks import listed
 from ..storage.files import (
     CheckpointError,
     header_texts,
@@ -255,7 +256,7 @@ def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
     if scales := sorted(name for name in state if name.endswith(".weight_scale")):
         raise ValueError(
             "it is quantised, and only the weights before that can be loaded, with "
-            f"quantize='fp8' ({_some(scales)})"
+            f"quantize='fp8' ({listed(scales, 4)})"
         )
     problems = []
     for what, names in (
@@ -263,7 +264,7 @@ def build(config: SiTConfig, state: Mapping[str, Tensor]) -> SiT:
         ("not part of a SiT of this size", state.keys() - expected.keys()),
     ):
         if names:
-            problems.append(f"{what}: {_some(sorted(names))}")
+            problems.append(f"{what}: {listed(sorted(names), 4)}")
     for name in sorted(expected.keys() & state.keys()):
         if state[name].shape != expected[name].shape:
             problems.append(
@@ -346,9 +347,3 @@ def _check_description(
             f"{path} is of convention {description.get('convention')!r:.80}; known are "
             f"{', '.join(CONVENTIONS)}"
         )
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..checks import listed
 from ..storage.files import CheckpointError
 
 
@@ -23,18 +24,18 @@ def check_finite(
     bad = [name for name, weight in weights.items() if not _finite(weight, dtype)]
     if not bad:
         return
-    some = []
-    for name in bad[:4]:
+
+    def counted(name: str) -> str:
         numbers = _readable(weights[name])
         count = int((~numbers.to(dtype or numbers.dtype).isfinite()).sum())
-        some.append(f"{name} ({count} of {numbers.numel()})")
-    more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        return f"{name} ({count} of {numbers.numel()})"
+
     advice = "its training may have diverged: take an earlier checkpoint"
     if dtype is not None and all(_finite(weights[name], None) for name in bad):
         what += f", cast to {dtype},"
         advice = "they are too large for that type: choose dtype bfloat16 or float32"
     raise CheckpointError(
-        f"{what} has weights that are NaN or infinite: {', '.join(some)}{more}; {advice}"
+        f"{what} has weights that are NaN or infinite: {listed(bad, 4, counted)}; {advice}"
     )
 
 

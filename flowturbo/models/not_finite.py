@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..checks import listed
+
 LATENTS, PIXELS = 1, 2
 """Faults: what of an image holds NaN or infinity; 0: nothing."""
-MOST_NAMED = 8
-"""The most images that a message names."""
 
 Dtypes = tuple[torch.dtype, torch.dtype | None]
 """Of the networks and of the autoencoder, if it has one."""
@@ -63,7 +63,7 @@ def _message(faults: Sequence[int], numbers: list[int], dtypes: Dtypes, name: Na
         else f"{part} has weights that are not finite, or overflows"
     )
     count = f"{len(numbers)} of {len(faults)} images are not finite"
-    return f"{count}: {listed(numbers, name)}: {what}: {cure}"
+    return f"{count}: {listed(numbers, name=name)}: {what}: {cure}"
 
 
 def image_name(number: int, label: int | str | None = None, seed: int | None = None) -> str:
@@ -74,12 +74,6 @@ def image_name(number: int, label: int | str | None = None, seed: int | None = N
     if seed is not None:
         facts.append(f"seed {seed}")
     return f"image {number} ({', '.join(facts)})" if facts else f"image {number}"
-
-
-def listed(numbers: Sequence[int], name: Name = str) -> str:
-    """The first few of these numbers, and how many more there are."""
-    more = f" and {len(numbers) - MOST_NAMED} more" if len(numbers) > MOST_NAMED else ""
-    return ", ".join(map(name, numbers[:MOST_NAMED])) + more
 
 
 def not_finite_rows(x: Tensor) -> list[int]:

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checks import listed
+
 # What a SiT's names begin with.
 _COMPONENTS = ("x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer", "pos_embed")
 _NAME = re.compile(
@@ -185,10 +187,8 @@ def kind(value: object) -> str:
     return f"a {type(value).__name__}" + (" with nothing in it" if value in ({}, []) else "")
 
 
-def _some(values: Any, limit: int = 5) -> str:
+def _some(values: Any) -> str:
     """The first names of a mapping, or what a list holds."""
     if not isinstance(values, Mapping):
         return f"a {type(values).__name__} of {len(values)}"
-    names = [repr(name)[:60] for name in values]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return listed(list(values), 5, lambda name: repr(name)[:60])

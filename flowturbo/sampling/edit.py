@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import finite
+from ..checks import finite, listed
 from ..models.flow_model import FlowModel
-from ..models.not_finite import NotFiniteError, listed, not_finite_rows
+from ..models.not_finite import NotFiniteError, not_finite_rows
 from ..runtime.modes import without_autocast
 from ..solver.plan import Plan, as_plan
 from ..storage.pixels import kind_of, refuse_pixels, tensor_of, to_bytes, to_mask

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..checks import natural, positive
+from ..checks import listed, natural, positive
 from ..models.flow_model import FlowModel
-from ..models.not_finite import NotFiniteError, image_name, listed
+from ..models.not_finite import NotFiniteError, image_name
 from ..models.sit import SiT
 from ..models.text_to_image import PromptModel, PromptNetwork, config_of
 from ..runtime import rng

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import listed
 from ..data.latents import digits
 from ..evaluation.digit_classifier import read_images, train_classifier
 from ..evaluation.metrics import rms_distance
 from ..evaluation.statistics import without_blocks
 from ..models.flow_model import FlowModel
-from ..models.not_finite import listed, not_finite_rows
+from ..models.not_finite import not_finite_rows
 from ..runtime import rng
 from ..sampling.sampler import sample
 from ..solver.plan import Plan, as_plan

@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vae_folders import make_folder
 
 import flowturbo as ft
+from flowturbo.checks import MOST_NAMED
 from flowturbo.cli.main import main
 from flowturbo.evaluation.image_sets import GeneratedImages, open_images
 from flowturbo.evaluation.velocity import velocity_curve
-from flowturbo.models.not_finite import MOST_NAMED, finite_rows, not_finite_rows
+from flowturbo.models.not_finite import finite_rows, not_finite_rows
 from flowturbo.models.vae import DiffusersVAE, Pixels
 from flowturbo.sampling.generate import MARK, generate
 from flowturbo.storage.files import CheckpointError
