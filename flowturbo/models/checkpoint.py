@@ -6,7 +6,7 @@ Published: SiT, FlowTurbo and REPA, as .pt or .safetensors. Ours: safetensors wi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +22,7 @@ from ..storage.files import (
     load_torch_file,
     save_tensors,
 )
+from .class_names import checked_names
 from .finite_weights import check_finite
 from .fp8 import Fp8Linear
 from .label_table import TABLE, NullClass, arranged, check_null_class
@@ -37,6 +38,9 @@ FORMAT = 1
 _LARGEST = 2**24
 """The largest size that one of our files may have."""
 
+_UNRELATED = ("provenance", "class_names")
+"""What a description holds that is no argument of a trainer."""
+
 # Prefixes of keys that are used in training only, by convention.
 _DROPPED = {"sit": (), "repa": ("projectors.",)}
 
@@ -49,6 +53,7 @@ class Checkpoint:
     provenance: where the weights come from, if known.
     assumed: what the file says against a velocity on the straight path, if it was assumed to be
         one.
+    class_names: of all classes, by number, if the file names them.
     """
 
     model: SiT
@@ -56,6 +61,7 @@ class Checkpoint:
     vae: str | None = None
     provenance: Mapping[str, Any] | None = None
     assumed: str | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def load_sit(
@@ -126,7 +132,12 @@ def load_sit(
     check_finite(str(path), model.state_dict())
     description = description or {}
     return Checkpoint(
-        model, used, description.get("vae"), description.get("provenance"), said.other
+        model,
+        used,
+        description.get("vae"),
+        description.get("provenance"),
+        said.other,
+        _names_of(path, description, config),
     )
 
 
@@ -137,18 +148,21 @@ def save_sit(
     convention: Convention = "sit",
     vae: str | None = None,
     provenance: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Write a SiT as safetensors, atomically, with its description and a digest of the file.
 
     provenance: where the weights come from, in values that JSON can hold.
-    Raises ValueError for a quantised model: files hold the weights before quantisation.
+    class_names: of all classes, by number; distinct, and none a number.
+    Raises ValueError for a quantised model: files hold the weights before quantisation; TypeError
+    or ValueError for other class names.
     """
     if any(isinstance(module, Fp8Linear) for module in model.modules()):
         raise ValueError(
             "model must not be quantised to be saved: save it before quantize_(), and load it "
             "with quantize='fp8'"
         )
-    description = {
+    description: dict[str, Any] = {
         "format": FORMAT,
         "role": "refiner" if model.config.reads_velocity else "predictor",
         "config": _sizes(model.config),
@@ -156,6 +170,9 @@ def save_sit(
         "vae": vae,
         "provenance": dict(provenance or {}),
     }
+    if class_names is not None:  # files without names are what they were before there were any
+        names = checked_names(class_names, model.config.num_classes)
+        description["class_names"] = list(names)
     save_tensors(path, model.state_dict(), description)
 
 
@@ -201,6 +218,7 @@ def convert(
         convention=checkpoint.convention,
         vae=vae or checkpoint.vae,
         provenance={**(checkpoint.provenance or {}), **origin},
+        class_names=checkpoint.class_names,
     )
 
 
@@ -238,10 +256,11 @@ def read_state(
             )
     if description is None:
         return state, None, said_by(beside, Path(path).name)
-    # Where the weights come from is no matter any more, but how they were trained is.
+    # Where the weights come from and what their classes are called says nothing of how they were
+    # trained.
     origin = description.get("provenance")
     trained = origin.get("settings") if isinstance(origin, Mapping) else None
-    others = {name: value for name, value in description.items() if name != "provenance"}
+    others = {name: value for name, value in description.items() if name not in _UNRELATED}
     return state, description, said_by([others, trained])
 
 
@@ -294,6 +313,22 @@ def _described_sizes(
     if config.depth != blocks or max(map(int, asdict(config).values())) > _LARGEST:
         raise ValueError(f"it has {blocks} blocks, and its description is {config}")
     return config
+
+
+def _names_of(
+    path: str | os.PathLike[str], description: Mapping[str, Any], config: SiTConfig
+) -> tuple[str, ...] | None:
+    """The class names that a file holds; None if it holds none, or not of all rows read as classes.
+
+    Raises CheckpointError for names that no file may hold.
+    """
+    if description.get("class_names") is None:
+        return None
+    try:
+        names = checked_names(description["class_names"], description["config"]["num_classes"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return names if len(names) == config.num_classes else None
 
 
 def _convention(

@@ -80,6 +80,8 @@ class FlowModel:
     """Multiply-accumulates of one predictor and one refiner forward of one sample, if known."""
     shift: float = 1.0
     """Shift of the time grid of plans given as text; see Plan.parse."""
+    class_names: tuple[str, ...] | None = None
+    """Of all classes, by number, if the model's file names them."""
     captures: Captures = field(default_factory=Captures, init=False, repr=False, compare=False)
     """CUDA graphs of whole runs: `captures.limit` is their largest number, `captures.clear()`
     releases their memory. See flowturbo.summary.

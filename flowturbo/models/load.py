@@ -145,6 +145,7 @@ def load(
         vae=autoencoder,
         backend=backend,
         macs=(config.macs(), 0 if refiner_model is None else refiner_model.config.macs()),
+        class_names=checkpoint.class_names,
     )
 
 
