@@ -310,7 +310,9 @@ def _described_sizes(
         raise ValueError(f"heads={heads} was asked for, but the file says {config.heads}")
     # Building a network of lying sizes would not end.
     blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    if config.depth != blocks or max(map(int, asdict(config).values())) > _LARGEST:
+    sizes = asdict(config)
+    numbers = map(int, (*sizes.pop("sides"), *sizes.values()))
+    if config.depth != blocks or max(numbers) > _LARGEST:
         raise ValueError(f"it has {blocks} blocks, and its description is {config}")
     return config
 
@@ -351,13 +353,16 @@ def _convention(
 
 
 def _sizes(config: SiTConfig) -> dict[str, Any]:
-    """The sizes as files hold them: a null row, which nearly all have, is named if it is not there.
+    """The sizes as files hold them: a null row, which nearly all have, is named if it is not there,
+    and further sides if there are any.
 
-    So the files of models with one are what they were before there were others.
+    So the files of models without are what they were before there were others.
     """
     sizes = asdict(config)
     if config.null_row:
         del sizes["null_row"]
+    if not config.sides:
+        del sizes["sides"]
     return sizes
 
 

@@ -1,4 +1,4 @@
-"""The embedders of a SiT: of patches, times and labels, and the positions."""
+"""The embedders of a SiT: of patches, times and labels."""
 
 from __future__ import annotations
 
@@ -76,17 +76,3 @@ class PatchEmbedder(nn.Module):
     ) -> Tensor:
         assert self.proj.bias is not None
         return patch_embed(x, self.proj.weight, self.proj.bias, v, positions, copies, ahead, step)
-
-
-def sincos_positions(hidden: int, side: int) -> Tensor:
-    """Fixed 2-D sine and cosine position embedding, (side * side, hidden), float32.
-
-    The first half of the features encodes the column, the second half the row.
-    """
-    omega = 1.0 / MAX_PERIOD ** (torch.arange(hidden // 4, dtype=torch.float64) / (hidden / 4))
-    rows, columns = torch.meshgrid(*[torch.arange(side, dtype=torch.float64)] * 2, indexing="ij")
-    features = []
-    for coordinates in (columns, rows):
-        angles = coordinates.reshape(-1, 1) * omega
-        features += [angles.sin(), angles.cos()]
-    return torch.cat(features, dim=1).float()

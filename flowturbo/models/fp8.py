@@ -192,9 +192,22 @@ def calibrate(
 def _sample(
     config: SiTConfig, like: Tensor, velocity: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> None:
-    """Evaluate the velocity on images on their way from noise, and on noise, at the same times."""
+    """Evaluate the velocity on images on their way from noise, and on noise, at the same times, at
+    every size that the network was trained on.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
-    shape = IMAGES, config.channels, config.side, config.side
+    for side in (config.side, *config.sides):
+        _sample_at(config, side, generator, like, velocity)
+
+
+def _sample_at(
+    config: SiTConfig,
+    side: int,
+    generator: torch.Generator,
+    like: Tensor,
+    velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> None:
+    shape = IMAGES, config.channels, side, side
     noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(
         like.device, like.dtype
     )

@@ -25,9 +25,10 @@ from flowturbo_kernels.linear import Activation
 from flowturbo_kernels.refiner_forward import BlockWeights, Linear, RefinerWeights, run_blocks
 
 from ..solver.steps import Move
-from .embedders import LabelEmbedder, PatchEmbedder, SiLU, TimestepEmbedder, sincos_positions
+from .embedders import LabelEmbedder, PatchEmbedder, SiLU, TimestepEmbedder
 from .fp8 import Fp8Linear, calibrate, run_blocks_fp8
 from .hooks import as_made
+from .positions import Positions, sincos_positions
 from .sit_config import SIT_CONFIGS, SIT_SIZES, TIME_FEATURES, SiTConfig, config_from_state
 from .stacked import Stackable
 
@@ -122,6 +123,9 @@ class SiT(Stackable):
 
     Parameters have the names of the published checkpoints. After `reset_parameters` the final layer
     is zero, and so is the output.
+    Latents may be of any size (H, W) whose sides are multiples of the patch: positions are those of
+    its own size, stretched, see `sincos_positions`. The sizes that it was trained on are
+    config.side and config.sides.
     """
 
     pos_embed: Tensor
@@ -132,9 +136,9 @@ class SiT(Stackable):
         self.x_embedder = PatchEmbedder(config.in_channels, config.hidden, config.patch)
         self.t_embedder = TimestepEmbedder(config.hidden)
         self.y_embedder = LabelEmbedder(config.label_rows, config.hidden)
-        self.register_buffer(
-            "pos_embed", sincos_positions(config.hidden, config.side // config.patch)[None]
-        )
+        grid = config.side // config.patch
+        self.register_buffer("pos_embed", sincos_positions(config.hidden, grid)[None])
+        self._positions = Positions(config.hidden, grid)
         self.blocks = nn.ModuleList(Block(config.hidden, config.heads) for _ in range(config.depth))
         self.final_layer = FinalLayer(config.hidden, config.patch**2 * config.out_channels)
 
@@ -221,12 +225,13 @@ class SiT(Stackable):
         Returns (R, C, H, W) in the weights' dtype.
         """
         both = v is None and len(modulations[0]) != len(x)
-        tokens = self.x_embedder(x, v, self.pos_embed[0], 2 if both else 1)
+        size = x.shape[-2:]
+        tokens = self.x_embedder(x, v, self.positions(*size), 2 if both else 1)
         x, y, gate = self._trunk(tokens, modulations)
         shift, scale = modulations[-1].chunk(2, dim=-1)
         _, h = gated_residual_adaln(x, y, gate, shift, scale)
         final = self.final_layer.linear
-        return self.unpatchify(linear(h, final.weight, final.bias))
+        return self.unpatchify(linear(h, final.weight, final.bias), *size)
 
     def evaluate_and_move(
         self,
@@ -251,7 +256,8 @@ class SiT(Stackable):
         sign: of the output; -1 for a network of the opposite velocity.
         """
         both = v is None and guidance is not None
-        tokens = self.x_embedder(x, v, self.pos_embed[0], 2 if both else 1, *(ahead or ()))
+        positions = self.positions(*x.shape[-2:])
+        tokens = self.x_embedder(x, v, positions, 2 if both else 1, *(ahead or ()))
         tokens, y, gate = self._trunk(tokens, modulations)
         shift, scale = modulations[-1].chunk(2, dim=-1)
         final = self.final_layer.linear
@@ -259,6 +265,19 @@ class SiT(Stackable):
             tokens, shift, scale, final.weight, final.bias, move.origin, guidance, channels,
             move.weight, base, move.velocities, move.weights, branch=y, gate=gate, sign=sign,
         )  # fmt: skip
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """The positions of the patches of latents of this size, (T, D), of the weights' dtype.
+
+        Raises ValueError for sides that are no multiples of the patch, and for another size than
+        its own if pos_embed is not SiT's.
+        """
+        patch = self.config.patch
+        if height % patch or width % patch or not (height and width):
+            raise ValueError(
+                f"x must have sides that are multiples of the patch {patch}, got {height} x {width}"
+            )
+        return self._positions.at((height // patch, width // patch), self.pos_embed[0])
 
     def quantize_(self, velocity: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> SiT:
         """Convert the matrix products of the blocks to fp8, in place, and calibrate them.
@@ -284,7 +303,8 @@ class SiT(Stackable):
         return self
 
     def refiner_weights(self) -> RefinerWeights:
-        """The weights, not copied, as flowturbo_kernels.refiner_forward takes them.
+        """The weights, not copied, as flowturbo_kernels.refiner_forward takes them, for latents of
+        its own size.
 
         Raises ValueError for a predictor, and for a refiner in fp8.
         """
@@ -329,18 +349,14 @@ class SiT(Stackable):
             return run_blocks_fp8(blocks, x, modulations[:-1])
         return run_blocks([(block.attn, block.mlp) for block in blocks], x, modulations[:-1])
 
-    def unpatchify(self, tokens: Tensor) -> Tensor:
-        """Tokens (N, h * w, p * p * out_channels) -> (N, C, h * p, w * p).
+    def unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """Tokens (N, T, p * p * out_channels) -> (N, C, height, width).
 
         Channels are innermost in a token. Those of a learned sigma are dropped.
         """
-        p, side = self.config.patch, self.config.side // self.config.patch
-        grid = tokens.view(len(tokens), side, side, p, p, self.config.out_channels)[
-            ..., : self.config.channels
-        ]
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(
-            len(tokens), self.config.channels, side * p, side * p
-        )
+        p, N, C = self.config.patch, len(tokens), self.config.channels
+        grid = tokens.view(N, height // p, width // p, p, p, self.config.out_channels)[..., :C]
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(N, C, height, width)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> SiT:

@@ -25,6 +25,7 @@ class SiTConfig:
     learned_sigma: the final layer has twice the channels, of which the second half is not used.
     reads_velocity: the input is x and a velocity, as a refiner's is.
     null_row: the label table has a last row for the null class, without which there is no guidance.
+    sides: further heights and widths of latents that it was trained on.
     Raises ValueError or TypeError for sizes that don't fit together.
     """
 
@@ -38,6 +39,7 @@ class SiTConfig:
     learned_sigma: bool = True
     reads_velocity: bool = False
     null_row: bool = True
+    sides: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("hidden", "depth", "heads", "patch", "side", "channels", "num_classes"):
@@ -53,6 +55,19 @@ class SiTConfig:
             )
         if self.side % self.patch:
             raise ValueError(f"patch must divide the latent side {self.side}, got {self.patch}")
+        self._check_sides()
+
+    def _check_sides(self) -> None:
+        if not isinstance(self.sides, list | tuple):
+            raise TypeError(f"sides must be a tuple of whole numbers, got {self.sides!r}")
+        object.__setattr__(self, "sides", tuple(self.sides))
+        for side in self.sides:
+            if positive("sides", side) % self.patch:
+                raise ValueError(f"sides must be multiples of the patch {self.patch}, got {side}")
+        if len({self.side, *self.sides}) <= len(self.sides):
+            raise ValueError(
+                f"sides must differ from each other and from side, {self.side}, got {self.sides}"
+            )
 
     @property
     def in_channels(self) -> int:

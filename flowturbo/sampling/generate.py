@@ -328,7 +328,8 @@ def _config(module: nn.Module) -> str:
     For networks of ours and of diffusers; "" for other modules.
     """
     if isinstance(module, SiT):
-        return str(module.config)
+        # Without further sides, as it was before there were any: sets go on.
+        return str(module.config).replace(", sides=()", "")
     if isinstance(module, PromptNetwork):
         return str(sorted(config_of(module.module).items())) + str(getattr(module, "boundary", ""))
     return ""
