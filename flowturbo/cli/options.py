@@ -30,7 +30,7 @@ class WeightFlags:
     refiner: str | None = None
     """The refiner's file, for a pipeline its folder. The bundled model brings its own."""
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels".
+    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, "pixels" (grey) or "rgb".
     Default: the one that the model's file names.
     """
     heads: int | None = None

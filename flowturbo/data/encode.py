@@ -47,7 +47,7 @@ class Encode:
     out: Path
     """Folder for the shards. If it already holds shards with the same settings, the run resumes."""
     vae: str = "stabilityai/sd-vae-ft-ema"
-    """Folder or hub name of a diffusers AutoencoderKL, or "pixels".
+    """Folder or hub name of a diffusers AutoencoderKL, "pixels" (grey) or "rgb".
     Ignored with --model, which brings its own.
     """
     model: str | None = None

@@ -61,7 +61,7 @@ class Fidelity:
     refiner: str | None = None
     """The refiner's file. A bundled model brings its own."""
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels".
+    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, "pixels" (grey) or "rgb".
     Default: the one that the model's file names.
     """
     plans: tuple[str, ...] = ("H1P5R3",)

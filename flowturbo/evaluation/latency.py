@@ -49,7 +49,7 @@ class Bench:
     refiner: str | None = None
     """The refiner's file. The bundled model and random weights bring their own."""
     vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, or "pixels".
+    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, "pixels" (grey) or "rgb".
     Default: the one that the model's file names.
     """
     image_size: int = 256

@@ -90,9 +90,9 @@ def load(
     predictor, refiner: a .pt, .pth or .safetensors file with SiT's keys (see checkpoint.load_sit),
         a bundled name ("digits", which brings its refiner), or a SiT, which is moved and cast in
         place. The refiner must read and return latents of the predictor's shape.
-    vae: a folder or hub name of a diffusers AutoencoderKL (needs the extra "diffusers"), "pixels",
-        or an object with decode and encode. None: the one that the predictor's file names, else no
-        decoding.
+    vae: a folder or hub name of a diffusers AutoencoderKL (needs the extra "diffusers"), "pixels"
+        (grey), "rgb", or an object with decode and encode. None: the one that the predictor's file
+        names, else no decoding.
     heads: number of attention heads, for widths that were not published.
     device, dtype: None: cuda and bfloat16 if there is a GPU, else cpu and float32. dtype "auto":
         bfloat16 also on CPUs that have instructions for it, where it is faster and less exact.

@@ -112,19 +112,28 @@ def decode_in_slices(
     return in_slices(noting, z, max(1, size)), noted
 
 
-class Pixels(Decoder):
-    """Grey images as their own latents: one channel, from -1 for black to 1 for white."""
+PIXEL_CHANNELS = {"pixels": 1, "rgb": 3}
+"""The names of autoencoders whose latents are pixels, with the channels of these."""
 
-    channels = 1
+
+class Pixels(Decoder):
+    """Images as their own latents, from -1 to 1: grey in one channel, or red, green and blue."""
+
     scale, shift, factor = 1.0, 0.0, 1
     dtype = torch.float32
+
+    def __init__(self, channels: int = 1) -> None:
+        if channels not in PIXEL_CHANNELS.values():
+            raise ValueError(f"channels must be 1 or 3, got {channels}")
+        self.channels = channels
 
     def decode_noting(self, latents: Tensor) -> tuple[Tensor, Noted]:
         images = to_uint8(latents).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
         return images.contiguous(), noted_twice(latents)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        return to_float(images).mean(dim=1, keepdim=True), None
+        pixels = to_float(images)
+        return (pixels.mean(dim=1, keepdim=True) if self.channels == 1 else pixels), None
 
 
 class DiffusersVAE(Decoder):
@@ -213,18 +222,18 @@ def in_slices(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
 
 
 def load_vae(name: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> VAE:
-    """An autoencoder: "pixels", or one of diffusers, read from safetensors only.
+    """An autoencoder: "pixels" (grey), "rgb", or one of diffusers, read from safetensors only.
 
-    name: "pixels"; the folder of an AutoencoderKL or AutoencoderTiny, or of a pipeline with a
-        sub-folder vae; or a hub name, "org/name" or "org/name/folder".
+    name: "pixels" or "rgb"; the folder of an AutoencoderKL or AutoencoderTiny, or of a pipeline
+        with a sub-folder vae; or a hub name, "org/name" or "org/name/folder".
     dtype: float32 is used instead on the CPU, and where the configuration says that float16
         overflows. float32 convolutions run in TF32 on a GPU, as is torch's default
         (torch.backends.cudnn.allow_tf32).
     Raises ValueError if it can't be found, and CheckpointError, a ValueError too, if its files are
     damaged or belong to another model.
     """
-    if name == "pixels":
-        return Pixels()
+    if isinstance(name, str) and name in PIXEL_CHANNELS:
+        return Pixels(PIXEL_CHANNELS[name])
     try:
         from diffusers import AutoencoderKL, AutoencoderTiny
     except ImportError as error:
@@ -264,18 +273,18 @@ def check_vae(vae: Any, channels: int) -> None:
         )
     if not callable(getattr(vae, "decode", None)):
         raise TypeError(
-            "vae must be a folder, a hub name, 'pixels' or an object with decode and encode, got "
-            f"{type(vae).__name__}"
+            "vae must be a folder, a hub name, 'pixels', 'rgb' or an object with decode and "
+            f"encode, got {type(vae).__name__}"
         )
     _check_channels(getattr(vae, "channels", None), channels, "vae")
 
 
 def check_named_vae(name: str | os.PathLike[str], channels: int) -> None:
-    """Raise ValueError if a folder or "pixels" has latents of another number of channels.
+    """Raise ValueError if a folder, "pixels" or "rgb" has latents of another number of channels.
 
     Nothing is loaded: what its configuration says counts, and other names may be right.
     """
-    own = Pixels.channels if name == "pixels" else _said_channels(Path(name).expanduser())
+    own = PIXEL_CHANNELS.get(str(name)) or _said_channels(Path(name).expanduser())
     _check_channels(own, channels, f"vae {str(name)!r}")
 
 
@@ -305,7 +314,8 @@ def _vae_folder(path: Path) -> Path:
         )
         what = "is a file, not a folder" if path.exists() else absent
         raise ValueError(
-            f"vae must be 'pixels', the folder of an AutoencoderKL or a hub name, but {path} {what}"
+            "vae must be 'pixels', 'rgb', the folder of an AutoencoderKL or a hub name, but "
+            f"{path} {what}"
         )
     folder = (
         path / "vae" if not (path / "config.json").is_file() and (path / "vae").is_dir() else path

@@ -24,6 +24,19 @@ def test_grey_images_are_their_own_latents() -> None:
     assert torch.equal(vae.decode(latents), grey)
 
 
+def test_colour_images_are_their_own_latents() -> None:
+    colour = torch.randint(256, (4, 8, 8, 3), dtype=torch.uint8)
+    vae = load_vae("rgb", CPU, torch.float32)
+    assert isinstance(vae, VAE)
+    latents, std = vae.encode(colour)
+    assert (latents.shape, latents.dtype, std) == ((4, 3, 8, 8), torch.float32, None)
+    expected = colour.permute(0, 3, 1, 2).double() / 127.5 - 1
+    assert torch.allclose(latents.double(), expected, rtol=0, atol=2e-7)
+    assert torch.equal(vae.decode(latents), colour)
+    with pytest.raises(ValueError, match="channels must be 1 or 3, got 4"):
+        Pixels(4)
+
+
 class Identity:
     """A network whose latents are the pixels, to see what happens around it."""
 

@@ -154,7 +154,7 @@ def test_objects_that_are_no_autoencoders_are_refused(folder):
     assert_close(wrapped, ft.load(sit(), vae=folder, device="cpu").decode(latents), 0.02)
     assert ft.load(sit(), vae=Decoder(), device="cpu").decode(latents).shape == (1, 8, 8, 3)
     for vae in (3, object(), torch.nn.Linear(1, 1)):
-        with pytest.raises(TypeError, match="vae must be a folder, a hub name, 'pixels' or"):
+        with pytest.raises(TypeError, match="vae must be a folder, a hub name, 'pixels', 'rgb' or"):
             ft.load(sit(), vae=vae, device="cpu")
 
 
