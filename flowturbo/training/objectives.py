@@ -50,19 +50,42 @@ def joined(first: Labels, second: Labels) -> Labels:
 
 
 @dataclass(frozen=True)
+class Times:
+    """The times of training rows: uniform, as SiT's, or mostly logit-normal, as SD3's.
+
+    mean, std: of logit t, where it is normal (Esser et al. 2024, section 3.1); mean None: uniform.
+    uniform: the share of rows whose time is uniform all the same, so that no time is never seen.
+    """
+
+    mean: float | None = None
+    std: float = 1.0
+    uniform: float = 0.0
+
+    def draw(self, data: Tensor, draws: StepRandom) -> Tensor:
+        """data (N, ...) -> times (N,)."""
+        t = draws.uniform()
+        if self.mean is not None:
+            logit = self.mean + self.std * draws.normal(())
+            t = torch.where(draws.uniform() < self.uniform, t, logit.sigmoid())
+        return t.to(data)
+
+
+@dataclass(frozen=True)
 class FlowMatching:
-    """mean ||v(x_t, t, y) - (x1 - x0)||^2 on the linear path, with t ~ U(0, 1), as SiT trains.
+    """mean ||v(x_t, t, y) - (x1 - x0)||^2 on the linear path, as SiT trains.
 
     label_drop: the probability with which a label becomes the null class, for guidance.
+    times: how t is drawn.
     """
 
     null_class: int
     label_drop: float = 0.1
+    times: Times = Times()
 
     def __call__(self, network: Network, data: Tensor, y: Tensor, draws: StepRandom) -> Tensor:
         """data (N, C, H, W), y (N,) -> the loss, ()."""
         x0 = draws.normal(data.shape[1:]).to(data)
-        t = draws.uniform().to(data)
+        t = self.times.draw(data, draws)
         dropped = drop_labels(y, self.null_class, self.label_drop, draws)
         v = network(on_path(data, x0, t), t, dropped)
         return (v - path_velocity(data, x0)).square().mean()

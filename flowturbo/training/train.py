@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,8 +21,12 @@ from ..models.vae import check_named_vae, load_vae
 from ..runtime.distributed import workers
 from ..runtime.modes import own_modes
 from ..runtime.rng import stream
-from .objectives import FlowMatching, Refinement
-from .trainer import Objective, Settings, Weights, provenance, run_training
+from ..solver.plan import as_plan
+from .held_out import Objective
+from .objectives import FlowMatching, Refinement, Times
+from .plan_refinement import PlanRefinement
+from .settings import Settings, provenance
+from .trainer import Weights, run_training
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,27 @@ class Train(Settings):
     """Number of attention heads, for --model custom."""
     patch: int = 2
     """Patch size, for --model custom."""
+    times: Literal["uniform", "logit-normal"] = "uniform"
+    """Distribution of the times t of the rows.
+    "logit-normal" trains more where the velocity is hard to predict, as SD3 was.
+    """
+    times_mean: float = 0.0
+    """Mean of logit t with --times logit-normal; below 0 is nearer to noise."""
+    times_std: float = 1.0
+    """Standard deviation of logit t."""
+    times_uniform: float = 0.0
+    """Share of rows whose times are uniform with --times logit-normal."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.times not in ("uniform", "logit-normal"):
+            raise ValueError(f"times must be uniform or logit-normal, got {self.times!r}")
+        if not math.isfinite(self.times_mean):
+            raise ValueError(f"times_mean must be finite, got {self.times_mean}")
+        if not 0 < self.times_std < math.inf:
+            raise ValueError(f"times_std must be above 0, got {self.times_std}")
+        if not 0 <= self.times_uniform <= 1:
+            raise ValueError(f"times_uniform must be from 0 to 1, got {self.times_uniform}")
 
     def config(self, data: Data) -> SiTConfig:
         """The network's configuration for latents like these; ValueError if they do not fit it."""
@@ -53,12 +77,13 @@ class Train(Settings):
         custom = SiTConfig(
             hidden=self.hidden, depth=self.depth, heads=self.heads, patch=self.patch, side=height
         )
-        return dataclasses.replace(
+        return replace(
             SIT_CONFIGS.get(self.model, custom),
             side=height,
             channels=channels,
             num_classes=data.num_classes,
             learned_sigma=False,
+            sides=_sides(self.sides, height),
         )
 
 
@@ -92,6 +117,11 @@ class Distill(Settings):
     """Keep t + delta at most 1. The public code lets it exceed 1."""
     delta_per_row: bool = False
     """Draw delta for each row. The public code draws one per batch."""
+    plans: tuple[str, ...] = ()
+    """Train at the states where these plans call the refiner, on their way from noise with the
+    refiner as it is, guided as --guidance says; of the data only the labels are used.
+    Instead of --delta-max and the options below it. Such as H1P5R3, or a .json file.
+    """
     drop_before: bool = False
     """Drop the label for the cached velocity too, as in the paper.
     The public code always gives it the true label.
@@ -104,12 +134,24 @@ class Distill(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "plans", tuple(self.plans))
+        others = [f.name for f in fields(self) if f.name in _OF_PATHS]
+        changed = [n for n in others if getattr(self, n) != getattr(type(self), n)]
+        if self.plans and changed:
+            raise ValueError(
+                f"plans say at which times to train: leave out {' and '.join(changed)}, got "
+                f"{', '.join(str(getattr(self, n)) for n in changed)}"
+            )
         if not 0 < self.delta_max < 1:
             raise ValueError(f"delta_max must be above 0 and below 1, got {self.delta_max}")
         if not 1 <= self.guidance[0] <= self.guidance[1] < math.inf:
             raise ValueError(
                 f"guidance must be (low, high) with 1 <= low <= high, got {self.guidance}"
             )
+
+
+_OF_PATHS = ("delta_max", "inside", "delta_per_row", "drop_before")
+"""The options of training on the paths to data, as the paper does."""
 
 
 @own_modes()
@@ -125,8 +167,15 @@ def train(settings: Train) -> Path:
         if settings.vae is not None:
             check_named_vae(settings.vae, config.channels)
         network = _untrained(config, settings.seed)
-        objective = FlowMatching(config.num_classes, settings.label_drop)
-        return run_training(network, objective, data, settings, device, _SIT)
+        times = (
+            Times(settings.times_mean, settings.times_std, settings.times_uniform)
+            if settings.times == "logit-normal"
+            else Times()
+        )
+        objective = FlowMatching(config.num_classes, settings.label_drop, times)
+        # Held-out losses are of uniform times, so that trainings with others can be compared.
+        judged = _held_out(settings, data, replace(objective, times=Times()))
+        return run_training(network, objective, data, settings, device, _weights(data), judged)
 
 
 @own_modes()
@@ -139,8 +188,9 @@ def distill(settings: Distill) -> Path:
     prompted = is_pipeline(settings.teacher)
     with workers(settings.device) as device:
         network, objective, data = (_for_prompts if prompted else _for_classes)(settings, device)
-        weights = _PROMPTED if prompted else _SIT
-        return run_training(network, objective, data, settings, device, weights)
+        weights = _PROMPTED if prompted else _weights(data)
+        judged = _held_out(settings, data, objective)
+        return run_training(network, objective, data, settings, device, weights, judged)
 
 
 def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Objective, Data]:
@@ -169,6 +219,15 @@ def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
         )
     config = _teacher_config(teacher.predictor).refiner(settings.depth)
     network = _untrained(config, settings.seed)
+    if settings.plans:
+        plans = tuple(map(as_plan, settings.plans))
+        return (
+            network,
+            PlanRefinement(
+                teacher, plans, settings.guidance, teacher.guidance_channels, settings.label_drop
+            ),
+            data,
+        )
     return (
         network,
         # Without a null class no label is dropped, and the number not used.
@@ -178,6 +237,8 @@ def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
 
 
 def _for_prompts(settings: Distill, device: torch.device) -> tuple[nn.Module, Objective, Data]:
+    if settings.plans:
+        raise ValueError("plans are for a class-conditional teacher, not for a pipeline")
     data = load_prompts(settings.data)
     pipe = load_pipeline(settings.teacher, ("network",))
     predictor = network_with_prompts(pipe, settings.convention)
@@ -225,20 +286,52 @@ def _data(settings: Settings, device: torch.device) -> Data:
     return load_data(settings.data, vae=vae, image_size=settings.image_size)
 
 
-def _save_sit(settings: Settings, network: nn.Module, step: int) -> None:
-    save_sit(
-        settings.out / _SIT.name,
-        cast(SiT, network),
-        vae=settings.vae,
-        provenance=provenance(settings, step),
-    )
+def _sides(sides: tuple[int, ...], side: int) -> tuple[int, ...]:
+    """Further sides to train on; ValueError for one that does not divide the data's."""
+    for other in sides:
+        if not 0 < other < side or side % other:
+            raise ValueError(f"sides must be divisors of the data's side {side}, got {other}")
+    return sides
+
+
+def _held_out(
+    settings: Settings, data: Data, objective: Objective
+) -> tuple[Data, Objective] | None:
+    """The held-out data, if the settings name any, with the objective; ValueError for other shapes
+    or more classes than the data's.
+    """
+    if settings.held_out is None:
+        return None
+    vae_needed = needs_vae(settings.held_out)
+    held_out = load_data(settings.held_out) if not vae_needed else None
+    if held_out is None or held_out.shape != data.shape or held_out.num_classes > data.num_classes:
+        found = "images" if held_out is None else f"{held_out.shape} of {held_out.num_classes}"
+        raise ValueError(
+            f"held_out must be latents like data's, {data.shape} of {data.num_classes} classes, "
+            f"got {found}"
+        )
+    return held_out, objective
+
+
+def _weights(data: Data) -> Weights:
+    """How the weights of a SiT are written: with the names of the data's classes."""
+
+    def save(settings: Settings, network: nn.Module, step: int) -> None:
+        save_sit(
+            settings.out / "model.safetensors",
+            cast(SiT, network),
+            vae=settings.vae,
+            provenance=provenance(settings, step),
+            class_names=getattr(data, "class_names", None),
+        )
+
+    return Weights("model.safetensors", save)
 
 
 def _save_prompted(settings: Settings, network: nn.Module, step: int) -> None:
     write_pretrained(settings.out, cast(PromptNetwork, network).module, provenance(settings, step))
 
 
-_SIT = Weights("model.safetensors", _save_sit)
 _PROMPTED = Weights(WEIGHTS, _save_prompted)
 
 

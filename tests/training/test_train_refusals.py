@@ -58,14 +58,6 @@ def test_models_and_data_that_are_not_there_are_refused(tmp_path, data, change, 
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_bf16_is_for_cuda(tmp_path, data):
-    with pytest.raises(
-        ValueError, match="precision 'bf16' is autocast on CUDA, but the device is cpu"
-    ):
-        train(tiny(tmp_path, data, precision="bf16"))
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_that_is_not_there_is_refused(tmp_path, data):
     with pytest.raises(ValueError, match="device 'cuda' was asked for"):
