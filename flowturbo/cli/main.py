@@ -9,6 +9,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from ..data.emoji import Emoji, emoji
 from ..data.encode import Encode, encode
 from ..evaluation.fid import Fidelity, fidelity
 from ..evaluation.latency import Bench, bench
@@ -43,6 +44,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "fid": (Fidelity, fidelity),
     "inspect-velocity": (InspectVelocity, inspect_velocity),
     "encode": (Encode, encode),
+    "emoji": (Emoji, emoji),
     "convert": (Convert, run_convert),
     "tune": (Tune, tune),
     "bench": (Bench, bench),

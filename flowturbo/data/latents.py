@@ -6,10 +6,11 @@ They come from scikit-learn's digits, from files of latents, or from folders of 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,15 +21,17 @@ from ..models.text_to_image import Labels
 from ..models.vae import VAE
 from ..runtime.rng import StepRandom, stream
 from ..storage.files import CheckpointError, load_tensors, open_npz
-from ..storage.folders import EXTENSIONS, files_below, suffix
 from ..storage.images import scan
 from ..storage.pixels import refuse_pixels, tensor_of
+from .shards import check_no_images, check_set, classes_of, shards_of
 
 
 class Data(Protocol):
     """The interface of training data."""
 
     num_classes: int
+    class_names: tuple[str, ...] | None
+    """The name of each label, if the data have names."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,7 +56,8 @@ class Latents:
     std (N, C, H, W): of the posterior, which is sampled anew at each use; None for exact latents.
         It has no negative value.
     latents_flipped, std_flipped: of the mirrored images, taken with probability 1/2 at each use.
-    num_classes: by default the largest label plus one.
+    num_classes: by default as many as class_names, or the largest label plus one.
+    class_names: the name of each label, all different.
     ValueError for tensors whose shapes or values do not fit.
     """
 
@@ -65,6 +69,7 @@ class Latents:
         num_classes: int | None = None,
         latents_flipped: Tensor | None = None,
         std_flipped: Tensor | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         mean, labels = tensor_of("latents", mean), tensor_of("labels", labels)
         if mean.ndim != 4 or not len(mean):
@@ -94,7 +99,10 @@ class Latents:
         self.mean, self.std, self.labels = mean, std, labels.to(torch.int64)
         self.latents_flipped, self.std_flipped = latents_flipped, std_flipped
         self.shape = (mean.shape[1], mean.shape[2], mean.shape[3])
-        self.num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
+        self.class_names = None if class_names is None else _names(class_names, num_classes)
+        if num_classes is None:
+            num_classes = len(self.class_names) if self.class_names else int(labels.max()) + 1
+        self.num_classes = num_classes
         if int(labels.max()) >= self.num_classes:
             raise ValueError(f"labels must be below {self.num_classes}, got {int(labels.max())}")
 
@@ -130,6 +138,7 @@ class ImageFolder:
             )
         self.shape = (blank.shape[1], blank.shape[2], blank.shape[3])
         self.num_classes = len(self.files.classes)
+        self.class_names: tuple[str, ...] | None = tuple(self.files.classes)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -141,6 +150,22 @@ class ImageFolder:
         images = torch.where(flips(draws), images.flip(2), images)
         mean, std = self.vae.encode(images)
         return sample_posterior(mean, std, draws), torch.from_numpy(self.files.labels[indices])
+
+
+def _names(names: Sequence[str], num_classes: int | None) -> tuple[str, ...]:
+    """Class names as they are kept; ValueError unless each class has one of its own."""
+    if isinstance(names, str):
+        raise TypeError(f"class_names must be a list of names, got {names!r}")
+    kept = tuple(names)
+    if wrong := [name for name in kept if not isinstance(name, str) or not name.strip()]:
+        raise ValueError(f"class_names must be texts that are not blank, got {wrong[0]!r}")
+    if twice := [name for name, count in Counter(kept).items() if count > 1]:
+        raise ValueError(f"class_names must all be different, got {twice[0]!r} more than once")
+    if not kept or num_classes not in (None, len(kept)):
+        raise ValueError(
+            f"class_names must be {num_classes or 'at least one'}, one a class, got {len(kept)}"
+        )
+    return kept
 
 
 def _check_values(name: str, values: Tensor) -> None:
@@ -199,7 +224,8 @@ def load_data(
     - "digits";
     - an .npz with arrays "latents" (N, C, H, W) and "labels" (N,). Optional: "std", of the
       encoder's posterior, which is then sampled anew at each use; "latents_flipped", of the
-      mirrored images, with "std_flipped" if there is "std";
+      mirrored images, with "std_flipped" if there is "std"; "class_names" (K,), texts, the name
+      of each label;
     - a folder of .safetensors shards, each with these same names. Shards from `flowturbo encode`
       must be a complete set and state the number of classes; without that statement it is the
       largest label plus one;
@@ -243,25 +269,6 @@ def needs_vae(source: str | os.PathLike[str]) -> bool:
     return source != "digits" and path.is_dir() and not shards_of(path)
 
 
-def shards_of(folder: Path) -> list[Path]:
-    """The .safetensors files of a folder, sorted by name, without hidden ones."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if suffix(path.name) == ".safetensors" and not path.name.startswith(".")
-    )
-
-
-def check_no_images(folder: Path) -> None:
-    """ValueError for a folder of shards in which there are images too."""
-    images = [name for name in files_below(folder) if suffix(name) in EXTENSIONS]
-    if images:
-        raise ValueError(
-            f"data must be shards or images, but {folder} holds shards and {len(images)} images, "
-            f"the first {images[0]}: move one of the two away"
-        )
-
-
 # The tensors that files of latents hold; any others are ignored.
 _NAMES = ("latents", "labels", "std", "latents_flipped", "std_flipped")
 
@@ -272,11 +279,18 @@ def _from_npz(path: Path) -> Latents:
     with open_npz(path) as arrays:
         names = list(arrays)
         found = {k: arrays[k] for k in _NAMES if k in names}
+        classes = arrays["class_names"] if "class_names" in names else None
+    if classes is not None and (classes.ndim != 1 or classes.dtype.kind != "U"):
+        raise CheckpointError(
+            f"{path}: class_names must be an array (K,) of texts, got {classes.shape}, "
+            f"{classes.dtype}"
+        )
     try:
         part = {k: tensor_of(k, array) for k, array in found.items()}
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return _latents(path, part, None, names, encoded=False)
+    listed = None if classes is None else classes.tolist()
+    return _latents(path, part, None, names, encoded=False, classes=listed)
 
 
 def _from_shards(paths: list[Path]) -> Latents:
@@ -308,16 +322,23 @@ def _from_shards(paths: list[Path]) -> Latents:
     joined = {
         name: torch.cat([part.pop(name) for part in parts.values()]) for name in list(parts[first])
     }
-    return _latents(first.parent, joined, num_classes, list(joined), encoded=True)
+    classes = classes_of(descriptions[first])
+    return _latents(first.parent, joined, num_classes, list(joined), encoded=True, classes=classes)
 
 
 def _latents(
-    path: Path, part: Parts, num_classes: int | None, names: list[str], encoded: bool
+    path: Path,
+    part: Parts,
+    num_classes: int | None,
+    names: list[str],
+    encoded: bool,
+    classes: Sequence[str] | None = None,
 ) -> Latents:
     """The latents in a file's tensors; CheckpointError, naming the file, if they do not fit.
 
     names: of all tensors in the file, for the message.
     encoded: whether `flowturbo encode` made them; in other files they may be pixels.
+    classes: the names of the labels, if the file has any.
     """
     if "latents" not in part or "labels" not in part:
         raise CheckpointError(
@@ -326,48 +347,19 @@ def _latents(
         )
     others = {name: part.get(name) for name in ("std", "latents_flipped", "std_flipped")}
     try:
-        latents = Latents(part["latents"], part["labels"], num_classes=num_classes, **others)
+        latents = Latents(
+            part["latents"],
+            part["labels"],
+            num_classes=num_classes,
+            class_names=classes,
+            **others,
+        )
         for name in () if encoded else ("latents", "latents_flipped"):
             if name in part:
                 refuse_pixels(name, part[name], "encode pixels first, or scale them to -1 to 1")
         return latents
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-
-
-def check_set(descriptions: Mapping[Path, Mapping[str, Any] | None]) -> int | None:
-    """Check that shards form one complete set; returns its number of classes, None if not stated.
-
-    descriptions: path -> the description in the file's header, None where there is none.
-    CheckpointError for shards of different sets, and for missing or duplicate ones.
-    """
-    (first, described), *others = descriptions.items()
-    for path, other in others:
-        differing = [k for k in _OF_A_SET if (described or {}).get(k) != (other or {}).get(k)]
-        if differing:
-            raise CheckpointError(
-                f"{path} and {first.name} are not of one set: they differ in {', '.join(differing)}"
-            )
-    if described is None:
-        return None
-    if "shards" in described:
-        numbers = {int((d or {}).get("shard", -1)) for d in descriptions.values()}
-        missing = sorted(set(range(int(described["shards"]))) - numbers)
-        if missing or len(numbers) != len(descriptions):
-            problem = (
-                f"shards {', '.join(map(str, missing[:8]))} of {described['shards']} are missing"
-                if missing
-                else "some shards are there twice"
-            )
-            raise CheckpointError(
-                f"{first.parent} is not a complete set of shards: {problem} (run `flowturbo "
-                "encode` again to resume)"
-            )
-    classes = described.get("num_classes")
-    return None if classes is None else int(classes)
-
-
-_OF_A_SET = ("kind", "settings", "shards", "num_classes")
 
 
 def _contents(part: Parts) -> str:

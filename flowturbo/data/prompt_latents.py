@@ -14,7 +14,8 @@ from torch import Tensor
 from ..models.text_to_image import Labels
 from ..runtime.rng import StepRandom
 from ..storage.files import CheckpointError, load_tensors
-from .latents import check_no_images, check_set, flips, sample_posterior, shards_of
+from .latents import flips, sample_posterior
+from .shards import check_no_images, check_set, shards_of
 
 _LATENTS = ("latents", "std", "latents_flipped", "std_flipped")
 _CONDITIONS = ("embeds", "pooled", "lengths")
@@ -30,6 +31,7 @@ class PromptLatents:
     """
 
     num_classes = 0
+    class_names: tuple[str, ...] | None = None
 
     def __init__(self, paths: list[Path]) -> None:
         loaded = {}

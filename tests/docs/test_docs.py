@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 from documents import DOCUMENTS, ROOT, Block, blocks, commands, flowturbo_words
+from emoji_packages import package_files, use_npm, use_packages
 from feature_network import RandomNetwork
 
 from flowturbo.cli.main import main, parse
@@ -239,6 +240,8 @@ def folder(tmp_path, monkeypatch, pipeline_folders, request) -> Path:
     stand_ins.write(tmp_path, pipeline_folders, text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fidelity, "Inception", lambda weights, device: RandomNetwork())
+    use_packages(monkeypatch, tmp_path / "npm", *package_files())
+    use_npm(monkeypatch, tmp_path / "npm")
     stop_when_it_serves(monkeypatch)
     make_tuning_brief(monkeypatch)
     return tmp_path
