@@ -18,6 +18,7 @@ from .runtime.cuda_graphs import CaptureError
 from .runtime.rng import noise
 from .sampling.compile import compile
 from .sampling.edit import edit, inpaint
+from .sampling.enlarge import resized_noise
 from .sampling.run import StepInfo
 from .sampling.sampler import sample
 from .solver.plan import Plan
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "noise",
     "refiner_for",
+    "resized_noise",
     "restore",
     "sample",
     "sample_stages",

@@ -67,7 +67,8 @@ class ModelFlags(WeightFlags):
     For text-to-image models, whose guidance is stronger, A7; with --refiner the paper's H1P5R3.
     H is Heun, P pseudo corrector, R refiner, S refiner by the paper's equation 7, E Euler.
     A, B and C are Adams-Bashforth of order 2, 3 and 4, U UniPC-2, D DPM-Solver++ 2M, X res_2s.
-    `flowturbo sample` takes stages for text-to-image models: "A4 at 1/2 + A3 from 0.6".
+    `flowturbo sample` takes stages: "A4 at 1/2 + A3 from 0.6", for text-to-image models and for
+    sizes that the model was trained on.
     """
     guidance: Annotated[float, tyro.conf.arg(aliases=["--cfg-scale"])] = 1.5
     """Scale of classifier-free guidance; 1 means none."""
@@ -90,7 +91,9 @@ class ModelFlags(WeightFlags):
     negative: str | None = None
     """Negative prompt, for text-to-image models with classifier-free guidance (SD3, 2-RF)."""
     image_size: int | None = None
-    """Height and width of the images, for text-to-image models. Default: the model's own."""
+    """Height and width of the images, for text-to-image models and for models of classes.
+    Default: the model's own. A seed gives a model of classes one composition at every size.
+    """
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(map(argument, self.prompts)))
@@ -161,7 +164,7 @@ def _plan(settings: ModelFlags, text: str, own_shift: float) -> Plan | StagedPla
 
 def load_checkpoint(settings: WeightFlags) -> FlowModel:
     """Load a class-conditional model; ValueError for flags that only pipelines have."""
-    _only("a text-to-image pipeline", settings, "prompts", "negative", "image_size")
+    _only("a text-to-image pipeline", settings, "prompts", "negative")
     if settings.convention == "2-rf":
         raise ValueError("convention '2-rf' is for a pipeline as model")
     return load(
@@ -175,6 +178,7 @@ def load_checkpoint(settings: WeightFlags) -> FlowModel:
         quantize=settings.quantize,
         null_class=None if settings.null_class == "none" else settings.null_class,
         assume_velocity=settings.assume_velocity,
+        image_size=getattr(settings, "image_size", None),
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from flowturbo_kernels import use_backend
 
+from ..checks import listed, positive
 from ..runtime.cuda_graphs import Captures
 from ..runtime.modes import without_autocast
 from .not_finite import Dtypes, Noted, checked
@@ -82,6 +85,14 @@ class FlowModel:
     """Shift of the time grid of plans given as text; see Plan.parse."""
     class_names: tuple[str, ...] | None = None
     """Of all classes, by number, if the model's file names them."""
+    sides: tuple[int, ...] = ()
+    """Heights and widths of latents that a class-conditional model was trained on, its own among
+    them: stages may have these. To try another one: `model.sides += (8,)`.
+    """
+    drawn: tuple[int, ...] | None = None
+    """(C, H, W) of the noise that a seed draws, which `resized_noise` then makes as large as the
+    latents; None: that of the latents.
+    """
     captures: Captures = field(default_factory=Captures, init=False, repr=False, compare=False)
     """CUDA graphs of whole runs: `captures.limit` is their largest number, `captures.clear()`
     releases their memory. See flowturbo.summary.
@@ -98,6 +109,82 @@ class FlowModel:
                 "give guidance=1"
             )
         return guidance != 1
+
+    def resized(self, image_size: int | tuple[int, int]) -> FlowModel:
+        """The model with images of another size; networks and graphs are the same.
+
+        Seeds give images of the same composition as at the model's own size: see `resized_noise`.
+        image_size: height and width, or one number for both, in pixels; of a model without a vae,
+            of its latents. Of SiTs any multiple of a patch.
+        Warns of sizes that the model was not trained on, at which images may be poor. Raises
+        ValueError for those that it can't have.
+        """
+        pair = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+        if len(pair) != 2:
+            raise ValueError(f"image_size must be a number or two, got {image_size!r}")
+        factor = 1 if self.vae is None else self.vae.factor
+        step = self.multiple * factor
+        for side in pair:
+            if positive("image_size", side) % step:
+                raise ValueError(
+                    f"image_size must be a multiple of {step} for this model, got {image_size!r}"
+                )
+        height, width = (side // factor for side in pair)
+        if not self.trained_at(height, width):
+            if not all(isinstance(network, SiT) for network in self._networks):
+                raise ValueError(
+                    "image_size must be the model's own for a network that is no SiT, unless sides "
+                    f"names it, got {image_size!r}"
+                )
+            known = listed(sorted({side * factor for side in (*self.sides, *self._own[1:])}))
+            warnings.warn(
+                f"image_size {image_size!r} is none that the model was trained on ({known}): its "
+                "images may be poor",
+                stacklevel=2,
+            )
+        resized = self.at_size((height, width))
+        if self.macs and all(isinstance(network, SiT) for network in self._networks):
+            configs = [network.config for network in self._networks]  # type: ignore[attr-defined]
+            each = [config.macs(height * width // config.patch**2) for config in configs]
+            resized.macs = each[0], sum(each[1:])
+        resized.drawn = None if resized.latent_shape == self._own else self._own
+        return resized
+
+    def at_size(self, size: tuple[int, ...]) -> FlowModel:
+        """The model with latents of another size, unchecked, with the same networks and graphs."""
+        if self.latent_shape[1:] == size:
+            return self
+        resized = replace(self, latent_shape=(self.latent_shape[0], *size))
+        resized.captures = self.captures
+        return resized
+
+    def trained_at(self, height: int, width: int) -> bool:
+        """Whether latents of this size are its own or were trained on, as `sides` says."""
+        return (height, width) == self._own[1:] or (height == width and height in self.sides)
+
+    def shift_at(self, height: int, width: int) -> float:
+        """The shift of the time grid for latents of another size, in proportion to the sides, as in
+        SD3's paper (arXiv 2403.03206, section 5.3.2).
+        """
+        H, W = self.latent_shape[-2:]
+        return self.shift * math.sqrt(height * width / (H * W))
+
+    @property
+    def _own(self) -> tuple[int, ...]:
+        """The latent_shape of the model as it was loaded."""
+        return self.latent_shape if self.drawn is None else self.drawn
+
+    @property
+    def multiple(self) -> int:
+        """Of which the sides of latents must be multiples: the patch of SiTs."""
+        patches = [net.config.patch for net in self._networks if isinstance(net, SiT)]
+        return math.lcm(*patches)
+
+    @property
+    def _networks(self) -> list[object]:
+        """The predictor and the refiner, if there is one, without reversal of time."""
+        networks = [self.predictor, *([] if self.refiner is None else [self.refiner])]
+        return [net.network if isinstance(net, ReversedTime) else net for net in networks]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ def load(
     quantize: Literal["fp8"] | None = None,
     null_class: int | Literal["auto"] | None = "auto",
     assume_velocity: bool = False,
+    image_size: int | tuple[int, int] | None = None,
 ) -> FlowModel:
     """A flow model from checkpoints.
 
@@ -109,6 +110,7 @@ def load(
         ImageNet's 1001.
     assume_velocity: take a network for a velocity on the straight path between noise and data even
         if its file says that it is none, such as SiT's with --path-type GVP or --prediction noise.
+    image_size: None: that of the predictor's latents; others: see FlowModel.resized.
     Raises CheckpointError for a file that can't be used, ValueError or TypeError for arguments that
     don't fit together, BackendError if the device can't run the requested backend.
     """
@@ -133,7 +135,7 @@ def load(
     check_vae(autoencoder, config.channels)
     # SiT's public code guides 3 of 4 channels, as the published scores do. All others guide all.
     guides_three = config.channels == 4 and checkpoint.convention == "sit"
-    return FlowModel(
+    model = FlowModel(
         predictor=cast(Network, network),
         refiner=None if refiner_model is None else cast(Network, refiner_model),
         latent_shape=(config.channels, config.side, config.side),
@@ -146,7 +148,9 @@ def load(
         backend=backend,
         macs=(config.macs(), 0 if refiner_model is None else refiner_model.config.macs()),
         class_names=checkpoint.class_names,
+        sides=(config.side, *config.sides),
     )
+    return model if image_size is None else model.resized(image_size)
 
 
 def _device_and_dtype(

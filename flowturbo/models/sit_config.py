@@ -97,17 +97,24 @@ class SiTConfig:
     def refiner(self, depth: int = 1) -> SiTConfig:
         """The refiner of this predictor: the same trunk, reading x and v (paper section 3.2).
 
-        depth: its number of blocks.
+        depth: its number of blocks. Its further sides are for its own training to say.
         """
-        return replace(self, depth=depth, reads_velocity=True)
+        return replace(self, depth=depth, reads_velocity=True, sides=())
 
-    def macs(self) -> int:
-        """Multiply-accumulates of all matrix products in one forward of one sample."""
-        return self.trunk_macs() + self.conditioning_macs()
+    def trained_at(self, height: int, width: int) -> bool:
+        """Whether latents of this size were trained on."""
+        return height == width and height in (self.side, *self.sides)
 
-    def trunk_macs(self) -> int:
+    def macs(self, tokens: int | None = None) -> int:
+        """Multiply-accumulates of all matrix products in one forward of one sample.
+
+        tokens: None: as many as latents of its own size have.
+        """
+        return self.trunk_macs(tokens) + self.conditioning_macs()
+
+    def trunk_macs(self, tokens: int | None = None) -> int:
         """Those of the layers that read x."""
-        D, T = self.hidden, self.tokens
+        D, T = self.hidden, self.tokens if tokens is None else tokens
         ends = T * self.patch**2 * (self.in_channels + self.out_channels) * D
         return self.depth * (T * 12 * D * D + 2 * T * T * D) + ends
 

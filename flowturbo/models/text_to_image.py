@@ -5,7 +5,6 @@ diffusers is imported only where it is needed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,18 +52,23 @@ class PromptModel(FlowModel):
     )
     """The shift for images of so many tokens, if the scheduler has a rule for it."""
 
+    def resized(self, image_size: int | tuple[int, int]) -> FlowModel:
+        raise ValueError(
+            "resized is for models of classes: give image_size to from_pipeline, which knows the "
+            f"pipeline's rules for it, got {image_size!r}"
+        )
+
     def shift_at(self, height: int, width: int) -> float:
         """The shift of the time grid for latents of another size.
 
-        By the scheduler's rule (FLUX), else in proportion to the sides, as in SD3's paper
-        (arXiv 2403.03206, section 5.3.2).
+        By the scheduler's rule (FLUX), else in proportion to the sides.
         """
         H, W = self.latent_shape[-2:]
         if (height, width) == (H, W):
             return self.shift
         if self.shift_of is not None and isinstance(self.predictor, PromptNetwork):
             return self.shift_of(height * width // self.predictor.multiple**2)
-        return self.shift * math.sqrt(height * width / (H * W))
+        return super().shift_at(height, width)
 
     def guided(self, guidance: float) -> bool:
         if self.guidance_style == "none" and guidance != 1:
@@ -159,6 +163,10 @@ class PromptModel(FlowModel):
                 (counts["embeds"],), guidance, dtype=self.dtype, device=self.device
             )
         return conditions
+
+    @property
+    def multiple(self) -> int:
+        return self.predictor.multiple if isinstance(self.predictor, PromptNetwork) else 1
 
     @property
     def kind(self) -> Kind:

@@ -16,7 +16,7 @@ from ..runtime.cuda_graphs import Capture, CaptureError
 from ..solver.plan import Plan
 from ..solver.stages import StagedPlan, as_stages
 from .inputs import inputs_of
-from .stages import at_size, leg_job, model_legs
+from .stages import leg_job, model_legs
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def compile(
     captures = []
     for job, size in tqdm(work, disable=not progress, unit="capture", leave=False):
         noise = torch.zeros(size, *job.latent_shape, dtype=torch.float32, device="cpu")
-        sized = at_size(model, job.latent_shape[1:])
+        sized = model.at_size(job.latent_shape[1:])
         inputs = inputs_of(
             sized,
             prompts if isinstance(model, PromptModel) else [0] * size,

@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import positive
 from ..models.vae import VAE
 from ..runtime.rng import later_noise
 from ..solver.path import on_path
 from ..solver.stages import matched_level
 
+_LANE = 2**61  # of random numbers, which no stage uses
 Size = tuple[int, int]
 Enlarge = (
     Literal["latents", "pixels"]
@@ -119,6 +121,27 @@ def with_low_frequencies(noise: Tensor, low: Tensor) -> Tensor:
     wide = noise.double()
     change = low.double() - rows.T @ wide @ columns
     return (wide + rows @ change @ columns.T).to(noise.dtype)
+
+
+def resized_noise(noise: Tensor, size: int | Size) -> Tensor:
+    """White noise of another size, (N, C, *size), from which a model makes images of the same
+    composition.
+
+    The frequencies that both sizes have are those of `noise`. Higher ones are new, and a function
+    of the image's own noise alone, to the last bit.
+    noise: (N, C, h, w), floating point. size: (H, W), or one number for both.
+    Raises ValueError or TypeError for others.
+    """
+    pair = size if isinstance(size, tuple | list) else (size, size)
+    if len(pair) != 2:
+        raise ValueError(f"size must be a number or two, got {size!r}")
+    H, W = (positive("size", side) for side in pair)
+    if not isinstance(noise, Tensor) or noise.ndim != 4 or not noise.is_floating_point():
+        raise ValueError("noise must be a floating-point tensor (images, channels, height, width)")
+    low = coarse_noise(noise, (min(H, noise.shape[2]), min(W, noise.shape[3])))
+    if tuple(low.shape[2:]) == (H, W):
+        return low
+    return with_low_frequencies(later_noise(noise, (noise.shape[1], H, W), _LANE).to(noise), low)
 
 
 def _bases(noise: Tensor, size: Size) -> tuple[Tensor, Tensor]:

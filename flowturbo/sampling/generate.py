@@ -45,6 +45,7 @@ from ..storage.image_shards import (
 from ..storage.resume import difference
 from ..version import __version__
 from .enlarge import enlarger
+from .inputs import noise_of
 from .run import Job
 from .sampler import sample
 from .stages import Leg, leg_job, model_legs
@@ -208,7 +209,7 @@ def _images_of(
 
     mark: whether these are made magenta; else they are an error.
     """
-    noise = rng.noise(model.latent_shape, seed, numbers)
+    noise = noise_of(model, seed, numbers)
     classes = labels[numbers.start : numbers.stop].tolist()
     try:
         images = sample(model, plan, classes, noise=noise, output="uint8", **options)
@@ -263,8 +264,7 @@ def _settings(
     shard_size: int,
 ) -> dict[str, Any]:
     """Everything that determines the images, to the last bit, and their files."""
-    device = model.device
-    on_gpu = device.type == "cuda"
+    device, on_gpu = model.device, model.device.type == "cuda"
     settings = {
         "num": len(labels),
         "labels": hashlib.sha256(json.dumps(labels.tolist()).encode()).hexdigest(),
@@ -291,7 +291,8 @@ def _settings(
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
-    return json.loads(json.dumps(settings))
+    resized = {"latents": model.latent_shape, "drawn": model.drawn} if model.drawn else {}
+    return json.loads(json.dumps(settings | resized))
 
 
 def _of_stages(legs: Sequence[Leg]) -> dict[str, Any]:
@@ -328,8 +329,7 @@ def _config(module: nn.Module) -> str:
     For networks of ours and of diffusers; "" for other modules.
     """
     if isinstance(module, SiT):
-        # Without further sides, as it was before there were any: sets go on.
-        return str(module.config).replace(", sides=()", "")
+        return str(module.config).replace(", sides=()", "")  # as before there were any
     if isinstance(module, PromptNetwork):
         return str(sorted(config_of(module.module).items())) + str(getattr(module, "boundary", ""))
     return ""

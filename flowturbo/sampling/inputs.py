@@ -15,6 +15,7 @@ from ..models.not_finite import Name, image_name
 from ..models.text_to_image import PromptModel
 from ..runtime import rng
 from ..storage.pixels import refuse_pixels, tensor_of
+from .enlarge import resized_noise
 
 
 def inputs_of(
@@ -46,8 +47,21 @@ def inputs_of(
         conditions = {
             name: value.expand(count, *value.shape[1:]) for name, value in conditions.items()
         }
-    start = starting_noise(noise, seed, (max(rows, count), *model.latent_shape)).to(model.device)
+    if noise is None:
+        drawn = drawn_seed(seed, None) or 0
+        start = noise_of(model, drawn, range(max(rows, count))).to(model.device)
+    else:
+        shape = (max(rows, count), *model.latent_shape)
+        start = starting_noise(noise, seed, shape).to(model.device)
     return {"noise": start, **conditions}
+
+
+def noise_of(model: FlowModel, seed: int, images: Sequence[int]) -> Tensor:
+    """The noise that a seed draws for images of a model, (images, C, H, W) float32, on the CPU."""
+    if model.drawn is None:
+        return rng.noise(model.latent_shape, seed, images)
+    H, W = model.latent_shape[1:]
+    return resized_noise(rng.noise(model.drawn, seed, images), (H, W))
 
 
 def drawn_seed(seed: int | None, noise: Tensor | None) -> int | None:

@@ -21,7 +21,6 @@ from .run import Callback, StepMonitor, both_ends, integrate
 from .stages import (
     Leg,
     StageBatches,
-    at_size,
     function_legs,
     leg_job,
     model_legs,
@@ -52,8 +51,9 @@ def sample(
     model: a FlowModel (from `load`), or any callable v(x, t, **cond) with t a scalar tensor, which
         needs `noise`. It returns the velocity, floating point, in x's shape and on its device.
     plan: a Plan, or text such as "H1P5R3". The grid of a text is uniform, except for models with a
-        shift of their own (SD3, FLUX). For models of any size (text to image, callables) also a
-        StagedPlan, or text such as "A4 at 1/2 + A3 from 0.6".
+        shift of their own (SD3, FLUX). For models of any size (text to image, callables), and for
+        stages at sizes that a model was trained on, also a StagedPlan, or text such as
+        "A4 at 1/2 + A3 from 0.6".
     labels: N class numbers; None: unconditional, one image per row of `noise`. For a text-to-image
         model N prompts, or what its `encode` returns for them. A callable gets them as cond
         "labels".
@@ -62,7 +62,8 @@ def sample(
     guidance_channels: how many channels, from the first, are guided; None: as the checkpoint's
         convention says (3 of 4 for SiT, else all).
     noise: (N, C, H, W), finite, floating point. It overrides seed.
-    seed: the noise of image i depends on (seed, i) alone; None: another seed in every call.
+    seed: the noise of image i depends on (seed, i) alone; None: another seed in every call. Of a
+        model that was resized it is `resized_noise` of that at its own size.
     batch_size: images per batch; None: the smallest batch size that `compile` captured and that
         holds all images, else all at once. The last batch is padded to this size. So for one batch
         size, device and machine an image does not depend on the others in its batch; between batch
@@ -124,7 +125,7 @@ def sample(
         inputs = inputs_of(model, labels, guidance, noise, seed, negative)
         start, names = inputs["noise"], image_names(labels, seed, noise, inputs)
         runs = [
-            ModelBatches(at_size(model, leg.size), job, inputs, guidance, names)
+            ModelBatches(model.at_size(leg.size), job, inputs, guidance, names)
             for leg, job in zip(legs, jobs, strict=True)
         ]
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..checks import positive
+from ..checks import listed, positive
 from ..models.flow_model import FlowModel
-from ..models.text_to_image import PromptModel, PromptNetwork
+from ..models.sit import SiT
+from ..models.text_to_image import PromptNetwork
 from ..solver.path import on_path
 from ..solver.plan import Plan
 from ..solver.stages import Stage, StagedPlan
@@ -52,19 +54,50 @@ class StageBatches(Protocol):
 def model_legs(model: FlowModel, plan: Plan | StagedPlan) -> list[Leg]:
     """The stages of a plan for a model; a plan without stages is one.
 
-    Raises ValueError if there are several, and the model has one size only.
+    Raises ValueError if there are several, and the model was not trained at their sizes. Warns of
+    refiner steps at sizes that the refiner was not trained at.
     """
     size: Any = tuple(model.latent_shape[1:])
     if isinstance(plan, Plan):
-        return [Leg(plan, size, True)]
-    if not isinstance(model, PromptModel) or not isinstance(model.predictor, PromptNetwork):
-        raise ValueError(
-            f"plan {str(plan)!r} has stages, which need a model of any size: a text-to-image model "
-            f"or a callable. This one takes latents of {' x '.join(map(str, size))} only"
-        )
-    if len(size) != 2:
-        raise ValueError(f"plan {str(plan)!r} has stages, which are for images, not for videos")
-    return _legs(plan, size, model.predictor.multiple, model.shift_at)
+        legs = [Leg(plan, size, True)]
+    else:
+        if len(size) != 2:
+            raise ValueError(f"plan {str(plan)!r} has stages, which are for images, not for videos")
+        any_size = isinstance(model.predictor, PromptNetwork)
+        legs = _legs(plan, size, model.multiple, model.shift_at)
+        if not any_size:
+            _check_sizes(model, plan, legs)
+    _warn_of_refiner(model, legs)
+    return legs
+
+
+def _check_sizes(model: FlowModel, plan: StagedPlan, legs: Sequence[Leg]) -> None:
+    """ValueError unless a model was trained at the sizes of these stages."""
+    whole = model.latent_shape[1:]
+    other = [leg.size for leg in legs if leg.size != whole and not model.trained_at(*leg.size)]
+    if not other:
+        return
+    own = (model.drawn or model.latent_shape)[1:]
+    (H, W), known = other[0], {own, *((side, side) for side in model.sides)}
+    hint = f"; to try it, say so: model.sides += ({H},)" if H == W else ""
+    raise ValueError(
+        f"plan {str(plan)!r} has stages, which need a model of any size (text to image, or a "
+        "callable), or one that was trained at theirs. This one was trained on latents of "
+        f"{listed([f'{h} x {w}' for h, w in sorted(known)])}, and a stage needs {H} x {W}{hint}"
+    )
+
+
+def _warn_of_refiner(model: FlowModel, legs: Sequence[Leg]) -> None:
+    refiner = model.refiner
+    if not isinstance(refiner, SiT):
+        return
+    for leg in legs:
+        if leg.plan.cost.refiner and not refiner.config.trained_at(*leg.size):
+            warnings.warn(
+                f"plan {leg.plan} has refiner steps at latents of {leg.size[0]} x {leg.size[1]}, "
+                "which the refiner was not trained on: plans without may be better",
+                stacklevel=5,
+            )
 
 
 def function_legs(plan: Plan | StagedPlan, noise: Tensor) -> list[Leg]:
@@ -97,18 +130,9 @@ def _legs(
     ]
 
 
-def at_size(model: FlowModel, size: tuple[int, ...]) -> FlowModel:
-    """The model at another size of latents, with the same networks and graphs."""
-    if model.latent_shape[1:] == size:
-        return model
-    resized = replace(model, latent_shape=(model.latent_shape[0], *size))
-    resized.captures = model.captures
-    return resized
-
-
 def leg_job(model: FlowModel, leg: Leg, *options: Any) -> Job:
     """The job of one stage. options: the arguments of `Job.of` after the plan."""
-    job = Job.of(at_size(model, leg.size), leg.plan, *options)
+    job = Job.of(model.at_size(leg.size), leg.plan, *options)
     return job if leg.last else replace(job, output="stage")
 
 

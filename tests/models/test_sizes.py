@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from dataclasses import replace
 
 import pytest
 import torch
 from close import assert_close, relative_error
-from oracle import sit_forward
+from other_sizes import second_reading, stretched
 from sit_sizes import ALL, every, inputs
 from tiny import CONFIG, random_sit
-from torch import Tensor
 
 from flowturbo.models.checkpoint import load_sit, save_sit
 from flowturbo.models.flow_model import ReversedTime
@@ -27,21 +25,6 @@ interpreted = pytest.mark.skipif(
 GRIDS = [(1, 1), (2, 2), (5, 5), (3, 2)]
 
 
-def stretched(hidden: int, own: int, grid: tuple[int, int]) -> Tensor:
-    """Positions by the centres of patches, as shares of the image, number by number, float64."""
-    rows = []
-    for row in range(grid[0]):
-        for column in range(grid[1]):
-            numbers = []
-            for at, count in ((column, grid[1]), (row, grid[0])):
-                centre = (2 * at + 1) / (2 * count)  # 0 to 1
-                place = centre * own - 0.5
-                angles = [place * 10_000 ** (-4 * k / hidden) for k in range(hidden // 4)]
-                numbers += [*map(math.sin, angles), *map(math.cos, angles)]
-            rows.append(numbers)
-    return torch.tensor(rows, dtype=torch.float64)
-
-
 def at_grid(config: SiTConfig, grid: tuple[int, int], seed: int, dtype=torch.float64):
     """x, t, y, and v for a refiner, of so many patches."""
     x, t, y, *_ = inputs(config, seed, dtype=dtype)
@@ -49,16 +32,6 @@ def at_grid(config: SiTConfig, grid: tuple[int, int], seed: int, dtype=torch.flo
     generator = torch.Generator().manual_seed(seed)
     x, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in "xv")
     return (x, t, y, v) if config.reads_velocity else (x, t, y)
-
-
-def oracle(model: SiT, x: Tensor, t: Tensor, y: Tensor, v: Tensor | None = None) -> Tensor:
-    """The independent program, with positions of its own for this size."""
-    config, patch = model.config, model.config.patch
-    grid = x.shape[2] // patch, x.shape[3] // patch
-    positions = stretched(config.hidden, config.side // patch, grid).float()
-    state = {**model.double().state_dict(), "pos_embed": positions.double()[None]}
-    both = x if v is None else torch.cat([x, v], dim=1)
-    return sit_forward(state, config.heads, both.double(), t.double(), y, config.channels)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (7, 7), (3, 5)])
@@ -83,7 +56,7 @@ def test_the_network_is_the_independent_one(config, grid):
     batch = at_grid(config, grid, 2)
     got = model(*batch)
     assert got.shape == batch[0].shape
-    assert_close(got, oracle(model, *batch), 1e-14)
+    assert_close(got, second_reading(model, *batch), 1e-14)
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 0.03)], ids=str)
@@ -92,7 +65,7 @@ def test_in_fewer_bits(dtype, bound):
     x, t, y, v = at_grid(config, (6, 6), 5, dtype)
     got = random_sit(config, 4).to(dtype)(x, t.float(), y, v)
     assert got.dtype == dtype
-    assert_close(got, oracle(random_sit(config, 4).to(dtype), x, t.float(), y, v), bound)
+    assert_close(got, second_reading(random_sit(config, 4).to(dtype), x, t.float(), y, v), bound)
 
 
 SIGMA = replace(CONFIG, learned_sigma=True, patch=4)
@@ -114,7 +87,7 @@ def fused_and_apart(config, grid, guidance, dtype, backend="reference"):
         )
     t, labels = torch.full((R,), 0.4), torch.cat([y, torch.full((R - N,), 10)])
     twice = x if guidance is None else torch.cat([x, x])
-    out = oracle(model, twice, t, labels, v)
+    out = second_reading(model, twice, t, labels, v)
     out = out if guidance is None else guide(out, guidance, config.channels)
     velocity = out if v is None else v + out
     return got, (velocity_update(x.double(), [velocity], [0.1]), velocity)
@@ -159,7 +132,7 @@ def test_calibration_sees_every_size(monkeypatch):
 def test_reversed_time():
     model = random_sit(CONFIG, 10).double()
     x, t, y = at_grid(CONFIG, (3, 3), 11)
-    assert_close(ReversedTime(model)(x, t, y), -oracle(model, x, 1 - t, y), 1e-14)
+    assert_close(ReversedTime(model)(x, t, y), -second_reading(model, x, 1 - t, y), 1e-14)
 
 
 def test_its_own_positions_stay_what_they_are():
@@ -243,7 +216,7 @@ def test_nothing_of_a_fake_mode_is_kept():
     model, batch = random_sit(CONFIG, 23), at_grid(CONFIG, (3, 3), 24, torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model(*batch)
-    assert_close(model(*batch), oracle(random_sit(CONFIG, 23), *batch), 2e-6)
+    assert_close(model(*batch), second_reading(random_sit(CONFIG, 23), *batch), 2e-6)
 
 
 @pytest.mark.parametrize("reads_velocity", [False, True])
@@ -259,8 +232,13 @@ def test_files_without_further_sizes_are_what_they_were(tmp_path):
     assert b"sides" not in (tmp_path / "m.safetensors").read_bytes()
 
 
-def test_the_refiner_has_the_sizes_of_its_predictor():
-    assert replace(CONFIG, sides=(4,)).refiner(2).sides == (4,)
+def test_a_refiner_says_its_own_sizes():
+    assert replace(CONFIG, sides=(4,)).refiner(2).sides == ()
+
+
+def test_products_follow_the_tokens():
+    assert CONFIG.macs(CONFIG.tokens) == CONFIG.macs()
+    assert CONFIG.macs(4) == replace(CONFIG, side=4).macs()
 
 
 @pytest.mark.parametrize(
