@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,10 +22,10 @@ from ..storage.files import (
     load_torch_file,
     save_tensors,
 )
-from .class_names import checked_names
 from .finite_weights import check_finite
 from .fp8 import Fp8Linear
 from .label_table import TABLE, NullClass, arranged, check_null_class
+from .notes import NOTES, Notes
 from .sit import SiT, SiTConfig, config_from_state
 from .training_metadata import Said, said_by
 from .vae import check_named_vae
@@ -38,7 +38,7 @@ FORMAT = 1
 _LARGEST = 2**24
 """The largest size that one of our files may have."""
 
-_UNRELATED = ("provenance", "class_names")
+_UNRELATED = ("provenance", *NOTES)
 """What a description holds that is no argument of a trainer."""
 
 # Prefixes of keys that are used in training only, by convention.
@@ -53,7 +53,7 @@ class Checkpoint:
     provenance: where the weights come from, if known.
     assumed: what the file says against a velocity on the straight path, if it was assumed to be
         one.
-    class_names: of all classes, by number, if the file names them.
+    notes: what the file says to those who use the model.
     """
 
     model: SiT
@@ -61,7 +61,13 @@ class Checkpoint:
     vae: str | None = None
     provenance: Mapping[str, Any] | None = None
     assumed: str | None = None
-    class_names: tuple[str, ...] | None = None
+    notes: Notes = field(default_factory=Notes)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Of all classes, by number, if the file names them."""
+        names = self.notes.class_names
+        return None if names is None else tuple(names)
 
 
 def load_sit(
@@ -137,7 +143,7 @@ def load_sit(
         description.get("vae"),
         description.get("provenance"),
         said.other,
-        _names_of(path, description, config),
+        Notes.read(path, description, config.num_classes),
     )
 
 
@@ -149,13 +155,18 @@ def save_sit(
     vae: str | None = None,
     provenance: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
+    plans: Mapping[str, Any] | None = None,
+    guidance: float | None = None,
 ) -> None:
     """Write a SiT as safetensors, atomically, with its description and a digest of the file.
 
     provenance: where the weights come from, in values that JSON can hold.
     class_names: of all classes, by number; distinct, and none a number.
+    plans: name -> what a plan's file holds, as JSON. That called "default" is the one that commands
+        take if none is asked for.
+    guidance: the scale that commands take if none is asked for.
     Raises ValueError for a quantised model: files hold the weights before quantisation; TypeError
-    or ValueError for other class names.
+    or ValueError for names, plans and a scale that don't fit.
     """
     if any(isinstance(module, Fp8Linear) for module in model.modules()):
         raise ValueError(
@@ -170,9 +181,9 @@ def save_sit(
         "vae": vae,
         "provenance": dict(provenance or {}),
     }
-    if class_names is not None:  # files without names are what they were before there were any
-        names = checked_names(class_names, model.config.num_classes)
-        description["class_names"] = list(names)
+    # Files without notes are what they were before there were any.
+    notes = Notes(class_names, plans or {}, guidance)
+    description |= notes.checked(model.config.num_classes, model.config.null_row)
     save_tensors(path, model.state_dict(), description)
 
 
@@ -187,13 +198,15 @@ def convert(
     dtype: torch.dtype | None = None,
     null_class: NullClass = "auto",
     assume_velocity: bool = False,
+    notes: Notes | None = None,
 ) -> None:
     """Write a published checkpoint as our safetensors file, checked and with a digest.
 
     Only the weights that sampling needs are written. dtype: None: that of the source.
     null_class, assume_velocity: as for load_sit; the target needs them no more.
+    notes: in place of those of the source, or, plans, beside them.
     Raises CheckpointError for a source that can't be used and for weights that overflow in dtype,
-    ValueError for a target with another suffix and for a vae that does not fit.
+    ValueError for a target with another suffix and for a vae or notes that do not fit.
     """
     if Path(target).suffix != ".safetensors":
         raise ValueError(f"target must end in .safetensors, got {str(target)!r}")
@@ -209,6 +222,7 @@ def convert(
     model = checkpoint.model.to(dtype=dtype)
     if vae is not None:
         check_named_vae(vae, model.config.channels)
+    noted = checkpoint.notes.updated(notes or Notes())
     origin = {"source": Path(source).name}
     if checkpoint.assumed:
         origin["assumed"] = f"a velocity on the straight path, although {checkpoint.assumed}"
@@ -218,7 +232,7 @@ def convert(
         convention=checkpoint.convention,
         vae=vae or checkpoint.vae,
         provenance={**(checkpoint.provenance or {}), **origin},
-        class_names=checkpoint.class_names,
+        **vars(noted),
     )
 
 
@@ -315,22 +329,6 @@ def _described_sizes(
     if config.depth != blocks or max(numbers) > _LARGEST:
         raise ValueError(f"it has {blocks} blocks, and its description is {config}")
     return config
-
-
-def _names_of(
-    path: str | os.PathLike[str], description: Mapping[str, Any], config: SiTConfig
-) -> tuple[str, ...] | None:
-    """The class names that a file holds; None if it holds none, or not of all rows read as classes.
-
-    Raises CheckpointError for names that no file may hold.
-    """
-    if description.get("class_names") is None:
-        return None
-    try:
-        names = checked_names(description["class_names"], description["config"]["num_classes"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return names if len(names) == config.num_classes else None
 
 
 def _convention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,10 @@ from flowturbo_kernels import use_backend
 from ..checks import listed, positive
 from ..runtime.cuda_graphs import Captures
 from ..runtime.modes import without_autocast
+from ..solver.plan import Plan
+from ..solver.stages import StagedPlan
+from .class_names import numbered
+from .model_plans import find_plan
 from .not_finite import Dtypes, Noted, checked
 from .sit import SiT
 from .vae import VAE, decode_noting
@@ -93,10 +97,35 @@ class FlowModel:
     """(C, H, W) of the noise that a seed draws, which `resized_noise` then makes as large as the
     latents; None: that of the latents.
     """
+    plans: Mapping[str, Plan | StagedPlan] = field(default_factory=dict)
+    """Those that the model's file holds, by name; `sample` and commands take these names."""
+    guidance: float | None = None
+    """The scale that the model's file recommends, if it does; commands start from it."""
     captures: Captures = field(default_factory=Captures, init=False, repr=False, compare=False)
     """CUDA graphs of whole runs: `captures.limit` is their largest number, `captures.clear()`
     releases their memory. See flowturbo.summary.
     """
+
+    def numbered(self, labels: Any) -> Any:
+        """Labels with class numbers in place of names: "cat", or a list, tuple or array.
+
+        Raises ValueError for a name that no class has, with those near it.
+        """
+        return numbered(labels, self.class_names)
+
+    def class_name(self, label: int | str) -> str | None:
+        """What the model's file calls the class of this number; None for a prompt, the null class,
+        and if the file names no classes.
+        """
+        names = self.class_names or ()
+        return names[label] if isinstance(label, int) and 0 <= label < len(names) else None
+
+    def find_plan(self, plan: str | Plan | StagedPlan) -> Plan | StagedPlan:
+        """A plan of `plans` by its name, or what `sample` makes of any other text.
+
+        Raises ValueError for a text that is neither, with the names.
+        """
+        return find_plan(plan, self.plans, self.shift)
 
     def guided(self, guidance: float) -> bool:
         """Whether guidance at this scale evaluates both halves, which it does unless it is 1.

@@ -23,6 +23,7 @@ from .checkpoint import CONVENTIONS, Checkpoint, load_sit
 from .finite_weights import check_finite
 from .flow_model import FlowModel, Network, ReversedTime
 from .label_table import check_null_class
+from .model_plans import checked_plans
 from .sit import SiT
 from .vae import VAE, check_vae, load_vae
 
@@ -149,6 +150,8 @@ def load(
         macs=(config.macs(), 0 if refiner_model is None else refiner_model.config.macs()),
         class_names=checkpoint.class_names,
         sides=(config.side, *config.sides),
+        plans=checked_plans(checkpoint.notes.plans),
+        guidance=checkpoint.notes.guidance,
     )
     return model if image_size is None else model.resized(image_size)
 

@@ -66,11 +66,18 @@ def _message(faults: Sequence[int], numbers: list[int], dtypes: Dtypes, name: Na
     return f"{count}: {listed(numbers, name=name)}: {what}: {cure}"
 
 
-def image_name(number: int, label: int | str | None = None, seed: int | None = None) -> str:
-    """What messages call an image: "image 3 (label 7, seed 0)", of what is known."""
+def image_name(
+    number: int,
+    label: int | str | None = None,
+    seed: int | None = None,
+    class_name: str | None = None,
+) -> str:
+    """What messages call an image: "image 3 (label 7, cat, seed 0)", of what is known."""
     facts = []
     if label is not None:
         facts.append(f"{'prompt' if isinstance(label, str) else 'label'} {label!r}")
+    if class_name is not None:
+        facts.append(class_name)
     if seed is not None:
         facts.append(f"seed {seed}")
     return f"image {number} ({', '.join(facts)})" if facts else f"image {number}"

@@ -14,7 +14,7 @@ from ..models.flow_model import FlowModel
 from ..models.text_to_image import PromptModel
 from ..runtime.cuda_graphs import Capture, CaptureError
 from ..solver.plan import Plan
-from ..solver.stages import StagedPlan, as_stages
+from ..solver.stages import StagedPlan
 from .inputs import inputs_of
 from .stages import leg_job, model_legs
 
@@ -52,7 +52,7 @@ def compile(
         raise ValueError("plans and batch_sizes must name at least one each")
     guidable = not (isinstance(model, PromptModel) and model.guidance_style == "none")
     scale = 1.5 if guided and guidable else 1.0  # any scale: it is an input of the graph
-    legs = [leg for p in plan_list for leg in model_legs(model, as_stages(p, model.shift))]
+    legs = [leg for p in plan_list for leg in model_legs(model, model.find_plan(p))]
     jobs = [leg_job(model, leg, scale, guidance_channels, output, torch.float32) for leg in legs]
     work = list(itertools.product(jobs, [positive("batch_sizes", size) for size in sizes]))
     captures = []

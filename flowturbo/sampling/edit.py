@@ -47,7 +47,7 @@ def edit(
     images: (N, height, width, 3) of the model's size, or latents (N, C, H, W), floating point.
         Pixels are uint8, uint16, bool, or floating point from 0 to 1 or from 0 to 255; others are
         rounded to uint8 first. One image serves all labels, and one label all images.
-    labels: class numbers, or prompts for a text-to-image model.
+    labels: class numbers or names, or prompts for a text-to-image model.
     strength: above 0, at most 1. Integration starts at t = 1 - strength: a small strength keeps the
         image, 1 ignores it. All steps of the plan run, on its grid compressed into [1 - strength,
         1].
@@ -61,7 +61,7 @@ def edit(
         model, remaining, images, labels, guidance, guidance_channels, noise, seed, output, negative
     )
     return in_batches(
-        ModelBatches(model, job, inputs, guidance, image_names(labels, seed, noise, inputs)),
+        ModelBatches(model, job, inputs, guidance, image_names(model, labels, seed, noise, inputs)),
         len(inputs["noise"]),
         remaining,
         batch_size,
@@ -112,7 +112,7 @@ def inpaint(
     masked = _mask(mask, N, size).to(model.device)
     inputs["mask"] = F.max_pool2d(masked[:, None].float(), (size[0] // H, size[1] // W)) > 0
     generated = in_batches(
-        ModelBatches(model, job, inputs, guidance, image_names(labels, seed, noise, inputs)),
+        ModelBatches(model, job, inputs, guidance, image_names(model, labels, seed, noise, inputs)),
         N,
         remaining,
         batch_size,
@@ -134,7 +134,8 @@ def _plan_from_strength(model: FlowModel, plan: str | Plan, strength: float) -> 
         raise TypeError(f"model must be a FlowModel, got {type(model).__name__}")
     if not 0 < finite("strength", strength) <= 1:
         raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
-    return as_plan(plan, model.shift).starting_at(1 - strength)
+    found: Any = model.find_plan(plan)
+    return as_plan(found).starting_at(1 - strength)
 
 
 def edit_job(
@@ -158,7 +159,7 @@ def edit_job(
         raise ValueError("model must make images: videos can be neither edited nor inpainted")
     source = _source(model, images)
     if labels is None:
-        raise ValueError("labels must say what to make: a class number or prompt, or one an image")
+        raise ValueError("labels must say what to make: a class or prompt, or one an image")
     inputs = inputs_of(model, labels, guidance, noise, seed, negative, len(source))
     count = len(inputs["noise"])
     for name, number in (

@@ -18,19 +18,17 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..checks import listed, natural, positive
 from ..models.flow_model import FlowModel
 from ..models.not_finite import NotFiniteError, image_name
-from ..models.sit import SiT
-from ..models.text_to_image import PromptModel, PromptNetwork, config_of
+from ..models.text_to_image import PromptModel
 from ..runtime import rng
 from ..runtime.device import device_name
 from ..runtime.distributed import Team
 from ..solver.plan import Plan
-from ..solver.stages import StagedPlan, as_stages
+from ..solver.stages import StagedPlan
 from ..storage.files import Lock
 from ..storage.image_shards import (
     MANIFEST,
@@ -44,6 +42,7 @@ from ..storage.image_shards import (
 )
 from ..storage.resume import difference
 from ..version import __version__
+from .digests import digest, text_digests
 from .enlarge import enlarger
 from .inputs import noise_of
 from .run import Job
@@ -78,7 +77,7 @@ def class_labels(rule: LabelRule, num: int, num_classes: int, seed: int) -> np.n
 def generate(
     model: FlowModel,
     plan: str | Plan | StagedPlan,
-    labels: Sequence[int] | Sequence[str] | np.ndarray,
+    labels: Sequence[int | str] | Sequence[str] | np.ndarray,
     out: str | os.PathLike[str],
     *,
     guidance: float = 1.0,
@@ -95,11 +94,12 @@ def generate(
     """Generate the missing shards of a set, then write its manifest, which is returned.
 
     The processes of a group share the work. A call that is interrupted can be repeated to resume.
-    labels: one class number per image, or one prompt per image for a text-to-image model. Their
-        number is the number of images; `class_labels` makes them by a rule.
+    labels: one class number or name per image, or one prompt per image for a text-to-image model.
+        Their number is the number of images; `class_labels` makes them by a rule.
     out: the folder. Shard k is images-0000k-of-0000n.npz, with arr_0 (N, height, width, 3) uint8,
-        labels (N,) int64 or texts, and indices (N,) int64, the numbers of its images. A shard is
-        complete or absent. Damaged shards are generated again.
+        labels (N,) int64 or texts, and indices (N,) int64, the numbers of its images. If the
+        model's classes have names, also class_names (K,) text, of class 0, 1, ..., which the
+        manifest holds, too. A shard is complete or absent. Damaged shards are generated again.
     negative: what to guide away from, for a text-to-image model with guidance.
     batch_size: images per batch; None: 64. An image is the same to the last bit in any batch of
         this size.
@@ -114,7 +114,7 @@ def generate(
     Raises ValueError for a folder with other settings or one that another run writes to, and
     RuntimeError in the other processes if one ends early.
     """
-    out, plan = Path(out), as_stages(plan, model.shift)
+    out, plan = Path(out), model.find_plan(plan)
     if isinstance(plan, Plan) and plan.start:
         raise ValueError(f"plan must start at 0, got one that starts at {plan.start:g}")
     if len(model.latent_shape) != 3:
@@ -136,7 +136,7 @@ def generate(
     staged: dict[str, Any] = {}
     if isinstance(plan, StagedPlan):
         enlarger(enlarge, model.vae, len(legs))
-        refiner = _digest(model.refiner) if plan.cost.refiner else None
+        refiner = digest(model.refiner) if plan.cost.refiner else None
         staged = {"plan": str(plan), "refiner": refiner, "enlarge": enlarge, **_of_stages(legs)}
     settings = (
         _settings(model, jobs[-1], image_labels, guidance, natural("seed", seed), size, shard_size)
@@ -165,8 +165,8 @@ def generate(
                 if not bar.disable:  # others' shards, once a shard: their number grows with the set
                     bar.update(count_images(out, shards) - bar.n)
                 pixels, marked = _images_of_shard(shard, size, images_of, bar)
-                shard_labels = image_labels[shard.images.start : shard.images.stop].tolist()
-                save_shard(out, shard, pixels, np.array(shard_labels), settings, marked)
+                given = np.array(image_labels[shard.images.start : shard.images.stop].tolist())
+                save_shard(out, shard, pixels, given, settings, marked, model.class_names)
             team.barrier()
             bar.update(len(image_labels) - bar.n)
         manifest = team.from_rank0(lambda: write_manifest(out, about))
@@ -215,7 +215,9 @@ def _images_of(
         images = sample(model, plan, classes, noise=noise, output="uint8", **options)
         return images.cpu().numpy(), []
     except NotFiniteError as error:
-        named = error.named(lambda i: image_name(numbers[i], classes[i], seed))
+        named = error.named(
+            lambda i: image_name(numbers[i], classes[i], seed, model.class_name(classes[i]))
+        )
         if not mark:
             raise named from None
     warnings.warn(f"{named}; they are marked", stacklevel=3)
@@ -224,15 +226,15 @@ def _images_of(
     return pixels, [numbers[i] for i in named.numbers]
 
 
-def _checked(labels: Sequence[int] | Sequence[str] | np.ndarray, model: FlowModel) -> np.ndarray:
+def _checked(labels: Sequence[Any] | np.ndarray, model: FlowModel) -> np.ndarray:
     """Class numbers (N,) int64, or texts (N,) as objects.
 
     NumPy's own strings would all be as wide as the longest.
     """
     if isinstance(model, PromptModel):
-        texts = model.texts(labels.tolist() if isinstance(labels, np.ndarray) else labels)  # type: ignore[arg-type]
+        texts = model.texts(labels.tolist() if isinstance(labels, np.ndarray) else labels)
         return np.array(texts, dtype=object)
-    classes = np.asarray(labels)
+    classes = np.asarray(model.numbered(labels))
     if classes.ndim != 1 or not len(classes) or classes.dtype.kind not in "iu":
         raise ValueError(
             f"labels must be a list of class numbers, one an image, got shape {classes.shape}, "
@@ -277,10 +279,10 @@ def _settings(
         "weights": job.plan.weights,
         "batch_size": batch_size,
         "shard_size": shard_size,
-        "predictor": _digest(model.predictor),
-        "refiner": _digest(model.refiner) if job.plan.cost.refiner else None,
-        "vae": _digest(model.vae),
-        "text_encoders": _text_digests(model) if isinstance(model, PromptModel) else None,
+        "predictor": digest(model.predictor),
+        "refiner": digest(model.refiner) if job.plan.cost.refiner else None,
+        "vae": digest(model.vae),
+        "text_encoders": text_digests(model) if isinstance(model, PromptModel) else None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "float32_products": job.precision,
         "backend": job.backend,
@@ -291,8 +293,12 @@ def _settings(
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
-    resized = {"latents": model.latent_shape, "drawn": model.drawn} if model.drawn else {}
-    return json.loads(json.dumps(settings | resized))
+    if model.drawn:
+        settings |= {"latents": model.latent_shape, "drawn": model.drawn}
+    if model.class_names:  # their digest: a shard's description is bounded
+        named = json.dumps(model.class_names)
+        settings["class_names"] = hashlib.sha256(named.encode()).hexdigest()
+    return json.loads(json.dumps(settings))
 
 
 def _of_stages(legs: Sequence[Leg]) -> dict[str, Any]:
@@ -303,49 +309,6 @@ def _of_stages(legs: Sequence[Leg]) -> dict[str, Any]:
         "guidance_interval": [leg.plan.guidance_interval for leg in legs],
         "weights": [leg.plan.weights for leg in legs],
     }
-
-
-def _digest(part: object) -> str | None:
-    """SHA-256 of a network or VAE as it is in memory, whatever file it came from."""
-    if part is None:
-        return None
-    hashed = hashlib.sha256(
-        (
-            f"{type(part).__name__} {getattr(part, 'scale', None)} {getattr(part, 'shift', None)}"
-        ).encode()
-    )
-    network = part if isinstance(part, nn.Module) else getattr(part, "network", None)
-    if isinstance(network, nn.Module):
-        hashed.update("".join(map(_config, network.modules())).encode())
-        for name, value in sorted(network.state_dict().items()):
-            hashed.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            hashed.update(value.detach().reshape(-1).view(torch.uint8).cpu().numpy())
-    return hashed.hexdigest()
-
-
-def _config(module: nn.Module) -> str:
-    """What determines a network besides its weights, without file names.
-
-    For networks of ours and of diffusers; "" for other modules.
-    """
-    if isinstance(module, SiT):
-        return str(module.config).replace(", sides=()", "")  # as before there were any
-    if isinstance(module, PromptNetwork):
-        return str(sorted(config_of(module.module).items())) + str(getattr(module, "boundary", ""))
-    return ""
-
-
-def _text_digests(model: PromptModel) -> dict[str, str | None]:
-    """SHA-256 of each text encoder and each tokenizer's vocabulary."""
-    digests: dict[str, str | None] = {}
-    for name, part in sorted(model.pipe.components.items()):
-        if name.startswith("text_encoder"):
-            digests[name] = _digest(part)
-        elif name.startswith("tokenizer") and part is not None:
-            digests[name] = hashlib.sha256(
-                str(sorted(part.get_vocab().items())).encode()
-            ).hexdigest()
-    return digests
 
 
 @contextlib.contextmanager

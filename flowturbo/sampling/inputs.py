@@ -70,9 +70,13 @@ def drawn_seed(seed: int | None, noise: Tensor | None) -> int | None:
 
 
 def image_names(
-    labels: Any, seed: int | None, noise: Tensor | None, inputs: Mapping[str, Tensor]
+    model: FlowModel,
+    labels: Any,
+    seed: int | None,
+    noise: Tensor | None,
+    inputs: Mapping[str, Tensor],
 ) -> Name:
-    """Number -> "image 3 (label 7, seed 0)", for messages.
+    """Number -> "image 3 (label 7, cat, seed 0)", for messages.
 
     labels, seed, noise: the caller's. inputs: what `inputs_of` made of them.
     """
@@ -83,9 +87,11 @@ def image_names(
 
     def name(i: int) -> str:
         label = prompts[i % len(prompts)] if prompts else None
+        class_name = None
         if "labels" in inputs:
             label = int(inputs["labels"][i])
-        return image_name(i, label, seed if noise is None else None)
+            class_name = model.class_name(label)
+        return image_name(i, label, seed if noise is None else None, class_name)
 
     return name
 
@@ -100,7 +106,7 @@ def _class_numbers(model: FlowModel, labels: Any, guidance: float, noise: Tensor
         if model.null_class is None:
             raise ValueError("labels are needed: the model has no null class")
         return torch.full((len(noise),), model.null_class, device="cpu")
-    return _labels(labels, model.num_classes)
+    return _labels(model.numbered(labels), model.num_classes)
 
 
 def _labels(labels: Any, num_classes: int) -> Tensor:

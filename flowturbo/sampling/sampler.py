@@ -32,7 +32,7 @@ from .stages import (
 def sample(
     model: FlowModel | VelocityFunction,
     plan: str | Plan | StagedPlan,
-    labels: int | Sequence[int] | np.ndarray | Tensor | None = None,
+    labels: int | str | Sequence[int | str] | np.ndarray | Tensor | None = None,
     *,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
@@ -53,10 +53,11 @@ def sample(
     plan: a Plan, or text such as "H1P5R3". The grid of a text is uniform, except for models with a
         shift of their own (SD3, FLUX). For models of any size (text to image, callables), and for
         stages at sizes that a model was trained on, also a StagedPlan, or text such as
-        "A4 at 1/2 + A3 from 0.6".
-    labels: N class numbers; None: unconditional, one image per row of `noise`. For a text-to-image
-        model N prompts, or what its `encode` returns for them. A callable gets them as cond
-        "labels".
+        "A4 at 1/2 + A3 from 0.6". Or the name of a plan that the model's file holds, one of
+        `model.plans`.
+    labels: N class numbers, or names of `model.class_names`; None: unconditional, one image per row
+        of `noise`. For a text-to-image model N prompts, or what its `encode` returns for them. A
+        callable gets them as cond "labels".
     guidance: the scale s of classifier-free guidance, u + s * (c - u); 1: none. Other scales need
         labels and a null class.
     guidance_channels: how many channels, from the first, are guided; None: as the checkpoint's
@@ -94,7 +95,7 @@ def sample(
     which names the images and has all of them as `images`. In latents NaN can be seen, and reading
     them would wait for the device: they are returned as they are.
     """
-    plan = as_stages(plan, model.shift if isinstance(model, FlowModel) else 1.0)
+    plan = model.find_plan(plan) if isinstance(model, FlowModel) else as_stages(plan)
     if isinstance(plan, Plan) and plan.start:
         raise ValueError(
             f"plan must start at 0, got one that starts at {plan.start:g}: that is for edit, "
@@ -123,7 +124,7 @@ def sample(
         enlarging = enlarger(enlarge, model.vae, len(legs))
         seed = drawn_seed(seed, noise)
         inputs = inputs_of(model, labels, guidance, noise, seed, negative)
-        start, names = inputs["noise"], image_names(labels, seed, noise, inputs)
+        start, names = inputs["noise"], image_names(model, labels, seed, noise, inputs)
         runs = [
             ModelBatches(model.at_size(leg.size), job, inputs, guidance, names)
             for leg, job in zip(legs, jobs, strict=True)

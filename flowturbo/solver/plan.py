@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checks import finite, numbers_of
 from ..storage.files import write_text
-from .plan_file import FORMAT, ONLY_WITH_STAGES, read_entries
+from .plan_file import FORMAT, ONLY_WITH_STAGES, plan_entries, read_contents
 from .plan_text import MAX_STEPS, expand, has_stages, marked
 from .steps import FITTED, MAX_PAST, STEPS, Field, Multistep, NoCachedVelocity, State, Step
 
@@ -182,14 +182,22 @@ class Plan:
         return Plan(self.letters, times, self.guidance_interval, start, weights, end)
 
     @classmethod
+    def from_contents(cls, contents: Any) -> Plan:
+        """The plan that a file of `save` holds, read from JSON.
+
+        Raises ValueError or TypeError for anything else.
+        """
+        entries = plan_entries(contents)
+        return cls.from_record({**entries, "letters": expand(entries["plan"])})
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan from a file that `save` wrote.
 
         Raises ValueError, naming the file and what is wrong with it, for any other file.
         """
         try:
-            entries = read_entries(Path(path))
-            return cls.from_record({**entries, "letters": expand(entries["plan"])})
+            return cls.from_contents(read_contents(Path(path)))
         except OSError as error:
             raise ValueError(f"{path} can't be read: {error.strerror or error}") from None
         except (ValueError, TypeError, OverflowError, RecursionError) as error:

@@ -45,18 +45,24 @@ def read_contents(path: Path) -> dict[str, Any]:
         raise ValueError(f"{text} is no number")
 
     contents = json.loads(decoded(data, "it"), object_pairs_hook=entries, parse_constant=no_number)
-    if not isinstance(contents, dict) or contents.get("format") not in (FORMAT, STAGES_FORMAT):
-        raise ValueError(f"its format must be {FORMAT!r}")
+    format_of(contents)
     return contents
 
 
-def read_entries(path: Path) -> dict[str, Any]:
+def format_of(contents: Any) -> str:
+    """The format of what a file holds. ValueError if it is neither of the two."""
+    named = contents.get("format") if isinstance(contents, dict) else None
+    if named not in (FORMAT, STAGES_FORMAT):
+        raise ValueError(f"its format must be {FORMAT!r}")
+    return named
+
+
+def plan_entries(contents: Any) -> dict[str, Any]:
     """The entries of the file of a plan without stages, with their types checked.
 
-    Raises OSError or ValueError saying what is wrong.
+    Raises ValueError saying what is wrong.
     """
-    contents = read_contents(path)
-    if contents["format"] == STAGES_FORMAT:
+    if format_of(contents) == STAGES_FORMAT:
         raise ValueError(f"it holds a plan with stages: {ONLY_WITH_STAGES}")
     return checked_entries(contents, _ENTRIES)
 

@@ -22,7 +22,7 @@ from typing import Any
 from ..checks import finite
 from ..storage.files import write_text
 from .plan import Cost, Plan, as_plan
-from .plan_file import STAGES_FORMAT, checked_entries, read_contents
+from .plan_file import STAGES_FORMAT, checked_entries, format_of, read_contents
 from .plan_text import expand, has_stages, marked
 
 MAX_STAGES = 16
@@ -165,14 +165,22 @@ class StagedPlan:
             position += 1  # the +
 
     @classmethod
+    def from_contents(cls, contents: Any) -> StagedPlan:
+        """The stages that a file of `save` holds, read from JSON.
+
+        Raises ValueError or TypeError for anything else.
+        """
+        entries = checked_entries(contents, _ENTRIES)
+        return cls(tuple(map(_stage_of, entries["stages"])))
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StagedPlan:
         """Read the stages from a file that `save` wrote.
 
         Raises ValueError, naming the file and what is wrong with it, for any other file.
         """
         try:
-            entries = checked_entries(read_contents(Path(path)), _ENTRIES)
-            return cls(tuple(map(_stage_of, entries["stages"])))
+            return cls.from_contents(read_contents(Path(path)))
         except OSError as error:
             raise ValueError(f"{path} can't be read: {error.strerror or error}") from None
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
@@ -279,6 +287,12 @@ def load_plan(path: str | os.PathLike[str]) -> Plan | StagedPlan:
     except (OSError, ValueError, RecursionError):
         staged = False  # Plan.load says what is wrong
     return StagedPlan.load(path) if staged else Plan.load(path)
+
+
+def plan_of(contents: Any) -> Plan | StagedPlan:
+    """The plan that a file of either format holds, read from JSON; ValueError or TypeError."""
+    staged = format_of(contents) == STAGES_FORMAT
+    return StagedPlan.from_contents(contents) if staged else Plan.from_contents(contents)
 
 
 def _parsed(text: str, words: Sequence[tuple[str, int]], position: int) -> tuple[Stage, int]:

@@ -103,7 +103,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 # The digest is of the whole file with these 64 characters in place of the digest.
 _BLANK = "0" * 64
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
-_MARK = "flowturbo"
+MARK = "flowturbo"
+"""Under which name headers hold the description."""
 
 
 def save_tensors(
@@ -113,7 +114,7 @@ def save_tensors(
 
     metadata: a description, of values that JSON can hold.
     """
-    header = {_MARK: json.dumps(dict(metadata), sort_keys=True), "sha256": _BLANK}
+    header = {MARK: json.dumps(dict(metadata), sort_keys=True), "sha256": _BLANK}
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     data = _ordered(safetensors.torch.save(flat, metadata=header))
     field = data.index(f'"sha256":"{_BLANK}"'.encode(), 0, _header_end(data))
@@ -133,11 +134,11 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     with _as_checkpoint_error(path, "is no whole safetensors file"):
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        ours = {_MARK, "sha256"} & metadata.keys()
+        ours = {MARK, "sha256"} & metadata.keys()
         if ours:
             _check_digest(path)
         tensors = safetensors.torch.load_file(path)
-        description = json.loads(metadata[_MARK]) if ours else None
+        description = json.loads(metadata[MARK]) if ours else None
         if not isinstance(description, dict | None):
             raise ValueError("its description is no mapping")
         return tensors, description
@@ -201,7 +202,7 @@ def save_arrays(
     Equal content gives equal bytes. Raises ValueError for a description of more than 65,535 bytes.
     """
     comment = json.dumps(
-        {_MARK: dict(metadata), "sha256": _BLANK}, sort_keys=True, separators=(",", ":")
+        {MARK: dict(metadata), "sha256": _BLANK}, sort_keys=True, separators=(",", ":")
     ).encode()
     if len(comment) > zipfile.ZIP_MAX_COMMENT:
         raise ValueError(
@@ -234,7 +235,7 @@ def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], di
                 f"{path} is damaged: its bytes do not match the digest at its end"
             )
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            description = json.loads(archive.comment)[_MARK]
+            description = json.loads(archive.comment)[MARK]
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return dict(arrays), description
 

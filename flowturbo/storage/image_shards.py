@@ -22,6 +22,8 @@ from .resume import check_same, difference, remove_partial_files
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+CLASS_NAMES = "class_names"
+"""Of a shard and of a manifest: what labels 0, 1, ... are called."""
 NOT_FINITE = "not_finite"
 """Of a shard and of a manifest: the numbers of images whose latents or pixels held NaN or infinity.
 """
@@ -80,6 +82,7 @@ def save_shard(
     labels: np.ndarray,
     settings: Mapping[str, Any],
     not_finite: Sequence[int] = (),
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Write one shard.
 
@@ -88,8 +91,11 @@ def save_shard(
     settings: everything that the images depend on.
     not_finite: the numbers of images that could not be made. Only if there are any, the file has
         an array of that name.
+    class_names: what the labels are called, by number, if it is known.
     """
     arrays = {"arr_0": images, "labels": labels, "indices": np.array(shard.images)}
+    if class_names is not None:
+        arrays[CLASS_NAMES] = np.array(class_names)
     if not_finite:
         arrays[NOT_FINITE] = np.array(not_finite)
     save_arrays(
@@ -141,8 +147,8 @@ def join(out: str | os.PathLike[str], target: str | os.PathLike[str]) -> dict[st
     """Verify a set and write it as one .npz -> the manifest.
 
     The file holds arr_0 (N, height, width, 3) uint8 and labels (N,), as evaluation suites read
-    them. Shards are copied one at a time. Raises ValueError for a bad target, CheckpointError as
-    `verify` does.
+    them, and class_names if the set has them. Shards are copied one at a time. Raises ValueError
+    for a bad target, CheckpointError as `verify` does.
     """
     out, target = Path(out), Path(target)
     if target.suffix != ".npz":
@@ -161,9 +167,10 @@ def join(out: str | os.PathLike[str], target: str | os.PathLike[str]) -> dict[st
                 labels.append(arrays["labels"])
         with archive.open("labels.npy", "w") as entry:
             np.lib.format.write_array(entry, np.concatenate(labels))
-        if marked := manifest.get(NOT_FINITE):
-            with archive.open(f"{NOT_FINITE}.npy", "w") as entry:
-                np.lib.format.write_array(entry, np.array(marked))
+        for name in (NOT_FINITE, CLASS_NAMES):
+            if name in manifest:
+                with archive.open(f"{name}.npy", "w") as entry:
+                    np.lib.format.write_array(entry, np.array(manifest[name]))
     return manifest
 
 
@@ -182,6 +189,7 @@ def _manifest_of(out: Path) -> dict[str, Any]:
     """
     pixels, shards, num = hashlib.sha256(), [], 0
     marked: list[int] = []
+    names: list[str] = []
     settings: dict[str, Any] | None = None
     shape: tuple[int, ...] = ()
     for path in sorted(out.glob("images-*.npz")):
@@ -201,6 +209,7 @@ def _manifest_of(out: Path) -> dict[str, Any]:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         shards.append({"name": path.name, "first": num, "count": len(images), "sha256": digest})
         marked += arrays[NOT_FINITE].tolist() if NOT_FINITE in arrays else []
+        names = arrays[CLASS_NAMES].tolist() if CLASS_NAMES in arrays else []
         num += len(images)
     if settings is None or num != settings["num"]:
         raise CheckpointError(
@@ -215,5 +224,6 @@ def _manifest_of(out: Path) -> dict[str, Any]:
         "images_sha256": pixels.hexdigest(),
         "settings": settings,
         **({NOT_FINITE: marked} if marked else {}),
+        **({CLASS_NAMES: names} if names else {}),
         "shards": shards,
     }
