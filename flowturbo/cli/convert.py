@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from ..models import checkpoint
+from ..models.notes import Notes
 from ..runtime.device import Dtype, dtype_of
+from ..solver.plan_file import read_contents
+from ..solver.stages import load_plan
+from ..storage.text import TextError, argument, read_lines
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,21 @@ class Convert:
     """Take the model for a velocity on the straight path even if its file says that it is none."""
     dtype: Dtype | None = None
     """Data type of the weights. Default: as in the source."""
+    class_names: Path | None = None
+    """A text file with the name of a class in each line, of class 0, 1, ..., for the file to hold.
+    Default: those that the source holds.
+    """
+    plans: tuple[str, ...] = ()
+    """Plans for the file to hold, each as name=file.json, beside those that the source holds.
+    `--plan NAME` takes them, and that named "default" is what commands take without --plan.
+    """
+    guidance: float | None = None
+    """Scale of guidance for the file to recommend. Default: what the source does."""
 
 
 def run_convert(settings: Convert) -> Path:
+    names = None if settings.class_names is None else class_names_in(settings.class_names)
+    notes = Notes(names, plans_in(settings.plans), settings.guidance)
     checkpoint.convert(
         settings.source,
         settings.target,
@@ -52,5 +69,28 @@ def run_convert(settings: Convert) -> Path:
         dtype=dtype_of(settings.dtype),
         null_class=None if settings.null_class == "none" else settings.null_class,
         assume_velocity=settings.assume_velocity,
+        notes=notes,
     )
     return settings.target
+
+
+def class_names_in(path: Path) -> list[str]:
+    """The lines of a text file; ValueError, naming the file, if it can't be read."""
+    try:
+        return [line.strip() for line in read_lines(path)]
+    except TextError as error:
+        raise ValueError(f"class_names {error}") from None
+
+
+def plans_in(words: Sequence[str]) -> dict[str, Any]:
+    """Words such as "fast=fast.json" -> what the files hold, by name."""
+    plans: dict[str, Any] = {}
+    for word in map(argument, words):
+        name, equals, file = word.partition("=")
+        if not equals or not file.endswith(".json"):
+            raise ValueError(f"plans must look like 'fast=fast.json', got {word!r}")
+        if name in plans:
+            raise ValueError(f"plans must have different names, got {name!r} twice")
+        load_plan(file)  # which names the file if it is none
+        plans[name] = read_contents(Path(file))
+    return plans

@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from ..checks import finite, positive, whole
 from ..demo.server import listening, quiet_gradio, serve
 from ..demo.session import DemoSession
 from ..evaluation.plots import need_matplotlib
 from ..models.flow_model import FlowModel
+from ..models.model_plans import DEFAULT
 from ..models.pipelines import is_pipeline
-from ..solver.plan import Plan
-from .options import WeightFlags, load_checkpoint
+from ..solver.plan import Plan, as_plan
+from .options import WeightFlags, guidance_of, load_checkpoint
 
 PLANS = ("H1P5R3", "H8", "H1P5", "H8P9R5", "E8", "A8")
 
@@ -28,11 +30,14 @@ class Demo(WeightFlags):
 
     plans: tuple[str, ...] | None = None
     """Plans to offer, letters or .json files from `flowturbo tune`. The first two are preselected.
-    Visitors may type other letters, but no file names.
-    Default: six plans, or those of them that need no refiner if there is none.
+    Or names of plans that the model's file holds. Visitors may type other letters, but no file
+    names. Default: the model's own plans and six more, those of them that need no refiner if there
+    is none.
     """
-    guidance: float = 1.5
-    """Guidance scale at the start; 1 means none."""
+    guidance: float | None = None
+    """Guidance scale at the start; 1 means none.
+    Default: what the model's file recommends, else 1.5.
+    """
     max_images: int = 16
     """Most images per request."""
     max_steps: int = 64
@@ -47,7 +52,8 @@ class Demo(WeightFlags):
     """Open the page in a browser."""
 
     def __post_init__(self) -> None:
-        finite("guidance", self.guidance)
+        if self.guidance is not None:
+            finite("guidance", self.guidance)
         positive("max_images", self.max_images)
         positive("max_steps", self.max_steps)
         if not 0 <= whole("port", self.port) < 2**16:
@@ -72,7 +78,8 @@ def run_demo(settings: Demo) -> None:
             raise ValueError(
                 "vae must be given: the model's file names none, and the demo shows images"
             )
-        model.guided(settings.guidance)  # validate the scale before serving the page
+        guidance = guidance_of(settings.guidance, model)
+        model.guided(guidance)  # validate the scale before serving the page
         session = DemoSession(
             model,
             plans_for(settings, model),
@@ -82,27 +89,32 @@ def run_demo(settings: Demo) -> None:
         )
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        serve(session, listener, address, guidance=settings.guidance, browser=settings.browser)
+        serve(session, listener, address, guidance=guidance, browser=settings.browser)
 
 
 def plans_for(settings: Demo, model: FlowModel) -> dict[str, Plan | None]:
     """The offered plans: name -> the plan if it comes from a file, else None.
 
-    ValueError for a plan that the model cannot run or that is too long.
+    Of the model's own, the default is the first. ValueError for a plan that the model cannot run or
+    that is too long.
     """
     if settings.plans is None:
+        named = sorted(model.plans.items(), key=lambda item: item[0] != DEFAULT)
+        own = {name: plan for name, plan in named if isinstance(plan, Plan)}
         return {
-            text: None
-            for text in PLANS
-            if model.refiner is not None or not Plan.parse(text).cost.refiner
+            text: plan
+            for text, plan in {**own, **dict.fromkeys(PLANS)}.items()
+            if (model.refiner is not None or not (plan or Plan.parse(text)).cost.refiner)
+            and (plan is None or len(plan) <= settings.max_steps)
         }
     offered: dict[str, Plan | None] = {}
     for text in settings.plans:
         name = os.path.basename(text) if text.endswith(".json") else text
         if name in offered:
             raise ValueError(f"plans must have different names, got {name!r} twice")
-        offered[name] = Plan.load(text) if text.endswith(".json") else None
-        plan = offered[name] or Plan.parse(text)
+        found: Any = model.find_plan(text)
+        plan = as_plan(found)
+        offered[name] = plan if text.endswith(".json") or text in model.plans else None
         if plan.cost.refiner and model.refiner is None:
             raise ValueError(
                 f"plans must do without refiner steps where there is no refiner, got {text!r}"

@@ -28,8 +28,8 @@ class Edit(ModelFlags):
     """Image files, cropped to squares of the model's size, with white where they are transparent.
     Or one .npz from `flowturbo sample`.
     """
-    labels: tuple[int, ...] = ()
-    """Target class: one for all images, or one per image.
+    labels: tuple[int | str, ...] = ()
+    """Target class, a number or name: one for all images, or one per image.
     Text-to-image models take --prompts instead.
     """
     strength: float = 0.6
@@ -61,7 +61,7 @@ def run_edit(settings: Edit) -> str:
     if not settings.images or not (settings.labels or settings.prompts):
         raise ValueError("images and labels (or prompts) must name at least one each")
     model, plan, options = load_model(settings)
-    targets: Sequence[Any] = settings.prompts or settings.labels
+    targets: Sequence[Any] = settings.prompts or model.numbered(settings.labels)
     before = _images(settings.images, image_size(model))
     options["strength"] = settings.strength
     if isinstance(settings, Inpaint):
@@ -70,7 +70,8 @@ def run_edit(settings: Edit) -> str:
         after = edit(model, plan, before, targets, **options)
     count = len(after)
     labels = targets if len(targets) == count else list(targets) * count
-    write_images(settings.out, after, labels, torch.from_numpy(before).expand(count, -1, -1, -1))
+    shown = torch.from_numpy(before).expand(count, -1, -1, -1)
+    write_images(settings.out, after, labels, model.class_names, shown)
     return summary_line(settings.out, count, plan)
 
 

@@ -1,4 +1,4 @@
-"""`flowturbo info`: versions, devices and kernel backends, to paste into a bug report."""
+"""`flowturbo info`: versions, devices and kernel backends, to paste into a bug report; a model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 
 from flowturbo_kernels import LIBRARIES, OPS, BackendError, requested_backend
 
+from ..models.load import load
+from ..models.model_plans import calls
+from ..models.pipelines import is_pipeline
 from ..runtime.cpu_dtype import bfloat16_advice
 from ..runtime.device import device_name
 
@@ -31,6 +34,29 @@ def report() -> str:
         f"{'operation':<31} {'backend':<10} why",
         *map(_backend, sorted(OPS)),
     ]
+    return "\n".join(lines)
+
+
+def of_model(source: str) -> str:
+    """What a model is, its recommended guidance, its plans and its classes, one a line."""
+    if is_pipeline(source):
+        raise ValueError(
+            f"model must be a model of classes, a .pt, .pth or .safetensors file, got {source!r}"
+        )
+    model = load(source, device="cpu")
+    shape = " x ".join(map(str, model.latent_shape))
+    refiner = "a refiner" if model.refiner is not None else "no refiner"
+    lines = [f"{source}: {model.num_classes} classes, latents of {shape}, {refiner}"]
+    if model.guidance is not None:
+        lines.append(f"guidance: {model.guidance:g}, as its file recommends")
+    if model.plans:
+        lines.append("plans:")
+        lines += [f"  {name}: {plan}, {calls(plan)}" for name, plan in model.plans.items()]
+    if model.class_names is None:
+        lines.append(f"classes: 0 to {model.num_classes - 1}, without names")
+    else:
+        lines.append("classes:")
+        lines += [f"{number:6}  {name}" for number, name in enumerate(model.class_names)]
     return "\n".join(lines)
 
 

@@ -29,7 +29,13 @@ from .sample import Sample, Verify, run_sample, run_verify
 
 @dataclass(frozen=True)
 class Info:
-    """Print versions, devices and kernel backends, to paste into a bug report."""
+    """Print versions, devices and kernel backends, to paste into a bug report.
+
+    With --model, what a model is, with the names of its classes and of its plans.
+    """
+
+    model: str | None = None
+    """A .pt, .pth or .safetensors file with SiT's keys, or "digits"."""
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
@@ -48,7 +54,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "convert": (Convert, run_convert),
     "tune": (Tune, tune),
     "bench": (Bench, bench),
-    "info": (Info, lambda _: info.report()),
+    "info": (Info, lambda s: info.report() if s.model is None else info.of_model(s.model)),
 }
 """Each command: settings, whose fields are its flags, and a function, whose result is printed."""
 

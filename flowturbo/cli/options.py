@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..models.flow_model import FlowModel
-from ..models.load import load
+from ..models.load import load, named_plans
+from ..models.model_plans import DEFAULT, Plans, find_plan
 from ..models.pipelines import from_pipeline, is_pipeline
 from ..runtime.device import Dtype, dtype_of
 from ..runtime.streams import interactive
 from ..solver.plan import Plan, as_plan
 from ..solver.plan_text import has_stages
-from ..solver.stages import StagedPlan, as_stages
+from ..solver.stages import StagedPlan
 from ..storage.text import argument
 
 
@@ -63,15 +64,19 @@ class ModelFlags(WeightFlags):
 
     plan: str | None = None
     """Steps in order, each a letter with a count, or a .json file from `flowturbo tune`.
-    Default: B7, which measures best on the bundled model at seven calls.
-    For text-to-image models, whose guidance is stronger, A7; with --refiner the paper's H1P5R3.
+    Or the name of a plan that the model's file holds, which `flowturbo info --model` lists.
+    Default: the one that the model's file calls "default". Else B7, which measures best on the
+    digits at seven calls. For text-to-image models, whose guidance is stronger, A7; with --refiner
+    the paper's H1P5R3.
     H is Heun, P pseudo corrector, R refiner, S refiner by the paper's equation 7, E Euler.
     A, B and C are Adams-Bashforth of order 2, 3 and 4, U UniPC-2, D DPM-Solver++ 2M, X res_2s.
     `flowturbo sample` takes stages: "A4 at 1/2 + A3 from 0.6", for text-to-image models and for
     sizes that the model was trained on.
     """
-    guidance: Annotated[float, tyro.conf.arg(aliases=["--cfg-scale"])] = 1.5
-    """Scale of classifier-free guidance; 1 means none."""
+    guidance: Annotated[float | None, tyro.conf.arg(aliases=["--cfg-scale"])] = None
+    """Scale of classifier-free guidance; 1 means none.
+    Default: what the model's file recommends, else 1.5.
+    """
     guidance_channels: int | None = None
     """Apply guidance to this many channels, from the first on.
     Default: 3 of 4 for SiT's checkpoints, all for others.
@@ -97,15 +102,17 @@ class ModelFlags(WeightFlags):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(map(argument, self.prompts)))
+        if labels := getattr(self, "labels", None):
+            names = (argument(label) if isinstance(label, str) else label for label in labels)
+            object.__setattr__(self, "labels", tuple(names))
         if self.negative is not None:
             object.__setattr__(self, "negative", argument(self.negative))
 
 
 def load_model(settings: ModelFlags) -> tuple[FlowModel, Plan, dict[str, Any]]:
     """The model, the plan, and the options of `sample`, `edit` and `inpaint`."""
-    if settings.plan is not None:  # before the model is loaded
-        as_plan(settings.plan)
-    model, plan, options = load_model_and_stages(settings)
+    _check_plan(settings, stages=False)
+    model, plan, options = _loaded(settings, stages=False)
     assert isinstance(plan, Plan)
     return model, plan, options
 
@@ -114,12 +121,25 @@ def load_model_and_stages(
     settings: ModelFlags,
 ) -> tuple[FlowModel, Plan | StagedPlan, dict[str, Any]]:
     """As `load_model`, for commands that take plans with stages."""
-    if settings.plan is not None:  # validate the plan before loading the model
-        _plan(settings, settings.plan, 1.0)
+    _check_plan(settings, stages=True)
+    return _loaded(settings, stages=True)
+
+
+def _check_plan(settings: ModelFlags, stages: bool) -> None:
+    """ValueError for a plan that can't be meant, before the model is loaded."""
+    if settings.plan is not None:
+        plan = _plan(settings, settings.plan, named_plans(settings.model), 1.0)
+        if not stages:
+            as_plan(plan)  # type: ignore[arg-type]
+
+
+def _loaded(
+    settings: ModelFlags, stages: bool
+) -> tuple[FlowModel, Plan | StagedPlan, dict[str, Any]]:
     model = _pipeline(settings) if is_pipeline(settings.model) else load_checkpoint(settings)
-    text = settings.plan or _default_plan(settings)
+    text = settings.plan or _default_plan(settings, model, stages)
     options = dict(
-        guidance=settings.guidance,
+        guidance=guidance_of(settings.guidance, model),
         guidance_channels=settings.guidance_channels,
         seed=settings.seed,
         batch_size=settings.batch_size,
@@ -128,28 +148,48 @@ def load_model_and_stages(
     )
     if settings.negative is not None:
         options["negative"] = settings.negative
-    return model, _plan(settings, text, model.shift), options
+    return model, _plan(settings, text, model.plans, model.shift), options
 
 
-def _default_plan(settings: ModelFlags) -> str:
+def guidance_of(asked: float | None, model: FlowModel) -> float:
+    """The scale that was asked for, else what the model's file recommends, else 1.5."""
+    if asked is not None:
+        return asked
+    return 1.5 if model.guidance is None else model.guidance
+
+
+def default_plan(model: FlowModel, stages: bool = False) -> str | None:
+    """The name of the model's own default plan, if it has one that it can run.
+
+    stages: whether it may have stages.
+    """
+    plan = model.plans.get(DEFAULT)
+    runs = plan is not None and (model.refiner is not None or not plan.cost.refiner)
+    return DEFAULT if runs and (stages or isinstance(plan, Plan)) else None
+
+
+def _default_plan(settings: ModelFlags, model: FlowModel, stages: bool) -> str:
+    if own := default_plan(model, stages):
+        return own
     if settings.refiner is not None:
         return "H1P5R3"
     return "A7" if is_pipeline(settings.model) else "B7"
 
 
-def _plan(settings: ModelFlags, text: str, own_shift: float) -> Plan | StagedPlan:
-    if text.endswith(".json") or has_stages(text):
+def _plan(settings: ModelFlags, text: str, named: Plans, own_shift: float) -> Plan | StagedPlan:
+    if text.endswith(".json") or has_stages(text) or text in named:
         if (
             settings.grid is not None
             or settings.shift is not None
             or settings.guidance_interval != (0.0, 1.0)
         ):
             holder = "a plan with stages" if has_stages(text) else "a plan's file"
+            holder = f"the model's plan {text!r}" if text in named else holder
             raise ValueError(
                 f"{holder} holds its grid and guidance interval: leave out grid, shift and "
-                "guidance_interval"
+                "guidance_interval" + ", or give a plan as letters" * (text in named)
             )
-        return as_stages(text, own_shift)
+        return find_plan(text, named, own_shift)
     shift = (
         settings.shift
         if settings.shift is not None
@@ -157,6 +197,7 @@ def _plan(settings: ModelFlags, text: str, own_shift: float) -> Plan | StagedPla
         if settings.grid is not None
         else own_shift
     )
+    find_plan(text, named)  # which names the model's own plans if this is none
     return Plan.parse(
         text, grid=settings.grid, shift=shift, guidance_interval=settings.guidance_interval
     )

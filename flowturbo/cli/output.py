@@ -15,6 +15,7 @@ from torch import Tensor
 from ..solver.plan import Plan
 from ..solver.stages import StagedPlan
 from ..storage.files import atomic_write
+from ..storage.image_shards import CLASS_NAMES
 
 _MARGIN, _TEXT = 6, 18
 _SMALLEST = 96
@@ -79,20 +80,31 @@ def check_out(out: Path) -> None:
 
 
 def write_images(
-    out: Path, images: Tensor, labels: Sequence[int] | Sequence[str], before: Tensor | None = None
+    out: Path,
+    images: Tensor,
+    labels: Sequence[int] | Sequence[str],
+    class_names: Sequence[str] | None = None,
+    before: Tensor | None = None,
 ) -> None:
     """Write images (N, height, width, 3) uint8 as a labelled grid (.png) or as arrays (.npz).
 
+    labels: class numbers or prompts. class_names: what the numbers are called, if it is known.
     before: images of the same shape to show above them. A single image of a prompt is written as
     it is, without a label.
     """
     with atomic_write(out) as file:
         if out.suffix == ".npz":
-            np.savez(file, arr_0=images.cpu().numpy(), labels=np.array(labels))
+            arrays = {"arr_0": images.cpu().numpy(), "labels": np.array(labels)}
+            if class_names is not None:
+                arrays[CLASS_NAMES] = np.array(class_names)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         elif len(images) == 1 and before is None and isinstance(labels[0], str):
             Image.fromarray(images[0].cpu().numpy()).save(file, format="PNG")
         else:
-            names = [str(label) for label in labels]
+            names = [
+                class_names[label] if class_names and isinstance(label, int) else str(label)
+                for label in labels
+            ]
             if before is None:
                 picture = labelled_grid(images, names)
             else:

@@ -27,8 +27,8 @@ class Sample(ModelFlags):
     Without arguments it samples ten digits from the bundled model and writes samples.png.
     """
 
-    labels: tuple[int, ...] | None = None
-    """Class numbers. Default: all classes of the model."""
+    labels: tuple[int | str, ...] | None = None
+    """Class numbers, or names if the model's file has them. Default: all classes of the model."""
     prompts_file: Path | None = None
     """A text file with one prompt per line, instead of --prompts."""
     label_rule: LabelRule = "cycle"
@@ -39,7 +39,7 @@ class Sample(ModelFlags):
     """Number of images. Default: one per label or prompt, ten without either."""
     out: Annotated[Path, tyro.conf.arg(aliases=["--sample-dir"])] = Path("samples.png")
     """A .png gets a labelled grid; a single image of a prompt is written as it is.
-    An .npz gets arr_0 (N, height, width, 3) uint8, and labels.
+    An .npz gets arr_0 (N, height, width, 3) uint8, labels, and class_names if there are any.
     A path without a suffix is a folder of such files with a manifest, for large sets.
     Folders also work under torchrun, and an interrupted run resumes from its folder.
     """
@@ -73,13 +73,14 @@ def run_sample(settings: Sample) -> str:
     model, plan, options = load_model_and_stages(settings)
     labels = _labels(settings, model)
     images = sample(model, plan, labels, enlarge=settings.enlarge, **options)
-    write_images(settings.out, images, labels)
+    write_images(settings.out, images, labels, model.class_names)
     return summary_line(settings.out, len(labels), plan)
 
 
 def _labels(settings: Sample, model: FlowModel) -> list[Any]:
     """The label or prompt of each image."""
-    choices: Sequence[Any] = settings.prompts or settings.labels or range(model.num_classes)
+    given = settings.labels and model.numbered(settings.labels)
+    choices: Sequence[Any] = settings.prompts or given or range(model.num_classes)
     count = settings.num or (10 if choices == range(model.num_classes) else len(choices))
     indices = class_labels(settings.label_rule, count, len(choices), settings.seed)
     return [choices[k] for k in indices]

@@ -167,7 +167,7 @@ def _outputs(run: Callable[[], Iterator[Comparison]]) -> Iterator[tuple[Any, ...
     try:
         for comparison in run():
             sides = (
-                show.side(name, side, comparison.labels)
+                show.side(name, side, comparison.names)
                 for name, side in (("A", comparison.a), ("B", comparison.b))
             )
             yield *sides, show.summary(comparison), _no_error()

@@ -73,10 +73,10 @@ def png(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
-def side(name: str, result: Side | None, labels: list[int]) -> str:
+def side(name: str, result: Side | None, captions: list[str]) -> str:
     """The card of plan A or B: its calls, its images so far, and milliseconds once measured.
 
-    result: None before the first step. labels: the classes of the images.
+    result: None before the first step. captions: what the images' classes are called.
     """
     badge = f'<span class="ft-name">{name}</span>'
     if result is None:
@@ -90,8 +90,8 @@ def side(name: str, result: Side | None, labels: list[int]) -> str:
     if result.images is not None:
         pixels = result.images.numpy()
         kind = "ft-small" if min(pixels.shape[1:3]) < _SMALL else "ft-large"
-        for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-            caption = f"class {label}"
+        for i, (image, text) in enumerate(zip(pixels, captions, strict=True)):
+            caption = html.escape(text)
             figures.append(
                 f'<figure><img src="{picture(image)}" alt="image {i}, '
                 f'{caption}"><figcaption>{caption}</figcaption></figure>'
@@ -102,7 +102,7 @@ def side(name: str, result: Side | None, labels: list[int]) -> str:
         'class="ft-head">'
         f'<div class="ft-plan">{badge}{html.escape(str(result.plan))}<span '
         f'class="ft-calls">{calls}</span></div>'
-        f'<div class="ft-speed">{_speed(result, len(labels))}</div></div>'
+        f'<div class="ft-speed">{_speed(result, len(captions))}</div></div>'
         f'<div class="ft-bar"><div style="width: {percent:.0f}%"></div></div>'
         f'<div class="ft-images {kind}">{"".join(figures)}</div></div>'
     )

@@ -153,7 +153,8 @@ def _layout(session: DemoSession, guidance: float, scale: int) -> Components:
 def _controls(session: DemoSession, guidance: float) -> tuple[list[Any], gr.Button]:
     """One control per field of Request, in its order; and the button for the next seed."""
     names = list(session.plans)
-    numbers = [(str(i), i) for i in range(session.model.num_classes)]
+    known = session.model.class_names
+    numbers = [(known[i] if known else str(i), i) for i in range(session.model.num_classes)]
     plans = [
         gr.Dropdown(
             names,

@@ -86,9 +86,13 @@ class Side(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The results so far of two plans from the same noise. labels: the classes of the images."""
+    """The results so far of two plans from the same noise.
+
+    labels, names: the numbers of the images' classes, and what they are called.
+    """
 
     labels: list[int]
+    names: list[str]
     a: Side
     b: Side
 
@@ -168,6 +172,10 @@ class DemoSession:
         if plan.cost.refiner and self.model.refiner is None:
             raise ValueError(f"plan {plan} has refiner steps, but the model has no refiner")
         return plan
+
+    def class_name(self, number: int) -> str:
+        """What visitors read of a class: its name, or "class 7"."""
+        return self.model.class_name(number) or f"class {number}"
 
     def labels(self, request: Request) -> list[int]:
         """The class of each image; ValueError or TypeError for a request out of bounds."""
@@ -285,13 +293,14 @@ class DemoSession:
     ) -> Iterator[Comparison]:
         """run: (plan=, callback=) -> images."""
         plans = self._plans(request)
+        names = list(map(self.class_name, labels))
 
         def work(show: Callable[[Comparison], None]) -> None:
             sides = [Side(plan) for plan in plans]
 
             def update(k: int, side: Side) -> None:
                 sides[k] = side
-                show(Comparison(labels, *sides))
+                show(Comparison(labels, names, *sides))
 
             for k, plan in enumerate(plans):
                 images = run(plan=plan, callback=self._previews(partial(update, k), plan)).cpu()

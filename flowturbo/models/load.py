@@ -23,7 +23,7 @@ from .checkpoint import CONVENTIONS, Checkpoint, load_sit
 from .finite_weights import check_finite
 from .flow_model import FlowModel, Network, ReversedTime
 from .label_table import check_null_class
-from .model_plans import checked_plans
+from .model_plans import Plans, checked_plans, plans_in_header
 from .sit import SiT
 from .vae import VAE, check_vae, load_vae
 
@@ -40,6 +40,12 @@ def model_digests(
         "predictor_sha256": file_digest(bundled.predictor if bundled else model),
         "refiner_sha256": file_digest(bundled.refiner if bundled and refiner is None else refiner),
     }
+
+
+def named_plans(model: str | os.PathLike[str]) -> Plans:
+    """The plans that the file of a model holds, by name, without loading the model."""
+    bundled = MODELS.get(str(model))
+    return plans_in_header(bundled.predictor if bundled else model)
 
 
 _EXTRACTED = contextlib.ExitStack()
