@@ -102,8 +102,11 @@ def _near(name: str, names: Sequence[str]) -> list[str]:
         folded.setdefault(known.casefold(), []).append(known)
     word = name.strip().casefold()
     alike = difflib.get_close_matches(word, folded, _NEAR)
-    within = (
-        [known for known in folded if known and (known in word or word in known)] if word else []
-    )
+    # A letter or digit alone is within nearly anything.
+    within = [
+        known
+        for known in folded
+        if min(len(word), len(known)) > 1 and (known in word or word in known)
+    ]
     near = [known for key in dict.fromkeys([*alike, *within]) for known in folded[key]]
     return near[:_NEAR]
