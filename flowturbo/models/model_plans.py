@@ -75,10 +75,10 @@ def described(plans: Plans) -> str:
 
 
 def calls(plan: Plan | StagedPlan) -> str:
-    """Of the predictor, and of the refiner if there are any: "1 + 2 refiner calls"."""
+    """How many a plan makes, of the refiner apart: "3 calls", "1 predictor and 4 refiner calls"."""
     cost = plan.cost
     if cost.refiner:
-        return f"{cost.predictor} + {cost.refiner} refiner calls"
+        return f"{cost.predictor} predictor and {cost.refiner} refiner calls"
     return f"{cost.predictor} call{'s' * (cost.predictor != 1)}"
 
 
