@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from ..checks import finite, positive, whole
 from ..demo.server import listening, quiet_gradio, serve
 from ..demo.session import DemoSession
 from ..evaluation.plots import need_matplotlib
 from ..models.flow_model import FlowModel
-from ..models.model_plans import DEFAULT
+from ..models.model_plans import DEFAULT, find_unstaged
 from ..models.pipelines import is_pipeline
-from ..solver.plan import Plan, as_plan
+from ..solver.plan import Plan
 from .options import WeightFlags, guidance_of, load_checkpoint
 
 PLANS = ("H1P5R3", "H8", "H1P5", "H8P9R5", "E8", "A8")
@@ -112,8 +111,7 @@ def plans_for(settings: Demo, model: FlowModel) -> dict[str, Plan | None]:
         name = os.path.basename(text) if text.endswith(".json") else text
         if name in offered:
             raise ValueError(f"plans must have different names, got {name!r} twice")
-        found: Any = model.find_plan(text)
-        plan = as_plan(found)
+        plan = find_unstaged(text, model.plans)
         offered[name] = plan if text.endswith(".json") or text in model.plans else None
         if plan.cost.refiner and model.refiner is None:
             raise ValueError(

@@ -12,9 +12,9 @@ import torch
 
 from ..checks import finite, natural, positive
 from ..models.flow_model import FlowModel
-from ..models.load import load, model_digests
+from ..models.load import load, model_digests, named_plans
+from ..models.model_plans import find_unstaged
 from ..runtime.device import choose_device
-from ..solver.plan import as_plan
 from ..storage.files import write_json, write_text
 from ..storage.provenance import environment
 from ..storage.resume import resumed_report
@@ -65,7 +65,8 @@ class Fidelity:
     Default: the one that the model's file names.
     """
     plans: tuple[str, ...] = ("H1P5R3",)
-    """Plans to sample by, letters or .json files, each from the same noise.
+    """Plans to sample by, letters, .json files or names of plans in the model's file, each from
+    the same noise.
     Image i has class i % (number of classes).
     """
     guidance: float = 1.5
@@ -110,8 +111,9 @@ class Fidelity:
             positive("images", self.images)
         if isinstance(self.plans, str) or not self.plans:
             raise ValueError(f"plans must be a list of at least one plan, got {self.plans!r}")
+        named = {} if self.model is None else named_plans(self.model)
         for plan in self.plans:
-            as_plan(plan)
+            find_unstaged(plan, named)
 
 
 def fidelity(settings: Fidelity, network: FeatureNetwork | None = None) -> Path:
@@ -200,7 +202,7 @@ def _model(settings: Fidelity) -> FlowModel:
             "vae must be given: images are scored, and the model's file names no VAE to decode "
             "its latents"
         )
-    refined = [plan for plan in settings.plans if as_plan(plan).cost.refiner]
+    refined = [plan for plan in settings.plans if find_unstaged(plan, model.plans).cost.refiner]
     if refined and model.refiner is None:
         raise ValueError(f"refiner must be given: of the plans, {', '.join(refined)} need one")
     return model
@@ -210,7 +212,7 @@ def _samples(settings: Fidelity, model: FlowModel | None) -> dict[str, ImageSet]
     """The sets to score, by the names of their rows in the report."""
     if model is not None:
         count = 50_000 if settings.images is None else settings.images
-        plans = map(as_plan, settings.plans)
+        plans = (find_unstaged(plan, model.plans) for plan in settings.plans)
         options = (
             count,
             settings.guidance,

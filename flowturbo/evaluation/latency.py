@@ -21,7 +21,8 @@ from flowturbo_kernels import use_backend
 
 from ..checks import finite, positive
 from ..models.flow_model import FlowModel, ReversedTime
-from ..models.load import load
+from ..models.load import load, named_plans
+from ..models.model_plans import find_unstaged
 from ..models.random_weights import untrained
 from ..models.sit import SIT_CONFIGS, SiT
 from ..runtime import rng
@@ -29,7 +30,6 @@ from ..runtime.device import Dtype, choose_device, device_name, seconds
 from ..runtime.streams import interactive
 from ..sampling.compile import compile
 from ..sampling.sampler import sample
-from ..solver.plan import as_plan
 from ..storage.files import write_text
 from ..version import __version__
 
@@ -55,7 +55,7 @@ class Bench:
     image_size: int = 256
     """Height and width of the images, for random weights; those of the latents are an eighth."""
     plans: tuple[str, ...] = ("H1P5R3", "H8")
-    """Plans to time."""
+    """Plans to time: letters, .json files, or names of plans in the model's file."""
     batch_sizes: tuple[int, ...] = (1, 8)
     """Images per batch; each plan is timed at each size."""
     guidance: float = 1.5
@@ -82,8 +82,9 @@ class Bench:
     """
 
     def __post_init__(self) -> None:
+        named = named_plans(self.model)
         for plan in self.plans:
-            as_plan(plan)
+            find_unstaged(plan, named)
         for size in self.batch_sizes:
             positive("batch_sizes", size)
         if not self.plans or not self.batch_sizes:

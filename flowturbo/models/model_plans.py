@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..solver.plan import Plan
+from ..solver.plan import Plan, as_plan
 from ..solver.plan_text import expand, has_stages
 from ..solver.stages import StagedPlan, as_stages, plan_of
 from ..storage.files import MARK, CheckpointError, header_texts
@@ -67,6 +67,12 @@ def find_plan(plan: str | Plan | StagedPlan, plans: Plans, shift: float = 1.0) -
         if not plans or not isinstance(plan, str) or _reads_as_plan(plan):
             raise
         raise ValueError(f"{error}\nThe model has plans of its own: {described(plans)}") from None
+
+
+def find_unstaged(plan: str | Plan | StagedPlan, plans: Plans, shift: float = 1.0) -> Plan:
+    """As `find_plan`; ValueError also for a plan with stages."""
+    found: Any = find_plan(plan, plans, shift)
+    return as_plan(found)
 
 
 def described(plans: Plans) -> str:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..checks import finite, listed
 from ..models.flow_model import FlowModel
+from ..models.model_plans import find_unstaged
 from ..models.not_finite import NotFiniteError, not_finite_rows
 from ..runtime.modes import without_autocast
-from ..solver.plan import Plan, as_plan
+from ..solver.plan import Plan
 from ..storage.pixels import kind_of, refuse_pixels, tensor_of, to_bytes, to_mask
 from .batches import ModelBatches, in_batches
 from .inputs import drawn_seed, image_names, inputs_of
@@ -134,8 +135,7 @@ def _plan_from_strength(model: FlowModel, plan: str | Plan, strength: float) -> 
         raise TypeError(f"model must be a FlowModel, got {type(model).__name__}")
     if not 0 < finite("strength", strength) <= 1:
         raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
-    found: Any = model.find_plan(plan)
-    return as_plan(found).starting_at(1 - strength)
+    return find_unstaged(plan, model.plans, model.shift).starting_at(1 - strength)
 
 
 def edit_job(

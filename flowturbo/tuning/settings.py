@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checks import finite, natural, positive
+from ..models.load import named_plans
+from ..models.model_plans import find_unstaged
 from ..solver.plan import Plan, as_plan
 
 
@@ -58,7 +60,7 @@ class Tune:
     iterations: int = 8
     """Most iterations of a fit."""
     rivals: tuple[str, ...] = ()
-    """Further plans to compare, letters or .json files."""
+    """Further plans to compare: letters, .json files, or names of plans in the model's file."""
     seed: int = 0
     """Seed of all noise."""
     device: str | None = None
@@ -90,8 +92,9 @@ class Tune:
             )
         if self.guidance_interval is not None:
             Plan.parse("E1", guidance_interval=self.guidance_interval)
+        named = named_plans(self.model)
         for rival in self.rivals:
-            as_plan(rival)
+            find_unstaged(rival, named)
 
     def held_class_count(self, num_classes: int) -> int:
         """How many of a model's classes have no calibration images; ValueError if none is left."""

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..evaluation.plots import need_matplotlib
 from ..models.flow_model import FlowModel
 from ..models.load import MODELS, load, model_digests
+from ..models.model_plans import find_unstaged
 from ..runtime import rng
 from ..sampling.sampler import sample
 from ..sampling.velocity_field import GuidedField
@@ -68,7 +69,9 @@ def tune(settings: Tune) -> Path:
             lambda: _errors(settings, fitting, [plan for plan, _ in plans], bar.update),
         )
         rivals = [(plan, "published") for plan in published(cost_model, _refines(settings, model))]
-        rivals += [(as_plan(rival), Path(rival).stem) for rival in settings.rivals]
+        rivals += [
+            (find_unstaged(rival, model.plans), Path(rival).stem) for rival in settings.rivals
+        ]
         rows = measure(settings, model, fitting, cost_model, [*plans, *rivals], keep, bar.update)
     results["rows"] = described(rows)
     for row, error in zip(results["rows"], errors, strict=False):

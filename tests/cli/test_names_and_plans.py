@@ -15,7 +15,10 @@ from tiny import random_sit
 import flowturbo as ft
 from flowturbo.cli.main import main
 from flowturbo.cli.output import labelled_grid
+from flowturbo.evaluation.fid import Fidelity, _samples
+from flowturbo.evaluation.latency import Bench, bench
 from flowturbo.models.checkpoint import save_sit
+from flowturbo.tuning.settings import Tune
 
 OPTIONS = dict(seed=0, output="uint8")
 
@@ -237,3 +240,31 @@ def test_info_lists_classes_and_plans(file, capsys, tmp_path):
 def test_calls_of_the_refiner_are_told_apart(tmp_path, capsys):
     run("info", "--model", write(tmp_path, {"two": ft.Plan.parse("E1R2")}))
     assert "  two: E1R2, 1 predictor and 4 refiner calls" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings, name",
+    [
+        (lambda file, plan: Bench(model=file, plans=(plan, "E1")), "plans"),
+        (lambda file, plan: Fidelity(model=file, plans=(plan,), metrics=("is",)), "plans"),
+        (lambda file, plan: Tune(model=file, rivals=("E3", plan)), "rivals"),
+    ],
+    ids=["bench", "fid", "tune"],
+)
+def test_other_commands_take_plans_by_name(tmp_path, file, settings, name):
+    assert "best, so far" in getattr(settings(str(file), "best, so far"), name)
+    for model, plan in ((file, "fats"), ("digits", "fast")):
+        with pytest.raises(ValueError, match="plan must look like 'H1P5R3'"):
+            settings(str(model), plan)
+    staged = write(tmp_path, {"two": ft.StagedPlan.parse("A4 at 1/2 + A3 from 0.6")})
+    with pytest.raises(ValueError, match="has stages"):
+        settings(str(staged), "two")
+
+
+def test_a_benchmark_and_a_score_are_of_the_named_plan(file, model):
+    rows = bench(Bench(model=str(file), plans=("fast",), batch_sizes=(1,), repeats=1, device="cpu"))
+    assert "| fast | 1 |" in rows
+    samples = Fidelity(model=str(file), plans=("fast", "best, so far"), metrics=("is",), images=4)
+    sets = _samples(samples, model)
+    assert list(sets) == ["E2", PLANS["best, so far"].name]
+    assert [generated.plan for generated in sets.values()] == [PLANS["fast"], PLANS["best, so far"]]
