@@ -87,19 +87,19 @@ class FlowModel:
     """Multiply-accumulates of one predictor and one refiner forward of one sample, if known."""
     shift: float = 1.0
     """Shift of the time grid of plans given as text; see Plan.parse."""
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = field(default=None, kw_only=True)
     """Of all classes, by number, if the model's file names them."""
-    sides: tuple[int, ...] = ()
+    sides: tuple[int, ...] = field(default=(), kw_only=True)
     """Heights and widths of latents that a class-conditional model was trained on, its own among
     them: stages may have these. To try another one: `model.sides += (8,)`.
     """
-    drawn: tuple[int, ...] | None = None
+    drawn: tuple[int, ...] | None = field(default=None, kw_only=True)
     """(C, H, W) of the noise that a seed draws, which `resized_noise` then makes as large as the
     latents; None: that of the latents.
     """
-    plans: Mapping[str, Plan | StagedPlan] = field(default_factory=dict)
+    plans: Mapping[str, Plan | StagedPlan] = field(default_factory=dict, kw_only=True)
     """Those that the model's file holds, by name; `sample` and commands take these names."""
-    guidance: float | None = None
+    guidance: float | None = field(default=None, kw_only=True)
     """The scale that the model's file recommends, if it does; commands start from it."""
     captures: Captures = field(default_factory=Captures, init=False, repr=False, compare=False)
     """CUDA graphs of whole runs: `captures.limit` is their largest number, `captures.clear()`

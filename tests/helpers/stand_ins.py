@@ -51,6 +51,9 @@ def write(folder: Path, pipeline_folders: dict[str, Path], text: str = "") -> No
     torch.save(random_sit(config, 0).state_dict(), folder / "SiT-XL-2-256x256.pt")
     refiner = random_sit(config.refiner(), 1).state_dict()
     torch.save({"model": refiner, "ema": refiner}, folder / "SiT-XL-2-Refiner.pt")
+    names = [f"class {k}" for k in range(CLASSES)]
+    names[207] = "golden retriever"
+    (folder / "imagenet-names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
     pipelines.vae().save_pretrained(folder / "stabilityai" / "sd-vae-ft-ema")
     for kind, name in {
         "sd3": "stabilityai/stable-diffusion-3.5-medium",
