@@ -12,13 +12,14 @@ import torch
 from close import assert_close
 from scipy.fft import dctn
 from sized_models import BOTH, GREY, LABELS, Program, low_frequencies, model_of, noise
-from tiny import random_sit
+from tiny import CONFIG, random_sit
 from torch import Tensor, nn
 
 import flowturbo as ft
 from flowturbo.cli.main import main
 from flowturbo.models.checkpoint import save_sit
 from flowturbo.runtime import rng
+from flowturbo.sampling.digests import _config
 from flowturbo.sampling.generate import generate
 
 TWO = "H1P1 at 1/2 + H1A1 from 0.6"
@@ -187,6 +188,15 @@ def test_a_set_is_made_by_stages_and_resumed(tmp_path):
     assert np.array_equal(stored, expected.numpy())
     shards[0].unlink()
     assert generate(model, TWO, LABELS, tmp_path, **options) == manifest
+
+
+def test_what_a_set_says_of_a_network_is_what_it_said_before_there_were_sizes():
+    """So that sets of before are resumed."""
+    assert _config(random_sit(CONFIG, 0)) == (
+        "SiTConfig(hidden=48, depth=2, heads=2, patch=2, side=8, channels=4, num_classes=10, "
+        "learned_sigma=False, reads_velocity=False, null_row=True)"
+    )
+    assert "sides=(4,)" in _config(random_sit(BOTH, 0))
 
 
 def test_a_set_of_another_size_is_another_set(tmp_path):
