@@ -217,7 +217,10 @@ def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
             "label_drop must be 0 and guidance 1 1 for a teacher without a null class, got "
             f"{settings.label_drop} and {settings.guidance}"
         )
-    config = _teacher_config(teacher.predictor).refiner(settings.depth)
+    config = replace(
+        _teacher_config(teacher.predictor).refiner(settings.depth),
+        sides=_sides(settings.sides, data.shape[-1]),
+    )
     network = _untrained(config, settings.seed)
     if settings.plans:
         plans = tuple(map(as_plan, settings.plans))
@@ -237,8 +240,9 @@ def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
 
 
 def _for_prompts(settings: Distill, device: torch.device) -> tuple[nn.Module, Objective, Data]:
-    if settings.plans:
-        raise ValueError("plans are for a class-conditional teacher, not for a pipeline")
+    for name in ("plans", "sides"):
+        if getattr(settings, name):
+            raise ValueError(f"{name} must be left out for a pipeline: they are for class labels")
     data = load_prompts(settings.data)
     pipe = load_pipeline(settings.teacher, ("network",))
     predictor = network_with_prompts(pipe, settings.convention)

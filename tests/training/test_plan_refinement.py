@@ -118,6 +118,17 @@ def test_a_refiner_of_plans_end_to_end(tmp_path, data):
     assert described["settings"]["plans"] == ["H1P1R2", "A2R1"]
 
 
+@pytest.mark.parametrize("options", [{}, {"plans": ("H1R1",)}], ids=str)
+def test_a_refiner_of_two_sizes(tmp_path, data, options):
+    predictor = train(tiny(tmp_path / "teacher", data, steps=4, sides=(2,), sides_share=0.5))
+    path = distill(
+        tiny_refiner(tmp_path / "refiner", data, predictor, sides=(2,), sides_share=0.5, **options)
+    )
+    assert load_sit(path, "refiner").model.config.sides == (2,)
+    with pytest.raises(ValueError, match="sides must be divisors of the data's side 4, got 3"):
+        distill(tiny_refiner(tmp_path / "other", data, predictor, sides=(3,)))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
