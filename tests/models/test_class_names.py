@@ -79,13 +79,6 @@ def test_names_are_dropped_if_other_rows_are_taken_for_classes(path):
     assert (other.model.config.num_classes, other.class_names) == (11, None)
 
 
-def test_names_say_nothing_of_the_training(path):
-    """Names such as those of diffusion models' arguments are no arguments."""
-    names = ("prediction", "path_type", "GVP", "noise", "score", "ddpm", "vp", "eps", "x0", "cos")
-    save_sit(path, random_sit(CONFIG, 0), class_names=names)
-    assert load_sit(path, "predictor").class_names == names
-
-
 def test_numpys_texts_are_names():
     names = checked_names(list(np.array(["cat", "dog"])), 2)
     assert names == ("cat", "dog")

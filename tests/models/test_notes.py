@@ -41,6 +41,14 @@ def test_a_plan_may_have_stages(tmp_path):
     assert ft.load(path, device="cpu").plans == {"two": STAGED}
 
 
+def test_notes_say_nothing_of_the_training(tmp_path):
+    """What a search wrote about a plan are no arguments of a trainer, whatever they are called."""
+    held = contents(tmp_path)
+    held["fast"]["about"] = {"prediction": "noise", "path_type": "GVP", "num_classes": 3}
+    path = named_model.write(tmp_path / "m.safetensors", plans=held)
+    assert load_sit(path, "predictor").notes.plans == held
+
+
 def test_models_without_notes_have_none():
     model = ft.load("digits", device="cpu")
     assert (model.class_names, model.plans, model.guidance) == (None, {}, None)
