@@ -5,6 +5,7 @@ numbers and plans give, to the bit.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from named_model import NAMES, PLANS
-from tiny import tiny_model
+from tiny import random_sit, tiny_model
 
 import flowturbo as ft
+from flowturbo.models.checkpoint import save_sit
 from flowturbo.models.class_names import numbered
 from flowturbo.sampling.generate import MARK, generate
 from flowturbo.storage.files import load_arrays
@@ -156,6 +158,23 @@ def test_a_plan_with_stages_is_sampled_only_where_stages_are(tmp_path: Path) -> 
     assert model.find_plan("two") == plans["two"]
     with pytest.raises(ValueError, match="has stages"):
         ft.edit(model, "two", torch.zeros(1, 1, 8, 8), 0)
+
+
+def test_a_plan_with_stages_is_found_by_name_at_the_sizes_of_the_model(tmp_path: Path) -> None:
+    plan = ft.StagedPlan.parse("A2 at 1/2 + A1 from 0.6")
+    config = replace(named_model.CONFIG_OF_NAMED, sides=(4,))
+    save_sit(
+        tmp_path / "m.safetensors",
+        random_sit(config, 0),
+        vae="pixels",
+        plans=named_model.contents(tmp_path, {"two": plan}),
+    )
+    model = ft.load(tmp_path / "m.safetensors", device="cpu")
+    images = ft.sample(model, "two", NUMBERS, **OPTIONS)
+    assert images.equal(ft.sample(model, plan, NUMBERS, **OPTIONS))
+    assert not images.equal(ft.sample(model, "A3", NUMBERS, **OPTIONS))
+    smaller = model.resized(4)
+    assert smaller.plans == model.plans
 
 
 def test_a_set_of_named_classes_keeps_both_meanings(model: ft.FlowModel, tmp_path: Path) -> None:
