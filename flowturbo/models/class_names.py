@@ -38,6 +38,14 @@ def checked_names(names: Any, num_classes: int) -> tuple[str, ...]:
     return tuple(map(str, names))
 
 
+def usable_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...] | None:
+    """The names if a file may hold them, else None: folders of classes are often numbers."""
+    try:
+        return None if names is None else checked_names(names, num_classes)
+    except ValueError:
+        return None
+
+
 def unusable(name: str) -> str | None:
     """What a name of anything must be, and this one is not, or None."""
     if not name or name != name.strip():

@@ -13,6 +13,7 @@ from torch import nn
 from ..data.latents import Data, load_data, needs_vae
 from ..data.prompt_latents import load_prompts
 from ..models.checkpoint import save_sit
+from ..models.class_names import usable_names
 from ..models.diffusers_io import WEIGHTS, write_pretrained
 from ..models.pipelines import is_pipeline, load_pipeline, move_part, network_with_prompts
 from ..models.sit import SIT_CONFIGS, SiT, SiTConfig
@@ -326,7 +327,7 @@ def _weights(data: Data) -> Weights:
             cast(SiT, network),
             vae=settings.vae,
             provenance=provenance(settings, step),
-            class_names=getattr(data, "class_names", None),
+            class_names=usable_names(data.class_names, data.num_classes),
         )
 
     return Weights("model.safetensors", save)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from close import relative_error
+from PIL import Image
 from training_runs import CLASSES, contents, learnt, log_of, same_bits, tiny
 
 import flowturbo as ft
@@ -293,6 +294,19 @@ def test_attention_in_training_on_the_cpu():
     assert low.grad is not None
     assert exact.grad is not None
     assert relative_error(low.grad.double(), exact.grad) < 0.03
+
+
+@pytest.mark.parametrize(
+    "folders, names",
+    [(("cat", "dog"), ("cat", "dog")), (("0", "1"), None), (("n01", "2"), None)],
+    ids=str,
+)
+def test_a_model_is_told_the_names_of_folders_that_are_no_numbers(tmp_path, folders, names):
+    for folder in folders:
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / folder / "a.png")
+    path = train(tiny(tmp_path / "run", str(tmp_path / "images"), vae="rgb", image_size=8, steps=1))
+    assert load_sit(path, "predictor").class_names == names
 
 
 def test_defaults_are_those_of_the_public_code():
