@@ -36,7 +36,8 @@ class Sample(ModelFlags):
     "random" draws that of image i as a function of (seed, i).
     """
     num: Annotated[int | None, tyro.conf.arg(aliases=["--num-fid-samples"])] = None
-    """Number of images. Default: one per label or prompt, ten without either."""
+    """Number of images. Default: one per label or prompt; without either one per class, or ten if
+    there are more than 64."""
     out: Annotated[Path, tyro.conf.arg(aliases=["--sample-dir"])] = Path("samples.png")
     """A .png gets a labelled grid; a single image of a prompt is written as it is.
     An .npz gets arr_0 (N, height, width, 3) uint8, labels, and class_names if there are any.
@@ -77,11 +78,15 @@ def run_sample(settings: Sample) -> str:
     return summary_line(settings.out, len(labels), plan)
 
 
+_ALL = 64
+"""Classes of which one image each is made without labels; of more classes only the first ten."""
+
+
 def _labels(settings: Sample, model: FlowModel) -> list[Any]:
     """The label or prompt of each image."""
     given = settings.labels and model.numbered(settings.labels)
     choices: Sequence[Any] = settings.prompts or given or range(model.num_classes)
-    count = settings.num or (10 if choices == range(model.num_classes) else len(choices))
+    count = settings.num or (len(choices) if len(choices) <= _ALL else 10)
     indices = class_labels(settings.label_rule, count, len(choices), settings.seed)
     return [choices[k] for k in indices]
 
