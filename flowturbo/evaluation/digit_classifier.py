@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -67,25 +68,59 @@ def train_classifier(
             f"data must be latents (1, 8, 8) of 10 classes, got {data.shape} of {data.num_classes}"
         )
     positive("steps", steps)
+    positive("batch_size", batch_size)
     generator = torch.Generator("cpu").manual_seed(natural("seed", seed))
-    with torch.device("meta"):  # torch's own initialisation would draw from the global generator
-        network = DigitClassifier().float()
-    network.to_empty(device="cpu")
-    for parameter in network.parameters():
+
+    def batch() -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(data), (batch_size,), generator=generator)
+        return _augmented(data.mean[rows], generator), data.labels[rows]
+
+    return fit(undrawn(DigitClassifier), batch, steps, lr, generator)
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def undrawn(make: Callable[[], Network]) -> Network:
+    """A float32 network on the CPU without initial values.
+
+    torch's own initialisation would draw from the global generator.
+    """
+    with torch.device("meta"):
+        network = make().float()
+    return network.to_empty(device="cpu")
+
+
+def fit(
+    network: Network,
+    batch: Callable[[], tuple[Tensor, Tensor]],
+    steps: int,
+    lr: float,
+    generator: torch.Generator,
+    smoothing: float = 0.0,
+    advance: Callable[[], object] = lambda: None,
+) -> Network:
+    """Initialise a classifier and train it with AdamW, the learning rate falling to 0.
+
+    batch: draws inputs and labels. smoothing: of the labels. advance: called after each step.
+    """
+    for name, parameter in network.named_parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_uniform_(parameter, nonlinearity="relu", generator=generator)
+        elif name.endswith("weight"):  # of a normalisation
+            nn.init.ones_(parameter)
         else:
             nn.init.zeros_(parameter)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-2)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
-        rows = torch.randint(len(data), (positive("batch_size", batch_size),), generator=generator)
-        x = _augmented(data.mean[rows], generator)
+        x, labels = batch()
         with torch.enable_grad():
-            F.cross_entropy(network(x), data.labels[rows]).backward()
+            F.cross_entropy(network(x), labels, label_smoothing=smoothing).backward()
         optimizer.step()
         optimizer.zero_grad()
+        advance()
     return network.requires_grad_(False).eval()
 
 

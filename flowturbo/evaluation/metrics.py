@@ -40,7 +40,7 @@ def _frechet(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) -> 
 def _pair(
     name_a: str, features_a: Tensor, name_b: str, features_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    a, b = _features(name_a, features_a), _features(name_b, features_b)
+    a, b = features_of(name_a, features_a), features_of(name_b, features_b)
     if a.shape[1] != b.shape[1]:
         raise ValueError(
             f"{name_a} and {name_b} must have the same width, got {a.shape[1]} and {b.shape[1]}"
@@ -48,7 +48,7 @@ def _pair(
     return a, b
 
 
-def _features(name: str, features: Tensor) -> Tensor:
+def features_of(name: str, features: Tensor) -> Tensor:
     if not isinstance(features, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(features).__name__}")
     if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:

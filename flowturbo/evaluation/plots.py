@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import IO, Any
 
 from ..storage.files import atomic_write
-from .statistics import pareto_front
+from .statistics import name_of, pareto_front
 
 Row = Mapping[str, Any]
 
@@ -28,6 +28,8 @@ FAMILIES = {
     "FlowTurbo": ("#d55e00", "o"),
     "Adams-Bashforth + refiner": ("#9c5a00", "P"),
     "exponential + refiner": ("#117733", "X"),
+    "fitted": ("#000000", "*"),
+    "stages": ("#56b4e9", "h"),
 }
 FONT: Any = {
     "font.size": 9.5,
@@ -67,7 +69,7 @@ def plot_quality(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
         panels = figure.subplots(2, 2, sharex="col", sharey="row")
         for line, (distance, distance_title) in zip(panels, distances, strict=True):
             for axes, (cost, cost_title) in zip(line, costs, strict=True):
-                _scatter(axes, rows, cost, distance)
+                scatter(axes, rows, cost, distance)
                 if distance == distances[-1][0]:
                     axes.set_xlabel(cost_title)
                     floor = results["floor"]["frechet"]
@@ -87,11 +89,11 @@ def plot_quality(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
         figure.draw_without_rendering()  # labels are placed in pixels: fix the layout first
         for line, (distance, _) in zip(panels, distances, strict=True):
             for axes, (cost, _) in zip(line, costs, strict=True):
-                _label(axes, rows, cost, distance)
+                label_points(axes, rows, cost, distance)
         save_figure(figure, path)
 
 
-def _scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
+def scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
     rows, above = _split_far(rows, distance)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -128,7 +130,7 @@ def _scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
     axes.grid(True, which="major", color="#e6e6e6", linewidth=0.7, zorder=-1)
     axes.margins(x=0.07, y=0.07)
     if above:
-        names = ", ".join(f"{row['plan']} {row[distance]:.3g}" for row in above)
+        names = ", ".join(f"{name_of(row)} {row[distance]:.3g}" for row in above)
         axes.text(
             0.99,
             0.99,
@@ -170,7 +172,7 @@ def plain_ticks(axis: Any, digits: tuple[float, ...] = (1, 2, 5)) -> None:
 _OFFSETS = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 1)]
 
 
-def _label(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
+def label_points(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
     """Write plan names next to their points, each where it overlaps least."""
     rows, _ = _split_far(rows, distance)
     to_pixels = axes.transData.transform
@@ -180,16 +182,16 @@ def _label(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
         boxes.append((x - 5, y - 5, x + 5, y + 5))
     frame = axes.bbox.extents
     front = _best_without(rows, cost, distance)
-    best = {row["plan"] for row in front}
+    best = {name_of(row) for row in front}
     pixels = axes.figure.dpi / 72
     for row in sorted(rows, key=lambda row: row["refiner_calls"] == 0):
-        if not row["refiner_calls"] and row["plan"] not in best:
+        if not row["refiner_calls"] and name_of(row) not in best:
             continue
         beaten = [other[distance] for other in front if other[cost] <= row[cost]]
         bold = row["refiner_calls"] > 0 and all(row[distance] < other for other in beaten)
         size = 7.5
         width, height = (
-            (0.76 if bold else 0.68) * size * len(row["plan"]) * pixels,
+            (0.76 if bold else 0.68) * size * len(name_of(row)) * pixels,
             1.15 * size * pixels,
         )
         x, y = to_pixels((row[cost], row[distance]))
@@ -207,7 +209,7 @@ def _label(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
         _, mx, my, box = min(places)
         boxes.append(box)
         axes.annotate(
-            row["plan"],
+            name_of(row),
             (row[cost], row[distance]),
             ((mx - x) / pixels, (my - y) / pixels),
             textcoords="offset points",

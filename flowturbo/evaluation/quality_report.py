@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .statistics import BLOCKS, Row, judge, pareto_front
+from .statistics import BLOCKS, Row, judge, name_of, pareto_front
 
 MEASURES = {
     "rms": "RMS distance to the fine solution",
@@ -89,7 +89,7 @@ def _fine_solution(fine: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 HEUN = frozenset({"Heun", "pseudo corrector"})
-ALL = HEUN | {"Euler", "Adams-Bashforth", "UniPC", "DPM-Solver++", "RES"}
+ALL = HEUN | {"Euler", "Adams-Bashforth", "UniPC", "DPM-Solver++", "RES", "fitted", "stages"}
 
 
 RIVALS: tuple[tuple[str, frozenset[str], str, Callable[[Row], float]], ...] = (
@@ -111,8 +111,11 @@ OUTCOMES = {
 }
 
 
-def verdicts(rows: Sequence[Row]) -> list[str]:
-    """For each distance, which plans with refiner steps beat all plans without at the same cost."""
+def verdicts(rows: Sequence[Row], measures: Mapping[str, str] = MEASURES) -> list[str]:
+    """For each distance, which plans with refiner steps beat all plans without at the same cost.
+
+    measures: a title for each distance's key.
+    """
     refined = [row for row in rows if row["refiner_calls"]]
     rivals = [row for row in rows if not row["refiner_calls"]]
     if not refined:
@@ -125,7 +128,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         f"standard errors of the difference (jackknife over {BLOCKS} blocks of images, the same "
         "noise for both)."
     ]
-    for quality, title in MEASURES.items():
+    for quality, title in measures.items():
         columns = []
         for _, families, cost, limit in RIVALS:
             members = [rival for rival in rivals if rival["family"] in families]
@@ -135,7 +138,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             counts = []
             for outcome in OUTCOMES:
                 plans = [
-                    row["plan"]
+                    name_of(row)
                     for row, (verdict, _) in zip(refined, column, strict=True)
                     if verdict == outcome
                 ]
@@ -150,10 +153,10 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         ]
         for row, *results in zip(refined, *columns, strict=True):
             cells = (
-                OUTCOMES[outcome] + (f" {best['plan']} ({best[quality]:.3g})" if best else "")
+                OUTCOMES[outcome] + (f" {name_of(best)} ({best[quality]:.3g})" if best else "")
                 for outcome, best in results
             )
             lines.append(
-                f"| {row['plan']} | {row['cost']:.2f} | {row[quality]:.3g} | {' | '.join(cells)} |"
+                f"| {name_of(row)} | {row['cost']:.2f} | {row[quality]:.3g} | {' | '.join(cells)} |"
             )
     return lines

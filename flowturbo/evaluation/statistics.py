@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..solver.plan import Plan
+from ..solver.stages import StagedPlan
 from ..solver.steps import EXPONENTIAL
 
 
@@ -38,8 +39,10 @@ def without_blocks(count: int) -> list[Tensor]:
     return [torch.cat([*blocks[:i], *blocks[i + 1 :]]) for i in range(BLOCKS)]
 
 
-def family(plan: Plan) -> str:
+def family(plan: Plan | StagedPlan) -> str:
     """The name of a plan's family in tables and plots, by its most specific kind of step."""
+    if isinstance(plan, StagedPlan):
+        return "stages"
     if plan.cost.refiner:
         if set(plan.letters) <= set("HPRS"):
             return "FlowTurbo"
@@ -62,6 +65,11 @@ Row = Mapping[str, Any]
 """A plan's measurements, as a report's JSON holds them."""
 
 
+def name_of(row: Row) -> str:
+    """How a report names a plan: its label, if it has one, tells it from the others there."""
+    return str(row.get("label", row["plan"]))
+
+
 def judge(
     row: Row, rivals: Sequence[Row], quality: str, cost: str, limit: float
 ) -> tuple[str, Row | None]:
@@ -76,10 +84,26 @@ def judge(
         return "no rival", None
     best = min(affordable, key=lambda rival: rival[quality])
     gain = best[quality] - row[quality]
-    threshold = 2 * jackknife_error(
-        [b - a for a, b in zip(row[f"{quality}_blocks"], best[f"{quality}_blocks"], strict=True)]
-    )
+    threshold = 2 * difference_error(row, best, quality)
     return ("better" if gain > threshold else "worse" if gain < -threshold else "level"), best
+
+
+def difference_error(row: Row, other: Row, quality: str) -> float:
+    """The standard error of the difference of two plans, whose images come from the same noise.
+
+    Where a measure has jackknife values over blocks of the pictures that it compares with,
+    "<quality>_reference_blocks", their error is added.
+    """
+    kinds = [key for key in (f"{quality}_blocks", f"{quality}_reference_blocks") if key in row]
+    return math.hypot(
+        *(jackknife_error([b - a for a, b in zip(row[k], other[k], strict=True)]) for k in kinds)
+    )
+
+
+def value_error(row: Row, quality: str) -> float:
+    """The standard error of a plan's figure; see `difference_error`."""
+    kinds = [key for key in (f"{quality}_blocks", f"{quality}_reference_blocks") if key in row]
+    return math.hypot(*(jackknife_error(row[key]) for key in kinds))
 
 
 def jackknife_error(values: Sequence[float]) -> float:

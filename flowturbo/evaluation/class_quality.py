@@ -1,0 +1,217 @@
+"""`flowturbo evaluate --data`: plans of any class-conditional model, against its training set."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..models.flow_model import FlowModel
+from ..models.load import model_digests
+from ..runtime import rng
+from ..sampling.sampler import sample
+from ..solver.stages import StagedPlan
+from ..storage.files import write_text
+from ..storage.provenance import environment
+from ..storage.resume import resumed_report
+from .class_plot import plot_classes
+from .class_report import class_table
+from .class_runs import Models, Run, cost_of, row_key, runs_of
+from .picture_classifier import RECIPE, data_digest
+from .quality_files import Growing, check_images, results_json
+from .quality_settings import Evaluate
+from .references import References, read_pictures
+from .statistics import without_blocks
+
+FORMAT = 1
+_SETTINGS = (
+    *("model", "refiner", "images", "reference_images", "reference_plan", "batch_size", "seed"),
+    "classifier_steps",
+)
+
+
+def evaluate_classes(settings: Evaluate) -> Path:
+    """Measure every plan; returns the path of the table, quality.md."""
+    models = Models(settings)
+    model = models["float32"]
+    precision = _precision(model)
+    runs = runs_of(settings, model, precision)
+    if refined := [run.name for run in runs if run.plan.cost.refiner and model.refiner is None]:
+        raise ValueError(f"refiner must be given: of the plans, {', '.join(refined)} need one")
+    data, held = read_pictures(settings, model)
+    identity: dict[str, Any] = {
+        "format": FORMAT,
+        "settings": {name: getattr(settings, name) for name in _SETTINGS},
+        "seed_rule": (
+            "noise of image i: flowturbo.noise(latent_shape, seed, [i]); class of image i: the one "
+            "farthest behind its share of the training set"
+        ),
+        "data": {
+            "training": data_digest(data),
+            "held_out": None if held is None else data_digest(held),
+            "classifier": RECIPE,
+        },
+        "model": {
+            **model_digests(settings.model, settings.refiner),
+            **dict(zip(("predictor_macs", "refiner_macs"), model.macs or (1, 0), strict=True)),
+        },
+        "environment": environment(model.device, model.dtype),
+    }
+    path = settings.out / "quality.json"
+    results = resumed_report(path, identity, {"rows": []}, "an evaluation on a training set")
+    known = {row_key(row) for row in results["rows"]}
+    if pending := [run for run in runs if run.key not in known]:
+        references = References(settings, data, held)
+        results["references"] = references.summary()
+        results["precision"] = precision
+        _Measurement(settings, models, references, results, identity).measure(pending, path)
+    write_text(settings.out / "quality.md", class_table(results))
+    plot_classes(results, settings.out / "quality.png")
+    return settings.out / "quality.md"
+
+
+def _precision(model: FlowModel) -> str:
+    """What `load` takes by default on the model's device."""
+    return "bfloat16" if model.device.type == "cuda" else "float32"
+
+
+class _Measurement:
+    """Measures rows and adds them to the results.
+
+    identity: what every stored tensor depends on.
+    """
+
+    def __init__(
+        self,
+        settings: Evaluate,
+        models: Models,
+        references: References,
+        results: dict[str, Any],
+        identity: dict[str, Any],
+    ) -> None:
+        self.settings, self.models, self.references = settings, models, references
+        self.results, self.identity = results, identity
+        macs = identity["model"]
+        self.share = macs["refiner_macs"] / macs["predictor_macs"]
+        self.bar: Any = None
+
+    def measure(self, pending: Sequence[Run], path: Path) -> None:
+        """Measure these, and write the results to `path` after each."""
+        s = self.settings
+        scales = list(dict.fromkeys(run.guidance for run in pending))
+        fine_calls = s.reference_images * sum(map(self._fine_cost, scales))
+        calls = fine_calls + s.count * sum(map(self._cost, pending))
+        with tqdm(total=calls, disable=None, unit="call", unit_scale=True, smoothing=0) as self.bar:
+            for scale in scales:
+                fine = self._fine_solution(scale)
+                for run in pending:
+                    if run.guidance == scale:
+                        self.bar.set_postfix_str(f"{run.label}, guidance {scale:g}")
+                        self.results["rows"].append(self._row(run, fine))
+                        write_text(path, results_json(self.results))
+        for run in pending:  # last, so that a kill at any moment leaves either a row or its images
+            self._kept(run).remove()
+
+    def _cost(self, run: Run) -> float:
+        return cost_of(run.plan, self.share, run.guidance != 1)
+
+    def _fine_cost(self, scale: float) -> float:
+        return cost_of(self.settings.fine_plan, self.share, scale != 1)
+
+    def _kept(self, run: Run) -> Growing:
+        path = self.settings.out / f"partial-{run.digest}.safetensors"
+        return Growing(path, self.identity | {"row": run.key})
+
+    def _fine_solution(self, scale: float) -> Tensor:
+        """The reference plan's latents for the first images, (n, C, H, W), guided at all times."""
+        plan, count = self.settings.fine_plan, self.settings.reference_images
+        name = f"fine-{scale!r}.safetensors"
+        kept = Growing(self.settings.out / name, self.identity | {"guidance": scale})
+        self.bar.set_postfix_str(f"{plan}, the fine solution, guidance {scale:g}")
+        run = Run(str(plan), str(plan), "", plan, scale, "float32")
+        cost = self._fine_cost(scale)
+        self.bar.update(cost * kept.count("latents"))
+        for first in range(kept.count("latents"), count, self.settings.batch_size):
+            rows = range(first, min(first + self.settings.batch_size, count))
+            latents = self._sampled(run, rows)
+            check_images("reference_plan", plan, latents)
+            kept.add(latents=latents)
+            self.bar.update(cost * len(rows))
+        self.results.setdefault("fine", {"plan": str(plan), "images": count})
+        return kept["latents"]
+
+    def _sampled(self, run: Run, rows: range) -> Tensor:
+        """Latents of these images, on the CPU."""
+        model = self.models[run.precision]
+        return sample(
+            model,
+            run.plan,
+            self.references.labels[rows.start : rows.stop],
+            noise=rng.noise(model.latent_shape, self.settings.seed, rows),
+            guidance=run.guidance,
+            batch_size=self.settings.batch_size,
+        ).cpu()  # waits for the device
+
+    def _row(self, run: Run, fine: Tensor) -> dict[str, Any]:
+        kept = self._images(run, fine)
+        squares = kept["squares"]
+        cost = run.plan.cost
+        return {
+            "plan": run.name,
+            "label": run.label,
+            "family": run.family,
+            "guidance": run.guidance,
+            "precision": run.precision,
+            "predictor_calls": cost.predictor,
+            "refiner_calls": cost.refiner,
+            "staged": isinstance(run.plan, StagedPlan),
+            "cost": self._cost(run),
+            "ms_per_image": _milliseconds(kept["seconds"], self.settings.batch_size),
+            "rms": float(squares.mean().sqrt()),
+            "rms_blocks": [
+                float(squares[rows].mean().sqrt()) for rows in without_blocks(len(squares))
+            ],
+            **self.references.figures(kept["features"], kept["classes"], kept["nearest"]),
+            "record": run.record,
+        }
+
+    def _images(self, run: Run, fine: Tensor) -> Growing:
+        """Of every image: features, class, distance to the nearest, squared distance to the fine.
+
+        "seconds" are rows of (time of a batch, 1 if it was the first of this process).
+        """
+        kept, count, cost = self._kept(run), self.settings.count, self._cost(run)
+        done = kept.count("classes")
+        self.bar.update(cost * done)
+        for first in range(done, count, self.settings.batch_size):
+            rows = range(first, min(first + self.settings.batch_size, count))
+            start = time.perf_counter()
+            latents = self._sampled(run, rows)
+            seconds = time.perf_counter() - start
+            check_images("plans", run.plan, latents)
+            features, classes = self.references.classifier.read(latents)
+            compared = fine[rows.start : rows.stop]
+            kept.add(
+                features=features,
+                classes=classes,
+                nearest=self.references.nearest(latents),
+                squares=(latents[: len(compared)].double() - compared.double())
+                .square()
+                .flatten(1)
+                .mean(dim=1),
+                seconds=torch.tensor([[seconds, float(first == done)]], dtype=torch.float64),
+            )
+            self.bar.update(cost * len(rows))
+        return kept
+
+
+def _milliseconds(seconds: Tensor, batch_size: int) -> float:
+    """Per image: the median over all batches but the first of each process, which warms up."""
+    warm = [time for time, first in seconds.tolist() if not first]
+    return 1000 * statistics.median(warm or seconds[:, 0].tolist()) / batch_size
