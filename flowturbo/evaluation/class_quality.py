@@ -66,6 +66,9 @@ def evaluate_classes(settings: Evaluate) -> Path:
     path = settings.out / "quality.json"
     results = resumed_report(path, identity, {"rows": []}, "an evaluation on a training set")
     known = {row_key(row) for row in results["rows"]}
+    for run in runs:
+        if run.key in known:  # a run was killed after the row was written
+            _partial(settings, run).unlink(missing_ok=True)
     if pending := [run for run in runs if run.key not in known]:
         references = References(settings, data, held)
         results["references"] = references.summary()
@@ -74,6 +77,11 @@ def evaluate_classes(settings: Evaluate) -> Path:
     write_text(settings.out / "quality.md", class_table(results))
     plot_classes(results, settings.out / "quality.png")
     return settings.out / "quality.md"
+
+
+def _partial(settings: Evaluate, run: Run) -> Path:
+    """The file of the images that are measured so far."""
+    return settings.out / f"partial-{run.digest}.safetensors"
 
 
 def _precision(model: FlowModel) -> str:
@@ -115,8 +123,7 @@ class _Measurement:
                         self.bar.set_postfix_str(f"{run.label}, guidance {scale:g}")
                         self.results["rows"].append(self._row(run, fine))
                         write_text(path, results_json(self.results))
-        for run in pending:  # last, so that a kill at any moment leaves either a row or its images
-            self._kept(run).remove()
+                        _partial(s, run).unlink()
 
     def _cost(self, run: Run) -> float:
         return cost_of(run.plan, self.share, run.guidance != 1)
@@ -125,8 +132,7 @@ class _Measurement:
         return cost_of(self.settings.fine_plan, self.share, scale != 1)
 
     def _kept(self, run: Run) -> Growing:
-        path = self.settings.out / f"partial-{run.digest}.safetensors"
-        return Growing(path, self.identity | {"row": run.key})
+        return Growing(_partial(self.settings, run), self.identity | {"row": run.key})
 
     def _fine_solution(self, scale: float) -> Tensor:
         """The reference plan's latents for the first images, (n, C, H, W), guided at all times."""

@@ -102,12 +102,11 @@ def _legend(results: Mapping[str, Any]) -> Iterator[str]:
     )
     yield (
         "- Fréchet, kernel: distances in the features of a small classifier that was trained on "
-        "the training set" + _accuracy(found)
+        "the training set" + _accuracy(found) + _classes(results["rows"], found)
     )
     yield (
-        "- kernel: KID times 1000, the unbiased squared MMD with kernel (x . y / width + 1)^3 of "
-        f"{BLOCKS} blocks of samples; it does not depend on the number of pictures, and by chance "
-        "may be below 0."
+        "- kernel: KID times 1000, the unbiased squared MMD with kernel (x . y / width + 1)^3. In "
+        "the mean it does not depend on the number of pictures; by chance it may be below 0."
     )
     if found["held_out_images"]:
         yield _held_out(found)
@@ -132,10 +131,21 @@ def _accuracy(found: Mapping[str, Any]) -> str:
     )
 
 
+def _classes(rows: Sequence[Row], found: Mapping[str, Any]) -> str:
+    fewest = min(row["classes"] for row in rows)
+    if fewest == found["training_classes"]:
+        return ""
+    return (
+        f" Only the {fewest} classes with two samples or more are compared, of "
+        f"{found['training_classes']}."
+    )
+
+
 def _held_out(found: Mapping[str, Any]) -> str:
     text = (
-        "- held out: the same distances to the held-out pictures, of as many samples as have their "
-        "class shares; the error is of samples and of held-out pictures."
+        "- held out: the same distances to the held-out pictures, weighted to the training set's "
+        "class shares, of the classes with two of them or more. The error is that of samples and, "
+        "as if they had been held out one by one, of held-out pictures."
     )
     floor = found["training_to_held_out"]
     if not floor:
@@ -152,8 +162,8 @@ def _nearest(found: Mapping[str, Any]) -> str:
     near = found["held_out_nearest"]
     return (
         f" Held-out pictures have {near['0.5']:.3f} and {near['0.01']:.3f}. nearer: share of "
-        f"samples in their class shares that are nearer than {near['0.05']:.3f}, as 5 % of the "
-        "held-out pictures are; a share far above that would show memorised pictures."
+        f"samples, weighted to their class shares, that are nearer than {near['0.05']:.3f}, as 5 % "
+        "of the held-out pictures are; a share far above that would show memorised pictures."
     )
 
 

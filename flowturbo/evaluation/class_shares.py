@@ -1,4 +1,4 @@
-"""Class proportions: labels for samples, and samples chosen so that two sets have the same ones."""
+"""Class shares: labels for samples, and weights by which two sets have the same ones."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ import torch
 from torch import Tensor
 
 
-def proportional_labels(labels: Tensor, num_classes: int, count: int) -> Tensor:
-    """Labels (count,), int64, of which any first n have the classes' shares in `labels`, up to one.
+def shares_of(labels: Tensor, num_classes: int) -> Tensor:
+    """The share of each class, (num_classes,), float64."""
+    return labels.bincount(minlength=num_classes).double() / len(labels)
+
+
+def proportional_labels(shares: Tensor, count: int) -> Tensor:
+    """Labels (count,), int64, of which any first n have these shares, up to one picture.
 
     Each is of the class that is the farthest behind its share. So more images leave the labels of
     the first ones as they are.
     """
-    shares = labels.bincount(minlength=num_classes).double().numpy() / len(labels)
-    behind, chosen = np.zeros(num_classes), np.empty(count, dtype=np.int64)
+    behind, chosen = np.zeros(len(shares)), np.empty(count, dtype=np.int64)
     for i in range(count):
-        behind += shares
+        behind += shares.numpy()
         chosen[i] = behind.argmax()
         behind[chosen[i]] -= 1
     return torch.from_numpy(chosen)
 
 
-def matched(labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """As many rows of `labels` as can be had in the class proportions of `reference`.
+def common_shares(shares: Tensor, *counts: Tensor) -> Tensor:
+    """The shares of the classes of which every set has at least two pictures, 0 for the others.
 
-    labels (N,), reference (M,) -> rows of labels, the first of each class, in order; and rows of
-    the reference, all but those of classes of which `labels` has too few.
+    counts: of each set's pictures by class, (num_classes,). The sum is 1, or 0 if no class is left.
+    Two are needed, since pairs of different pictures of a class are.
     """
-    classes = int(max(labels.max(), reference.max())) + 1
-    have, want = labels.bincount(minlength=classes), reference.bincount(minlength=classes)
-    want = torch.where(have > 0, want, 0)
-    there = want > 0
-    if not there.any():
-        nothing = torch.empty(0, dtype=torch.int64, device="cpu")
-        return nothing, nothing
-    # Whole numbers: a product with a ratio in floating point may fall just below one.
-    scarce = int((have[there].double() / want[there].double()).argmin())
-    most, per = int(have[there][scarce]), int(want[there][scarce])
-    take = want * most // per
-    rows = [(labels == c).nonzero()[: int(n), 0] for c, n in enumerate(take) if n]
-    return torch.cat(rows).sort().values, (take[reference] > 0).nonzero()[:, 0]
+    there = torch.stack([count >= 2 for count in counts]).all(dim=0)
+    kept = torch.where(there, shares, 0)
+    return kept / kept.sum() if there.any() and kept.sum() > 0 else torch.zeros_like(shares)
+
+
+def share_weights(labels: Tensor, shares: Tensor) -> Tensor:
+    """A weight for each picture, (N,), float64, by which the classes have these shares."""
+    counts = labels.bincount(minlength=len(shares)).double()
+    return (shares / counts.clamp(min=1))[labels]

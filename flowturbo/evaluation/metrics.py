@@ -23,6 +23,23 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return _frechet(*_mean_and_root(a), *_mean_and_root(b))
 
 
+def weighted_frechet(a: Tensor, weights_a: Tensor, b: Tensor, weights_b: Tensor) -> float:
+    """The squared Fréchet distance of features (N, D), (M, D) with weights (N,), (M,), in float64.
+
+    The weights of each set have the sum 1. With equal ones it is `frechet_distance`.
+    """
+    return _frechet(*_weighted_mean_and_root(a, weights_a), *_weighted_mean_and_root(b, weights_b))
+
+
+def _weighted_mean_and_root(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_mean_and_root`; the covariance is unbiased for weights that do not depend on the rows'
+    features.
+    """
+    mean = weights @ features
+    root = torch.linalg.qr(weights.sqrt()[:, None] * (features - mean), mode="r").R
+    return mean, root / (1 - weights.square().sum()).sqrt()
+
+
 def _frechet(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) -> float:
     # With A = Ra' Ra and B = Rb' Rb the last trace is the sum of the singular values of Ra Rb'.
     # This avoids square roots of small eigenvalues, which would turn a rounding error of 1e-16 into

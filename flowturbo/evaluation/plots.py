@@ -28,7 +28,7 @@ FAMILIES = {
     "FlowTurbo": ("#d55e00", "o"),
     "Adams-Bashforth + refiner": ("#9c5a00", "P"),
     "exponential + refiner": ("#117733", "X"),
-    "fitted": ("#000000", "*"),
+    "fitted": ("#000000", "p"),
     "stages": ("#56b4e9", "h"),
 }
 FONT: Any = {

@@ -58,6 +58,3 @@ class Growing:
             old = self.tensors.get(name)
             self.tensors[name] = new if old is None else torch.cat([old, new])
         save_tensors(self.path, self.tensors, self.identity)
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from typing import Any
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from ..data.latents import Data, Latents, load_data
 from ..models.flow_model import FlowModel
-from .class_shares import matched, proportional_labels
-from .kernel_distance import kernel_distances, leave_one_out
-from .metrics import frechet_distance
+from .class_shares import common_shares, proportional_labels, share_weights, shares_of
+from .kernel_distance import Grouped, kernel_distances
+from .metrics import weighted_frechet
 from .nearest import Nearest
 from .picture_classifier import PictureClassifier, kept_classifier
 from .quality_settings import Evaluate
@@ -42,32 +43,50 @@ class References:
 
     def __init__(self, settings: Evaluate, data: Latents, held: Latents | None) -> None:
         self.data, self.held = data, held
-        self.labels = proportional_labels(data.labels, data.num_classes, settings.count)
+        self.shares = shares_of(data.labels, data.num_classes)
+        self.labels = proportional_labels(self.shares, settings.count)
+        counts = data.labels.bincount(minlength=data.num_classes)
+        for kept in without_blocks(settings.count):
+            samples = self.labels[kept].bincount(minlength=data.num_classes)
+            if not common_shares(self.shares, samples, counts).any():
+                raise ValueError(
+                    f"images must be enough for several of a class, got {settings.images} for "
+                    f"{data.num_classes} classes of {len(data)} pictures"
+                )
         self.classifier: PictureClassifier = kept_classifier(
             settings.out / "classifier.safetensors", data, settings.steps
         )
         self.nearest = Nearest(data)
-        self.features = self.classifier.read(data.mean)[0]
-        self.held_features = None if held is None else self.classifier.read(held.mean)[0]
+        # One block: the training set is what is aimed at, not a sample of it.
+        self.training = self._grouped(data, 1)
+        self.held_out = None if held is None else self._grouped(held, BLOCKS)
         self.held_nearest = None if held is None else self.nearest(held.mean)
+
+    def _grouped(self, data: Latents, blocks: int) -> Grouped:
+        """Pictures of one class may stand together in a file, so every tenth makes a block."""
+        rows = torch.cat([torch.arange(i, len(data), blocks, device="cpu") for i in range(blocks)])
+        features = self.classifier.read(data.mean[rows])[0]
+        return Grouped(features, data.labels[rows], len(self.shares), blocks)
 
     def summary(self) -> dict[str, Any]:
         """Figures of the classifier and of the two sets themselves, for the report."""
-        found: dict[str, Any] = {"training_images": len(self.data), "held_out_images": 0}
+        found: dict[str, Any] = {
+            "training_images": len(self.data),
+            "training_classes": int((self.shares > 0).sum()),
+            "held_out_images": 0,
+        }
         if self.held is None or self.held_nearest is None:
             return found
         right = self.classifier.read(self.held.mean)[1] == self.held.labels
-        by_class = [float(right[self.held.labels == c].double().mean()) for c in self._classes()]
+        classes = self.held.labels.unique().tolist()
+        by_class = [float(right[self.held.labels == c].double().mean()) for c in classes]
         return found | {
             "held_out_images": len(self.held),
             "held_out_accuracy": float(right.double().mean()),
             "held_out_accuracy_by_class": statistics.fmean(by_class),
             "held_out_nearest": quantiles(self.held_nearest),
-            "training_to_held_out": self._to_held_out(self.features, self.data.labels),
+            "training_to_held_out": self._to_held_out(self._grouped(self.data, BLOCKS)),
         }
-
-    def _classes(self) -> list[int]:
-        return [] if self.held is None else self.held.labels.unique().tolist()
 
     def figures(self, features: Tensor, classes: Tensor, nearest: Tensor) -> dict[str, Any]:
         """The figures of samples with the labels `self.labels`.
@@ -76,10 +95,11 @@ class References:
         picture. "<measure>_blocks" are jackknife values over blocks of samples,
         "<measure>_reference_blocks" over blocks of the pictures that they are compared with.
         """
+        samples = Grouped(features, self.labels, len(self.shares))
         right = (classes == self.labels).double()
-        found = {
-            **compared(features, self.features),
-            **self._to_held_out(features, self.labels),
+        found = compared(samples, self.training, self.shares)
+        found |= self._to_held_out(samples)
+        found |= {
             "label_share": float(right.mean()),
             "label_share_blocks": [
                 float(right[kept].mean()) for kept in without_blocks(len(right))
@@ -87,47 +107,59 @@ class References:
             "nearest": quantiles(nearest),
         }
         if self.held is not None and self.held_nearest is not None:
-            near = self.held_nearest.quantile(0.05)
-            rows, _ = matched(self.labels, self.held.labels)
-            found["nearer_share"] = float((nearest[rows] < near).double().mean())
+            near = nearest < self.held_nearest.quantile(0.05)
+            shares = shares_of(self.held.labels, len(self.shares))
+            weights = share_weights(self.labels, shares)
+            found["nearer_share"] = float(weights @ near.double() / weights.sum())
         return found
 
-    def _to_held_out(self, features: Tensor, labels: Tensor) -> dict[str, Any]:
-        """Distances to the held-out pictures, of samples in their class shares.
-
-        Nothing without held-out pictures, or if too few samples have their classes.
-        """
-        if self.held is None or self.held_features is None:
+    def _to_held_out(self, samples: Grouped) -> dict[str, Any]:
+        """Distances to the held-out pictures; nothing if there are none or too few of a class."""
+        if self.held_out is None:
             return {}
-        held, held_labels = self.held_features, self.held.labels
-        rows, others = matched(labels, held_labels)
-        if min(len(rows), len(others)) < 2 * BLOCKS:
-            return {}
-        found = compared(features[rows], held[others])
-        found |= {"frechet_reference_blocks": [], "kid_reference_blocks": []}
-        for kept in without_blocks(len(others)):
-            fewer = others[kept]
-            rows, there = matched(labels, held_labels[fewer])
-            a, b = features[rows], held[fewer[there]]
-            found["frechet_reference_blocks"].append(frechet_distance(a, b))
-            found["kid_reference_blocks"].append(statistics.fmean(kernel_distances(a, b)))
+        found = compared(samples, self.held_out, self.shares)
         return {
-            name.replace("frechet", "frechet_held").replace("kid", "kid_held"): value
+            re.sub("^(frechet|kid|classes)", r"\1_held", name): value
             for name, value in found.items()
-        } | {"held_samples": len(rows)}
+        }
 
 
-def compared(features: Tensor, reference: Tensor) -> dict[str, Any]:
-    """The Fréchet and the kernel distance of features to a reference's, with jackknife values."""
-    kernel = kernel_distances(features, reference)
-    return {
-        "frechet": frechet_distance(features, reference),
-        "frechet_blocks": [
-            frechet_distance(features[kept], reference) for kept in without_blocks(len(features))
-        ],
-        "kid": statistics.fmean(kernel),
-        "kid_blocks": leave_one_out(kernel),
+def compared(a: Grouped, b: Grouped, shares: Tensor) -> dict[str, Any]:
+    """The Fréchet and the kernel distance of two sets in the same class shares, with jackknife
+    values; "classes" is how many have enough pictures in both. Nothing if there are none.
+    """
+    kept_a, kept_b = a.without(), b.without()
+    if not _comparable(a, b, shares):
+        return {}
+
+    def frechet(keep_a: Tensor, keep_b: Tensor) -> float:
+        p = common_shares(shares, keep_a @ a.counts, keep_b @ b.counts)
+        moments = []
+        for side, keep in ((a, keep_a), (b, keep_b)):
+            rows = (keep[side.block] > 0) & (p[side.labels] > 0)
+            moments += [side.features[rows], share_weights(side.labels[rows], p)]
+        return weighted_frechet(*moments)
+
+    kernel = kernel_distances(a, b, shares)
+    found = {
+        "classes": int(common_shares(shares, a.counts.sum(0), b.counts.sum(0)).count_nonzero()),
+        "frechet": frechet(kept_a[0], kept_b[0]),
+        "frechet_blocks": [frechet(keep, kept_b[0]) for keep in kept_a[1:]],
+        "frechet_reference_blocks": [frechet(kept_a[0], keep) for keep in kept_b[1:]],
+        "kid": kernel.value,
+        "kid_blocks": kernel.blocks,
+        "kid_reference_blocks": kernel.reference_blocks,
     }
+    return {name: value for name, value in found.items() if value != []}
+
+
+def _comparable(a: Grouped, b: Grouped, shares: Tensor) -> bool:
+    """Whether two sets have a class in common, whichever block is left out."""
+    counts = [
+        *((keep @ a.counts, b.counts.sum(0)) for keep in a.without()),
+        *((a.counts.sum(0), keep @ b.counts) for keep in b.without()),
+    ]
+    return all(bool(common_shares(shares, *pair).any()) for pair in counts)
 
 
 def quantiles(values: Tensor) -> dict[str, float]:

@@ -1,0 +1,284 @@
+"""Evaluations of a model on its training set: right figures, resumed runs, refused input."""
+
+import re
+
+import pytest
+import torch
+from class_runs_small import (
+    COUNTS,
+    HELD,
+    NAMES,
+    THREE,
+    class_double_loop,
+    class_settings,
+    drawn,
+    write,
+)
+from PIL import Image
+from quality_runs import Killed, read
+from tiny import random_sit
+
+import flowturbo as ft
+import flowturbo.evaluation.class_quality as module
+from flowturbo.data.latents import Latents
+from flowturbo.evaluation.class_report import advice, class_table
+from flowturbo.evaluation.class_runs import cost_of
+from flowturbo.evaluation.class_shares import proportional_labels, shares_of
+from flowturbo.evaluation.picture_classifier import kept_classifier
+from flowturbo.evaluation.quality import evaluate
+from flowturbo.models.checkpoint import save_sit
+from flowturbo.solver.stages import StagedPlan
+
+FINE = {"fine-1.0.safetensors", "fine-2.0.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("networks")
+    paths = folder / "predictor.safetensors", folder / "refiner.safetensors"
+    save_sit(paths[0], random_sit(THREE, 0))
+    save_sit(paths[1], random_sit(THREE.refiner(), 1))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("sets")
+    return (
+        write(folder / "train.npz", drawn(0, COUNTS)),
+        write(folder / "held-out.npz", drawn(1, HELD)),
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fitted") / "mine.json"
+    ft.Plan.parse("L2", grid=(0, 0.3, 1)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(networks, sets, fitted, tmp_path_factory):
+    """Every kind of row."""
+    out = tmp_path_factory.mktemp("whole") / "new"
+    settings = class_settings(
+        networks,
+        sets,
+        out,
+        plans=("E2", "H1R1", str(fitted)),
+        guidance=(1.0, 2.0),
+        guidance_intervals=((0.0, 1.0), (0.1, 0.45)),
+        precisions=("float32", "fp8"),
+    )
+    assert evaluate(settings) == out / "quality.md"
+    return out
+
+
+@pytest.fixture
+def no_class_plot(monkeypatch):
+    monkeypatch.setattr(module, "plot_classes", lambda results, path: path.write_bytes(b"a plot"))
+
+
+def rows_of(out):
+    return {(r["label"], r["guidance"]): r for r in read(out)["rows"]}
+
+
+def test_rows_and_costs(whole):
+    assert {path.name for path in whole.iterdir()} == NAMES | FINE
+    rows = rows_of(whole)
+    plans = {"E2": 1, "H1R1": 1, "mine.json": 1}
+    at_two = {"E2 [0.1-0.45]": 1, "H1R1 [0.1-0.45]": 1}
+    for scale, names in ((1.0, plans), (2.0, plans | at_two)):
+        for name in names:
+            for suffix in ("", " fp8"):
+                assert rows.pop((name + suffix, scale))["guidance"] == scale
+    assert not rows
+    rows, share = rows_of(whole), THREE.refiner().macs() / THREE.macs()
+    for scale in (1.0, 2.0):
+        assert rows["E2", scale]["cost"] == 2
+        assert rows["H1R1", scale]["cost"] == pytest.approx(2 + 2 * share, rel=1e-12)
+    assert rows["E2 [0.1-0.45]", 2.0]["cost"] == 1  # neither 0 nor 0.5 is in the interval
+    assert rows["mine.json", 2.0]["family"] == "fitted"
+    assert rows["mine.json", 2.0]["record"]["grid"] == [0, 0.3, 1]
+    assert rows["E2 fp8", 2.0]["precision"] == "fp8"
+    assert rows["E2 fp8", 2.0]["rms"] != rows["E2", 2.0]["rms"]
+
+
+def test_figures_are_those_of_the_plans_images(whole, networks, sets):
+    """Measured again from images made in one batch, by formulas of their own."""
+    model = ft.load(networks[0], networks[1], device="cpu")
+    train, held = drawn(0, COUNTS), drawn(1, HELD)
+    labels = proportional_labels(shares_of(train.labels, 3), 60)
+    assert labels.bincount().tolist() == list(COUNTS)
+    noise = ft.noise((3, 8, 8), 0, range(60))
+    classifier = kept_classifier(whole / "classifier.safetensors", train, 5)
+    fine = ft.sample(model, "C5", labels[:30], noise=noise[:30], guidance=2)
+    plan = ft.Plan.parse("E2", guidance_interval=(0.1, 0.45))
+    for name, steps in (("E2", "E2"), ("H1R1", "H1R1"), ("E2 [0.1-0.45]", plan)):
+        row = rows_of(whole)[name, 2.0]
+        x = ft.sample(model, steps, labels, noise=noise, guidance=2)
+        features, classes = classifier.read(x)
+        difference = (x[:30] - fine).double()
+        assert row["rms"] == pytest.approx(float(difference.square().mean().sqrt()), rel=1e-4)
+        assert row["rms_blocks"][0] == pytest.approx(
+            float(difference[3:].square().mean().sqrt()), rel=1e-4
+        )
+        assert row["label_share"] == float((classes == labels).double().mean())
+        shares = torch.tensor(COUNTS, dtype=torch.float64) / 60
+        for data, key in ((train, "kid"), (held, "kid_held")):
+            read_too = classifier.read(data.mean)[0]
+            expected = class_double_loop(features, labels, read_too, data.labels, shares)
+            assert row[key] == pytest.approx(expected, rel=1e-3), key
+        every = torch.cat([train.mean, train.mean.flip(3)]).double().flatten(1)
+        distances = torch.cdist(x.double().clamp(-1, 1).flatten(1), every) / 192**0.5
+        near = distances.min(1).values
+        assert row["nearest"]["0.5"] == pytest.approx(float(near.median()), rel=0.02)
+        assert row["nearest"]["0.01"] == pytest.approx(float(near.quantile(0.01)), rel=1e-4)
+    found = read(whole)["references"]
+    assert found["held_out_accuracy"] == classifier.accuracy(held)
+    assert (found["training_images"], found["held_out_images"]) == (60, 30)
+
+
+def test_report(whole):
+    text = (whole / "quality.md").read_text(encoding="utf-8")
+    accuracy = read(whole)["references"]["held_out_accuracy"]
+    assert f"it recognises {accuracy:.1%} of 30 held-out pictures" in text
+    parts = re.split(r"^## ", text, flags=re.M)
+    assert [part.split("\n")[0] for part in parts[1:]] == [
+        *("Guidance 1", "Guidance 2", "Guidance scales")
+    ]
+    for part in parts[1:3]:
+        titles = re.findall(r"^### (.*)", part, flags=re.M)
+        assert titles == [
+            *("Which plan to take", "All plans", "Other precisions"),
+            *("Against the best that costs no more", "Plans with refiner steps"),
+        ]
+        for table in re.findall(r"(?:^\|.*\n)+", part, flags=re.M):
+            widths = {len(re.split(r"(?<!\\)\|", line)) for line in table.strip().split("\n")}
+            assert len(widths) == 1, table
+    with Image.open(whole / "quality.png") as image:
+        assert min(image.size) > 600
+
+
+def test_report_says_which_plan_to_take():
+    def row(plan, cost, rms, spread=0.0):
+        blocks = {"rms_blocks": [rms + spread * (-1) ** i for i in range(10)]}
+        return {"plan": plan, "label": plan, "cost": cost, "rms": rms, **blocks}
+
+    rows = [row("E2", 2, 0.5), row("A2", 2, 0.4, 0.02), row("H2", 4, 0.45), row("A4", 4, 0.2)]
+    lines = [line for line in advice(rows) if line.startswith("|")][2:]
+    assert lines == ["| 2.00 | A2 0.4000 ± 0.0600 (E2) |", "| 4.00 | A4 0.2000 ± 0.0000 |"]
+
+
+def test_report_without_held_out_pictures(networks, sets, tmp_path, no_class_plot):
+    evaluate(class_settings(networks, sets, tmp_path, held_out=None, reference_plan="E2"))
+    results = read(tmp_path)
+    assert "kid_held" not in results["rows"][0]
+    assert "its accuracy is not known" in class_table(results)
+
+
+def test_killed_evaluation_goes_on_after_the_last_batch(
+    networks, sets, whole, tmp_path, monkeypatch, no_class_plot
+):
+    seen = []
+
+    def dying(after):
+        def sample(model, plan, *rest, **others):
+            if len(seen) == after:
+                raise Killed
+            seen.append(str(plan))
+            return ft.sample(model, plan, *rest, **others)
+
+        return sample
+
+    for after in (1, 4, 6, 99):  # in the fine solution, in E2, in H1R1, never
+        monkeypatch.setattr(module, "sample", dying(after))
+        settings = class_settings(networks, sets, tmp_path, guidance=2.0)
+        if after == 99:
+            evaluate(settings)
+        else:
+            with pytest.raises(Killed):
+                evaluate(settings)
+    assert seen == ["C5"] * 2 + ["E2"] * 3 + ["H1R1"] * 3
+    assert {path.name for path in tmp_path.iterdir()} == NAMES | {"fine-2.0.safetensors"}
+    for row in read(tmp_path)["rows"]:
+        other = rows_of(whole)[row["label"], 2.0]
+        assert {k: v for k, v in row.items() if k != "ms_per_image"} == {
+            k: v for k, v in other.items() if k != "ms_per_image"
+        }
+
+
+def test_rows_may_be_added(networks, sets, tmp_path, monkeypatch, no_class_plot):
+    quick = dict(reference_plan="E2", held_out=None)
+    evaluate(class_settings(networks, sets, tmp_path, plans=("E1",), guidance=2.0, **quick))
+    first = read(tmp_path)["rows"]
+    monkeypatch.setattr(
+        "flowturbo.evaluation.picture_classifier.train_picture_classifier",
+        lambda *_, **__: pytest.fail("trained again"),
+    )
+    more = dict(plans=("A2", "E1"), guidance=(1.0, 2.0), precisions=("float32", "bfloat16"))
+    evaluate(class_settings(networks, sets, tmp_path, **more, **quick))
+    rows = read(tmp_path)["rows"]
+    assert rows[0] == first[0]
+    assert len(rows) == len(rows_of(tmp_path)) == 8
+    before = (tmp_path / "quality.json").read_bytes()
+    evaluate(class_settings(networks, sets, tmp_path, plans=("E1",), **quick, guidance=2.0))
+    assert (tmp_path / "quality.json").read_bytes() == before
+    with pytest.raises(ValueError, match=r"settings\.images was 60 and is now 80"):
+        evaluate(class_settings(networks, sets, tmp_path, images=80, **quick))
+
+
+def test_cost_of_stages_and_intervals():
+    staged = StagedPlan.parse("H1R1 at 1/2 + A3 from 0.6")
+    assert cost_of(staged, 0.25, False) == pytest.approx((2 + 2 * 0.25) / 4 + 3)
+    assert cost_of(staged, 0.25, True) == cost_of(staged, 0.25, False)
+    inside = ft.Plan.parse("E4", guidance_interval=(0.2, 0.6))  # calls at 0, 1/4, 1/2, 3/4
+    assert cost_of(inside, 0.25, True) == 3
+    assert cost_of(inside, 0.25, False) == 4
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(data=None), "held_out needs data"),
+        (dict(data=None, held_out=None, precisions=("fp8",)), "precisions needs data"),
+        (dict(data=None, held_out=None, guidance=(1, 2)), "guidance must be one scale without"),
+        (dict(guidance=()), "guidance must be a list of at least one scale"),
+        (dict(guidance=(2, 2.0)), "none twice"),
+        (dict(precisions=("int8",)), "precisions must be of float32, bfloat16, fp8, got int8"),
+        (dict(precisions=("fp8", "fp8")), "precisions must differ"),
+        (dict(guidance_intervals=((0.5, 0.2),)), "guidance_interval must be"),
+        (dict(plans=("E2", "E1E1")), "plans must differ, but 'E2' and 'E1E1' are the same"),
+        (dict(plans=("nowhere.json",)), "nowhere.json"),
+    ],
+)
+def test_bad_settings_are_refused(networks, sets, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        class_settings(networks, sets, tmp_path, **changes)
+
+
+def test_data_that_does_not_fit_is_refused(networks, sets, tmp_path):
+    data = drawn(0, COUNTS)
+    wrong = {
+        "wide": (Latents(data.mean[:, :, :, :4], data.labels), r"data must be of the model's form"),
+        "classes": (Latents(data.mean, data.labels + 1), r"got \(3, 8, 8\) of 4"),
+        "scaled": (Latents(2 * data.mean, data.labels), "pixels in \\[-1, 1\\], got values up to"),
+    }
+    out = tmp_path / "out"
+    for name, (latents, message) in wrong.items():
+        source = write(tmp_path / f"{name}.npz", latents)
+        with pytest.raises(ValueError, match=message):
+            evaluate(class_settings(networks, (source, None), out))
+    only = write(tmp_path / "two.npz", drawn(0, (9, 9)))
+    with pytest.raises(ValueError, match="held_out has classes that data lacks: 2"):
+        evaluate(class_settings(networks, (only, sets[1]), out))
+    with pytest.raises(ValueError, match="refiner must be given: of the plans, H1R1 need one"):
+        evaluate(class_settings((networks[0], None), sets, out, refiner=None))
+    assert not out.exists()
+
+
+def test_plans_of_the_default_fit_the_model(networks, sets, tmp_path):
+    settings = class_settings(networks, sets, tmp_path, plans=None)
+    with_refiner, without = settings.chosen(True), settings.chosen(False)
+    assert {plan.cost.refiner > 0 for _, plan in with_refiner} == {True, False}
+    assert without == [pair for pair in with_refiner if not pair[1].cost.refiner]
