@@ -53,6 +53,7 @@ def plot_classes(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
         }
         figure.legend(handles.values(), handles, loc="outside upper center", ncols=6, frameon=False)
         figure.draw_without_rendering()  # labels are placed in pixels: fix the layout first
+        figure.set_layout_engine("none")
         for axes, key, rows in drawn:
             if rows:
                 label_points(axes, rows, "cost", key)

@@ -249,7 +249,6 @@ def test_cost_of_stages_and_intervals():
         (dict(precisions=("fp8", "fp8")), "precisions must differ"),
         (dict(guidance_intervals=((0.5, 0.2),)), "guidance_interval must be"),
         (dict(plans=("E2", "E1E1")), "plans must differ, but 'E2' and 'E1E1' are the same"),
-        (dict(plans=("nowhere.json",)), "nowhere.json"),
     ],
 )
 def test_bad_settings_are_refused(networks, sets, tmp_path, changes, message):
@@ -274,6 +273,11 @@ def test_data_that_does_not_fit_is_refused(networks, sets, tmp_path):
         evaluate(class_settings(networks, (only, sets[1]), out))
     with pytest.raises(ValueError, match="refiner must be given: of the plans, H1R1 need one"):
         evaluate(class_settings((networks[0], None), sets, out, refiner=None))
+    with pytest.raises(ValueError, match=r"nowhere\.json can't be read"):
+        evaluate(class_settings(networks, sets, out, plans=("nowhere.json",)))
+    with pytest.raises(ValueError, match="images must be enough for several of a class"):
+        many = write(tmp_path / "many.npz", drawn(0, (1, 1, 1)))
+        evaluate(class_settings(networks, (many, None), out))
     assert not out.exists()
 
 

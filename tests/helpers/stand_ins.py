@@ -8,11 +8,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import class_runs_small
 import complete
 import complete_newer
 import numpy as np
 import pipelines
 import torch
+from class_runs_small import COUNTS, HELD, THREE
 from feature_network import RandomNetwork
 from paths import ROOT
 from PIL import Image
@@ -20,6 +22,7 @@ from tiny import CONFIG, random_sit
 from torch import nn
 
 import flowturbo as ft
+from flowturbo.models.checkpoint import save_sit
 
 CLASSES = 1000  # ImageNet's, for the labels in the examples
 SIDE = 16  # of the SiT's images; latents have half of it, and the pipelines' images 32
@@ -76,6 +79,10 @@ def write(folder: Path, pipeline_folders: dict[str, Path], text: str = "") -> No
     for i in range(3):
         (folder / "captioned" / f"{i}.txt").write_text(f"noise {i}", encoding="utf-8")
     ft.Plan("LL", (0, 0.5, 1), weights=((0.5,), (0.8, -0.3))).save(folder / "tuned.json")
+    if "emoji.safetensors" in text:
+        save_sit(folder / "emoji.safetensors", random_sit(THREE, 0))
+        class_runs_small.write(folder / "train.npz", class_runs_small.drawn(0, COUNTS))
+        class_runs_small.write(folder / "held-out.npz", class_runs_small.drawn(1, HELD))
     (folder / "captions.txt").write_text("a red fox\na harbour\na red house\n", encoding="utf-8")
     _picture(folder / "photo.png")
     mask = np.zeros((SIDE, SIDE), np.uint8)
