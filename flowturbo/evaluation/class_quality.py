@@ -16,6 +16,7 @@ from ..models.flow_model import FlowModel
 from ..models.load import model_digests
 from ..runtime import rng
 from ..sampling.sampler import sample
+from ..sampling.stages import model_legs
 from ..solver.stages import StagedPlan
 from ..storage.files import write_text
 from ..storage.provenance import environment
@@ -44,6 +45,8 @@ def evaluate_classes(settings: Evaluate) -> Path:
     runs = runs_of(settings, model, precision)
     if refined := [run.name for run in runs if run.plan.cost.refiner and model.refiner is None]:
         raise ValueError(f"refiner must be given: of the plans, {', '.join(refined)} need one")
+    for run in runs:
+        model_legs(model, run.plan)  # refuses stages that the model can't run, before any work
     data, held = read_pictures(settings, model)
     identity: dict[str, Any] = {
         "format": FORMAT,

@@ -87,8 +87,8 @@ class Evaluate:
     """
 
     out: Path = Path("evaluation")
-    """Folder for quality.md, quality.json, quality.png and the fine solutions; with --data also for
-    the classifier. If it already holds results with the same settings, the run resumes.
+    """Folder for quality.md, quality.json, quality.png, the fine solutions, and a classifier.
+    If it already holds results with the same settings, the run resumes.
     Plans may be added, with --data also guidance scales, intervals and precisions.
     """
     model: str = "digits"
@@ -96,28 +96,29 @@ class Evaluate:
     refiner: str | None = None
     """The refiner's file. A bundled model brings its own."""
     data: str | None = None
-    """The training set: an .npz or a folder of .safetensors shards with pixels in [-1, 1] as
-    latents. None: the digits.
+    """The training set, with pixels in [-1, 1] as latents: an .npz, or a folder of shards.
+    Default: the digits.
     """
     held_out: str | None = None
     """Pictures that were held out of the training, in the same form."""
     plans: tuple[str, ...] | None = None
-    """Plans to measure, each from the same noise. With --data also .json files and plans with
-    stages. Default: rivals of each family, and plans with the refiner if there is one.
+    """Plans to measure, each from the same noise; with --data also .json files and stages.
+    Default: rivals of each family, and plans with the refiner if there is one.
     """
     guidance: tuple[float, ...] = (1.5,)
-    """Scale of classifier-free guidance; 1 means none. With --data several: each plan is measured
-    at each.
+    """Scale of classifier-free guidance; 1 means none.
+    With --data several: each plan is measured at each.
     """
     guidance_intervals: tuple[tuple[float, float], ...] = ()
-    """With --data: intervals of times with guidance, each plan is measured with each. Default: all
-    times. Plans of files and with stages keep their own.
+    """With --data: intervals of times with guidance; each plan is measured with each.
+    Default: all times. Plans of files and with stages keep their own.
     """
     precisions: tuple[str, ...] = ()
     """With --data: any of float32, bfloat16, fp8. Default: the device's own."""
     images: int | None = None
-    """Images per plan. Default: 2000 digits, or 10,000. The noise of image i is a function of
-    (seed, i). Its class is i % 10, with --data so that the training set's class shares are kept.
+    """Images per plan. Default: 2000 digits, with --data 10,000.
+    The noise of image i is a function of (seed, i).
+    Its class is i % 10, with --data so that any first images have the training set's shares.
     """
     reference_images: int = 500
     """How many of these images, from the first on, are compared with the fine solution."""

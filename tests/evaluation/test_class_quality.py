@@ -275,8 +275,8 @@ def test_data_that_does_not_fit_is_refused(networks, sets, tmp_path):
         evaluate(class_settings((networks[0], None), sets, out, refiner=None))
     with pytest.raises(ValueError, match=r"nowhere\.json can't be read"):
         evaluate(class_settings(networks, sets, out, plans=("nowhere.json",)))
+    many = write(tmp_path / "many.npz", drawn(0, (1, 1, 1)))
     with pytest.raises(ValueError, match="images must be enough for several of a class"):
-        many = write(tmp_path / "many.npz", drawn(0, (1, 1, 1)))
         evaluate(class_settings(networks, (many, None), out))
     assert not out.exists()
 
