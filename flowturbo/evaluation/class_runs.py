@@ -62,20 +62,20 @@ def runs_of(settings: Evaluate, model: FlowModel, precision: str) -> list[Run]:
     precision: of the device, where the settings name none.
     """
     runs = []
-    plans = settings.chosen(model.refiner is not None)
+    plans = settings.chosen(model)
     named = Counter(Path(text).name for text, _ in plans)
     for scale in settings.guidance:
         for text, plan in plans:
-            file = text.endswith(".json")
+            fitted = text.endswith(".json") or text in model.plans
             name = str(plan)
-            if file:
+            if fitted:
                 name = text if named[Path(text).name] > 1 else Path(text).name
-            for variant in [plan] if file or scale == 1 else _with_intervals(plan, settings):
+            for variant in [plan] if fitted or scale == 1 else _with_intervals(plan, settings):
                 low, high = getattr(variant, "guidance_interval", (0, 1))
-                where = "" if (low, high) == (0, 1) or file else f" [{low:g}-{high:g}]"
+                where = "" if (low, high) == (0, 1) or fitted else f" [{low:g}-{high:g}]"
                 for chosen in settings.precisions or (precision,):
                     label = name + where + (f" {chosen}" if chosen != precision else "")
-                    kind = "fitted" if file else family(variant)
+                    kind = "fitted" if fitted else family(variant)
                     runs.append(Run(name, label, kind, variant, scale, chosen))
     return runs
 

@@ -55,7 +55,7 @@ def evaluate(settings: Evaluate) -> Path:
     if settings.data is not None:
         return evaluate_classes(settings)
     model = load(settings.model, settings.refiner, device=settings.device)
-    plans = [Plan.parse(text) for text, _ in settings.chosen(refiner=True)]
+    plans = [Plan.parse(text) for text, _ in settings.chosen(None)]
     _check_model(model, plans)
     path = settings.out / "quality.json"
     results = resumed_report(path, _identity(settings, model), {"rows": []}, "an evaluation")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checks import finite, natural, positive
+from ..models.flow_model import FlowModel
 from ..solver.plan import Plan
-from ..solver.stages import StagedPlan, as_stages
+from ..solver.stages import StagedPlan
 from .statistics import BLOCKS
 
 PLANS = (
@@ -102,7 +102,7 @@ class Evaluate:
     held_out: str | None = None
     """Pictures that were held out of the training, in the same form."""
     plans: tuple[str, ...] | None = None
-    """Plans to measure, each from the same noise; with --data also .json files and stages.
+    """Plans to measure, each from the same noise; with --data also names, files, stages.
     Default: rivals of each family, and plans with the refiner if there is one.
     """
     guidance: tuple[float, ...] = (1.5,)
@@ -111,7 +111,7 @@ class Evaluate:
     """
     guidance_intervals: tuple[tuple[float, float], ...] = ()
     """With --data: intervals of times with guidance; each plan is measured with each.
-    Default: all times. Plans of files and with stages keep their own.
+    Default: all times. Plans of files, by name and with stages keep their own.
     """
     precisions: tuple[str, ...] = ()
     """With --data: any of float32, bfloat16, fp8. Default: the device's own."""
@@ -154,9 +154,10 @@ class Evaluate:
         if self.data is None:
             self._check_digits()
         self._check_variants()
-        plans = PLANS if self.data is None else CLASS_PLANS
-        texts = plans if self.plans is None else self.plans
-        checked_plans(texts, self.data is not None, files=False)
+        if self.plans is not None and (isinstance(self.plans, str) or not self.plans):
+            raise ValueError(f"plans must be a list of at least one plan, got {self.plans!r}")
+        if self.data is None:
+            self.chosen(None)
         if Plan.parse(str(self.reference_plan)).cost.refiner:
             raise ValueError(
                 f"reference_plan must do without the refiner, got {self.reference_plan!r}"
@@ -212,34 +213,18 @@ class Evaluate:
         """The plan of the fine solution."""
         return Plan.parse(str(self.reference_plan))
 
-    def chosen(self, refiner: bool) -> list[tuple[str, Plan | StagedPlan]]:
-        """The plans to measure, by the text that was given; the default's as far as they can run.
+    def chosen(self, model: FlowModel | None) -> list[tuple[str, Plan | StagedPlan]]:
+        """The plans to measure, by the texts that were given.
 
-        refiner: whether the model has one.
+        model: None for the digits. Of the default, plans with the refiner only if it has one.
+        ValueError for two plans that are the same, and for what is no plan of the model.
         """
-        default = PLANS if self.data is None else CLASS_PLANS
-        plans = checked_plans(default if self.plans is None else self.plans, self.data is not None)
-        if self.plans is None and self.data is not None and not refiner:
-            plans = [(text, plan) for text, plan in plans if not plan.cost.refiner]
+        default = PLANS if model is None else CLASS_PLANS
+        plans: list[tuple[str, Plan | StagedPlan]] = []
+        for text in default if self.plans is None else self.plans:
+            plan = Plan.parse(text) if model is None else model.find_plan(text)
+            if same := [other for other, known in plans if known == plan]:
+                raise ValueError(f"plans must differ, but {same[0]!r} and {text!r} are the same")
+            if self.plans or model is None or model.refiner or not plan.cost.refiner:
+                plans.append((text, plan))
         return plans
-
-
-def checked_plans(
-    texts: Sequence[str], staged: bool, files: bool = True
-) -> list[tuple[str, Plan | StagedPlan]]:
-    """Plans by their texts; ValueError for none, and for two that are the same.
-
-    staged: whether they may be files and have stages. files: whether files are read; else they are
-    left out, since a command line can be read without them.
-    """
-    if isinstance(texts, str) or not texts:
-        raise ValueError(f"plans must be a list of at least one plan, got {texts!r}")
-    plans: list[tuple[str, Plan | StagedPlan]] = []
-    for text in texts:
-        if staged and not files and text.endswith(".json"):
-            continue
-        plan = as_stages(text) if staged else Plan.parse(text)
-        if same := [other for other, known in plans if known == plan]:
-            raise ValueError(f"plans must differ, but {same[0]!r} and {text!r} are the same")
-        plans.append((text, plan))
-    return plans

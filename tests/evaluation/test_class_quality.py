@@ -1,6 +1,8 @@
 """Evaluations of a model on its training set: right figures, resumed runs, refused input."""
 
+import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -248,7 +250,8 @@ def test_cost_of_stages_and_intervals():
         (dict(precisions=("int8",)), "precisions must be of float32, bfloat16, fp8, got int8"),
         (dict(precisions=("fp8", "fp8")), "precisions must differ"),
         (dict(guidance_intervals=((0.5, 0.2),)), "guidance_interval must be"),
-        (dict(plans=("E2", "E1E1")), "plans must differ, but 'E2' and 'E1E1' are the same"),
+        (dict(plans=()), "plans must be a list of at least one plan"),
+        (dict(plans="E2"), "plans must be a list of at least one plan, got 'E2'"),
     ],
 )
 def test_bad_settings_are_refused(networks, sets, tmp_path, changes, message):
@@ -273,8 +276,13 @@ def test_data_that_does_not_fit_is_refused(networks, sets, tmp_path):
         evaluate(class_settings(networks, (only, sets[1]), out))
     with pytest.raises(ValueError, match="refiner must be given: of the plans, H1R1 need one"):
         evaluate(class_settings((networks[0], None), sets, out, refiner=None))
-    with pytest.raises(ValueError, match=r"nowhere\.json can't be read"):
-        evaluate(class_settings(networks, sets, out, plans=("nowhere.json",)))
+    for plans, message in (
+        (("nowhere.json",), r"nowhere\.json can't be read"),
+        (("E2", "E1E1"), "plans must differ, but 'E2' and 'E1E1' are the same"),
+        (("E2 at 1/2 + E2 from 0.5",), "has stages, which need a model of any size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(class_settings(networks, sets, out, plans=plans))
     many = write(tmp_path / "many.npz", drawn(0, (1, 1, 1)))
     with pytest.raises(ValueError, match="images must be enough for several of a class"):
         evaluate(class_settings(networks, (many, None), out))
@@ -283,6 +291,37 @@ def test_data_that_does_not_fit_is_refused(networks, sets, tmp_path):
 
 def test_plans_of_the_default_fit_the_model(networks, sets, tmp_path):
     settings = class_settings(networks, sets, tmp_path, plans=None)
-    with_refiner, without = settings.chosen(True), settings.chosen(False)
+    model = ft.load(*networks, device="cpu")
+    with_refiner, without = settings.chosen(model), settings.chosen(replace(model, refiner=None))
     assert {plan.cost.refiner > 0 for _, plan in with_refiner} == {True, False}
     assert without == [pair for pair in with_refiner if not pair[1].cost.refiner]
+
+
+def test_stages_and_plans_by_name(networks, sets, tmp_path, no_class_plot):
+    """Of a model that was trained at two sizes, with a plan of its own."""
+    path = tmp_path / "two.safetensors"
+    ft.Plan.parse("L2", grid=(0, 0.4, 1)).save(tmp_path / "fast.json")
+    fast = json.loads((tmp_path / "fast.json").read_text(encoding="utf-8"))
+    save_sit(path, random_sit(replace(THREE, sides=(4,)), 0), plans={"fast": fast})
+    staged = "A2 at 1/2 + A2 from 0.6"
+    settings = class_settings(
+        (path, None),
+        sets,
+        tmp_path / "out",
+        refiner=None,
+        plans=(staged, "fast"),
+        guidance=2.0,
+        guidance_intervals=((0.2, 0.8),),
+    )
+    evaluate(settings)
+    rows = rows_of(tmp_path / "out")
+    assert set(rows) == {(staged, 2.0), ("fast", 2.0)}
+    assert (rows["fast", 2.0]["family"], rows["fast", 2.0]["cost"]) == ("fitted", 2)
+    row = rows[staged, 2.0]
+    assert (row["family"], row["predictor_calls"], row["cost"]) == ("stages", 4, 2.5)
+    model, train = ft.load(path, device="cpu"), drawn(0, COUNTS)
+    labels = proportional_labels(shares_of(train.labels, 3), 30)
+    noise = ft.noise((3, 8, 8), 0, range(30))
+    x, fine = (ft.sample(model, p, labels, noise=noise, guidance=2) for p in (staged, "C5"))
+    expected = float((x - fine).double().square().mean().sqrt())
+    assert row["rms"] == pytest.approx(expected, rel=1e-4)
