@@ -136,6 +136,9 @@ def test_figures_are_those_of_the_plans_images(whole, networks, sets):
         near = distances.min(1).values
         assert row["nearest"]["0.5"] == pytest.approx(float(near.median()), rel=0.02)
         assert row["nearest"]["0.01"] == pytest.approx(float(near.quantile(0.01)), rel=1e-4)
+    unguided = (ft.sample(model, p, labels[:30], noise=noise[:30]) for p in ("E2", "C5"))
+    expected = float(torch.sub(*unguided).double().square().mean().sqrt())
+    assert rows_of(whole)["E2", 1.0]["rms"] == pytest.approx(expected, rel=1e-4)
     found = read(whole)["references"]
     assert found["held_out_accuracy"] == classifier.accuracy(held)
     assert (found["training_images"], found["held_out_images"]) == (60, 30)
