@@ -49,6 +49,13 @@ def joined(first: Labels, second: Labels) -> Labels:
     }
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in float32 or wider. Under autocast networks return bfloat16, and their differences, which
+    are small, would be rounded as velocities are.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class Times:
     """The times of training rows: uniform, as SiT's, or mostly logit-normal, as SD3's.
@@ -152,9 +159,9 @@ class Refinement:
             x = on_path(data, x0, t)
             step, v = self._cached_velocity(x, t, y, dropped, drop, draws)
             x = x + delta.view(-1, *[1] * (x.ndim - 1)) * step
-            target = self.teacher(x, later, dropped)
+            target = widened(self.teacher(x, later, dropped))
         offset = network(x, later, cast(Any, dropped), v)
-        return (offset + v - target).square().mean()
+        return (widened(offset) + v - target).square().mean()
 
     def _scale(self, x: Tensor, draws: StepRandom) -> Tensor:
         low, high = self.guidance
@@ -169,11 +176,11 @@ class Refinement:
         unguided channels; a row whose label is dropped stands for the unconditional half.
         """
         if self.guidance[1] == 1 or self.embedded:
-            v = self.teacher(x, t, dropped if self.drop_before else y)
+            v = widened(self.teacher(x, t, dropped if self.drop_before else y))
             return v, v
         scale = self._scale(x, draws)
         null = with_null(y, self.null, torch.ones_like(drop))
-        both = self.teacher(torch.cat([x, x]), torch.cat([t, t]), joined(y, null))
+        both = widened(self.teacher(torch.cat([x, x]), torch.cat([t, t]), joined(y, null)))
         folded = both.flatten(2, -2)  # a video's frames lie below each other
         guided = guide(folded, scale.view(-1, 1, 1, 1), self.guidance_channels)
         conditional, unconditional = guided.reshape(both.shape).chunk(2)

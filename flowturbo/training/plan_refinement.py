@@ -15,7 +15,7 @@ from ..sampling.velocity_field import GuidedField
 from ..solver.plan import Plan
 from ..solver.state import Move
 from ..solver.steps import State
-from .objectives import with_null
+from .objectives import widened, with_null
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class PlanRefinement:
             targets = [self._velocity(call) for call in field.calls]
         rows, times, labels, read, base = _joined(field.calls)
         offsets = network(rows, times, labels, read)
-        return (offsets + base - torch.cat(targets)).square().mean()
+        return (widened(offsets) + base - torch.cat(targets)).square().mean()
 
     def _velocity(self, call: _Call) -> Tensor:
-        return self.teacher.predictor(call.rows, call.times, call.labels)
+        return widened(self.teacher.predictor(call.rows, call.times, call.labels))
 
 
 class _Call(NamedTuple):

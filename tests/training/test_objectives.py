@@ -361,3 +361,22 @@ def test_options_do_not_change_the_other_draws():
 def test_objectives_are_values():
     assert FlowMatching(10) == FlowMatching(10, 0.1)
     assert replace(Refinement(curved, 10, 3), inside=True) != Refinement(curved, 10, 3)
+
+
+@pytest.mark.parametrize("guidance", [(1.0, 1.0), (2.0, 2.0)], ids=str)
+def test_a_refiner_s_loss_is_wide_where_networks_are_narrow(guidance):
+    """Under autocast networks return bfloat16. Their small differences are taken in float32."""
+
+    def narrow(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args: function(*args).to(torch.bfloat16)
+
+    data, y = (v.float() if v.is_floating_point() else v for v in batch(3))
+    refinement = Refinement(narrow(curved), CLASSES, SHAPE[0], guidance=guidance)
+    seen: list[Tensor] = []
+
+    def student(x: Tensor, t: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        seen.append(v)
+        return torch.zeros_like(x, dtype=torch.bfloat16)
+
+    loss = refinement(student, data, y, StepRandom(0, 0, range(len(data))))
+    assert loss.dtype == seen[0].dtype == torch.float32
