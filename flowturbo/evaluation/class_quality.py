@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -148,21 +150,24 @@ class _Measurement:
         self.bar.update(cost * kept.count("latents"))
         for first in range(kept.count("latents"), count, self.settings.batch_size):
             rows = range(first, min(first + self.settings.batch_size, count))
-            latents = self._sampled(run, rows)
+            latents = self._sampled(run, rows, self._noise(rows))
             check_images("reference_plan", plan, latents)
             kept.add(latents=latents)
             self.bar.update(cost * len(rows))
         self.results.setdefault("fine", {"plan": str(plan), "images": count})
         return kept["latents"]
 
-    def _sampled(self, run: Run, rows: range) -> Tensor:
+    def _noise(self, rows: range) -> Tensor:
+        return rng.noise(self.models["float32"].latent_shape, self.settings.seed, rows)
+
+    def _sampled(self, run: Run, rows: range, noise: Tensor) -> Tensor:
         """Latents of these images, on the CPU."""
         model = self.models[run.precision]
         return sample(
             model,
             run.plan,
             self.references.labels[rows.start : rows.stop],
-            noise=rng.noise(model.latent_shape, self.settings.seed, rows),
+            noise=noise,
             guidance=run.guidance,
             batch_size=self.settings.batch_size,
         ).cpu()  # waits for the device
@@ -173,7 +178,7 @@ class _Measurement:
         cost = run.plan.cost
         return {
             "plan": run.name,
-            "label": run.label,
+            "label": self._label(run),
             "family": run.family,
             "guidance": run.guidance,
             "precision": run.precision,
@@ -190,6 +195,17 @@ class _Measurement:
             "record": run.record,
         }
 
+    def _label(self, run: Run) -> str:
+        """The run's; if another plan was measured under it, as a file that changed, a digest too.
+
+        So no two plans of a report have one label, at whatever guidance.
+        """
+        others = [row for row in self.results["rows"] if row["label"] == run.label]
+        record = json.dumps(run.record)
+        if all(json.dumps(row["record"]) == record for row in others):
+            return run.label
+        return f"{run.label} {hashlib.sha256(record.encode()).hexdigest()[:6]}"
+
     def _images(self, run: Run, fine: Tensor) -> Growing:
         """Of every image: features, class, distance to the nearest, squared distance to the fine.
 
@@ -200,8 +216,9 @@ class _Measurement:
         self.bar.update(cost * done)
         for first in range(done, count, self.settings.batch_size):
             rows = range(first, min(first + self.settings.batch_size, count))
+            noise = self._noise(rows)  # which is no work of the plan
             start = time.perf_counter()
-            latents = self._sampled(run, rows)
+            latents = self._sampled(run, rows, noise)
             seconds = time.perf_counter() - start
             check_images("plans", run.plan, latents)
             features, classes = self.references.classifier.read(latents)

@@ -11,8 +11,8 @@ from .quality_report import verdicts
 from .statistics import (
     BLOCKS,
     Row,
+    cell_of,
     difference_error,
-    name_of,
     pareto_front,
     value_error,
 )
@@ -41,7 +41,7 @@ MARGIN = 1.005
 
 def class_table(results: Mapping[str, Any]) -> str:
     """The results as Markdown: provenance, then for each guidance scale the plans by cost."""
-    rows = sorted(results["rows"], key=lambda row: (row["cost"], name_of(row)))
+    rows = sorted(results["rows"], key=lambda row: (row["cost"], cell_of(row)))
     scales = sorted({row["guidance"] for row in rows})
     own = own_precision(results, rows)
     lines = ["# Quality against cost", "", *_legend(results), ""]
@@ -211,8 +211,8 @@ def _choice(key: str, found: tuple[Row | None, list[Row]]) -> str:
     best, level = found
     if best is None:
         return ""
-    others = ", ".join(name_of(row) for row in level[:3]) + (", ..." if len(level) > 3 else "")
-    return f"{name_of(best)} {_figure(best, key)}" + (f" ({others})" if level else "")
+    others = ", ".join(cell_of(row) for row in level[:3]) + (", ..." if len(level) > 3 else "")
+    return f"{cell_of(best)} {_figure(best, key)}" + (f" ({others})" if level else "")
 
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:
@@ -230,7 +230,7 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
             f"**{_figure(row, key)}**" if fronts[key][i] else _figure(row, key) for key in keys
         )
         yield (
-            f"| {name_of(row)} | {row['family']} | {row['predictor_calls']} | "
+            f"| {cell_of(row)} | {row['family']} | {row['predictor_calls']} | "
             f"{row['refiner_calls']} | {row['cost']:.2f} | {row['ms_per_image']:.2f} | "
             f"{' | '.join(figures)} | {row['label_share']:.1%} ± "
             f"{value_error(row, 'label_share'):.1%} | "
@@ -252,7 +252,7 @@ def _differences(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         others = [other for other in rows if other is not row]
         cells = (_difference(row, best_within(others, key, row["cost"])[0], key) for key in keys)
-        yield f"| {name_of(row)} | {row['cost']:.2f} | {' | '.join(cells)} |"
+        yield f"| {cell_of(row)} | {row['cost']:.2f} | {' | '.join(cells)} |"
 
 
 def _difference(row: Row, other: Row | None, key: str) -> str:
@@ -262,7 +262,7 @@ def _difference(row: Row, other: Row | None, key: str) -> str:
     difference, error = row[key] - other[key], difference_error(row, other, key)
     text = f"{factor * difference:+.{digits}f} ± {factor * error:.{digits}f}"
     marked = f"**{text}**" if abs(difference) > 2 * error else text
-    return f"{marked} ({name_of(other)})"
+    return f"{marked} ({cell_of(other)})"
 
 
 def _precisions(rows: Sequence[Row], own: Sequence[Row]) -> Iterator[str]:
@@ -276,13 +276,13 @@ def _precisions(rows: Sequence[Row], own: Sequence[Row]) -> Iterator[str]:
         same = [other for other in own if other["record"] == row["record"]]
         if same:
             cells = (_difference(row, same[0], key) for key in keys)
-            yield f"| {name_of(row)} | {row['ms_per_image']:.2f} | {' | '.join(cells)} |"
+            yield f"| {cell_of(row)} | {row['ms_per_image']:.2f} | {' | '.join(cells)} |"
 
 
 def _scales(rows: Sequence[Row], scales: Sequence[float]) -> Iterator[str]:
     """Each plan at each scale, by the distances that can be compared between scales."""
     keys = [key for key in measures_of(rows) if key != "rms"]
-    found = {(name_of(row), row["guidance"]): row for row in rows}
+    found = {(cell_of(row), row["guidance"]): row for row in rows}
     counts = Counter(name for name, _ in found)
     names = [name for name, count in counts.items() if count > 1]
     for number, key in enumerate(keys):

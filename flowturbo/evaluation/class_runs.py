@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -59,17 +60,18 @@ def row_key(row: dict[str, Any]) -> str:
 def runs_of(settings: Evaluate, model: FlowModel, precision: str) -> list[Run]:
     """Every plan with every guidance scale, interval and precision.
 
-    precision: of the device, where the settings name none.
+    precision: of the device, where the settings name none. ValueError for two that are the same.
     """
     runs = []
     plans = settings.chosen(model)
     named = Counter(Path(text).name for text, _ in plans)
     for scale in settings.guidance:
         for text, plan in plans:
-            fitted = text.endswith(".json") or text in model.plans
+            own = text in model.plans
+            fitted = own or text.endswith(".json")
             name = str(plan)
             if fitted:
-                name = text if named[Path(text).name] > 1 else Path(text).name
+                name = text if own or named[Path(text).name] > 1 else Path(text).name
             for variant in [plan] if fitted or scale == 1 else _with_intervals(plan, settings):
                 low, high = getattr(variant, "guidance_interval", (0, 1))
                 where = "" if (low, high) == (0, 1) or fitted else f" [{low:g}-{high:g}]"
@@ -77,7 +79,20 @@ def runs_of(settings: Evaluate, model: FlowModel, precision: str) -> list[Run]:
                     label = name + where + (f" {chosen}" if chosen != precision else "")
                     kind = "fitted" if fitted else family(variant)
                     runs.append(Run(name, label, kind, variant, scale, chosen))
+    _check_different(runs)
     return runs
+
+
+def _check_different(runs: Sequence[Run]) -> None:
+    """ValueError for two that are the same, such as a plan by name and its letters."""
+    labels: dict[str, str] = {}
+    for run in runs:
+        if run.key in labels:
+            raise ValueError(
+                f"plans with their guidance intervals must differ, but {labels[run.key]!r} and "
+                f"{run.label!r} are the same"
+            )
+        labels[run.key] = run.label
 
 
 def _with_intervals(plan: Plan | StagedPlan, settings: Evaluate) -> list[Plan | StagedPlan]:

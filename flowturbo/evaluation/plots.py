@@ -139,6 +139,7 @@ def scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
             ha="right",
             va="top",
             color="#666666",
+            parse_math=False,
         )
 
 
@@ -218,6 +219,7 @@ def label_points(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> No
             fontsize=size,
             color=FAMILIES[row["family"]][0],
             fontweight="bold" if bold else "normal",
+            parse_math=False,
             arrowprops=dict(arrowstyle="-", color="#999999", linewidth=0.5, shrinkA=0, shrinkB=3),
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .statistics import BLOCKS, Row, judge, name_of, pareto_front
+from .statistics import BLOCKS, Row, cell_of, judge, pareto_front
 
 MEASURES = {
     "rms": "RMS distance to the fine solution",
@@ -138,7 +138,7 @@ def verdicts(rows: Sequence[Row], measures: Mapping[str, str] = MEASURES) -> lis
             counts = []
             for outcome in OUTCOMES:
                 plans = [
-                    name_of(row)
+                    cell_of(row)
                     for row, (verdict, _) in zip(refined, column, strict=True)
                     if verdict == outcome
                 ]
@@ -153,10 +153,10 @@ def verdicts(rows: Sequence[Row], measures: Mapping[str, str] = MEASURES) -> lis
         ]
         for row, *results in zip(refined, *columns, strict=True):
             cells = (
-                OUTCOMES[outcome] + (f" {name_of(best)} ({best[quality]:.3g})" if best else "")
+                OUTCOMES[outcome] + (f" {cell_of(best)} ({best[quality]:.3g})" if best else "")
                 for outcome, best in results
             )
             lines.append(
-                f"| {name_of(row)} | {row['cost']:.2f} | {row[quality]:.3g} | {' | '.join(cells)} |"
+                f"| {cell_of(row)} | {row['cost']:.2f} | {row[quality]:.3g} | {' | '.join(cells)} |"
             )
     return lines

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.latents import Data, Latents, load_data
+from ..models.class_names import usable_names
 from ..models.flow_model import FlowModel
 from .class_shares import common_shares, proportional_labels, share_weights, shares_of
 from .kernel_distance import Grouped, kernel_distances
@@ -33,9 +35,21 @@ def pictures(name: str, source: str, model: FlowModel) -> Latents:
             f"{name} must be of the model's form, {model.latent_shape} of {model.num_classes} "
             f"classes, got {data.shape} of {data.num_classes}"
         )
+    _check_names(name, data, "the model", model.class_names)
     if float(most := data.mean.abs().max()) > 1.001:
         raise ValueError(f"{name} must be pixels in [-1, 1], got values up to {float(most):.4g}")
     return data
+
+
+def _check_names(name: str, data: Latents, whose: str, known: Sequence[str] | None) -> None:
+    """ValueError if a label is called otherwise elsewhere; names such as "7" say nothing."""
+    own = usable_names(data.class_names, data.num_classes)
+    for number, (ours, theirs) in enumerate(zip(own or (), known or (), strict=False)):
+        if ours != theirs:
+            raise ValueError(
+                f"{name} must have the classes of {whose}, where class {number} is {theirs!r}, "
+                f"got {ours!r}"
+            )
 
 
 class References:
@@ -175,6 +189,7 @@ def read_pictures(settings: Evaluate, model: FlowModel) -> tuple[Latents, Latent
     if settings.held_out is None:
         return data, None
     held = pictures("held_out", settings.held_out, model)
+    _check_names("held_out", held, "data", usable_names(data.class_names, data.num_classes))
     counts = data.labels.bincount(minlength=max(data.num_classes, held.num_classes))
     if missing := [c for c in held.labels.unique().tolist() if not counts[c]]:
         raise ValueError(f"held_out has classes that data lacks: {', '.join(map(str, missing))}")

@@ -70,6 +70,11 @@ def name_of(row: Row) -> str:
     return str(row.get("label", row["plan"]))
 
 
+def cell_of(row: Row) -> str:
+    """`name_of` as it stands in a table of Markdown."""
+    return name_of(row).replace("|", r"\|")
+
+
 def judge(
     row: Row, rivals: Sequence[Row], quality: str, cost: str, limit: float
 ) -> tuple[str, Row | None]:
