@@ -27,7 +27,7 @@ class Sample(ModelFlags):
     Without arguments it samples ten digits from the bundled model and writes samples.png.
     """
 
-    labels: tuple[int | str, ...] | None = None
+    labels: tuple[int | str, ...] = ()
     """Class numbers, or names if the model's file has them. Default: all classes of the model."""
     prompts_file: Path | None = None
     """A text file with one prompt per line, instead of --prompts."""

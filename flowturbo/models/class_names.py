@@ -12,6 +12,7 @@ import numpy as np
 
 from ..checks import listed
 
+_NOT_PRINTED = ("Cc", "Cs", "Zl", "Zp")
 _NEAR = 5
 """The most names that a message offers for one that is unknown."""
 
@@ -49,9 +50,9 @@ def usable_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ..
 def unusable(name: str) -> str | None:
     """What a name of anything must be, and this one is not, or None."""
     if not name or name != name.strip():
-        return "texts without spaces at their ends"
-    # Control characters, and lone surrogates, which no terminal can print.
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        return "texts that are not empty and have no spaces at their ends"
+    # Control characters, separators of lines, and lone surrogates, which no terminal can print.
+    if any(unicodedata.category(character) in _NOT_PRINTED for character in name):
         return "texts of one line"
     return None
 
@@ -74,7 +75,7 @@ def numbered(labels: Any, names: Sequence[str] | None) -> Any:
     if isinstance(labels, str):
         return numbered([labels], names)[0]
     if isinstance(labels, np.ndarray):
-        items = labels.tolist() if names and labels.dtype.kind in "UOT" else None
+        items = labels.tolist() if labels.dtype.kind in "UOT" else None
         return numbered(items, names) if isinstance(items, str) or _has_names(items) else labels
     if not _has_names(labels):
         return labels

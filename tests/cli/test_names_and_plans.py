@@ -68,6 +68,14 @@ def test_a_single_named_image_has_its_name_below(tmp_path, file, model):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), expected)
 
 
+def test_a_class_may_be_called_none(tmp_path):
+    """Which the command line would take for no labels, and so for all of them."""
+    path = named_model.write(tmp_path / "m.safetensors", class_names=("None", *NAMES[1:]))
+    run("sample", "--model", path, "--labels", "None", "--out", tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as held:
+        assert held["labels"].tolist() == [0]
+
+
 def test_without_names_the_file_has_none(tmp_path):
     run("sample", "--labels", 3, "--plan", "E1", "--out", tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz") as held:

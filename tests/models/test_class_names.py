@@ -7,7 +7,7 @@ from tiny import CONFIG, random_sit
 
 import flowturbo as ft
 from flowturbo.models.checkpoint import convert, load_sit, save_sit
-from flowturbo.models.class_names import checked_names
+from flowturbo.models.class_names import checked_names, numbered
 from flowturbo.storage.files import CheckpointError, load_tensors, save_tensors
 
 NAMES = ("smiley", "smiley-3d", "cat", "hot dog", "n02084071", "ünï", "1st", "-", "a1", "Cat")
@@ -44,9 +44,10 @@ BAD = {
     "too few": (NAMES[:9], "class_names must be 10, one for each class, got 9"),
     "too many": ((*NAMES, "more"), "class_names must be 10, one for each class, got 11"),
     "twice": (("cat", *NAMES[1:]), "class_names must be distinct, got 'cat' more than once"),
-    "empty": (("", *NAMES[1:]), "without spaces at their ends, got '' for class 0"),
-    "spaces": ((*NAMES[:9], " "), "without spaces at their ends, got ' ' for class 9"),
+    "empty": (("", *NAMES[1:]), "that are not empty and have no spaces .*, got '' for class 0"),
+    "spaces": ((*NAMES[:9], " "), "have no spaces at their ends, got ' ' for class 9"),
     "two lines": (("a\nb", *NAMES[1:]), r"texts of one line, got 'a\\nb' for class 0"),
+    "two lines of Unicode": (("a\u2028b", *NAMES[1:]), r"texts of one line, got 'a\\u2028b'"),
     "surrogate": (("a\udcff", *NAMES[1:]), "texts of one line, got .* for class 0"),
     "a number": ((*NAMES[:9], "7"), "other than numbers, .*, got '7' for class 9"),
     "a signed number": ((*NAMES[:9], "-07"), "other than numbers, .*, got '-07' for class 9"),
@@ -83,3 +84,11 @@ def test_numpys_texts_are_names():
     names = checked_names(list(np.array(["cat", "dog"])), 2)
     assert names == ("cat", "dog")
     assert {type(name) for name in names} == {str}
+
+
+def test_arrays_of_names_need_names():
+    for labels in (np.array(["cat"]), np.array(["cat", 1], dtype=object)):
+        with pytest.raises(TypeError, match="the model's classes have no names, got 'cat'"):
+            numbered(labels, None)
+    numbers = np.array([1, 2], dtype=object)
+    assert numbered(numbers, None) is numbers
