@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny import CONFIG
+from tiny import CONFIG, random_sit
 
 from flowturbo.data.latents import Latents
 from flowturbo.evaluation.quality import Evaluate
+from flowturbo.models.checkpoint import save_sit
 
 THREE = replace(CONFIG, hidden=16, heads=2, channels=3, num_classes=3)
 COUNTS = (30, 20, 10)
@@ -29,6 +30,22 @@ def write(path: Path, data: Latents) -> str:
     flipped = {} if data.latents_flipped is None else {"latents_flipped": data.latents_flipped}
     np.savez(path, latents=data.mean, labels=data.labels, **flipped)
     return str(path)
+
+
+def networks_in(folder: Path) -> tuple[Path, Path]:
+    """The files of a predictor and a refiner."""
+    paths = folder / "predictor.safetensors", folder / "refiner.safetensors"
+    save_sit(paths[0], random_sit(THREE, 0))
+    save_sit(paths[1], random_sit(THREE.refiner(), 1))
+    return paths
+
+
+def sets_in(folder: Path) -> tuple[str, str]:
+    """The files of the training set and of held-out pictures."""
+    return (
+        write(folder / "train.npz", drawn(0, COUNTS)),
+        write(folder / "held-out.npz", drawn(1, HELD)),
+    )
 
 
 def class_settings(models, sets: tuple[str, str | None], out: Path, **changes) -> Evaluate:
