@@ -64,11 +64,13 @@ class Positions:
         """
         if grid == (self.side, self.side):
             return own
-        if torch.compiler.is_compiling() or _capturing(own):
-            # A tensor of a graph's own memory can't be kept, and none can be copied from the host.
+        if torch.compiler.is_compiling():
             return self._computed(grid, own, own.device)
         key = grid, own.device, own.dtype
         known = self._known.get(key)
+        if known is None and _capturing(own):
+            # A tensor of a graph's own memory can't be kept, and none can be copied from the host.
+            return self._computed(grid, own, own.device)
         if known is None:
             # On the host, and with modes off: whoever finds it may be on another stream, or train.
             with torch.inference_mode(False), torch.no_grad():

@@ -15,6 +15,7 @@ from tiny import CONFIG, random_sit
 
 from flowturbo.models.checkpoint import load_sit, save_sit
 from flowturbo.models.flow_model import ReversedTime
+from flowturbo.models.positions import Positions
 from flowturbo.models.sit import SiT, SiTConfig, sincos_positions
 from flowturbo.solver.steps import Move
 from flowturbo_kernels import guide, use_backend, velocity_update
@@ -161,6 +162,26 @@ def test_each_size_is_computed_once_and_kept_for_its_dtype():
     assert model.double().positions(4, 4).equal(expected.double())
     assert model.to("meta").positions(4, 4).is_meta
     assert set(model.state_dict()) == set(random_sit(CONFIG, 0).state_dict())
+
+
+def test_a_capture_reads_what_is_kept_and_keeps_nothing(monkeypatch):
+    """A graph replays what it captures: positions that are there already need no launches."""
+    own = torch.zeros(16, 48)
+    own.copy_(sincos_positions(48, 4))
+    positions, computed = Positions(48, 4), []
+    whole = positions._computed
+    monkeypatch.setattr(positions, "_computed", lambda *a: computed.append(a) or whole(*a))
+    monkeypatch.setattr("flowturbo.models.positions._capturing", lambda at: True)
+    first = positions.at((2, 2), own)
+    assert len(computed) == 1
+    assert not positions._known
+    monkeypatch.setattr("flowturbo.models.positions._capturing", lambda at: False)
+    kept = positions.at((2, 2), own)
+    assert kept.equal(first)
+    computed.clear()
+    monkeypatch.setattr("flowturbo.models.positions._capturing", lambda at: True)
+    assert positions.at((2, 2), own) is kept
+    assert not computed
 
 
 def test_copies_and_pickles_have_positions_of_their_own():
