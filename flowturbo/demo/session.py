@@ -25,10 +25,10 @@ from ..evaluation.metrics import rms_distance
 from ..evaluation.plots import plot_velocity
 from ..evaluation.velocity import velocity_curve
 from ..models.flow_model import FlowModel
-from ..runtime import rng
 from ..runtime.device import device_name, seconds
 from ..sampling.edit import edit, image_size, inpaint
 from ..sampling.generate import class_labels
+from ..sampling.inputs import noise_of
 from ..sampling.run import Callback, StepInfo
 from ..sampling.sampler import sample
 from ..solver.plan import Plan
@@ -226,7 +226,7 @@ class DemoSession:
         label = (
             number % self.model.num_classes if isinstance(request.classes, str) else request.classes
         )
-        noise = rng.noise(self.model.latent_shape, request.seed, [PICTURES + number])
+        noise = noise_of(self.model, request.seed, [PICTURES + number])
         options = {**_options(request), "noise": noise}
         return (
             self._worker.submit(sample, self.model, plan, label, **options)

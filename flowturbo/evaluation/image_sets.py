@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..models.flow_model import FlowModel
 from ..models.not_finite import NotFiniteError, image_name
-from ..runtime import rng
+from ..sampling.inputs import noise_of
 from ..sampling.sampler import sample
 from ..solver.plan import Plan
 from ..storage.files import CheckpointError, open_npz
@@ -248,7 +248,7 @@ class GeneratedImages:
     def read(self, first: int, count: int) -> np.ndarray:
         indices = range(first, min(first + count, self.count))
         labels = [i % self.model.num_classes for i in indices]
-        noise = rng.noise(self.model.latent_shape, self.seed, indices)
+        noise = noise_of(self.model, self.seed, indices)
         try:
             images = sample(
                 self.model, self.plan, labels, noise=noise, output="uint8", **self.options

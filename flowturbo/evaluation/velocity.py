@@ -15,9 +15,9 @@ from ..checks import finite, listed, natural, positive
 from ..models.flow_model import FlowModel
 from ..models.load import load
 from ..models.not_finite import NotFiniteError, not_finite_rows
-from ..runtime import rng
 from ..runtime.modes import without_autocast
 from ..runtime.streams import interactive
+from ..sampling.inputs import noise_of
 from ..sampling.sampler import sample
 from ..sampling.velocity_field import GuidedField
 from ..solver.plan import Plan
@@ -111,7 +111,7 @@ def velocity_curve(
     changes, cosines = [], []
     for first in tqdm(range(0, images, batch_size), disable=not progress, unit="batch"):
         numbers = range(first, min(first + batch_size, images))
-        noise = rng.noise(model.latent_shape, seed, numbers)
+        noise = noise_of(model, seed, numbers)
         labels = torch.tensor(numbers, device="cpu") % model.num_classes
         v = trajectory_velocities(model, plan, labels, noise, guidance).flatten(2).double().cpu()
         if broken := not_finite_rows(v.transpose(0, 1)):

@@ -172,6 +172,8 @@ class FlowModel:
                 stacklevel=2,
             )
         resized = self.at_size((height, width))
+        if resized is self:
+            return self
         if self.macs and all(isinstance(network, SiT) for network in self._networks):
             configs = [network.config for network in self._networks]  # type: ignore[attr-defined]
             each = [config.macs(height * width // config.patch**2) for config in configs]

@@ -18,7 +18,7 @@ from ..evaluation.metrics import rms_distance
 from ..evaluation.statistics import without_blocks
 from ..models.flow_model import FlowModel
 from ..models.not_finite import not_finite_rows
-from ..runtime import rng
+from ..sampling.inputs import noise_of
 from ..sampling.sampler import sample
 from ..solver.plan import Plan, as_plan
 from ..storage.resume import Keep
@@ -74,7 +74,7 @@ class _TestImages:
     ) -> None:
         self.settings, self.model, self.fitting, self.advance = settings, model, fitting, advance
         self.labels = torch.arange(settings.images, device="cpu") % model.num_classes
-        self.noise = rng.noise(model.latent_shape, settings.seed, range(settings.images))
+        self.noise = noise_of(model, settings.seed, range(settings.images))
         trained_classes = model.num_classes - settings.held_class_count(model.num_classes)
         self.held = self.labels >= trained_classes
 

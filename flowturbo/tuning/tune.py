@@ -16,7 +16,7 @@ from ..evaluation.plots import need_matplotlib
 from ..models.flow_model import FlowModel
 from ..models.load import MODELS, load, model_digests
 from ..models.model_plans import find_unstaged
-from ..runtime import rng
+from ..sampling.inputs import noise_of
 from ..sampling.sampler import sample
 from ..sampling.velocity_field import GuidedField
 from ..solver.plan import Plan, as_plan, shifted_grid
@@ -188,7 +188,7 @@ def calibration_batches(settings: Tune, model: FlowModel, advance: Advance) -> l
     model: in float32. Classes follow one another, without the held ones.
     """
     count = settings.calibration_images
-    noise = rng.noise(model.latent_shape, settings.seed, range(CALIBRATION, CALIBRATION + count))
+    noise = noise_of(model, settings.seed, range(CALIBRATION, CALIBRATION + count))
     indices = torch.arange(count, device="cpu")
     labels = indices % (model.num_classes - settings.held_class_count(model.num_classes))
     parts = indices.split(settings.batch_size)

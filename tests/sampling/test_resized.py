@@ -17,10 +17,14 @@ from torch import Tensor, nn
 
 import flowturbo as ft
 from flowturbo.cli.main import main
+from flowturbo.demo.session import PICTURES, DemoSession, Request
+from flowturbo.evaluation.image_sets import GeneratedImages
+from flowturbo.evaluation.velocity import trajectory_velocities, velocity_curve
 from flowturbo.models.checkpoint import save_sit
 from flowturbo.runtime import rng
 from flowturbo.sampling.digests import _config
 from flowturbo.sampling.generate import generate
+from flowturbo.sampling.inputs import noise_of
 
 TWO = "H1P1 at 1/2 + H1A1 from 0.6"
 
@@ -51,6 +55,31 @@ def test_a_seed_gives_one_composition_at_every_size():
         assert_close(
             low_frequencies(start.double(), low), low_frequencies(drawn.double(), low), 1e-6
         )
+
+
+def test_measurements_and_the_demo_draw_the_noise_of_sample():
+    """At another size too, where it is not noise of the latents' shape."""
+    model = model_of(GREY, vae="pixels").resized(4)
+    expected = ft.sample(model, "H1", range(3), seed=5, output="uint8", guidance=1.5)
+    made = GeneratedImages(model, ft.Plan.parse("H1"), 3, 1.5, None, 5, 3)
+    assert np.array_equal(made.read(0, 3), expected.numpy())
+    session = DemoSession(model, {"H1": None})
+    try:
+        request = Request("H1", "H1", "cycle", 1, seed=5, guidance=1.5)
+        shown = session.picture(request, 2)
+    finally:
+        session.close()
+    number = PICTURES + 2
+    own = noise_of(model, 5, range(number, number + 1))
+    again = ft.sample(model, "H1", 2, noise=own, guidance=1.5, output="uint8")
+    assert np.array_equal(shown, again[0].numpy())
+    by = dict(guidance=1.5, steps=2, batch_size=3)
+    curve = velocity_curve(model, images=3, **by)
+    v = trajectory_velocities(
+        model, ft.Plan.parse("H2"), torch.arange(3), noise_of(model, 0, range(3)), 1.5
+    ).flatten(2)
+    change = (v[1:] - v[:-1]).norm(dim=2) / v[:-1].norm(dim=2)
+    assert curve["change"]["mean"] == pytest.approx(change.double().mean(1).tolist(), rel=1e-5)
 
 
 def test_resized_noise_is_white_and_each_image_has_its_own():
@@ -103,6 +132,10 @@ def test_what_a_resized_model_is():
     assert small.macs == (GREY.macs(4), GREY.refiner().macs(4))
     images = ft.sample(small, "E1", LABELS, seed=0, output="uint8")
     assert images.shape == (3, 4, 4, 3)
+    small.macs = model.macs = 5, 7
+    assert (small.resized(4) is small, model.resized(8) is model) == (True, True)
+    assert small.macs == model.macs == (5, 7)  # as somebody has set them
+    assert small.resized(8).drawn is None
     loaded = ft.load(random_sit(GREY, 0), vae="pixels", device="cpu", image_size=4)
     assert ft.sample(loaded, "A2", LABELS, seed=0).equal(ft.sample(small, "A2", LABELS, seed=0))
     with pytest.warns(UserWarning, match=r"image_size \(6, 12\) is none that .* \(4, 8\)"):
