@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.latents import Data
 from ..models.flow_model import Network
 from ..models.text_to_image import Labels
-from ..runtime.rng import StepRandom
+from ..runtime.rng import StepRandom, stream
 
 Objective = Callable[[Network, Tensor, Any, StepRandom], Tensor]
 
@@ -44,6 +44,8 @@ class HeldOut:
         for first in range(0, len(self.indices), _BATCH):
             indices = self.indices[first : first + _BATCH]
             draws = StepRandom(_SEED, 0, range(first, first + len(indices)))
+            # What rows share, such as a refiner's delta or plan, is another one for each batch.
+            draws.shared = stream(_SEED, first // _BATCH)
             latents, labels = self.data.batch(indices, draws)
             with self.autocast():
                 loss = self.objective(

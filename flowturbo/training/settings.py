@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..checks import natural
+from ..checks import natural, positive
 
 # Settings that a resumed run may change: they do not affect the weights at a given step.
 _FREE = {"steps", "save_every", "log_every", "tensorboard", "held_out"}
@@ -116,6 +116,9 @@ class Settings:
     """Also write TensorBoard event files into the folder."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sides, list | tuple):
+            raise TypeError(f"sides must be a tuple of whole numbers, got {self.sides!r}")
+        object.__setattr__(self, "sides", tuple(positive("sides", s) for s in self.sides))
         for name in ("steps", "batch_size", "save_every", "log_every", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -128,6 +131,14 @@ class Settings:
         for name, (low, high) in _RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
+        refuse_unused(self, "optimizer", "muon", "muon_lr")
+        if not self.sides and self.sides_share != type(self).sides_share:
+            raise ValueError(
+                "sides_share is for sides, and there are none: leave it out, got "
+                f"{self.sides_share}"
+            )
+        if self.beta2 == 1:
+            raise ValueError("beta2 must be below 1, got 1")
         if (self.schedule == "wsd") != (self.decay_steps > 0):
             raise ValueError(
                 f"decay_steps must be above 0 with schedule 'wsd' and 0 without, got "
@@ -152,6 +163,18 @@ class Settings:
     def rate(self, step: int) -> float:
         """AdamW's learning rate of a step."""
         return self.lr * self.schedule_factor(step)
+
+
+def refuse_unused(settings: Settings, choice: str, needed: str, *names: str) -> None:
+    """ValueError for options that have an effect only with another choice than the one made."""
+    if getattr(settings, choice) == needed:
+        return
+    for name in names:
+        if (value := getattr(settings, name)) != getattr(type(settings), name):
+            raise ValueError(
+                f"{name} is for {choice} {needed!r}, not {getattr(settings, choice)!r}: leave it "
+                f"out, got {value}"
+            )
 
 
 def free_to_change(before: Mapping[str, Any], now: Mapping[str, Any], finished: int) -> set[str]:
@@ -189,6 +212,13 @@ def plain(settings: Settings) -> dict[str, Any]:
     """
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "device")}
     for name in ("data", "held_out", "teacher", "vae"):
-        if isinstance(values.get(name), str) and Path(values[name]).exists():
-            values[name] = Path(values[name]).name
+        if isinstance(values.get(name), str):
+            values[name] = _last_part(values[name])
+    if "plans" in values:
+        values["plans"] = [_last_part(plan) for plan in values["plans"]]
     return json.loads(json.dumps(values))
+
+
+def _last_part(text: str) -> str:
+    """Of a path that exists its last part, and other texts as they are."""
+    return Path(text).name if Path(text).exists() else text

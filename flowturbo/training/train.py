@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -10,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from ..checks import listed
 from ..data.latents import Data, load_data, needs_vae
 from ..data.prompt_latents import load_prompts
 from ..models.checkpoint import save_sit
@@ -26,7 +28,7 @@ from ..solver.plan import as_plan
 from .held_out import Objective
 from .objectives import FlowMatching, Refinement, Times
 from .plan_refinement import PlanRefinement
-from .settings import Settings, provenance
+from .settings import Settings, provenance, refuse_unused
 from .trainer import Weights, run_training
 
 
@@ -65,6 +67,7 @@ class Train(Settings):
             raise ValueError(f"times_std must be above 0, got {self.times_std}")
         if not 0 <= self.times_uniform <= 1:
             raise ValueError(f"times_uniform must be from 0 to 1, got {self.times_uniform}")
+        refuse_unused(self, "times", "logit-normal", "times_mean", "times_std", "times_uniform")
 
     def config(self, data: Data) -> SiTConfig:
         """The network's configuration for latents like these; ValueError if they do not fit it."""
@@ -135,6 +138,8 @@ class Distill(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.plans, str):
+            raise TypeError(f"plans must be a list of texts, got {self.plans!r}")
         object.__setattr__(self, "plans", tuple(self.plans))
         others = [f.name for f in fields(self) if f.name in _OF_PATHS]
         changed = [n for n in others if getattr(self, n) != getattr(type(self), n)]
@@ -176,7 +181,8 @@ def train(settings: Train) -> Path:
         objective = FlowMatching(config.num_classes, settings.label_drop, times)
         # Held-out losses are of uniform times, so that trainings with others can be compared.
         judged = _held_out(settings, data, replace(objective, times=Times()))
-        return run_training(network, objective, data, settings, device, _weights(data), judged)
+        weights = _weights(usable_names(data.class_names, data.num_classes))
+        return run_training(network, objective, data, settings, device, weights, judged)
 
 
 @own_modes()
@@ -188,13 +194,16 @@ def distill(settings: Distill) -> Path:
     """
     prompted = is_pipeline(settings.teacher)
     with workers(settings.device) as device:
-        network, objective, data = (_for_prompts if prompted else _for_classes)(settings, device)
-        weights = _PROMPTED if prompted else _weights(data)
+        parts = (_for_prompts if prompted else _for_classes)(settings, device)
+        network, objective, data, weights = parts
         judged = _held_out(settings, data, objective)
         return run_training(network, objective, data, settings, device, weights, judged)
 
 
-def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Objective, Data]:
+_Parts = tuple[nn.Module, Objective, Data, Weights]
+
+
+def _for_classes(settings: Distill, device: torch.device) -> _Parts:
     from ..models.load import load
 
     if settings.convention == "2-rf":
@@ -213,15 +222,21 @@ def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
             f"{teacher.latent_shape} "
             f"of {teacher.num_classes}"
         )
+    _check_names("data", data, "the teacher", teacher.class_names)
+    names = teacher.class_names or usable_names(data.class_names, teacher.num_classes)
+    weights = _weights(names)
     if teacher.null_class is None and (settings.label_drop or settings.guidance != (1.0, 1.0)):
         raise ValueError(
             "label_drop must be 0 and guidance 1 1 for a teacher without a null class, got "
             f"{settings.label_drop} and {settings.guidance}"
         )
-    config = replace(
-        _teacher_config(teacher.predictor).refiner(settings.depth),
-        sides=_sides(settings.sides, data.shape[-1]),
-    )
+    sides = _sides(settings.sides, data.shape[-1])
+    if unknown := [side for side in sides if side not in teacher.sides]:
+        raise ValueError(
+            f"sides must be of those that the teacher was trained at, {listed(teacher.sides)}, got "
+            f"{unknown[0]}"
+        )
+    config = replace(_teacher_config(teacher.predictor).refiner(settings.depth), sides=sides)
     network = _untrained(config, settings.seed)
     if settings.plans:
         plans = tuple(map(as_plan, settings.plans))
@@ -231,19 +246,21 @@ def _for_classes(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
                 teacher, plans, settings.guidance, teacher.guidance_channels, settings.label_drop
             ),
             data,
+            weights,
         )
     return (
         network,
         # Without a null class no label is dropped, and the number not used.
         _refinement(settings, teacher.predictor, config.num_classes, teacher.guidance_channels),
         data,
+        weights,
     )
 
 
-def _for_prompts(settings: Distill, device: torch.device) -> tuple[nn.Module, Objective, Data]:
-    for name in ("plans", "sides"):
+def _for_prompts(settings: Distill, device: torch.device) -> _Parts:
+    for name in ("plans", "sides", "held_out"):
         if getattr(settings, name):
-            raise ValueError(f"{name} must be left out for a pipeline: they are for class labels")
+            raise ValueError(f"{name} must be left out for a pipeline: it is for models of classes")
     data = load_prompts(settings.data)
     pipe = load_pipeline(settings.teacher, ("network",))
     predictor = network_with_prompts(pipe, settings.convention)
@@ -262,6 +279,7 @@ def _for_prompts(settings: Distill, device: torch.device) -> tuple[nn.Module, Ob
         PromptNetwork(refiner),
         _refinement(settings, predictor, null, data.shape[0], embedded=embedded),
         data,
+        _PROMPTED,
     )
 
 
@@ -315,11 +333,23 @@ def _held_out(
             f"held_out must be latents like data's, {data.shape} of {data.num_classes} classes, "
             f"got {found}"
         )
+    _check_names("held_out", held_out, "data", data.class_names)
     return held_out, objective
 
 
-def _weights(data: Data) -> Weights:
-    """How the weights of a SiT are written: with the names of the data's classes."""
+def _check_names(what: str, data: Data, whose: str, names: Sequence[str] | None) -> None:
+    """ValueError if a class that both name has another number in the data."""
+    numbers = {name: number for number, name in enumerate(names or ())}
+    for number, name in enumerate(usable_names(data.class_names, data.num_classes) or ()):
+        if (other := numbers.get(name, number)) != number:
+            raise ValueError(
+                f"{what} must number the classes as {whose} does, where {name!r} is {other}, got "
+                f"{number}"
+            )
+
+
+def _weights(class_names: Sequence[str] | None) -> Weights:
+    """How the weights of a SiT are written. class_names: of all its classes."""
 
     def save(settings: Settings, network: nn.Module, step: int) -> None:
         save_sit(
@@ -327,7 +357,7 @@ def _weights(data: Data) -> Weights:
             cast(SiT, network),
             vae=settings.vae,
             provenance=provenance(settings, step),
-            class_names=usable_names(data.class_names, data.num_classes),
+            class_names=class_names,
         )
 
     return Weights("model.safetensors", save)

@@ -14,6 +14,7 @@ from flowturbo.models.checkpoint import load_sit
 from flowturbo.models.flow_model import FlowModel
 from flowturbo.runtime.rng import StepRandom
 from flowturbo.training.plan_refinement import PlanRefinement
+from flowturbo.training.settings import plain
 from flowturbo.training.train import distill, train
 
 CLASSES, SHAPE, N = 3, (2, 4, 4), 5
@@ -127,6 +128,20 @@ def test_a_refiner_of_two_sizes(tmp_path, data, options):
     assert load_sit(path, "refiner").model.config.sides == (2,)
     with pytest.raises(ValueError, match="sides must be divisors of the data's side 4, got 3"):
         distill(tiny_refiner(tmp_path / "other", data, predictor, sides=(3,)))
+    alone = train(tiny(tmp_path / "alone", data, steps=1))
+    with pytest.raises(ValueError, match=r"sides must be of those that the teacher .* 4, got 2"):
+        distill(tiny_refiner(tmp_path / "other", data, alone, sides=(2,)))
+    assert not (tmp_path / "other").exists()
+
+
+def test_files_of_plans_are_named_without_their_folders(tmp_path, data):
+    path = tmp_path / "private" / "mine.json"
+    path.parent.mkdir()
+    Plan.parse("H1R1").save(path)
+    settings = tiny_refiner(tmp_path / "run", data, tmp_path / "x", plans=(str(path), "A2R1"))
+    assert plain(settings)["plans"] == ["mine.json", "A2R1"]
+    with pytest.raises(TypeError, match="plans must be a list of texts, got 'H1R1'"):
+        replace(settings, plans="H1R1")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Options that train faster or on other rows: what they do, against formulas written out."""
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from close import relative_error
 from PIL import Image
-from training_runs import CLASSES, contents, learnt, log_of, same_bits, tiny
+from training_runs import CLASSES, contents, learnt, log_of, same_bits, tiny, tiny_refiner
 
 import flowturbo as ft
 from flowturbo.data.latents import load_data
@@ -16,10 +17,11 @@ from flowturbo.models.checkpoint import load_sit
 from flowturbo.models.sit import SiT
 from flowturbo.runtime.rng import StepRandom
 from flowturbo.storage.files import load_tensors, save_tensors
+from flowturbo.training.held_out import HeldOut
 from flowturbo.training.objectives import FlowMatching, Times
 from flowturbo.training.optimizers import matrices_of_blocks
 from flowturbo.training.rows import Rows, resized, row_weights
-from flowturbo.training.train import Train, train
+from flowturbo.training.train import Train, distill, train
 
 MUON = dict(optimizer="muon", muon_lr=0.03, weight_decay=0.01)
 WSD = dict(schedule="wsd", decay_steps=4)
@@ -241,6 +243,10 @@ def test_the_held_out_loss_is_logged_and_changes_nothing(tmp_path, data):
         ({"times_mean": math.nan}, "times_mean must be finite, got nan"),
         ({"times_uniform": 2.0}, "times_uniform must be from 0 to 1, got 2.0"),
         ({"beta2": -0.1}, "beta2 must be from 0 to 1, got -0.1"),
+        ({"beta2": 1.0}, "beta2 must be below 1, got 1"),
+        ({"times_mean": -0.4}, "times_mean is for times 'logit-normal', not 'uniform'"),
+        ({"muon_lr": 0.01}, "muon_lr is for optimizer 'muon', not 'adamw': leave it out, got 0.01"),
+        ({"sides_share": 0.5}, "sides_share is for sides, and there are none"),
         ({"held_out": "digits"}, r"held_out must be latents like data's, \(3, 8, 8\) of 3"),
     ],
     ids=str,
@@ -257,6 +263,53 @@ def test_muon_without_blocks_or_torch_s_muon(monkeypatch, tmp_path, data):
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ValueError, match=r"optimizer 'muon' needs torch 2\.9 or later"):
         train(tiny(tmp_path / "run", data, optimizer="muon"))
+
+
+def named(path, names) -> str:
+    """Two latents a class, with these names of classes."""
+    labels = np.arange(2 * len(names)) % len(names)
+    np.savez(path, latents=np.zeros((len(labels), 3, 8, 8), "f4"), labels=labels, class_names=names)
+    return str(path)
+
+
+def test_a_class_has_one_number_in_data_teacher_and_held_out_data(tmp_path):
+    source = named(tmp_path / "data.npz", ["bird", "cat", "dog"])
+    turned = named(tmp_path / "turned.npz", ["bird", "dog"])
+    path = train(tiny(tmp_path / "teacher", source, steps=1))
+    with pytest.raises(ValueError, match=r"held_out must .* as data does, where 'dog' is 2, got 1"):
+        train(tiny(tmp_path / "other", source, steps=1, held_out=turned))
+    with pytest.raises(ValueError, match=r"data must .* as the teacher does, where 'dog' is 2"):
+        distill(tiny_refiner(tmp_path / "other", turned, path, steps=1))
+    assert not (tmp_path / "other").exists()
+    # Fewer classes, and other names of them, as ImageNet's folders have.
+    for number, names in enumerate((["bird", "cat"], ["n01", "n02", "n03"])):
+        few = named(tmp_path / f"{number}.npz", names)
+        refiner = distill(tiny_refiner(tmp_path / f"{number}", few, path, steps=1))
+        assert load_sit(refiner, "refiner").class_names == ("bird", "cat", "dog")
+
+
+@pytest.mark.parametrize("sides", [4, (4.0,), "4"], ids=str)
+def test_sides_that_are_no_whole_numbers(tmp_path, data, sides):
+    with pytest.raises(TypeError, match="sides must be a"):
+        tiny(tmp_path, data, sides=sides)
+    assert tiny(tmp_path, data, sides=[4]).sides == (4,)
+
+
+def test_each_batch_of_held_out_data_has_its_own_shared_numbers(data):
+    """A refiner's delta and plan are shared by the rows of a batch: one would say little."""
+    latents = load_data(data)
+    seen = []
+
+    def objective(network, x, y, draws):
+        seen.append(float(draws.shared.random()))
+        return torch.zeros(())
+
+    judged = HeldOut(latents, objective, contextlib.nullcontext)
+    judged.indices = np.zeros(200, dtype=np.int64)
+    for _ in range(2):
+        judged.loss(torch.nn.Linear(1, 1))
+    assert len(set(seen[:4])) == 4
+    assert seen[4:] == seen[:4]
 
 
 @pytest.mark.slow
