@@ -5,9 +5,11 @@ import scipy.linalg
 import torch
 from class_runs_small import class_double_loop
 
-from flowturbo.evaluation.kernel_distance import Grouped
+from flowturbo.evaluation.class_shares import proportional_labels
+from flowturbo.evaluation.kernel_distance import Grouped, kernel_distances
 from flowturbo.evaluation.metrics import frechet_distance, weighted_frechet
 from flowturbo.evaluation.references import compared, quantiles
+from flowturbo.evaluation.statistics import difference_error, value_error
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -64,6 +66,33 @@ def test_sets_without_a_common_class_are_not_compared():
     few = torch.tensor([0, 0, 0, *[1] * 16, 0])
     assert compared(a, Grouped(b, few, 2, 1), shares)
     assert compared(a, Grouped(b, few, 2, 4), shares) == {}
+
+
+def test_standard_errors_are_the_spread_of_repeated_measurements():
+    """Of two plans from the same noise, with other noise and other held-out pictures each time."""
+    shares = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    labels, means = proportional_labels(shares, 150), 1.5 * normal(0, 3, 4)
+    held_labels = proportional_labels(shares, 60)
+    values, differences, errors = [], [], []
+    for i in range(150):
+        noise = normal(2 * i + 1, 150, 4)
+        held = Grouped(normal(2 * i + 2, 60, 4) + means[held_labels], held_labels, 3)
+        rows = []
+        for x in (noise + 0.3, 1.1 * noise + 0.2):
+            found = kernel_distances(Grouped(x + means[labels], labels, 3), held, shares)
+            names = ("kid", "kid_blocks", "kid_reference_blocks")
+            rows.append(dict(zip(names, found, strict=True)))
+        values.append(rows[0]["kid"])
+        differences.append(rows[0]["kid"] - rows[1]["kid"])
+        alone = {key: rows[0][key] for key in ("kid", "kid_blocks")}
+        both = value_error(rows[0], "kid"), difference_error(*rows, "kid")
+        errors.append([*both, value_error(alone, "kid")])
+    of_value, of_difference, of_samples = torch.tensor(errors).square().mean(dim=0).sqrt().tolist()
+    spread, paired = (float(torch.tensor(x).std()) for x in (values, differences))
+    assert 0.85 < of_value / spread < 1.25
+    assert 0.85 < of_difference / paired < 1.25
+    assert paired < 0.5 * spread
+    assert of_samples < 0.75 * spread  # the held-out pictures are drawn, too
 
 
 def test_quantiles():
