@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .class_report import TITLES, own_precision
-from .plots import FAMILIES, FONT, label_points, need_matplotlib, save_figure, scatter
+from .plots import FAMILIES, FONT, label_points, need_matplotlib, save_figure, scatter, split_far
 from .statistics import Row, value_error
 
 MEASURES = ("rms", "frechet", "kid")
@@ -39,7 +39,7 @@ def plot_classes(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
         for axes, key, rows in drawn:
             if rows:
                 scatter(axes, rows, "cost", key)
-                _error_bars(axes, rows, key)
+                _error_bars(axes, split_far(rows, key)[0], key)
         for scale, axes in zip(scales, panels[0], strict=True):
             axes.set_title(f"guidance {scale:g}")
         for axes in panels[-1]:

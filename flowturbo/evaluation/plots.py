@@ -94,7 +94,7 @@ def plot_quality(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
 
 
 def scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
-    rows, above = _split_far(rows, distance)
+    rows, above = split_far(rows, distance)
     axes.set_xscale("log")
     axes.set_yscale("log")
     staircase = sorted((row[cost], row[distance]) for row in _best_without(rows, cost, distance))
@@ -143,7 +143,7 @@ def scatter(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
         )
 
 
-def _split_far(rows: Sequence[Row], distance: str) -> tuple[list[Row], list[Row]]:
+def split_far(rows: Sequence[Row], distance: str) -> tuple[list[Row], list[Row]]:
     """The rows to draw, and those far above the front.
 
     A distance of 0, the fine solution's own, has no place on a log axis.
@@ -175,7 +175,7 @@ _OFFSETS = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 1)
 
 def label_points(axes: Any, rows: Sequence[Row], cost: str, distance: str) -> None:
     """Write plan names next to their points, each where it overlaps least."""
-    rows, _ = _split_far(rows, distance)
+    rows, _ = split_far(rows, distance)
     to_pixels = axes.transData.transform
     boxes = []  # occupied areas: (left, bottom, right, top) in pixels
     for row in rows:

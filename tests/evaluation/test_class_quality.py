@@ -25,6 +25,7 @@ from tiny import random_sit
 import flowturbo as ft
 import flowturbo.evaluation.class_quality as module
 from flowturbo.data.latents import Latents
+from flowturbo.evaluation import class_plot
 from flowturbo.evaluation.class_plot import plot_classes
 from flowturbo.evaluation.class_report import advice, class_table
 from flowturbo.evaluation.class_runs import cost_of
@@ -160,17 +161,21 @@ def test_report(whole):
         assert min(image.size) > 600
 
 
-def test_any_name_of_a_plan_can_be_shown(whole, tmp_path):
+def test_any_name_of_a_plan_can_be_shown(whole, tmp_path, monkeypatch):
     """matplotlib would set the first as a formula, which it is not; the second has a column's bar.
 
-    One is above the plot, the other in it.
+    One is above the plot, where it has no error bar either.
     """
     results = read(whole)
     for row, label in zip(results["rows"], (r"$\frac$", "a|b", r"$\bad{$"), strict=False):
         row |= {"label": label, "guidance": 1.0, "precision": results["precision"]}
     results["rows"] = results["rows"][:3]
     results["rows"][2] |= {"frechet": 1e9, "kid": 1e9, "rms": 1e9}
+    barred, bars = [], class_plot._error_bars
+    monkeypatch.setattr(class_plot, "_error_bars", lambda *a: [barred.append(a[1:]), bars(*a)])
     plot_classes(results, tmp_path / "a.png")
+    assert len(barred) == 3
+    assert all(row[key] < 1e9 for rows, key in barred for row in rows)
     lines = [line for line in class_table(results).split("\n") if "a\\|b" in line]
     assert len(lines) >= 3
     for text in (class_table(results), "\n".join(lines)):
