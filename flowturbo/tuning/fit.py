@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +24,23 @@ class Batch(NamedTuple):
 
     field: plan -> the velocity field that its steps call, for these images.
     noise (N, ...), and fine (N, ...), the fine solution from that noise.
+    rows: indices -> the batch of these images alone; None where there is no such choice.
     """
 
     field: Callable[[Plan], Field]
     noise: Tensor
     fine: Tensor
+    rows: Callable[[Tensor], Batch] | None = None
 
 
 Advance = Callable[[float], object]
 """Progress: gets the number of predictor calls times images since the last report."""
+Keeping = Callable[[str, Callable[[], Any]], Any]
+"""(name, make) -> what `make` returned, perhaps in an earlier run; see `storage.resume.Keep`."""
+
+
+def _anew(name: str, make: Callable[[], Any]) -> Any:
+    return make()
 
 
 def weighted(plan: Plan, order: int) -> Plan:
@@ -105,6 +113,8 @@ def fit_weights(
     iterations: int = 10,
     least_gain: float = 0.003,
     advance: Advance = lambda calls: None,
+    keep: Keeping = _anew,
+    name: str = "fit",
 ) -> Plan:
     """A plan of the same letters and cost whose error on these batches is at most that of `plan`.
 
@@ -115,21 +125,36 @@ def fit_weights(
     iterations: at most so many. least_gain: the fit ends when an iteration lowers the error by less
     than this share.
     """
-    error, damping = rms_error(plan, batches, advance), 1e-4
-    for _ in range(iterations):
-        curvature, slope = _normal_equations(plan, batches, advance)
-        scale = curvature.diagonal().clamp(min=1e-8 * float(curvature.diagonal().max()))
+    error = keep(f"{name}, start", lambda: rms_error(plan, batches, advance))
+    damping = 1e-4
+    for number in range(iterations):
+        now = plan, error, damping
+
+        def iteration(now: tuple[Plan, float, float] = now) -> list[Any]:
+            plan, *rest = _iteration(*now, batches, advance)
+            return [plan.record(), *rest]
+
         before = error
-        for _ in range(8):
-            candidate = _moved(plan, torch.linalg.solve(curvature + damping * scale.diag(), slope))
-            lowered = math.inf if candidate is None else rms_error(candidate, batches, advance)
-            if candidate is not None and lowered < error:
-                plan, error, damping = candidate, lowered, max(damping / 10, 1e-9)
-                break
-            damping = max(10 * damping, 1e-4)
+        record, error, damping = keep(f"{name}, iteration {number}", iteration)
+        plan = Plan.from_record(record)
         if before - error <= least_gain * before:
             break
     return plan
+
+
+def _iteration(
+    plan: Plan, error: float, damping: float, batches: Sequence[Batch], advance: Advance
+) -> tuple[Plan, float, float]:
+    """A plan that errs less, its error and the next damping; the plan itself if none is found."""
+    curvature, slope = _normal_equations(plan, batches, advance)
+    scale = curvature.diagonal().clamp(min=1e-8 * float(curvature.diagonal().max()))
+    for _ in range(8):
+        candidate = _moved(plan, torch.linalg.solve(curvature + damping * scale.diag(), slope))
+        lowered = math.inf if candidate is None else rms_error(candidate, batches, advance)
+        if candidate is not None and lowered < error:
+            return candidate, lowered, max(damping / 10, 1e-9)
+        damping = max(10 * damping, 1e-4)
+    return plan, error, damping
 
 
 _TIME, _WEIGHT = 2e-3, 2e-3
@@ -166,8 +191,18 @@ def _normal_equations(
     return curvature, slope
 
 
-def _derivatives(plan: Plan, batch: Batch, states: list[State], advance: Advance) -> list[Tensor]:
-    """The derivatives of the result by each inner time, then by each weight, in order of steps."""
+def _derivatives(
+    plan: Plan,
+    batch: Batch,
+    states: list[State],
+    advance: Advance,
+    wanted: Callable[[int, int | None], bool] = lambda step, k: True,
+) -> list[Tensor]:
+    """The derivatives of the result by each inner time, then by each weight, in order of steps.
+
+    wanted: (step, number of its weight) -> whether to compute it; the number is None for the time
+        at which a step starts.
+    """
     end, derivatives = states[-1].x, []
 
     def difference(change: float, changed: Plan, first: int, start: State) -> Tensor:
@@ -176,7 +211,7 @@ def _derivatives(plan: Plan, batch: Batch, states: list[State], advance: Advance
         )
         return (_states(changed, batch, first, start)[-1].x - end) / change
 
-    for i in range(1, len(plan)):
+    for i in filter(lambda i: wanted(i, None), range(1, len(plan))):
         change = min(_TIME, (plan.grid[i + 1] - plan.grid[i]) / 2)
         grid = (*plan.grid[:i], plan.grid[i] + change, *plan.grid[i + 1 :])
         changed = Plan(plan.letters, grid, plan.guidance_interval, weights=plan.weights)
@@ -188,7 +223,7 @@ def _derivatives(plan: Plan, batch: Batch, states: list[State], advance: Advance
     )
     for i, row in zip(fitted, plan.weights, strict=False):
         after = states[i + 1]
-        for k in range(len(row)):
+        for k in filter(lambda k: wanted(i, k), range(len(row))):
             v = after.past[-1 - k].v[: len(end)]
             if i + 1 == len(plan):
                 derivatives.append(v)

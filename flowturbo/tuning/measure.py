@@ -19,43 +19,44 @@ from ..evaluation.statistics import without_blocks
 from ..models.flow_model import FlowModel
 from ..models.not_finite import not_finite_rows
 from ..sampling.inputs import noise_of
+from ..sampling.run import integrate
 from ..sampling.sampler import sample
-from ..solver.plan import Plan, as_plan
+from ..solver.plan import Plan
 from ..storage.resume import Keep
+from .batches import batch_of
 from .cost import CostModel, milliseconds
-from .fit import Advance
+from .fit import Advance, Batch
 from .settings import Tune
+from .shared_calls import Fine, SharedCalls
 
 
 def measure(
-    settings: Tune,
-    model: FlowModel,
-    fitting: FlowModel,
+    images: TestImages,
     cost_model: CostModel,
     plans: Sequence[tuple[Plan, str]],
     keep: Keep,
-    advance: Advance,
 ) -> list[dict[str, Any]]:
     """Measure every plan; returns one row per plan, as tuning.json holds it.
 
-    model: the one whose images are compared; fitting: the same in float32, which computes the fine
-    solution. plans: each with how it was found. ValueError for a plan that gives NaN or infinity.
+    plans: each with how it was found. ValueError for a plan that gives NaN or infinity.
     """
-    images = _TestImages(settings, model, fitting, advance)
     rows: list[dict[str, Any]] = []
     for plan, how in plans:
         name = f"row {how} {json.dumps(plan.record())}"
         rows.append(keep(name, functools.partial(images.row, plan, how, cost_model)))
     if "frechet" in rows[0]:
         keep("fine frechet", lambda: images.classify(images.fine)["frechet"])
+    settings = images.settings
+    if not settings.timed:
+        return rows
 
     def times() -> list[float]:
         return milliseconds(
-            model,
+            images.model,
             [plan for plan, _ in plans],
             settings.guidance,
             settings.batch_size,
-            advance=advance,
+            advance=images.advance,
         )
 
     # Plans are timed in turns, so the times belong to this list of plans.
@@ -66,22 +67,50 @@ def measure(
     ]
 
 
-class _TestImages:
-    """Noise and labels of the test images; the fine solution and the classifier on first use."""
+class TestImages:
+    """Noise and labels of the test images; the fine solution and the classifier on first use.
+
+    model: the one whose images are compared; fitting: the same in float32, which computes the fine
+    solution. On the CPU the two are one, and plans share their calls.
+    """
 
     def __init__(
-        self, settings: Tune, model: FlowModel, fitting: FlowModel, advance: Advance
+        self,
+        settings: Tune,
+        model: FlowModel,
+        fitting: FlowModel,
+        advance: Advance,
+        fine: Fine,
+        calls: SharedCalls,
     ) -> None:
         self.settings, self.model, self.fitting, self.advance = settings, model, fitting, advance
+        self.kept_fine, self.calls = fine, calls
         self.labels = torch.arange(settings.images, device="cpu") % model.num_classes
         self.noise = noise_of(model, settings.seed, range(settings.images))
-        trained_classes = model.num_classes - settings.held_class_count(model.num_classes)
-        self.held = self.labels >= trained_classes
+        held = torch.tensor(settings.held_classes_of(model.num_classes), device="cpu")
+        self.held = torch.isin(self.labels, held)
+
+    @functools.cached_property
+    def batches(self) -> list[Batch]:
+        """The images with their fine solution, in batches."""
+        parts = torch.arange(len(self.noise), device="cpu").split(self.settings.batch_size)
+        return [
+            batch_of(
+                self.settings,
+                self.fitting,
+                (self.noise[part], self.labels[part]),
+                f"measured-{number}",
+                self.advance,
+                self.kept_fine,
+                self.calls,
+            )
+            for number, part in enumerate(parts)
+        ]
 
     @functools.cached_property
     def fine(self) -> Tensor:
         """Latents (N, C, H, W) of the fine solution."""
-        return self._latents(self.fitting, as_plan(self.settings.reference_plan))
+        return torch.cat([batch.fine.cpu() for batch in self.batches])
 
     @functools.cached_property
     def classify(self) -> Callable[[Tensor], dict[str, Any]]:
@@ -112,6 +141,8 @@ class _TestImages:
 
     def _latents(self, model: FlowModel, plan: Plan) -> Tensor:
         """Latents (N, C, H, W) by a plan, on the CPU."""
+        if self.settings.calls and model is self.fitting:
+            return self._checked(plan, torch.cat(list(map(self._shared(plan), self.batches))))
         batches, batch_size = [], self.settings.batch_size
         for part in torch.arange(len(self.noise), device="cpu").split(batch_size):
             latents = sample(
@@ -124,7 +155,19 @@ class _TestImages:
             )
             batches.append(latents.cpu())
             self.advance(len(part) * plan.cost.predictor)
-        result = torch.cat(batches)
+        return self._checked(plan, torch.cat(batches))
+
+    def _shared(self, plan: Plan) -> Callable[[Batch], Tensor]:
+        """Batch -> its latents by a plan, whose calls are shared with those of other plans."""
+
+        @torch.no_grad()
+        def latents(batch: Batch) -> Tensor:
+            self.advance(len(batch.noise) * plan.cost.predictor)
+            return integrate(plan, batch.field(plan), batch.noise).x.cpu()
+
+        return latents
+
+    def _checked(self, plan: Plan, result: Tensor) -> Tensor:
         if broken := not_finite_rows(result):
             raise ValueError(
                 f"plan {plan} gives NaN or infinity, so it can't be measured: of {len(result)} "

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..evaluation.statistics import BLOCKS, Row, family, jackknife_error, judge, pareto_front
 from ..solver.plan import Plan
+from .budgets import budget_table
 from .cost import TURNS
 
 
@@ -36,6 +37,7 @@ def group(row: Row) -> str:
     return family(Plan.from_record(row["record"]))
 
 
+HELD = {"last": "The last classes", "spread": "Some classes, evenly spread,"}
 MARGINS = {"price": 1.005, "ms_per_image": 1.03}
 """Costs within these factors count as equal."""
 
@@ -56,6 +58,7 @@ def front_table(results: Mapping[str, Any]) -> str:
         "",
         *_legend(results, frechet),
         "",
+        *([*budget_table(results["budgets"]), ""] if results.get("budgets") else []),
         "## Fitted plans against all others of at most their cost",
         "",
         *_verdicts(rows, frechet),
@@ -73,8 +76,12 @@ def _legend(results: Mapping[str, Any], frechet: bool) -> list[str]:
     """Provenance of the figures, and what each column means."""
     s, e = results["settings"], results["environment"]
     in_calls = s["budget_ms"] is None
+    timed = bool(results["costs"])
+    budgets = [b["budget"] for b in results.get("budgets", [])] or [s["budget_calls"]]
     budget = (
-        f"{s['budget_calls']:g} predictor calls" if in_calls else f"{s['budget_ms']:g} ms per image"
+        f"{', '.join(f'{b:g}' for b in budgets)} predictor calls"
+        if in_calls
+        else f"{s['budget_ms']:g} ms per image"
     )
     costs = ", ".join(f"{letter} {cost:.3g}" for letter, cost in results["costs"].items())
     lines = [
@@ -82,25 +89,29 @@ def _legend(results: Mapping[str, Any], frechet: bool) -> list[str]:
         f"{e['dtype']} on {e['device']}, threads: {e['threads']}, torch {e['torch']}.",
         "",
         f"- Plans are fitted on {s['calibration_images']} calibration images and measured on "
-        f"{s['images']} others (seed {s['seed']}, image i has class i % number of classes). The "
-        'last classes are held out of the calibration; "held classes" is the distance over their '
-        "images alone.",
+        f"{s['images']} others (seed {s['seed']}, image i has class i % number of classes). "
+        f"{HELD[s.get('held', 'last')]} are held out of the calibration; "
+        '"held classes" is the distance over their images alone.',
         f"- RMS: distance per value to the {s['reference_plan']} solution from the same noise, "
         f"± its standard error (jackknife over {BLOCKS} blocks of images).",
         "- cost: in predictor calls (NFE); a refiner call counts as its share of "
         "multiply-accumulates."
         if in_calls
         else "- cost: milliseconds per image, from the measured cost of each kind of step.",
-        f"- ms: milliseconds per image of the whole plan in batches of {s['batch_size']}, the "
-        f"fastest of {TURNS} runs in which the plans take turns. Plans within "
-        f"{100 * (MARGINS['ms_per_image'] - 1):.0f} % count as equally fast.",
     ]
+    if timed:
+        lines.append(
+            f"- ms: milliseconds per image of the whole plan in batches of {s['batch_size']}, the "
+            f"fastest of {TURNS} runs in which the plans take turns. Plans within "
+            f"{100 * (MARGINS['ms_per_image'] - 1):.0f} % count as equally fast."
+        )
     if frechet:
         lines.append(
             "- Fréchet: distance to held-out digits in the features of a small classifier; that of "
             f"the fine solution is {results['kept'].get('fine frechet'):.2f}."
         )
-    lines.append(f"- Cost of each kind of step here, in milliseconds per image: {costs}.")
+    if timed:
+        lines.append(f"- Cost of each kind of step here, in milliseconds per image: {costs}.")
     return lines
 
 
@@ -113,9 +124,13 @@ def _table(rows: Sequence[Row], frechet: bool) -> Iterator[str]:
         held = "" if row["rms_held"] is None else f"{row['rms_held']:.4f}"
         line = (
             f"| {row['plan']} | {row['group']} | {row['price']:.2f} | "
-            f"{row['ms_per_image']:.2f} | {rms} | {held} |"
+            f"{_milliseconds(row)} | {rms} | {held} |"
         )
         yield line + (f" {row['frechet']:.2f} ± {row['frechet_error']:.2f} |" if frechet else "")
+
+
+def _milliseconds(row: Row) -> str:
+    return f"{row['ms_per_image']:.2f}" if "ms_per_image" in row else ""
 
 
 def _verdicts(rows: Sequence[Row], frechet: bool) -> list[str]:
@@ -145,6 +160,9 @@ def _verdicts(rows: Sequence[Row], frechet: bool) -> list[str]:
                 (published, "ms_per_image"),
                 (others, "price"),
             ):
+                if cost not in row:
+                    cells.append("not timed")
+                    continue
                 outcome, best = against(row, rivals, measure, cost)
                 cells.append(
                     outcome

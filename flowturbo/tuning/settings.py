@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..checks import finite, natural, positive
 from ..models.load import named_plans
@@ -37,6 +38,15 @@ class Tune:
     """
     budget_ms: float | None = None
     """Budget of a plan in milliseconds per image, as measured on this machine."""
+    calls: tuple[float, ...] = ()
+    """Several budgets in predictor calls, in place of --budget-calls, for instance 3 4 5 6 8.
+    The report compares the plan of each, best-3.json and so on, with every published scheme.
+    Budgets may be added to finished results.
+    """
+    timed: bool = True
+    """Whether to time steps and plans, which takes as long as a search in itself.
+    Without it, costs are in predictor calls alone.
+    """
     guidance: float = 1.5
     """Scale of classifier-free guidance; 1 means none. Plans are fitted for this scale."""
     guidance_interval: tuple[float, float] | None = None
@@ -48,7 +58,9 @@ class Tune:
     calibration_images: int = 192
     """Number of images that plans are searched and fitted on."""
     held_classes: int | None = None
-    """Number of classes, from the last one down, without calibration images. Default: a fifth."""
+    """Number of classes without calibration images. Default: a fifth."""
+    held: Literal["last", "spread"] = "last"
+    """Which classes those are: the last ones, or as many spread evenly over all numbers."""
     images: int = 600
     """Number of images that plans are compared on.
     Image i has class i % (number of classes), and its noise is a function of (seed, i).
@@ -80,7 +92,15 @@ class Tune:
             )
         if self.budget_calls is not None and self.budget_ms is not None:
             raise ValueError("give budget_calls or budget_ms, not both")
-        if self.budget_calls is None and self.budget_ms is None:
+        if self.calls and (self.budget_calls is not None or self.budget_ms is not None):
+            raise ValueError("give calls or one budget, not both")
+        if not self.timed and self.budget_ms is not None:
+            raise ValueError("timed must be True for a budget in milliseconds, got False")
+        for calls in self.calls:
+            if finite("calls", calls) < 1:
+                raise ValueError(f"calls must be at least 1 each, got {calls}")
+        object.__setattr__(self, "calls", tuple(sorted(set(map(float, self.calls)))))
+        if self.budget_calls is None and self.budget_ms is None and not self.calls:
             object.__setattr__(self, "budget_calls", 6.0)
         for name in ("budget_calls", "budget_ms"):
             budget = getattr(self, name)
@@ -95,6 +115,18 @@ class Tune:
         named = named_plans(self.model)
         for rival in self.rivals:
             find_unstaged(rival, named)
+
+    @property
+    def most_calls(self) -> float | None:
+        """The largest budget in predictor calls; None for one in milliseconds."""
+        return max(self.calls) if self.calls else self.budget_calls
+
+    def held_classes_of(self, num_classes: int) -> list[int]:
+        """The classes of a model without calibration images, in order."""
+        count = self.held_class_count(num_classes)
+        if self.held == "last":
+            return list(range(num_classes - count, num_classes))
+        return [(2 * i + 1) * num_classes // (2 * count) for i in range(count)]
 
     def held_class_count(self, num_classes: int) -> int:
         """How many of a model's classes have no calibration images; ValueError if none is left."""

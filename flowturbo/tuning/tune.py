@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,29 +17,32 @@ from ..evaluation.plots import need_matplotlib
 from ..models.flow_model import FlowModel
 from ..models.load import MODELS, load, model_digests
 from ..models.model_plans import find_unstaged
-from ..sampling.inputs import noise_of
-from ..sampling.sampler import sample
-from ..sampling.velocity_field import GuidedField
-from ..solver.plan import Plan, as_plan, shifted_grid
+from ..solver.plan import Plan, shifted_grid
 from ..solver.steps import MAX_PAST
 from ..storage.files import write_json, write_text
 from ..storage.provenance import environment
 from ..storage.resume import Keep, resumed_report
-from . import search
+from . import search, several
+from .batches import batch_of
+from .budgets import chosen, compared, file_name
 from .cost import CostModel, call_costs, step_costs
 from .fit import Advance, Batch, inserted, rms_error
-from .measure import measure
+from .measure import TestImages, measure
 from .plot import plot_tuning
 from .report import described, front_table
 from .search import published
 from .settings import Tune
+from .shared_calls import Fine, FineSolutions, SharedCalls
 
 FORMAT = 1
 CALIBRATION = 2**40
 """Index of the first calibration image, above those of all test images."""
 
+UNFINISHED = "unfinished.json"
+"""File for parts of searches and fits, which is removed in the end."""
+
 # Settings that a resumed run may change; the device is known by its name, in the environment.
-_FREE = {"out", "device", "rivals"}
+_FREE = {"out", "device", "rivals", "calls", "timed"}
 
 
 def tune(settings: Tune) -> Path:
@@ -58,28 +62,47 @@ def tune(settings: Tune) -> Path:
             dtype=torch.float32,
         )
     model.guided(settings.guidance)
-    path = settings.out / "tuning.json"
-    results = resumed_report(path, _identity(settings, model), {"kept": {}}, "a search")
-    keep = Keep(path, results)
+    path, identity = settings.out / "tuning.json", _identity(settings, model)
+    results = resumed_report(path, identity, {"kept": {}}, "a search")
+    keep, calls = Keep(path, results), SharedCalls()
+    fine = FineSolutions(settings.out / "fine", identity)
     cost_model = _cost_model(settings, model, results, keep)
+    counted = results.get("network_calls", {"made": 0.0, "shared": 0.0})
     with tqdm(unit="call", unit_scale=True, disable=None) as bar:
-        plans = find(settings, fitting, cost_model, keep, bar.update)
-        errors = keep(
-            "calibration errors",
-            lambda: _errors(settings, fitting, [plan for plan, _ in plans], bar.update),
+
+        def advance(done: float) -> None:
+            bar.update(done)
+            results["network_calls"] = {
+                "made": counted["made"] + calls.made,
+                "shared": counted["shared"] + calls.shared,
+            }
+
+        batches = functools.cache(
+            lambda: calibration_batches(settings, fitting, advance, fine, calls)
         )
-        rivals = [(plan, "published") for plan in published(cost_model, _refines(settings, model))]
+        plans = (
+            _find_for_budgets(settings, model, cost_model, batches, keep, identity, advance)
+            if settings.calls
+            else find(settings, fitting, cost_model, keep, advance, batches)
+        )
+        errors = _calibration_errors(settings, plans, batches, keep, advance)
+        rivals = [(plan, "published") for plan in _published(settings, model, cost_model)]
         rivals += [
             (find_unstaged(rival, model.plans), Path(rival).stem) for rival in settings.rivals
         ]
-        rows = measure(settings, model, fitting, cost_model, [*plans, *rivals], keep, bar.update)
+        images = TestImages(settings, model, fitting, advance, fine, calls)
+        rows = measure(images, cost_model, [*plans, *rivals], keep)
     results["rows"] = described(rows)
     for row, error in zip(results["rows"], errors, strict=False):
         row["calibration_rms"] = error
+    results["budgets"] = [
+        found for budget in settings.calls if (found := compared(budget, results["rows"]))
+    ]
     write_json(keep.path, results)
     write_text(settings.out / "tuning.md", front_table(results))
     plot_tuning(results, settings.out / "tuning.png")
     _save_plans(settings, results)
+    (settings.out / UNFINISHED).unlink(missing_ok=True)
     return settings.out / "tuning.md"
 
 
@@ -95,17 +118,21 @@ def _identity(settings: Tune, model: FlowModel) -> dict[str, Any]:
 
 def _cost_model(settings: Tune, model: FlowModel, results: dict[str, Any], keep: Keep) -> CostModel:
     """The costs of steps in the unit of the budget; the results get those in milliseconds too."""
-    costs = results["costs"] = keep(
-        "costs",
-        lambda: step_costs(
-            model, settings.guidance, settings.batch_size, _refines(settings, model)
-        ),
+    costs = results["costs"] = (
+        keep(
+            "costs",
+            lambda: step_costs(
+                model, settings.guidance, settings.batch_size, _refines(settings, model)
+            ),
+        )
+        if settings.timed
+        else {}
     )
     if settings.budget_ms is not None:
         steps = {letter: cost for letter, cost in costs.items() if letter != "fixed"}
         cost_model = CostModel(steps, settings.budget_ms, costs["fixed"])
     else:
-        cost_model = CostModel(call_costs(model), cast(float, settings.budget_calls))
+        cost_model = CostModel(call_costs(model), cast(float, settings.most_calls))
     one_call = Plan.parse("E1")
     if not cost_model.allows(one_call):
         raise ValueError(
@@ -119,21 +146,53 @@ def _refines(settings: Tune, model: FlowModel) -> bool:
     return model.refiner is not None and settings.refiner_steps > 0
 
 
+def _published(settings: Tune, model: FlowModel, cost_model: CostModel) -> list[Plan]:
+    refines = _refines(settings, model)
+    if settings.calls:
+        return several.published(settings.calls, cost_model, refines)
+    return published(cost_model, refines)
+
+
+def _intervals(settings: Tune) -> list[tuple[float, float]]:
+    """The guidance intervals that plans are tried with."""
+    return [(0.0, 1.0)] + ([settings.guidance_interval] if settings.guidance_interval else [])
+
+
+def _find_for_budgets(
+    settings: Tune,
+    model: FlowModel,
+    cost_model: CostModel,
+    batches: Callable[[], list[Batch]],
+    keep: Keep,
+    identity: Mapping[str, Any],
+    advance: Advance,
+) -> list[tuple[Plan, str]]:
+    """`several.find` with the settings; parts of fits are kept in a file of their own."""
+    path = settings.out / UNFINISHED
+    unfinished = Keep(path, resumed_report(path, identity, {"kept": {}}, "unfinished fits"))
+    refiner_steps = settings.refiner_steps if _refines(settings, model) else 0
+    common = several.Search(
+        cost_model, batches, refiner_steps, settings.iterations, keep, unfinished, advance
+    )
+    return several.find(settings.calls, common, _intervals(settings))
+
+
 def find(
-    settings: Tune, model: FlowModel, cost_model: CostModel, keep: Keep, advance: Advance
+    settings: Tune,
+    model: FlowModel,
+    cost_model: CostModel,
+    keep: Keep,
+    advance: Advance,
+    batches: Callable[[], list[Batch]] | None = None,
 ) -> list[tuple[Plan, str]]:
     """The best plans within the budget, each with how it was found: "searched" or "fitted".
 
     Searched plans have no weights; there is one for each whole predictor call. Fitted plans have
-    1, 2, ... L steps, alone and with M steps. model: in float32.
+    1, 2, ... L steps, alone and with M steps. model: in float32. batches: those of
+    `calibration_batches`, unless it shall compute them.
     """
-
-    @functools.cache
-    def calibration() -> list[Batch]:
-        return calibration_batches(settings, model, advance)
-
-    refiner = _refines(settings, model)
-    intervals = [(0.0, 1.0)] + ([settings.guidance_interval] if settings.guidance_interval else [])
+    calibration = batches or functools.cache(lambda: calibration_batches(settings, model, advance))
+    refiner, intervals = _refines(settings, model), _intervals(settings)
     unit = cost_model.steps["E"]
 
     def searched() -> list[dict[str, Any]]:
@@ -174,42 +233,62 @@ def _kept_plan(keep: Keep, name: str, fit: Callable[[], Plan]) -> Plan:
     return Plan.from_record(keep(name, lambda: fit().record()))
 
 
-def _errors(
-    settings: Tune, model: FlowModel, plans: Sequence[Plan], advance: Advance
+def _calibration_errors(
+    settings: Tune,
+    plans: Sequence[tuple[Plan, str]],
+    batches: Callable[[], list[Batch]],
+    keep: Keep,
+    advance: Advance,
 ) -> list[float]:
     """The RMS error of each plan on the calibration images."""
-    batches = calibration_batches(settings, model, advance)
-    return [rms_error(plan, batches, advance) for plan in plans]
+    if not settings.calls:
+        return keep(
+            "calibration errors", lambda: [rms_error(plan, batches(), advance) for plan, _ in plans]
+        )
+    return [
+        keep(
+            f"calibration error of {json.dumps(plan.record())}",
+            functools.partial(lambda plan: rms_error(plan, batches(), advance), plan),
+        )
+        for plan, _ in plans
+    ]
 
 
-def calibration_batches(settings: Tune, model: FlowModel, advance: Advance) -> list[Batch]:
+def _anew(name: str, make: Callable[[], Tensor]) -> Tensor:
+    return make()
+
+
+def calibration_batches(
+    settings: Tune,
+    model: FlowModel,
+    advance: Advance,
+    fine: Fine = _anew,
+    calls: SharedCalls | None = None,
+) -> list[Batch]:
     """The images that plans are fitted to, in batches, with their fine solutions.
 
     model: in float32. Classes follow one another, without the held ones.
+    fine: keeps the fine solutions. calls: of which the batches share those that are the same.
     """
     count = settings.calibration_images
     noise = noise_of(model, settings.seed, range(CALIBRATION, CALIBRATION + count))
     indices = torch.arange(count, device="cpu")
-    labels = indices % (model.num_classes - settings.held_class_count(model.num_classes))
+    held = settings.held_classes_of(model.num_classes)
+    classes = torch.tensor([c for c in range(model.num_classes) if c not in held], device="cpu")
+    labels = classes[indices % len(classes)]
     parts = indices.split(settings.batch_size)
-    return [_batch(settings, model, noise[part], labels[part], advance) for part in parts]
-
-
-def _batch(
-    settings: Tune, model: FlowModel, noise: Tensor, labels: Tensor, advance: Advance
-) -> Batch:
-    plan = as_plan(settings.reference_plan)
-    noise, labels = noise.to(model.device), labels.to(model.device)
-    fine = sample(
-        model, plan, labels, noise=noise, guidance=settings.guidance, batch_size=len(noise)
-    )
-    advance(len(noise) * plan.cost.predictor)
-    guidance = None if settings.guidance == 1 else settings.guidance
-    return Batch(
-        lambda plan: GuidedField(model, plan, labels, guidance, model.guidance_channels),
-        noise,
-        fine,
-    )
+    return [
+        batch_of(
+            settings,
+            model,
+            (noise[part], labels[part]),
+            f"calibration-{number}",
+            advance,
+            fine,
+            calls or SharedCalls(),
+        )
+        for number, part in enumerate(parts)
+    ]
 
 
 def _save_plans(settings: Tune, results: Mapping[str, Any]) -> None:
@@ -231,3 +310,6 @@ def _save_plans(settings: Tune, results: Mapping[str, Any]) -> None:
             plan.save(settings.out / "plans" / f"{plan.letters}.json", about)
         if row is best:
             plan.save(settings.out / "best.json", about)
+        for budget in settings.calls:
+            if row is chosen(budget, rows):
+                plan.save(settings.out / file_name(budget), about)

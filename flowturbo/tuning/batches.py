@@ -1,0 +1,58 @@
+"""Batches of images with their fine solutions, for fits and for the measurement."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..models.flow_model import FlowModel
+from ..sampling.sampler import sample
+from ..solver.plan import Plan, as_plan
+from .fit import Advance, Batch
+from .settings import Tune
+from .shared_calls import Fine, SharedCalls, SharedField
+
+
+def batch_of(
+    settings: Tune,
+    model: FlowModel,
+    images: tuple[Tensor, Tensor],
+    name: str,
+    advance: Advance,
+    fine: Fine,
+    calls: SharedCalls,
+) -> Batch:
+    """Images, as noise (N, C, H, W) and labels (N,), with their fine solution; model: in float32.
+
+    name: tells the batch from others in `fine` and `calls`.
+    """
+    noise, labels = (part.to(model.device) for part in images)
+
+    def make() -> Tensor:
+        plan = as_plan(settings.reference_plan)
+        advance(len(noise) * plan.cost.predictor)
+        return sample(
+            model, plan, labels, noise=noise, guidance=settings.guidance, batch_size=len(noise)
+        )
+
+    solution = fine(name, make).to(model.device)
+    return _batch(settings, model, (noise, labels, solution), name, calls)
+
+
+def _batch(
+    settings: Tune,
+    model: FlowModel,
+    images: tuple[Tensor, Tensor, Tensor],
+    name: str,
+    calls: SharedCalls,
+) -> Batch:
+    noise, labels, solution = images
+    guidance = None if settings.guidance == 1 else settings.guidance
+
+    def rows(indices: Tensor) -> Batch:
+        picked = tuple(part[indices.to(part.device)] for part in images)
+        return _batch(settings, model, picked, f"{name} {indices.tolist()}", calls)  # type: ignore
+
+    def field(plan: Plan) -> SharedField:
+        return SharedField(model, plan, labels, guidance, calls, name)
+
+    return Batch(field, noise, solution, rows)
