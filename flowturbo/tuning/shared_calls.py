@@ -85,7 +85,7 @@ def _digest(x: Tensor | None) -> bytes:
     if x is None:
         return b""
     values = x.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(memoryview(values), digest_size=16).digest()
+    return hashlib.blake2b(values.data, digest_size=16).digest()
 
 
 class FineSolutions:

@@ -41,7 +41,7 @@ SMALLER = {
     "distill": {"--steps": "2", "--batch-size": "4"},
     "bench": {"--batch-sizes": "1", "--model SiT-XL/2": "SiT-S/8", **FASTER},
     "fid": {"--images": "6", **FASTER},
-    "tune": {"--budget-calls": "1", "--iterations": "1"},
+    "tune": {"--budget-calls": "1", "--calls 3 4": "2", "--iterations": "1"},
     "solvers.py": {"--most": "2"},
     "bfloat16_cpu.py": {"--pairs": "1"},
     "caches.py": {"--images": "2"},
