@@ -29,6 +29,7 @@ def batch_of(
 
     def make() -> Tensor:
         plan = as_plan(settings.reference_plan)
+        calls.made += len(noise) * plan.cost.predictor
         advance(len(noise) * plan.cost.predictor)
         return sample(
             model, plan, labels, noise=noise, guidance=settings.guidance, batch_size=len(noise)

@@ -58,7 +58,7 @@ def _against(best: Row, rival: Row) -> dict[str, Any]:
     errors = gain / error if error else math.copysign(1e9, gain) if gain else 0.0
     held = None
     if best["rms_held"] is not None:
-        held = (rival["rms_held"] - best["rms_held"]) / rival["rms_held"]
+        held = _share(rival["rms_held"] - best["rms_held"], rival["rms_held"])
     return {
         "scheme": rival["group"],
         "plan": rival["plan"],
@@ -66,11 +66,17 @@ def _against(best: Row, rival: Row) -> dict[str, Any]:
         "rms": rival["rms"],
         "rms_error": jackknife_error(rival["rms_blocks"]),
         "gain": gain,
+        "gain_share": _share(gain, rival["rms"]),
         "gain_error": error,
         "standard_errors": errors,
         "gain_share_held": held,
         "outcome": "better" if errors > ENOUGH else "worse" if errors < -ENOUGH else "level",
     }
+
+
+def _share(gain: float, of: float) -> float:
+    """gain / of; of a rival that is the fine solution itself minus infinity, or 0 if level."""
+    return gain / of if of else -math.inf if gain else 0.0
 
 
 def budget_table(budgets: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -98,7 +104,7 @@ def budget_table(budgets: Sequence[Mapping[str, Any]]) -> list[str]:
         r = b["rivals"][0]
         others = [rival["scheme"] for rival in b["rivals"] if rival["outcome"] != "better"]
         lines.append(
-            f"{start} {r['plan']} ({r['scheme']}) | {r['rms']:.4f} | {r['gain'] / r['rms']:.0%} | "
+            f"{start} {r['plan']} ({r['scheme']}) | {r['rms']:.4f} | {r['gain_share']:.0%} | "
             f"{r['standard_errors']:.1f} | {'no: ' + ', '.join(others) if others else 'yes'} |"
         )
     for b in budgets:
@@ -113,7 +119,7 @@ def budget_table(budgets: Sequence[Mapping[str, Any]]) -> list[str]:
             held = "" if r["gain_share_held"] is None else f"{r['gain_share_held']:.0%}"
             lines.append(
                 f"| {r['scheme']} | {r['plan']} | {r['price']:.2f} | {r['rms']:.4f} ± "
-                f"{r['rms_error']:.4f} | {r['gain'] / r['rms']:.0%} | {r['standard_errors']:.1f} | "
+                f"{r['rms_error']:.4f} | {r['gain_share']:.0%} | {r['standard_errors']:.1f} | "
                 f"{held} | {r['outcome']} |"
             )
     return lines

@@ -101,6 +101,7 @@ def test_a_budget_is_compared_with_the_best_of_each_scheme_by_the_paired_error()
         row("E3", 3.0, 0.5),
         row("U3", 3.0, 0.4, "UniPC"),
         row("H2", 4.0, 0.2, "Heun"),
+        row("C4", 4.0, 0.0, "Adams-Bashforth"),
     ]
     rows[4]["rms_blocks"] = [0.5 + 0.03 * i for i in range(10)]
     found = compared(3.0, rows)
@@ -116,7 +117,9 @@ def test_a_budget_is_compared_with_the_best_of_each_scheme_by_the_paired_error()
     assert euler["outcome"] == ("better" if 0.2 / error > 2 else "level")
     assert found["better_than_all"] == (0.2 / error > 2)
     assert compared(1.5, rows) is None
-    text = "\n".join(budget_table([found]))
+    exact = compared(4.0, rows)["rivals"][0]  # the fine solution itself
+    assert (exact["plan"], exact["outcome"]) == ("C4", "worse")
+    text = "\n".join(budget_table([found, compared(4.0, rows)]))
     assert "| 3 | L3 | 3.00 | 0.3000 ± 0.0100 | 0.3000 | U3 (UniPC) | 0.4000 | 25% |" in text
 
 
