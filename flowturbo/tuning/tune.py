@@ -17,6 +17,7 @@ from ..evaluation.plots import need_matplotlib
 from ..models.flow_model import FlowModel
 from ..models.load import MODELS, load, model_digests
 from ..models.model_plans import find_unstaged
+from ..sampling.inputs import noise_of
 from ..solver.plan import Plan, shifted_grid
 from ..solver.steps import MAX_PAST
 from ..storage.files import write_json, write_text
