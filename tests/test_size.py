@@ -1,6 +1,7 @@
 """The laws of size: a reader takes in a file or a function at once, and each idea stands once."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -82,3 +83,10 @@ def test_these_laws_can_be_broken(tmp_path):
         assert not too_large(path)
     path.write_text("x = 1\n" * (FILE + 1))
     assert too_large(path) == [f"{FILE + 1} lines"]
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by name, and leaves out, with an error, the second of two."""
+    names = Counter(path.name for path in FILES if path.is_relative_to(ROOT / "tests"))
+    unique = {"__init__.py", "conftest.py"}
+    assert [name for name, count in names.items() if count > 1 and name not in unique] == []

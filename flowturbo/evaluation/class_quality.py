@@ -231,7 +231,9 @@ class _Measurement:
                 .square()
                 .flatten(1)
                 .mean(dim=1),
-                seconds=torch.tensor([[seconds, float(first == done)]], dtype=torch.float64),
+                seconds=torch.tensor(
+                    [[seconds, float(first == done)]], dtype=torch.float64, device="cpu"
+                ),
             )
             self.bar.update(cost * len(rows))
         return kept

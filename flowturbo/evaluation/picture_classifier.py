@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def train_picture_classifier(
         rows = weights.multinomial(batch_size, replacement=True, generator=generator)
         x = data.mean[rows].float()
         if data.latents_flipped is not None:
-            flip = torch.rand(batch_size, 1, 1, 1, generator=generator, dtype=torch.float32) < 0.5
+            flip = _uniform((batch_size, 1, 1, 1), generator) < 0.5
             x = torch.where(flip, data.latents_flipped[rows].float(), x)
         return _augmented(x, generator), data.labels[rows]
 
@@ -120,17 +121,22 @@ def train_picture_classifier(
         return fit(network, batch, steps, lr, generator, smoothing=0.1, advance=bar.update)
 
 
+def _uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Numbers in [0, 1), whatever the caller's default dtype and device are."""
+    return torch.rand(
+        tuple(shape), generator=generator, dtype=torch.float32, device=generator.device
+    )
+
+
 def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     """x (N, C, H, W), each turned, shifted and scaled a little, with other contrast, and noise."""
-    turn, right, down, scale, contrast = (
-        2 * torch.rand(5, len(x), generator=generator, dtype=torch.float32) - 1
-    )
+    turn, right, down, scale, contrast = 2 * _uniform((5, len(x)), generator) - 1
     turn, scale = 0.26 * turn, 1 + 0.2 * scale  # 15 degrees, a fifth
     cos, sin = turn.cos() * scale, turn.sin() * scale
     rows = torch.stack([cos, -sin, 0.2 * right, sin, cos, 0.2 * down], 1).view(-1, 2, 3)
     grid = F.affine_grid(rows, list(x.shape), align_corners=False)
     moved = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32)
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=generator.device)
     return moved * (1 + 0.2 * contrast).view(-1, 1, 1, 1) + 0.05 * noise
 
 

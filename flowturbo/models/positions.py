@@ -28,11 +28,14 @@ def sincos_positions(
     grid: (rows, columns), stretched to that grid, so that patches keep their places in the image:
         patch i of n is at (i + 0.5) * side / n - 0.5. None: the grid itself.
     """
-    options: Any = dict(dtype=torch.float64, device=device)
     rows, columns = grid or (side, side)
-    omega = 1.0 / MAX_PERIOD ** (torch.arange(hidden // 4, **options) / (hidden / 4))
+    quarter = torch.arange(hidden // 4, dtype=torch.float64, device=device)
+    omega = 1.0 / MAX_PERIOD ** (quarter / (hidden / 4))
     row, column = torch.meshgrid(
-        *[(torch.arange(n, **options) + 0.5) * side / n - 0.5 for n in (rows, columns)],
+        *[
+            (torch.arange(n, dtype=torch.float64, device=device) + 0.5) * side / n - 0.5
+            for n in (rows, columns)
+        ],
         indexing="ij",
     )
     features = []
