@@ -9,8 +9,6 @@ from torch import Tensor
 
 from flowturbo_kernels.conditions import MAX_PERIOD
 
-from ..runtime.modes import without_autocast
-
 _NEAR = 0.02
 """By which sines may be off: in bfloat16 they are by 0.004, and others by 1."""
 
@@ -86,9 +84,8 @@ class Positions:
     def _computed(
         self, grid: tuple[int, int] | None, own: Tensor, device: torch.device | str
     ) -> Tensor:
-        with without_autocast(own.device):
-            positions = sincos_positions(self.hidden, self.side, grid, device)
-        return positions.to(own.device, own.dtype)
+        # In float64, which autocast leaves as it is.
+        return sincos_positions(self.hidden, self.side, grid, device).to(own.device, own.dtype)
 
     def _check(self, own: Tensor) -> None:
         if own.is_meta or type(own.detach()) is not Tensor:
