@@ -114,17 +114,22 @@ class GuidedField(Field):
 
         x: (N, C, H, W). v: as many rows as the output; for a refiner.
         """
-        dtype, wide = self.model.dtype, torch.promote_types(self.model.dtype, torch.float32)
-        guided = self._scale(t) is not None
-        labels = self.both_labels if guided else self.labels
-        rows = torch.cat([x, x]) if guided else x
-        times = torch.full((len(rows),), t, dtype=wide, device=x.device)
+        dtype = self.model.dtype
+        rows, times, labels = self._inputs(x, t)
         given: tuple[Any, ...] = rows, labels, v
         if not _is_ours(network):
             given = tuple(g.clone() if isinstance(g, Tensor) else g for g in given)
         rows, labels, v = given
         out = network(rows.to(dtype), times, labels, None if v is None else v.to(dtype))
-        return out.to(torch.promote_types(x.dtype, wide))
+        return out.to(torch.promote_types(x.dtype, times.dtype))
+
+    def _inputs(self, x: Tensor, t: float) -> tuple[Tensor, Tensor, Any]:
+        """x, times and labels of a call at time t, N rows, or 2N with guidance."""
+        guided = self._scale(t) is not None
+        rows = torch.cat([x, x]) if guided else x
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        times = torch.full((len(rows),), t, dtype=dtype, device=x.device)
+        return rows, times, self.both_labels if guided else self.labels
 
 
 class HoistedField(GuidedField):

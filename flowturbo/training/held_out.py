@@ -14,8 +14,7 @@ from ..data.latents import Data
 from ..models.flow_model import Network
 from ..models.text_to_image import Labels
 from ..runtime.rng import StepRandom, stream
-
-Objective = Callable[[Network, Tensor, Any, StepRandom], Tensor]
+from .objectives import Objective
 
 MOST = 1024
 """Rows of the held-out data that are used, at most: evenly spread over it."""

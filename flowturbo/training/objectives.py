@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from flowturbo_kernels import guide
+from flowturbo_kernels.arguments import wide
 
 from ..models.flow_model import Network
 from ..models.text_to_image import Conditions, Labels
 from ..runtime.rng import StepRandom
 from ..solver.path import on_path, path_velocity
+
+Objective = Callable[[Network, Tensor, Any, StepRandom], Tensor]
+"""(network, data, labels or conditions, the step's random numbers) -> the loss, ()."""
 
 
 def drop_labels(y: Tensor, null_class: int, probability: float, draws: StepRandom) -> Tensor:
@@ -53,7 +57,13 @@ def widened(x: Tensor) -> Tensor:
     """x in float32 or wider. Under autocast networks return bfloat16, and their differences, which
     are small, would be rounded as velocities are.
     """
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide(x))
+
+
+def drawn_scale(guidance: tuple[float, float], data: Tensor, draws: StepRandom) -> Tensor:
+    """A guidance scale for each row of data, (N,), uniform in the range (low, high)."""
+    low, high = guidance
+    return low + (high - low) * draws.uniform().to(data)
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,10 @@ class Refinement:
         t = draws.uniform().to(data)
         drop = draws.uniform() < self.label_drop
         if self.embedded:
-            y = {**cast(Conditions, y), "embedded_guidance": self._scale(data, draws)}
+            y = {
+                **cast(Conditions, y),
+                "embedded_guidance": drawn_scale(self.guidance, data, draws),
+            }
         dropped = with_null(y, self.null, drop)
         if isinstance(y, Tensor):
             drop = cast(Tensor, dropped == self.null)  # includes rows unlabelled from the start
@@ -163,10 +176,6 @@ class Refinement:
         offset = network(x, later, cast(Any, dropped), v)
         return (widened(offset) + v - target).square().mean()
 
-    def _scale(self, x: Tensor, draws: StepRandom) -> Tensor:
-        low, high = self.guidance
-        return low + (high - low) * draws.uniform().to(x)
-
     def _cached_velocity(
         self, x: Tensor, t: Tensor, y: Labels, dropped: Labels, drop: Tensor, draws: StepRandom
     ) -> tuple[Tensor, Tensor]:
@@ -178,7 +187,7 @@ class Refinement:
         if self.guidance[1] == 1 or self.embedded:
             v = widened(self.teacher(x, t, dropped if self.drop_before else y))
             return v, v
-        scale = self._scale(x, draws)
+        scale = drawn_scale(self.guidance, x, draws)
         null = with_null(y, self.null, torch.ones_like(drop))
         both = widened(self.teacher(torch.cat([x, x]), torch.cat([t, t]), joined(y, null)))
         folded = both.flatten(2, -2)  # a video's frames lie below each other

@@ -15,7 +15,7 @@ from ..sampling.velocity_field import GuidedField
 from ..solver.plan import Plan
 from ..solver.state import Move
 from ..solver.steps import State
-from .objectives import widened, with_null
+from .objectives import drawn_scale, widened, with_null
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class PlanRefinement:
         plan = self.plans[int(draws.shared.integers(len(self.plans)))]
         scale: Tensor | None = None
         if self.guidance[1] > 1:
-            low, high = self.guidance
-            scale = (low + (high - low) * draws.uniform().to(data)).view(-1, 1, 1, 1)
+            scale = drawn_scale(self.guidance, data, draws).view(-1, 1, 1, 1)
         elif self.teacher.null_class is not None:
             y = with_null(y, self.teacher.null_class, draws.uniform() < self.label_drop)  # type: ignore[assignment]
         field = _Recorded(replace(self.teacher, refiner=network), plan, y, scale, self.channels)
@@ -94,12 +93,8 @@ class _Recorded(GuidedField):
     def refine_and_move(
         self, x: Tensor, t: float, read: Tensor, base: Tensor, move: Move
     ) -> tuple[Tensor, Tensor]:
-        guided = self._scale(t) is not None
-        labels = self.both_labels if guided else self.labels
-        rows = torch.cat([x, x]) if guided else x
-        times = torch.full((len(rows),), t, dtype=x.dtype, device=x.device)
         given = self._read(x, t, read), self._read(x, t, base)
-        self.calls.append(_Call(rows, times, labels, *(v.clone() for v in given)))
+        self.calls.append(_Call(*self._inputs(x, t), *(v.clone() for v in given)))
         return super().refine_and_move(x, t, read, base, move)
 
 

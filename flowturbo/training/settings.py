@@ -132,7 +132,7 @@ class Settings:
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
         refuse_unused(self, "optimizer", "muon", "muon_lr")
-        if not self.sides and self.sides_share != type(self).sides_share:
+        if not self.sides and changed(self, "sides_share"):
             raise ValueError(
                 "sides_share is for sides, and there are none: leave it out, got "
                 f"{self.sides_share}"
@@ -165,16 +165,20 @@ class Settings:
         return self.lr * self.schedule_factor(step)
 
 
+def changed(settings: Settings, *names: str) -> list[str]:
+    """Those of these settings that are not at their default."""
+    return [name for name in names if getattr(settings, name) != getattr(type(settings), name)]
+
+
 def refuse_unused(settings: Settings, choice: str, needed: str, *names: str) -> None:
     """ValueError for options that have an effect only with another choice than the one made."""
     if getattr(settings, choice) == needed:
         return
-    for name in names:
-        if (value := getattr(settings, name)) != getattr(type(settings), name):
-            raise ValueError(
-                f"{name} is for {choice} {needed!r}, not {getattr(settings, choice)!r}: leave it "
-                f"out, got {value}"
-            )
+    for name in changed(settings, *names):
+        raise ValueError(
+            f"{name} is for {choice} {needed!r}, not {getattr(settings, choice)!r}: leave it "
+            f"out, got {getattr(settings, name)}"
+        )
 
 
 def free_to_change(before: Mapping[str, Any], now: Mapping[str, Any], finished: int) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,10 +25,9 @@ from ..runtime.distributed import workers
 from ..runtime.modes import own_modes
 from ..runtime.rng import stream
 from ..solver.plan import as_plan
-from .held_out import Objective
-from .objectives import FlowMatching, Refinement, Times
+from .objectives import FlowMatching, Objective, Refinement, Times
 from .plan_refinement import PlanRefinement
-from .settings import Settings, provenance, refuse_unused
+from .settings import Settings, changed, provenance, refuse_unused
 from .trainer import Weights, run_training
 
 
@@ -141,12 +140,11 @@ class Distill(Settings):
         if isinstance(self.plans, str):
             raise TypeError(f"plans must be a list of texts, got {self.plans!r}")
         object.__setattr__(self, "plans", tuple(self.plans))
-        others = [f.name for f in fields(self) if f.name in _OF_PATHS]
-        changed = [n for n in others if getattr(self, n) != getattr(type(self), n)]
-        if self.plans and changed:
+        of_paths = changed(self, "delta_max", "inside", "delta_per_row", "drop_before")
+        if self.plans and of_paths:
             raise ValueError(
-                f"plans say at which times to train: leave out {' and '.join(changed)}, got "
-                f"{', '.join(str(getattr(self, n)) for n in changed)}"
+                f"plans say at which times to train: leave out {' and '.join(of_paths)}, got "
+                f"{', '.join(str(getattr(self, n)) for n in of_paths)}"
             )
         if not 0 < self.delta_max < 1:
             raise ValueError(f"delta_max must be above 0 and below 1, got {self.delta_max}")
@@ -154,10 +152,6 @@ class Distill(Settings):
             raise ValueError(
                 f"guidance must be (low, high) with 1 <= low <= high, got {self.guidance}"
             )
-
-
-_OF_PATHS = ("delta_max", "inside", "delta_per_row", "drop_before")
-"""The options of training on the paths to data, as the paper does."""
 
 
 @own_modes()
@@ -325,8 +319,7 @@ def _held_out(
     """
     if settings.held_out is None:
         return None
-    vae_needed = needs_vae(settings.held_out)
-    held_out = load_data(settings.held_out) if not vae_needed else None
+    held_out = None if needs_vae(settings.held_out) else load_data(settings.held_out)
     if held_out is None or held_out.shape != data.shape or held_out.num_classes > data.num_classes:
         found = "images" if held_out is None else f"{held_out.shape} of {held_out.num_classes}"
         raise ValueError(

@@ -20,8 +20,9 @@ from ..models.text_to_image import PromptNetwork
 from ..runtime.rng import StepRandom
 from ..storage.files import load_tensors, save_tensors
 from ..storage.resume import check_same
-from .held_out import HeldOut, Objective, moved
+from .held_out import HeldOut, moved
 from .log import Log, check_finite
+from .objectives import Objective
 from .optimizers import Optimizers
 from .rows import Rows, resized
 from .settings import Settings, free_to_change, plain, with_new_settings
