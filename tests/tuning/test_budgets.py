@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from close import assert_close
-from tiny import CONFIG, random_sit, tiny_model
+from tiny import CONFIG, tiny_model
+from tuning_runs import read, small_search, write_weights
 
 import flowturbo as ft
 from flowturbo import Plan
 from flowturbo.evaluation.statistics import family, jackknife_error
-from flowturbo.models.checkpoint import save_sit
 from flowturbo.runtime import rng
 from flowturbo.sampling.velocity_field import GuidedField
 from flowturbo.solver.state import State
@@ -125,10 +124,7 @@ def test_a_budget_is_compared_with_the_best_of_each_scheme_by_the_paired_error()
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    for name, config, seed in (("predictor", CONFIG, 0), ("refiner", CONFIG.refiner(), 1)):
-        save_sit(folder / f"{name}.safetensors", random_sit(config, seed))
-    return folder
+    return write_weights(tmp_path_factory.mktemp("weights"))
 
 
 def settings(weights: Path, out: Path, **options: object) -> tune.Tune:
@@ -143,18 +139,7 @@ def settings(weights: Path, out: Path, **options: object) -> tune.Tune:
         timed=False,
         held="spread",
     )
-    return tune.Tune(
-        out=out,
-        model=str(weights / "predictor.safetensors"),
-        refiner=str(weights / "refiner.safetensors"),
-        heads=CONFIG.heads,
-        device="cpu",
-        **{**defaults, **options},
-    )
-
-
-def read(out: Path) -> dict:
-    return json.loads((out / "tuning.json").read_text(encoding="utf-8"))
+    return small_search(weights, out, **{**defaults, **options})
 
 
 def test_each_budget_has_a_plan_a_file_and_rivals(weights, tmp_path):

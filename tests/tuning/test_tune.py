@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from fake_recorder import captured_model
-from tiny import CONFIG, random_sit, tiny_model
+from tiny import CONFIG, tiny_model
+from tuning_runs import read, small_search, write_weights
 
 import flowturbo as ft
 from flowturbo import Plan
-from flowturbo.models.checkpoint import save_sit
 from flowturbo.runtime import rng
 from flowturbo.storage.resume import Keep
 from flowturbo.tuning import cost, search, tune
@@ -100,11 +99,7 @@ def test_a_verdict_asks_for_two_standard_errors():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Files of a tiny model and its refiner."""
-    folder = tmp_path_factory.mktemp("weights")
-    for name, config, seed in (("predictor", CONFIG, 0), ("refiner", CONFIG.refiner(), 1)):
-        save_sit(folder / f"{name}.safetensors", random_sit(config, seed))
-    return folder
+    return write_weights(tmp_path_factory.mktemp("weights"))
 
 
 def settings(weights: Path, out: Path, **options: object) -> tune.Tune:
@@ -116,14 +111,7 @@ def settings(weights: Path, out: Path, **options: object) -> tune.Tune:
         reference_plan="C8",
         refiner_steps=1,
     )
-    return tune.Tune(
-        out=out,
-        model=str(weights / "predictor.safetensors"),
-        refiner=str(weights / "refiner.safetensors"),
-        heads=CONFIG.heads,
-        device="cpu",
-        **{**defaults, "iterations": 2, **options},
-    )
+    return small_search(weights, out, **{**defaults, "iterations": 2, **options})
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +119,6 @@ def tuned(weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("tuned")
     tune.tune(settings(weights, out))
     return out
-
-
-def read(out: Path) -> dict:
-    return json.loads((out / "tuning.json").read_text())
 
 
 def test_tune_writes_table_figures_plot_and_the_best_plan(tuned, weights):
