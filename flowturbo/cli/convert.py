@@ -51,6 +51,7 @@ class Convert:
     plans: tuple[str, ...] = ()
     """Plans for the file to hold, each as name=file.json, beside those that the source holds.
     `--plan NAME` takes them, and that named "default" is what commands take without --plan.
+    With --role refiner: plans for both networks, which come before those of the predictor's file.
     """
     guidance: float | None = None
     """Scale of guidance for the file to recommend. Default: what the source does."""

@@ -128,7 +128,7 @@ def load_model_and_stages(
 def _check_plan(settings: ModelFlags, stages: bool) -> None:
     """ValueError for a plan that can't be meant, before the model is loaded."""
     if settings.plan is not None:
-        plan = _plan(settings, settings.plan, named_plans(settings.model), 1.0)
+        plan = _plan(settings, settings.plan, named_plans(settings.model, settings.refiner), 1.0)
         if not stages:
             as_plan(plan)  # type: ignore[arg-type]
 

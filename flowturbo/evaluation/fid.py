@@ -111,7 +111,7 @@ class Fidelity:
             positive("images", self.images)
         if isinstance(self.plans, str) or not self.plans:
             raise ValueError(f"plans must be a list of at least one plan, got {self.plans!r}")
-        named = {} if self.model is None else named_plans(self.model)
+        named = {} if self.model is None else named_plans(self.model, self.refiner)
         for plan in self.plans:
             find_unstaged(plan, named)
 

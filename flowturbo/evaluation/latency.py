@@ -82,7 +82,7 @@ class Bench:
     """
 
     def __post_init__(self) -> None:
-        named = named_plans(self.model)
+        named = named_plans(self.model, self.refiner)
         for plan in self.plans:
             find_unstaged(plan, named)
         for size in self.batch_sizes:

@@ -42,10 +42,13 @@ def model_digests(
     }
 
 
-def named_plans(model: str | os.PathLike[str]) -> Plans:
-    """The plans that the file of a model holds, by name, without loading the model."""
-    bundled = MODELS.get(str(model))
-    return plans_in_header(bundled.predictor if bundled else model)
+def named_plans(
+    model: str | os.PathLike[str], refiner: str | os.PathLike[str] | None = None
+) -> Plans:
+    """The plans that the files of a model and its refiner hold, by name, without loading them."""
+    if bundled := MODELS.get(str(model)):
+        model, refiner = bundled.predictor, refiner or bundled.refiner
+    return plans_in_header(model) | ({} if refiner is None else plans_in_header(refiner))
 
 
 _EXTRACTED = contextlib.ExitStack()
@@ -128,10 +131,11 @@ def load(
     reading = {"heads": heads, "null_class": null_class, "assume_velocity": assume_velocity}
     checkpoint = _checkpoint(predictor, "predictor", {**reading, "convention": convention})
     config = checkpoint.model.config
-    refiner_model = None
+    notes, refiner_model = checkpoint.notes, None
     if refiner is not None:
-        refiner_model = _checked_refiner(refiner, checkpoint.model, reading)
-        refiner_model = _placed("refiner", refiner_model, target, dtype)
+        refining = _checked_refiner(refiner, checkpoint.model, reading)
+        notes = notes.with_refiner(refining.notes)
+        refiner_model = _placed("refiner", refining.model, target, dtype)
     sit = _placed("predictor", checkpoint.model, target, dtype)
     network: nn.Module = ReversedTime(sit) if checkpoint.convention == "repa" else sit
     if quantize:
@@ -156,8 +160,8 @@ def load(
         macs=(config.macs(), 0 if refiner_model is None else refiner_model.config.macs()),
         class_names=checkpoint.class_names,
         sides=(config.side, *config.sides),
-        plans=checked_plans(checkpoint.notes.plans),
-        guidance=checkpoint.notes.guidance,
+        plans=checked_plans(notes.plans),
+        guidance=notes.guidance,
     )
     return model if image_size is None else model.resized(image_size)
 
@@ -222,7 +226,7 @@ def _checkpoint(
     return load_sit(source, role, **reading)
 
 
-def _checked_refiner(source: Source, predictor: SiT, reading: dict[str, Any]) -> SiT:
+def _checked_refiner(source: Source, predictor: SiT, reading: dict[str, Any]) -> Checkpoint:
     """The refiner of a file, a bundled name or a network, if it fits the predictor."""
     checkpoint = _checkpoint(source, "refiner", {**reading, "like": predictor.config})
     if checkpoint.convention == "repa":
@@ -231,7 +235,7 @@ def _checked_refiner(source: Source, predictor: SiT, reading: dict[str, Any]) ->
             "refiner must have been trained for time that runs from noise to data"
         )
     _check_pair(predictor, checkpoint.model)
-    return checkpoint.model
+    return checkpoint
 
 
 def _placed(role: str, sit: SiT, device: torch.device, dtype: torch.dtype) -> SiT:

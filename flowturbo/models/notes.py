@@ -54,6 +54,14 @@ class Notes:
             self.guidance if other.guidance is None else other.guidance,
         )
 
+    def with_refiner(self, refiner: Notes) -> Notes:
+        """Those of a predictor's file with those of its refiner's.
+
+        Plans and a scale in the refiner's file were found with both, so they come first. Names of
+        classes are the predictor's.
+        """
+        return replace(self.updated(refiner), class_names=self.class_names)
+
     def checked(self, num_classes: int, guidable: bool) -> dict[str, Any]:
         """Those that are there, as a description holds them.
 

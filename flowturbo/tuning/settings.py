@@ -112,7 +112,7 @@ class Tune:
             )
         if self.guidance_interval is not None:
             Plan.parse("E1", guidance_interval=self.guidance_interval)
-        named = named_plans(self.model)
+        named = named_plans(self.model, self.refiner)
         for rival in self.rivals:
             find_unstaged(rival, named)
 

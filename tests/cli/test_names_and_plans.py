@@ -195,6 +195,16 @@ def test_a_default_with_refiner_steps_is_taken_where_the_refiner_is(tmp_path):
     assert np.array_equal(pictures(out), expected.numpy())
 
 
+def test_a_plan_that_the_refiners_file_names_is_taken(tmp_path):
+    path, refiner = write(tmp_path, {"fast": ft.Plan.parse("E2")}), tmp_path / "r.safetensors"
+    plans = contents(tmp_path, {"fast": ft.Plan.parse("E1R2")})
+    save_sit(refiner, random_sit(named_model.CONFIG_OF_NAMED.refiner(), 1), plans=plans)
+    flags = ["--model", path, "--refiner", refiner, "--labels", "cat", "--out", tmp_path / "o.npz"]
+    run("sample", *flags, "--plan", "fast")
+    expected = ft.sample(ft.load(path, refiner, device="cpu"), "E1R2", [3], guidance=1.5, **OPTIONS)
+    assert np.array_equal(pictures(tmp_path / "o.npz"), expected.numpy())
+
+
 def test_convert_writes_names_plans_and_guidance(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_sit("plain.safetensors", random_sit(named_model.CONFIG_OF_NAMED, 0), vae="pixels")

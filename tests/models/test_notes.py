@@ -36,6 +36,21 @@ def test_plans_and_guidance_pass_through_a_file(tmp_path):
     assert load_sit(path, "predictor").notes.plans == contents(tmp_path)
 
 
+def test_the_plans_of_a_refiner_come_before_the_predictors(tmp_path):
+    """They were found with both."""
+    path, refiner = named_model.write(tmp_path / "m.safetensors"), tmp_path / "r.safetensors"
+    found = {"fast": ft.Plan.parse("E1R1"), "both": ft.Plan.parse("A2R1")}
+    network = random_sit(CONFIG_OF_NAMED.refiner(), 1)
+    save_sit(refiner, network, plans=contents(tmp_path, found), guidance=3.5)
+    model = ft.load(path, refiner, device="cpu")
+    assert (model.plans, model.guidance) == ({**PLANS, **found}, 3.5)
+    assert model.class_names == NAMES
+    assert named_plans(path, refiner) == model.plans and named_plans(path) == PLANS
+    save_sit(refiner, network, class_names=NAMES[::-1])
+    model = ft.load(path, refiner, device="cpu")
+    assert (model.plans, model.guidance, model.class_names) == (PLANS, GUIDANCE, NAMES)
+
+
 def test_a_plan_may_have_stages(tmp_path):
     path = named_model.write(tmp_path / "m.safetensors", plans=contents(tmp_path, {"two": STAGED}))
     assert ft.load(path, device="cpu").plans == {"two": STAGED}
