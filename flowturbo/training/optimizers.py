@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import cast
 
@@ -66,15 +67,18 @@ class Optimizers:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 
+_MODULATES = re.compile(r"adaln|norm|modulation|time_emb|(^|[._])mod([._]|$)")
+"""Names of layers that make modulations, in SiT's blocks and in those of diffusers' networks."""
+
+
 def matrices_of_blocks(network: nn.Module) -> list[nn.Parameter]:
     """The weights that Muon takes: of linear layers in a list of blocks, but for modulations."""
-    modulating = ("adaln", "norm", "modulation", "mod_")
     found: dict[int, nn.Parameter] = {}
     for blocks in network.modules():
         if not isinstance(blocks, nn.ModuleList):
             continue
         for name, layer in blocks.named_modules():
-            if isinstance(layer, nn.Linear) and not any(m in name.lower() for m in modulating):
+            if isinstance(layer, nn.Linear) and not _MODULATES.search(name.lower()):
                 weight = cast(nn.Parameter, layer.weight)
                 found[id(weight)] = weight
     return list(found.values())

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from ..checks import natural, positive
+from ..storage.provenance import file_digest
 
 # Settings that a resumed run may change: they do not affect the weights at a given step.
 _FREE = {"steps", "save_every", "log_every", "tensorboard", "held_out"}
@@ -137,6 +138,8 @@ class Settings:
                 "sides_share is for sides, and there are none: leave it out, got "
                 f"{self.sides_share}"
             )
+        if self.sides and not self.sides_share:
+            raise ValueError("sides_share must be above 0 to train on sides, got 0")
         if self.beta2 == 1:
             raise ValueError("beta2 must be below 1, got 1")
         if (self.schedule == "wsd") != (self.decay_steps > 0):
@@ -212,15 +215,21 @@ def provenance(settings: Settings, step: int) -> dict[str, Any]:
 def plain(settings: Settings) -> dict[str, Any]:
     """The settings as files keep them, JSON types only.
 
-    Of paths only the last part is kept: files are shared, and folders may be private or move.
+    Of paths only the last part is kept: files are shared, and folders may be private or move. Files
+    of plans have the first digits of their SHA-256, so that another plan is another setting.
     """
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "device")}
     for name in ("data", "held_out", "teacher", "vae"):
         if isinstance(values.get(name), str):
             values[name] = _last_part(values[name])
     if "plans" in values:
-        values["plans"] = [_last_part(plan) for plan in values["plans"]]
+        values["plans"] = [_plan(text) for text in values["plans"]]
     return json.loads(json.dumps(values))
+
+
+def _plan(text: str) -> str:
+    path = Path(text)
+    return f"{path.name} ({str(file_digest(path))[:8]})" if path.is_file() else text
 
 
 def _last_part(text: str) -> str:

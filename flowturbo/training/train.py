@@ -17,6 +17,7 @@ from ..data.prompt_latents import load_prompts
 from ..models.checkpoint import save_sit
 from ..models.class_names import usable_names
 from ..models.diffusers_io import WEIGHTS, write_pretrained
+from ..models.model_plans import find_unstaged
 from ..models.pipelines import is_pipeline, load_pipeline, move_part, network_with_prompts
 from ..models.sit import SIT_CONFIGS, SiT, SiTConfig
 from ..models.text_to_image import Conditions, PromptNetwork, refiner_for
@@ -24,7 +25,6 @@ from ..models.vae import check_named_vae, load_vae
 from ..runtime.distributed import workers
 from ..runtime.modes import own_modes
 from ..runtime.rng import stream
-from ..solver.plan import as_plan
 from .objectives import FlowMatching, Objective, Refinement, Times
 from .plan_refinement import PlanRefinement
 from .settings import Settings, changed, provenance, refuse_unused
@@ -123,7 +123,8 @@ class Distill(Settings):
     plans: tuple[str, ...] = ()
     """Train at the states where these plans call the refiner, on their way from noise with the
     refiner as it is, guided as --guidance says; of the data only the labels are used.
-    Instead of --delta-max and the options below it. Such as H1P5R3, or a .json file.
+    Instead of --delta-max and the options below it. Such as H1P5R3, a .json file, or the name of a
+    plan in the teacher's file.
     """
     drop_before: bool = False
     """Drop the label for the cached velocity too, as in the paper.
@@ -233,7 +234,7 @@ def _for_classes(settings: Distill, device: torch.device) -> _Parts:
     config = replace(_teacher_config(teacher.predictor).refiner(settings.depth), sides=sides)
     network = _untrained(config, settings.seed)
     if settings.plans:
-        plans = tuple(map(as_plan, settings.plans))
+        plans = tuple(find_unstaged(text, teacher.plans) for text in settings.plans)
         return (
             network,
             PlanRefinement(

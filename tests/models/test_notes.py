@@ -45,7 +45,8 @@ def test_the_plans_of_a_refiner_come_before_the_predictors(tmp_path):
     model = ft.load(path, refiner, device="cpu")
     assert (model.plans, model.guidance) == ({**PLANS, **found}, 3.5)
     assert model.class_names == NAMES
-    assert named_plans(path, refiner) == model.plans and named_plans(path) == PLANS
+    assert named_plans(path, refiner) == model.plans
+    assert named_plans(path) == PLANS
     save_sit(refiner, network, class_names=NAMES[::-1])
     model = ft.load(path, refiner, device="cpu")
     assert (model.plans, model.guidance, model.class_names) == (PLANS, GUIDANCE, NAMES)

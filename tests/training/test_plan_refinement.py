@@ -1,7 +1,9 @@
 """A refiner trained at the states where plans call it."""
 
+import hashlib
 from dataclasses import replace
 
+import named_model
 import pytest
 import torch
 from close import assert_close
@@ -10,8 +12,9 @@ from training_runs import contents, same_bits, tiny, tiny_refiner
 
 import flowturbo as ft
 from flowturbo import Plan
-from flowturbo.models.checkpoint import load_sit
+from flowturbo.models.checkpoint import convert, load_sit
 from flowturbo.models.flow_model import FlowModel
+from flowturbo.models.notes import Notes
 from flowturbo.runtime.rng import StepRandom
 from flowturbo.training.plan_refinement import PlanRefinement
 from flowturbo.training.settings import plain
@@ -134,12 +137,34 @@ def test_a_refiner_of_two_sizes(tmp_path, data, options):
     assert not (tmp_path / "other").exists()
 
 
+def test_plans_of_the_teachers_file_and_a_changed_plan(tmp_path, data):
+    predictor = train(tiny(tmp_path / "teacher", data, steps=1))
+    own, planned = (
+        {"far": Plan.parse("A2R1"), "near": Plan.parse("H1R1")},
+        tmp_path / "p.safetensors",
+    )
+    convert(predictor, planned, notes=Notes(plans=named_model.contents(tmp_path, own)))
+    for name in ("near", "H1R1"):
+        distill(tiny_refiner(tmp_path / name, data, planned, plans=(name,), steps=2))
+    assert same_bits(contents(tmp_path / "near"), contents(tmp_path / "H1R1"))
+    with pytest.raises(ValueError, match=r"The model has plans of its own: far \(A2R1"):
+        distill(tiny_refiner(tmp_path / "other", data, planned, plans=("fra",)))
+    plan = tmp_path / "own.json"
+    own["near"].save(plan)
+    run = tiny_refiner(tmp_path / "run", data, predictor, plans=(str(plan),), steps=2)
+    distill(run)
+    Plan.parse("A2R1").save(plan)
+    with pytest.raises(ValueError, match=r"plans was \['own.json \(.*and is now \['own.json \("):
+        distill(replace(run, steps=4))
+
+
 def test_files_of_plans_are_named_without_their_folders(tmp_path, data):
     path = tmp_path / "private" / "mine.json"
     path.parent.mkdir()
     Plan.parse("H1R1").save(path)
     settings = tiny_refiner(tmp_path / "run", data, tmp_path / "x", plans=(str(path), "A2R1"))
-    assert plain(settings)["plans"] == ["mine.json", "A2R1"]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert plain(settings)["plans"] == [f"mine.json ({digest[:8]})", "A2R1"]
     with pytest.raises(TypeError, match="plans must be a list of texts, got 'H1R1'"):
         replace(settings, plans="H1R1")
 

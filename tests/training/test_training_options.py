@@ -9,6 +9,7 @@ import pytest
 import torch
 from close import relative_error
 from PIL import Image
+from torch import nn
 from training_runs import CLASSES, contents, learnt, log_of, same_bits, tiny, tiny_refiner
 
 import flowturbo as ft
@@ -128,6 +129,18 @@ def test_muon_is_torch_s_for_the_matrices_of_the_blocks(tmp_path, data):
         assert relative_error(left[f"state network.{name}"], weight) < 1e-5, name
 
 
+def test_muon_leaves_layers_that_make_modulations_alone():
+    """Those of diffusers' blocks have other names than SiT's."""
+    names = ("img_mod.1", "txt_mod", "time_emb_proj", "adaLN_modulation.1", "norm1.linear")
+    block = nn.ModuleDict({name.replace(".", "_"): nn.Linear(2, 2) for name in (*names, "to_q")})
+    block["img_mod"] = nn.Sequential(nn.SiLU(), nn.Linear(2, 2))
+    block["modes"] = nn.Linear(2, 2)  # which only begins so
+    network = nn.Module()
+    network.blocks = nn.ModuleList([block])
+    taken = matrices_of_blocks(network)
+    assert [id(weight) for weight in taken] == [id(block[k].weight) for k in ("to_q", "modes")]
+
+
 def test_warm_up_stable_decay(tmp_path, data):
     settings = tiny(tmp_path, data, warmup=3, **WSD)
     rates = [settings.schedule_factor(k) for k in range(12)]
@@ -237,6 +250,7 @@ def test_the_held_out_loss_is_logged_and_changes_nothing(tmp_path, data):
         ({"decay_steps": 3}, "decay_steps must be above 0 with .* got 3 with 'constant'"),
         ({**WSD, "decay_steps": 13}, "decay_steps must be at most steps 12, got 13"),
         ({"class_weights": "square"}, "class_weights must be one of none, root, equal"),
+        ({"sides": (4,), "sides_share": 0}, "sides_share must be above 0 to train on sides, got 0"),
         ({"sides_share": 1.5}, "sides_share must be from 0 to 1, got 1.5"),
         ({"times": "normal"}, "times must be uniform or logit-normal, got 'normal'"),
         ({"times_std": 0.0}, "times_std must be above 0, got 0.0"),
