@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,7 +18,9 @@ from tqdm.auto import tqdm
 from ..models.flow_model import FlowModel
 from ..models.load import model_digests
 from ..runtime import rng
+from ..sampling.run import integrate
 from ..sampling.sampler import sample
+from ..sampling.shared_calls import SharedCalls, SharedField
 from ..sampling.stages import model_legs
 from ..solver.stages import StagedPlan
 from ..storage.files import write_text
@@ -123,10 +126,11 @@ class _Measurement:
         with tqdm(total=calls, disable=None, unit="call", unit_scale=True, smoothing=0) as self.bar:
             for scale in scales:
                 fine = self._fine_solution(scale)
-                for run in pending:
-                    if run.guidance == scale:
-                        self.bar.set_postfix_str(f"{run.label}, guidance {scale:g}")
-                        self.results["rows"].append(self._row(run, fine))
+                runs = [run for run in pending if run.guidance == scale]
+                # Plans that are not timed go through the batches together, to share calls.
+                for group in [[run] for run in runs] if s.timed else [runs]:
+                    for run, kept in zip(group, self._images(group, fine), strict=True):
+                        self.results["rows"].append(self._row(run, kept))
                         write_text(path, results_json(self.results))
                         _partial(s, run).unlink()
 
@@ -172,8 +176,18 @@ class _Measurement:
             batch_size=self.settings.batch_size,
         ).cpu()  # waits for the device
 
-    def _row(self, run: Run, fine: Tensor) -> dict[str, Any]:
-        kept = self._images(run, fine)
+    def _shared(self, run: Run, rows: range, noise: Tensor, calls: SharedCalls) -> Tensor:
+        """`_sampled`, to rounding, with the calls of other plans of these images."""
+        if isinstance(run.plan, StagedPlan):
+            return self._sampled(run, rows, noise)
+        model = self.models[run.precision]
+        labels = self.references.labels[rows.start : rows.stop].to(model.device)
+        scale = None if run.guidance == 1 else run.guidance
+        field = SharedField(model, run.plan, labels, scale, calls, run.precision)
+        with torch.no_grad():
+            return integrate(run.plan, field, noise.to(model.device)).x.cpu()
+
+    def _row(self, run: Run, kept: Growing) -> dict[str, Any]:
         squares = kept["squares"]
         cost = run.plan.cost
         return {
@@ -206,40 +220,52 @@ class _Measurement:
             return run.label
         return f"{run.label} {hashlib.sha256(record.encode()).hexdigest()[:6]}"
 
-    def _images(self, run: Run, fine: Tensor) -> Growing:
-        """Of every image: features, class, distance to the nearest, squared distance to the fine.
-
-        "seconds" are rows of (time of a batch, 1 if it was the first of this process).
-        """
-        kept, count, cost = self._kept(run), self.settings.count, self._cost(run)
-        done = kept.count("classes")
-        self.bar.update(cost * done)
-        for first in range(done, count, self.settings.batch_size):
-            rows = range(first, min(first + self.settings.batch_size, count))
+    def _images(self, runs: Sequence[Run], fine: Tensor) -> list[Growing]:
+        """Of each run's images what `_measured` returns, batch by batch."""
+        count, size = self.settings.count, self.settings.batch_size
+        kept = [self._kept(run) for run in runs]
+        done = [one.count("classes") for one in kept]
+        self.bar.update(sum(map(operator.mul, done, map(self._cost, runs))))
+        for first in range(min(done), count, size):
+            rows, calls = range(first, min(first + size, count)), SharedCalls()
             noise = self._noise(rows)  # which is no work of the plan
-            start = time.perf_counter()
-            latents = self._sampled(run, rows, noise)
-            seconds = time.perf_counter() - start
-            check_images("plans", run.plan, latents)
-            features, classes = self.references.classifier.read(latents)
-            compared = fine[rows.start : rows.stop]
-            kept.add(
-                features=features,
-                classes=classes,
-                nearest=self.references.nearest(latents),
-                squares=(latents[: len(compared)].double() - compared.double())
-                .square()
-                .flatten(1)
-                .mean(dim=1),
-                seconds=torch.tensor(
-                    [[seconds, float(first == done)]], dtype=torch.float64, device="cpu"
-                ),
-            )
-            self.bar.update(cost * len(rows))
+            for run, one, before in zip(runs, kept, done, strict=True):
+                if first < before:
+                    continue
+                self.bar.set_postfix_str(f"{run.label}, guidance {run.guidance:g}")
+                seconds = torch.empty(0, 2, dtype=torch.float64, device="cpu")
+                if self.settings.timed:
+                    start = time.perf_counter()
+                    latents = self._sampled(run, rows, noise)
+                    taken = time.perf_counter() - start, float(first == before)
+                    seconds = torch.tensor([taken], dtype=torch.float64, device="cpu")
+                else:
+                    latents = self._shared(run, rows, noise, calls)
+                check_images("plans", run.plan, latents)
+                one.add(**self._measured(latents, fine[first : rows.stop]), seconds=seconds)
+                self.bar.update(self._cost(run) * len(rows))
         return kept
 
+    def _measured(self, latents: Tensor, fine: Tensor) -> dict[str, Tensor]:
+        """Of every image: features, class, distance to the nearest, squared distance to the fine
+        solution, which may be there for the first ones alone.
+        """
+        features, classes = self.references.classifier.read(latents)
+        compared = latents[: len(fine)].double() - fine.double()
+        return {
+            "features": features,
+            "classes": classes,
+            "nearest": self.references.nearest(latents),
+            "squares": compared.square().flatten(1).mean(dim=1),
+        }
 
-def _milliseconds(seconds: Tensor, batch_size: int) -> float:
-    """Per image: the median over all batches but the first of each process, which warms up."""
+
+def _milliseconds(seconds: Tensor, batch_size: int) -> float | None:
+    """Per image: the median over all batches but the first of each process, which warms up.
+
+    seconds: rows of (time of a batch, 1 if it was the first of a process), if any were timed.
+    """
+    if not len(seconds):
+        return None
     warm = [time for time, first in seconds.tolist() if not first]
     return 1000 * statistics.median(warm or seconds[:, 0].tolist()) / batch_size

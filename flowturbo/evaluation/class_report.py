@@ -231,12 +231,17 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
         )
         yield (
             f"| {cell_of(row)} | {row['family']} | {row['predictor_calls']} | "
-            f"{row['refiner_calls']} | {row['cost']:.2f} | {row['ms_per_image']:.2f} | "
+            f"{row['refiner_calls']} | {row['cost']:.2f} | {_time(row)} | "
             f"{' | '.join(figures)} | {row['label_share']:.1%} ± "
             f"{value_error(row, 'label_share'):.1%} | "
             f"{row['nearest']['0.5']:.3f}, {row['nearest']['0.01']:.3f} |"
             + (f" {row['nearer_share']:.1%} |" if nearer else "")
         )
+
+
+def _time(row: Row) -> str:
+    """Milliseconds per image, if the plan was timed."""
+    return "" if row["ms_per_image"] is None else f"{row['ms_per_image']:.2f}"
 
 
 def _differences(rows: Sequence[Row]) -> Iterator[str]:
@@ -276,7 +281,7 @@ def _precisions(rows: Sequence[Row], own: Sequence[Row]) -> Iterator[str]:
         same = [other for other in own if other["record"] == row["record"]]
         if same:
             cells = (_difference(row, same[0], key) for key in keys)
-            yield f"| {cell_of(row)} | {row['ms_per_image']:.2f} | {' | '.join(cells)} |"
+            yield f"| {cell_of(row)} | {_time(row)} | {' | '.join(cells)} |"
 
 
 def _scales(rows: Sequence[Row], scales: Sequence[float]) -> Iterator[str]:

@@ -114,27 +114,29 @@ OUTCOMES = {
 def verdicts(rows: Sequence[Row], measures: Mapping[str, str] = MEASURES) -> list[str]:
     """For each distance, which plans with refiner steps beat all plans without at the same cost.
 
-    measures: a title for each distance's key.
+    measures: a title for each distance's key. Times are compared if all plans were timed.
     """
     refined = [row for row in rows if row["refiner_calls"]]
     rivals = [row for row in rows if not row["refiner_calls"]]
     if not refined:
         return ["No plan here has refiner steps."]
+    timed = all(row["ms_per_image"] is not None for row in rows)
+    comparisons = RIVALS if timed else RIVALS[:-1]
+    by_time = "; and with the best that takes no more milliseconds (plus 3 %)" * timed
     lines = [
         "Each plan with refiner steps is compared with the best plan without them that costs no "
         "more (plus 3 %); with the best such plan of Heun and pseudo-corrector steps alone; with "
-        "the best whose cost is at most its own rounded up to whole predictor calls; and with the "
-        "best that takes no more milliseconds (plus 3 %). Better and worse mean by more than two "
-        f"standard errors of the difference (jackknife over {BLOCKS} blocks of images, the same "
-        "noise for both)."
+        "the best whose cost is at most its own rounded up to whole predictor calls"
+        f"{by_time}. Better and worse mean by more than two standard errors of the difference "
+        f"(jackknife over {BLOCKS} blocks of images, the same noise for both)."
     ]
     for quality, title in measures.items():
         columns = []
-        for _, families, cost, limit in RIVALS:
+        for _, families, cost, limit in comparisons:
             members = [rival for rival in rivals if rival["family"] in families]
             columns.append([judge(row, members, quality, cost, limit(row)) for row in refined])
         lines += ["", f"### {title}", ""]
-        for (name, *_), column in zip(RIVALS, columns, strict=True):
+        for (name, *_), column in zip(comparisons, columns, strict=True):
             counts = []
             for outcome in OUTCOMES:
                 plans = [
@@ -148,8 +150,8 @@ def verdicts(rows: Sequence[Row], measures: Mapping[str, str] = MEASURES) -> lis
             )
         lines += [
             "",
-            "| plan | cost | distance | " + " | ".join(name for name, *_ in RIVALS) + " |",
-            "|---|--:|--:|---|---|---|---|",
+            "| plan | cost | distance | " + " | ".join(name for name, *_ in comparisons) + " |",
+            "|---|--:|--:|" + "---|" * len(comparisons),
         ]
         for row, *results in zip(refined, *columns, strict=True):
             cells = (

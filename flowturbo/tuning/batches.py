@@ -6,10 +6,11 @@ from torch import Tensor
 
 from ..models.flow_model import FlowModel
 from ..sampling.sampler import sample
+from ..sampling.shared_calls import SharedCalls, SharedField
 from ..solver.plan import Plan, as_plan
+from .fine_solutions import Fine
 from .fit import Advance, Batch
 from .settings import Tune
-from .shared_calls import Fine, SharedCalls, SharedField
 
 
 def batch_of(

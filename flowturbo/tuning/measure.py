@@ -21,13 +21,14 @@ from ..models.not_finite import not_finite_rows
 from ..sampling.inputs import noise_of
 from ..sampling.run import integrate
 from ..sampling.sampler import sample
+from ..sampling.shared_calls import SharedCalls
 from ..solver.plan import Plan
 from ..storage.resume import Keep
 from .batches import batch_of
 from .cost import CostModel, milliseconds
+from .fine_solutions import Fine
 from .fit import Advance, Batch
 from .settings import Tune
-from .shared_calls import Fine, SharedCalls
 
 
 def measure(

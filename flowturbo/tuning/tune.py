@@ -18,6 +18,7 @@ from ..models.flow_model import FlowModel
 from ..models.load import MODELS, load, model_digests
 from ..models.model_plans import find_unstaged
 from ..sampling.inputs import noise_of
+from ..sampling.shared_calls import SharedCalls
 from ..solver.plan import Plan, shifted_grid
 from ..solver.steps import MAX_PAST
 from ..storage.files import write_json, write_text
@@ -27,13 +28,13 @@ from . import search, several
 from .batches import batch_of
 from .budgets import chosen, compared, file_name
 from .cost import CostModel, call_costs, step_costs
+from .fine_solutions import Fine, FineSolutions
 from .fit import Advance, Batch, inserted, rms_error
 from .measure import TestImages, measure
 from .plot import plot_tuning
 from .report import described, front_table
 from .search import published
 from .settings import Tune
-from .shared_calls import Fine, FineSolutions, SharedCalls
 
 FORMAT = 1
 CALIBRATION = 2**40

@@ -174,17 +174,19 @@ def test_the_average_follows_its_formula(tmp_path, data):
             ), (steps, name)
 
 
+OPTIONS = dict(
+    optimizer="muon" if hasattr(torch.optim, "Muon") else "adamw",
+    **dict(class_weights="root", sides=(2,), sides_share=0.5, schedule="wsd", decay_steps=4),
+    times="logit-normal",
+)
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path, data, teacher):
     """Under torchrun, with gloo. Not to the last bit, since sums over the batch round in another
     order, and AdamW makes a step of size lr of any gradient, however small: measured after 12
     steps, 5e-6 for the keys' bias, whose true gradient is zero, and 4e-7 for all else."""
     script = tmp_path / "run.py"
-    options = dict(
-        optimizer="muon" if hasattr(torch.optim, "Muon") else "adamw",
-        **dict(class_weights="root", sides=(2,), sides_share=0.5, schedule="wsd", decay_steps=4),
-        times="logit-normal",
-    )
     common = {k: v for k, v in TINY.items() if k not in ("model", "hidden", "patch")}
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(5)]
@@ -208,7 +210,7 @@ def alone(work, asked):
 
 alone(train, Train(out=here / "two", data=data, **settings))
 alone(train, Train(out=here / "resumed by two", data=data, **settings))
-alone(train, Train(out=here / "two, options", data=data, **settings, **{options!r}))
+alone(train, Train(out=here / "two, options", data=data, **settings, **{OPTIONS!r}))
 alone(distill, Distill(out=here / "two-refiner", data=data, teacher={str(teacher)!r}, **{common!r}))
 try:
     alone(train, Train(out=here / "odd", data=data, **dict(settings, batch_size=5)))
@@ -216,19 +218,12 @@ except ValueError as error:
     (here / ("refused by " + os.environ["RANK"])).write_text(str(error))
 """)
     train(tiny(tmp_path / "resumed by two", data, steps=5))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
+    words = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    command = [sys.executable, *words.split(), str(script)]
     process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
     train(tiny(tmp_path / "one", data))
-    train(tiny(tmp_path / "one, options", data, **options))
+    train(tiny(tmp_path / "one, options", data, **OPTIONS))
     distill(Distill(out=tmp_path / "one-refiner", data=data, teacher=str(teacher), **common))
     for one, two, bound in (
         ("one", "two", 1e-4),

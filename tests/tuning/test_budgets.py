@@ -14,12 +14,12 @@ import flowturbo as ft
 from flowturbo import Plan
 from flowturbo.evaluation.statistics import family, jackknife_error
 from flowturbo.runtime import rng
+from flowturbo.sampling.shared_calls import SharedCalls, SharedField
 from flowturbo.sampling.velocity_field import GuidedField
 from flowturbo.solver.state import State
 from flowturbo.tuning import several, tune
 from flowturbo.tuning.budgets import budget_table, compared
 from flowturbo.tuning.cost import CostModel, call_costs
-from flowturbo.tuning.shared_calls import SharedCalls, SharedField
 
 LABELS = torch.tensor([3, 1, 7])
 

@@ -1,21 +1,18 @@
-"""Network calls that plans share, and fine solutions that outlive a killed run."""
+"""Network calls that plans share."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.flow_model import FlowModel, Network
-from ..sampling.velocity_field import GuidedField
 from ..solver.plan import Plan
-from ..storage.files import save_tensors
-from ..storage.resume import resumed_tensors
+from .velocity_field import GuidedField
 
 LIMIT = 512 << 20
 """Memory for outputs that are kept, in bytes; those unused for the longest time are dropped."""
@@ -86,27 +83,3 @@ def _digest(x: Tensor | None) -> bytes:
         return b""
     values = x.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(values.data, digest_size=16).digest()
-
-
-class FineSolutions:
-    """Fine solutions in files of a folder, one a batch: a run that resumes has them already.
-
-    identity: what they depend on; see `resumed_tensors`.
-    """
-
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self.folder, self.identity = folder, identity
-
-    def __call__(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """The latents of that name, on the CPU where they come from a file."""
-        path = self.folder / f"{name}.safetensors"
-        held = resumed_tensors(path, self.identity)
-        if held is not None:
-            return held["fine"]
-        fine = make()
-        save_tensors(path, {"fine": fine}, self.identity)
-        return fine
-
-
-Fine = Callable[[str, Callable[[], Tensor]], Tensor]
-"""FineSolutions, or a function that computes them each time."""
