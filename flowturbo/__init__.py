@@ -3,8 +3,8 @@
 A plan such as H1P5R3 combines Heun, pseudo corrector and velocity refiner steps.
 
     import flowturbo as ft
-    model = ft.load("digits")
-    images = ft.sample(model, "H1P5R3", labels=[3, 7], guidance=2.0, seed=0, output="uint8")
+    model = ft.load("emoji")
+    images = ft.sample(model, "A6", ["smiley", "heart"], guidance=2.0, seed=0, output="uint8")
 """
 
 from .integrations.diffusers import accelerate, accelerated, restore, summary

@@ -55,11 +55,13 @@ class Convert:
     """
     guidance: float | None = None
     """Scale of guidance for the file to recommend. Default: what the source does."""
+    license: str | None = None
+    """Licence of the weights for the file to name, in a line. Default: what the source says."""
 
 
 def run_convert(settings: Convert) -> Path:
     names = None if settings.class_names is None else class_names_in(settings.class_names)
-    notes = Notes(names, plans_in(settings.plans), settings.guidance)
+    notes = Notes(names, plans_in(settings.plans), settings.guidance, settings.license)
     checkpoint.convert(
         settings.source,
         settings.target,

@@ -69,7 +69,7 @@ def run_demo(settings: Demo) -> None:
     if is_pipeline(settings.model):
         raise ValueError(
             "model must be a model of classes for the demo, a .pt, .pth or .safetensors file or "
-            f"'digits', got {settings.model!r}"
+            f"a bundled name, got {settings.model!r}"
         )
     with listening(settings.host, settings.port) as listener, quiet_gradio():
         model = load_checkpoint(settings)

@@ -38,7 +38,7 @@ def report() -> str:
 
 
 def of_model(source: str) -> str:
-    """What a model is, its recommended guidance, its plans and its classes, one a line."""
+    """What a model is, its guidance, its licence, its plans and its classes, one a line."""
     if is_pipeline(source):
         raise ValueError(
             f"model must be a model of classes, a .pt, .pth or .safetensors file, got {source!r}"
@@ -49,6 +49,8 @@ def of_model(source: str) -> str:
     lines = [f"{source}: {model.num_classes} classes, latents of {shape}, {refiner}"]
     if model.guidance is not None:
         lines.append(f"guidance: {model.guidance:g}, as its file recommends")
+    if model.license is not None:
+        lines.append(f"licence: {model.license}")
     if model.plans:
         lines.append("plans:")
         lines += [f"  {name}: {plan}, {calls(plan)}" for name, plan in model.plans.items()]

@@ -35,7 +35,7 @@ class Info:
     """
 
     model: str | None = None
-    """A .pt, .pth or .safetensors file with SiT's keys, or "digits"."""
+    """A .pt, .pth or .safetensors file with SiT's keys, or a bundled model."""
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {

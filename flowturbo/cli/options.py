@@ -23,13 +23,13 @@ from ..storage.text import argument
 class WeightFlags:
     """Flags of the model that is loaded."""
 
-    model: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])] = "digits"
-    """A .pt, .pth or .safetensors file with SiT's keys, or "digits".
+    model: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])] = "emoji"
+    """A .pt, .pth or .safetensors file with SiT's keys, or a bundled model, "emoji" or "digits".
     Or the folder or hub name of a diffusers pipeline of images, which needs --prompts: SD3, FLUX.1,
     FLUX.2, Qwen-Image, Z-Image or 2-RF.
     """
     refiner: str | None = None
-    """The refiner's file, for a pipeline its folder. The bundled model brings its own."""
+    """The refiner's file, for a pipeline its folder. The bundled "digits" bring their own."""
     vae: str | None = None
     """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, "pixels" (grey) or "rgb".
     Default: the one that the model's file names.

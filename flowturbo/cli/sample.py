@@ -24,7 +24,8 @@ from .output import check_out, names_a_folder, summary_line, write_images
 class Sample(ModelFlags):
     """Sample images by a plan.
 
-    Without arguments it samples ten digits from the bundled model and writes samples.png.
+    Without arguments it samples an emoji of each class from the bundled model and writes
+    samples.png.
     """
 
     labels: tuple[int | str, ...] = ()

@@ -43,11 +43,11 @@ class Bench:
     """
 
     model: str = "digits"
-    """A .pt, .pth or .safetensors file with SiT's keys, or "digits".
+    """A .pt, .pth or .safetensors file with SiT's keys, "digits" or "emoji".
     Or a size such as "SiT-XL/2", which gets random weights.
     """
     refiner: str | None = None
-    """The refiner's file. The bundled model and random weights bring their own."""
+    """The refiner's file. The bundled digits and random weights bring their own."""
     vae: str | None = None
     """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, "pixels" (grey) or "rgb".
     Default: the one that the model's file names.

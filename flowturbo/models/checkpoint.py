@@ -157,6 +157,7 @@ def save_sit(
     class_names: Sequence[str] | None = None,
     plans: Mapping[str, Any] | None = None,
     guidance: float | None = None,
+    license: str | None = None,
 ) -> None:
     """Write a SiT as safetensors, atomically, with its description and a digest of the file.
 
@@ -165,6 +166,7 @@ def save_sit(
     plans: name -> what a plan's file holds, as JSON. That called "default" is the one that commands
         take if none is asked for.
     guidance: the scale that commands take if none is asked for.
+    license: under which the weights may be used, a text of one line.
     Raises ValueError for a quantised model: files hold the weights before quantisation; TypeError
     or ValueError for names, plans and a scale that don't fit.
     """
@@ -182,7 +184,7 @@ def save_sit(
         "provenance": dict(provenance or {}),
     }
     # Files without notes are what they were before there were any.
-    notes = Notes(class_names, plans or {}, guidance)
+    notes = Notes(class_names, plans or {}, guidance, license)
     description |= notes.checked(model.config.num_classes, model.config.null_row)
     save_tensors(path, model.state_dict(), description)
 

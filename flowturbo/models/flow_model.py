@@ -101,6 +101,8 @@ class FlowModel:
     """Those that the model's file holds, by name; `sample` and commands take these names."""
     guidance: float | None = field(default=None, kw_only=True)
     """The scale that the model's file recommends, if it does; commands start from it."""
+    license: str | None = field(default=None, kw_only=True)
+    """Under which the weights may be used, if the model's file names it."""
     captures: Captures = field(default_factory=Captures, init=False, repr=False, compare=False)
     """CUDA graphs of whole runs: `captures.limit` is their largest number, `captures.clear()`
     releases their memory. See flowturbo.summary.

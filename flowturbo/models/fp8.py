@@ -31,7 +31,7 @@ STATIC = {"input_scale": torch.float32, "product_scale": torch.float32}
 _BITS = {torch.float8_e4m3fn: torch.uint8, torch.float32: torch.int32}
 MARGIN = 2.0
 """A static scale puts this many times the calibration's largest magnitude at 448, e4m3's largest
-number; what is larger saturates. The bundled model's largest on other noise and labels were 1.4
+number; what is larger saturates. The bundled digits' largest on other noise and labels were 1.4
 times the calibration's. Since e4m3 is a floating-point format, a factor of two costs precision only
 at its lower end, of numbers below 1/14000 of the largest.
 """

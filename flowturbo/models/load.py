@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import importlib.resources
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,6 +15,7 @@ from ..runtime.cpu_dtype import choose_dtype, warn_if_slow
 from ..runtime.device import choose_device
 from ..storage.files import CheckpointError
 from ..storage.provenance import file_digest
+from .bundled import MODELS
 from .checkpoint import CONVENTIONS, Checkpoint, load_sit
 from .finite_weights import check_finite
 from .flow_model import FlowModel, Network, ReversedTime
@@ -33,7 +30,7 @@ def model_digests(
 ) -> dict[str, str | None]:
     """SHA-256 of the files of a model and its refiner.
 
-    A bundled model brings its own refiner.
+    A bundled model brings its own refiner, if it has one.
     """
     bundled = MODELS.get(str(model))
     return {
@@ -49,32 +46,6 @@ def named_plans(
     if bundled := MODELS.get(str(model)):
         model, refiner = bundled.predictor, refiner or bundled.refiner
     return plans_in_header(model) | ({} if refiner is None else plans_in_header(refiner))
-
-
-_EXTRACTED = contextlib.ExitStack()
-atexit.register(_EXTRACTED.close)
-
-
-def _bundled(name: str) -> Path:
-    """A file that ships with the package; from a zip it is extracted for the process's life."""
-    plain = Path(__file__).parent.parent / "bundled" / name
-    if plain.exists():
-        return plain
-    resource = importlib.resources.files(__package__.partition(".")[0]) / "bundled" / name
-    return _EXTRACTED.enter_context(importlib.resources.as_file(resource))
-
-
-@dataclass(frozen=True)
-class Bundled:
-    """The files of a model that ships with the package."""
-
-    predictor: Path
-    refiner: Path
-
-
-MODELS: dict[str, Bundled] = {
-    "digits": Bundled(_bundled("digits.safetensors"), _bundled("digits-refiner.safetensors")),
-}
 
 
 Source = str | os.PathLike[str] | SiT
@@ -99,8 +70,8 @@ def load(
     """A flow model from checkpoints.
 
     predictor, refiner: a .pt, .pth or .safetensors file with SiT's keys (see checkpoint.load_sit),
-        a bundled name ("digits", which brings its refiner), or a SiT, which is moved and cast in
-        place. The refiner must read and return latents of the predictor's shape.
+        a bundled name ("emoji", or "digits", which brings its refiner), or a SiT, which is moved
+        and cast in place. The refiner must read and return latents of the predictor's shape.
     vae: a folder or hub name of a diffusers AutoencoderKL (needs the extra "diffusers"), "pixels"
         (grey), "rgb", or an object with decode and encode. None: the one that the predictor's file
         names, else no decoding.
@@ -162,6 +133,7 @@ def load(
         sides=(config.side, *config.sides),
         plans=checked_plans(notes.plans),
         guidance=notes.guidance,
+        license=notes.license,
     )
     return model if image_size is None else model.resized(image_size)
 
@@ -222,7 +194,9 @@ def _checkpoint(
             ".safetensors, .pt or .pth file"
         )
     if isinstance(source, str) and source in MODELS:
-        source = MODELS[source].refiner
+        if (its_refiner := MODELS[source].refiner) is None:
+            raise CheckpointError(f"{role} {source!r} is a bundled model that has no refiner")
+        source = its_refiner
     return load_sit(source, role, **reading)
 
 

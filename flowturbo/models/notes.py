@@ -1,4 +1,4 @@
-"""What a model's file says to those who use it: names of classes, plans, a guidance scale."""
+"""What a model's file says to those who use it: class names, plans, guidance, a licence."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from ..checks import finite
 from ..storage.files import CheckpointError
-from .class_names import checked_names
+from .class_names import checked_names, unusable
 from .model_plans import checked_plans
 
-NOTES = ("class_names", "plans", "guidance")
+NOTES = ("class_names", "plans", "guidance", "license")
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class Notes:
     class_names: of all classes, by number, if it names them.
     plans: name -> what a plan's file holds.
     guidance: the scale that it recommends, if it does.
+    license: under which the weights may be used, in a line, if it is named.
     """
 
     class_names: Sequence[str] | None = None
     plans: Mapping[str, Any] = field(default_factory=dict)
     guidance: float | None = None
+    license: str | None = None
 
     @classmethod
     def read(cls, path: object, description: Mapping[str, Any], num_classes: int) -> Notes:
@@ -52,21 +54,23 @@ class Notes:
             self.class_names if other.class_names is None else other.class_names,
             {**self.plans, **other.plans},
             self.guidance if other.guidance is None else other.guidance,
+            self.license if other.license is None else other.license,
         )
 
     def with_refiner(self, refiner: Notes) -> Notes:
         """Those of a predictor's file with those of its refiner's.
 
-        Plans and a scale in the refiner's file were found with both, so they come first. Names of
-        classes are the predictor's.
+        Plans and a scale in the refiner's file were found with both, so they come first. All else
+        is the predictor's.
         """
-        return replace(self.updated(refiner), class_names=self.class_names)
+        return replace(self.updated(refiner), class_names=self.class_names, license=self.license)
 
     def checked(self, num_classes: int, guidable: bool) -> dict[str, Any]:
         """Those that are there, as a description holds them.
 
         guidable: whether the model has a null class. Raises TypeError or ValueError for names that
-        don't fit the classes, for what is no plan, and for a scale that the model can't have.
+        don't fit the classes, for what is no plan, for a scale that the model can't have, and for a
+        licence that is no text.
         """
         there: dict[str, Any] = {}
         if self.class_names is not None:
@@ -79,4 +83,8 @@ class Notes:
                 raise ValueError(
                     f"guidance must be 1 for a model without a null class, got {self.guidance}"
                 )
+        if self.license is not None:
+            if not isinstance(self.license, str) or unusable(self.license):
+                raise ValueError(f"license must be a text of one line, got {self.license!r:.80}")
+            there["license"] = self.license
         return there

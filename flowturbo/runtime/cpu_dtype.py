@@ -18,7 +18,7 @@ _INSTRUCTIONS = "amx_bf16", "avx512_bf16", "bf16"
 """As /proc/cpuinfo names those that multiply bfloat16; the last is Arm's."""
 _CPUINFO = Path("/proc/cpuinfo")
 VELOCITY_ERROR = "0.6 %"
-"""Of the bundled model in bfloat16, relative to float64."""
+"""Of the bundled digits in bfloat16, relative to float64."""
 
 
 def choose_dtype(dtype: torch.dtype | Literal["auto"] | None, device: torch.device) -> torch.dtype:
@@ -94,6 +94,6 @@ def bfloat16_advice() -> str:
     facts = f"this CPU has {', '.join(names)}" if names else "this CPU has no instructions for it"
     return (
         f"{'worth it' if names else 'not worth it'}, says dtype='auto': {facts}; products take "
-        f"{product_ratio():.2f} of float32's time, measured now; the bundled model's velocity errs "
+        f"{product_ratio():.2f} of float32's time, measured now; the bundled digits' velocity errs "
         f"by {VELOCITY_ERROR}"
     )

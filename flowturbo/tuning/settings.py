@@ -27,9 +27,9 @@ class Tune:
     If it already holds results with the same settings, the run resumes.
     """
     model: str = "digits"
-    """A .pt, .pth or .safetensors file with SiT's keys, or "digits"."""
+    """A .pt, .pth or .safetensors file with SiT's keys, "digits" or "emoji"."""
     refiner: str | None = None
-    """The refiner's file. The bundled model brings its own."""
+    """The refiner's file. The bundled digits bring theirs."""
     heads: int | None = None
     """Number of attention heads, for checkpoints whose width is not a published one."""
     budget_calls: float | None = None

@@ -15,21 +15,19 @@ from flowturbo.cli.main import COMMANDS, main
 from flowturbo.cli.output import labelled_grid
 
 
-def test_sample_without_arguments_writes_a_labelled_grid_of_ten_digits(
+def test_sample_without_arguments_writes_a_labelled_grid_of_all_classes(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     assert main(["sample"]) == 0
-    assert (
-        "samples.png: 10 images by B7 (7 predictor and 0 refiner calls)" in capsys.readouterr().out
-    )
+    assert "samples.png: 42 images by B7" in capsys.readouterr().out
     picture = np.asarray(Image.open("samples.png"))
-    expected = labelled_grid(
-        ft.sample(ft.load("digits"), "B7", range(10), guidance=1.5, seed=0, output="uint8"),
-        [str(i) for i in range(10)],
-    )
-    assert np.array_equal(picture, np.asarray(expected))
-    assert len(np.unique(picture)) > 50
+    model = ft.load("emoji")
+    assert {"smiley", "heart", "cat", "clock-3d"} <= set(model.class_names)
+    images = ft.sample(model, "B7", range(42), guidance=model.guidance, seed=0, output="uint8")
+    expected = np.asarray(labelled_grid(images, model.class_names))
+    assert np.array_equal(picture, expected)
+    assert len(np.unique(images)) == 256
     assert [p.name for p in tmp_path.iterdir()] == ["samples.png"]
 
 
@@ -39,6 +37,8 @@ def test_npz_holds_the_images_of_the_library(tmp_path):
         main(
             [
                 "sample",
+                "--model",
+                "digits",
                 "--out",
                 str(out),
                 "--plan",
@@ -68,7 +68,7 @@ def test_flags_reach_the_plan(tmp_path):
         "--plan E2 --grid 0 0.25 1 --labels 3 4 --cfg-scale 2 --guidance-interval 0.1 0.9 "
         "--guidance-channels 1"
     )
-    assert main(["sample", "--out", str(out), *flags.split()]) == 0
+    assert main(["sample", "--model", "digits", "--out", str(out), *flags.split()]) == 0
     plan = ft.Plan.parse("E2", grid=(0, 0.25, 1), guidance_interval=(0.1, 0.9))
     expected = ft.sample(
         ft.load("digits"), plan, [3, 4], guidance=2.0, guidance_channels=1, seed=0, output="uint8"
@@ -82,7 +82,7 @@ def test_flags_reach_the_plan(tmp_path):
     [
         (["sample", "--plan", "R3"], "R needs the velocity of an earlier step"),
         (["sample", "--plan", "H1x3"], "plan must look like 'H1P5R3'"),
-        (["sample", "--labels", "3", "11"], "labels must be from 0 to 9, got 11"),
+        (["sample", "--labels", "3", "42"], "labels must be from 0 to 41, got 42"),
         (["sample", "--out", "picture.gif"], "out must end in .png or .npz, got 'picture.gif'"),
         (["sample", "--num", "0"], "num must be at least 1, got 0"),
         (["sample", "--model", "nowhere.pt"], "nowhere.pt does not exist"),

@@ -77,7 +77,7 @@ def test_a_class_may_be_called_none(tmp_path):
 
 
 def test_without_names_the_file_has_none(tmp_path):
-    run("sample", "--labels", 3, "--plan", "E1", "--out", tmp_path / "a.npz")
+    run("sample", "--model", "digits", "--labels", 3, "--plan", "E1", "--out", tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz") as held:
         assert sorted(held) == ["arr_0", "labels"]
 
@@ -122,7 +122,7 @@ def test_unknown_names_are_answered_with_near_ones(tmp_path, file, monkeypatch, 
     Image.new("RGB", (8, 8)).save("a.png")
     said = refused(capsys, "edit", "a.png", "--model", file, "--labels", "smily")
     assert "got 'smily'; names near it are 'smiley', 'smiley-3d'" in said
-    said = refused(capsys, "sample", "--labels", "seven")
+    said = refused(capsys, "sample", "--model", "digits", "--labels", "seven")
     assert "the model's classes have no names, got 'seven'" in said
     said = refused(capsys, "sample", "--model", file, "--labels", "cat", 6)
     assert "labels must be from 0 to 5, got 6" in said
@@ -214,10 +214,12 @@ def test_convert_writes_names_plans_and_guidance(tmp_path, monkeypatch, capsys):
     plans = [f"{name}={letter}.json" for name, letter in zip(PLANS, "abc", strict=True)]
     words = ["convert", "plain.safetensors"]
     named = ["--class-names", "names.txt", "--plans", *plans, "--guidance", GUIDANCE]
+    named += ["--license", "CC0-1.0 AND MIT"]
     run(*words, "m.safetensors", *named)
     model = ft.load("m.safetensors", device="cpu")
     assert (model.class_names, model.plans, model.guidance) == (NAMES, PLANS, GUIDANCE)
-    capsys.readouterr()
+    run("info", "--model", "m.safetensors")
+    assert "\nlicence: CC0-1.0 AND MIT\n" in capsys.readouterr().out
     before = sorted(tmp_path.iterdir())
     for flags, message in (
         (["--plans", "fast"], "plans must look like 'fast=fast.json', got 'fast'"),

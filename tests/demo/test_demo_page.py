@@ -47,7 +47,8 @@ def served(folder: Path) -> Iterator[str]:
     """A demo in a process of its own: its address. It must end by Ctrl-C, at once and without
     complaint.
     """
-    command = [sys.executable, "-m", "flowturbo", "demo", "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "flowturbo", "demo", "--model", "digits"]
+    command += ["--port", "0", "--device", "cpu"]
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(ft.__file__).parent.parent),

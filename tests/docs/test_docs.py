@@ -37,7 +37,12 @@ SMALLER = {
     "sample": {"--num-fid-samples": "6", "--batch-size": "2", "--image-size": "32", **FASTER},
     "inpaint": {"--image-size": "32"},
     "encode": {"--image-size 256": "16", "--image-size 512": "32", "--image-size 1024": "32"},
-    "train": {"--steps": "2", "--batch-size": "4", "--model SiT-XL/2": "SiT-S/8"},
+    "train": {
+        "--steps": "2",
+        "--decay-steps": "1",
+        "--batch-size": "4",
+        "--model SiT-XL/2": "SiT-S/8",
+    },
     "distill": {"--steps": "2", "--batch-size": "4"},
     "bench": {"--batch-sizes": "1", "--model SiT-XL/2": "SiT-S/8", **FASTER},
     "fid": {"--images": "6", **FASTER},

@@ -101,7 +101,8 @@ def test_the_first_images_can_be_taken(files, tmp_path):
 def test_a_models_own_images_are_those_that_sample_writes(files, tmp_path):
     out = tmp_path / "samples.npz"
     words = (
-        f"sample --plan H1R1 --num 24 --seed 3 --guidance 2 --batch-size 4 --device cpu --out {out}"
+        "sample --model digits --plan H1R1 --num 24 --seed 3 --guidance 2 --batch-size 4 "
+        f"--device cpu --out {out}"
     )
     assert main(words.split()) == 0
     fidelity(

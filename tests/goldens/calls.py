@@ -144,7 +144,7 @@ def plans() -> Any:
 
 @call
 def command_sample() -> Any:
-    command("sample", "--plan", "H1P5R3", "--out", "a.png", "--seed", 4)
+    command("sample", "--model", "digits", "--plan", "H1P5R3", "--out", "a.png", "--seed", 4)
     return pixels("a.png")
 
 
@@ -152,6 +152,8 @@ def command_sample() -> Any:
 def command_sample_a_set() -> Any:
     command(
         "sample",
+        "--model",
+        "digits",
         "--plan",
         "H1P2R1",
         "--num",
@@ -170,7 +172,18 @@ def command_sample_a_set() -> Any:
 
 @call
 def command_edit() -> Any:
-    command("edit", *digit_files("images"), "--plan", "H3R1", "--labels", 7, "--out", "edited.png")
+    command(
+        "edit",
+        *digit_files("images"),
+        "--model",
+        "digits",
+        "--plan",
+        "H3R1",
+        "--labels",
+        7,
+        "--out",
+        "edited.png",
+    )
     return pixels("edited.png")
 
 

@@ -50,8 +50,8 @@ class Killed(BaseException):
 
 NUM = 90
 WORDS = (
-    f"sample --num-fid-samples {NUM} --plan H1P2 --batch-size 4 --shard-size 8 --seed 5 "
-    "--device cpu"
+    f"sample --model digits --num-fid-samples {NUM} --plan H1P2 --batch-size 4 --shard-size 8 "
+    "--seed 5 --device cpu"
 ).split()
 
 

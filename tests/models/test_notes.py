@@ -10,8 +10,9 @@ from named_model import CONFIG_OF_NAMED, GUIDANCE, NAMES, PLANS, contents
 from tiny import CONFIG, random_sit
 
 import flowturbo as ft
+from flowturbo.models.bundled import MODELS
 from flowturbo.models.checkpoint import convert, load_sit, save_sit
-from flowturbo.models.load import MODELS, named_plans
+from flowturbo.models.load import named_plans
 from flowturbo.models.notes import Notes
 from flowturbo.storage.files import CheckpointError, load_tensors, save_tensors
 
@@ -41,10 +42,10 @@ def test_the_plans_of_a_refiner_come_before_the_predictors(tmp_path):
     path, refiner = named_model.write(tmp_path / "m.safetensors"), tmp_path / "r.safetensors"
     found = {"fast": ft.Plan.parse("E1R1"), "both": ft.Plan.parse("A2R1")}
     network = random_sit(CONFIG_OF_NAMED.refiner(), 1)
-    save_sit(refiner, network, plans=contents(tmp_path, found), guidance=3.5)
+    save_sit(refiner, network, plans=contents(tmp_path, found), guidance=3.5, license="MIT")
     model = ft.load(path, refiner, device="cpu")
     assert (model.plans, model.guidance) == ({**PLANS, **found}, 3.5)
-    assert model.class_names == NAMES
+    assert (model.class_names, model.license) == (NAMES, None)
     assert named_plans(path, refiner) == model.plans
     assert named_plans(path) == PLANS
     save_sit(refiner, network, class_names=NAMES[::-1])
@@ -67,7 +68,8 @@ def test_notes_say_nothing_of_the_training(tmp_path):
 
 def test_models_without_notes_have_none():
     model = ft.load("digits", device="cpu")
-    assert (model.class_names, model.plans, model.guidance) == (None, {}, None)
+    assert (model.class_names, model.plans) == (None, {})
+    assert (model.guidance, model.license) == (None, None)
 
 
 def test_plans_are_found_without_reading_the_weights(tmp_path):
@@ -103,6 +105,8 @@ BAD = {
     "half of it": (dict(plans={"fast": NO_PLAN}), "plans: 'fast' is no plan: it must hold"),
     "true": (dict(guidance=True), "guidance must be a number, got True"),
     "a word": (dict(guidance="2"), "guidance must be a number, got '2'"),
+    "a number": (dict(license=3), "license must be a text of one line, got 3"),
+    "blank": (dict(license=" "), "license must be a text of one line, got ' '"),
     "infinity": (dict(guidance=math.inf), "guidance must be finite, got inf"),
 }
 
@@ -157,10 +161,11 @@ def test_convert_writes_notes_beside_the_same_weights(tmp_path):
     model = ft.load(target, device="cpu")
     assert (model.plans, model.guidance, model.class_names) == (PLANS, GUIDANCE, NAMES)
     more = {"fast": ft.Plan.parse("A4"), "slow": ft.Plan.parse("H8")}
-    convert(target, target, notes=Notes(plans=contents(tmp_path, more), guidance=1.5))
+    mit = Notes(plans=contents(tmp_path, more), guidance=1.5, license="MIT")
+    convert(target, target, notes=mit)
     assert same(bits(source), bits(target))
     model = ft.load(target, device="cpu")
-    assert (model.plans, model.guidance) == ({**PLANS, **more}, 1.5)
+    assert (model.plans, model.guidance, model.license) == ({**PLANS, **more}, 1.5, "MIT")
     assert model.class_names == NAMES
     with pytest.raises(ValueError, match="class_names must be 6, one for each class, got 2"):
         convert(target, tmp_path / "c.safetensors", notes=Notes(["cat", "dog"]))

@@ -14,8 +14,23 @@ from flowturbo.storage.images import box_mask, read_mask, read_npz, read_transpa
 
 
 def test_the_command_edits_and_inpaints_an_npz(tmp_path, capsys):
-    assert main(["sample", "--num", "3", "--plan", "H1P1R1", "--out", str(tmp_path / "d.npz")]) == 0
-    common = [str(tmp_path / "d.npz"), "--plan", "H1R1"]
+    assert (
+        main(
+            [
+                "sample",
+                "--model",
+                "digits",
+                "--num",
+                "3",
+                "--plan",
+                "H1P1R1",
+                "--out",
+                str(tmp_path / "d.npz"),
+            ]
+        )
+        == 0
+    )
+    common = [str(tmp_path / "d.npz"), "--model", "digits", "--plan", "H1R1"]
     assert (
         main(
             [
@@ -59,7 +74,7 @@ def test_the_command_edits_and_inpaints_an_npz(tmp_path, capsys):
 
 
 def inpaint(image: Path, *words: object) -> int:
-    return main(["inpaint", str(image), "--labels", "3", *map(str, words)])
+    return main(["inpaint", str(image), "--model", "digits", "--labels", "3", *map(str, words)])
 
 
 def test_the_command_takes_image_files_of_any_size_and_masks_of_theirs(tmp_path, capsys):

@@ -266,7 +266,16 @@ def test_the_command_makes_sets_proves_them_and_joins_them(
         "--num-fid-samples 21 --global-seed 7 --cfg-scale 2 --per-proc-batch-size 4 "
         "--shard-size 8 --plan E1 --label-rule random"
     )
-    command = ["sample", "--sample-dir", str(out), *words.split(), "--device", "cpu"]
+    command = [
+        "sample",
+        "--model",
+        "digits",
+        "--sample-dir",
+        str(out),
+        *words.split(),
+        "--device",
+        "cpu",
+    ]
     assert main(command) == 0
     labels = class_labels("random", 21, 10, seed=7)
     expected = ft.sample(
@@ -303,6 +312,8 @@ def test_the_command_makes_sets_proves_them_and_joins_them(
 
 def test_label_rules_are_the_same_for_one_file_and_a_folder(tmp_path: Path) -> None:
     words = [
+        "--model",
+        "digits",
         "--num",
         "9",
         "--plan",

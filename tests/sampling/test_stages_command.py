@@ -59,7 +59,10 @@ def status(words: list[str]) -> object:
             ["sample", "--plan", PLAN, "--shift", "3"],
             "a plan with stages holds its grid and guidance interval: leave out grid, shift",
         ),
-        (["sample", "--plan", PLAN], "has stages, which need a model of any size"),
+        (
+            ["sample", "--model", "digits", "--plan", PLAN],
+            "has stages, which need a model of any size",
+        ),
         (["edit", "x.png", "--labels", "3", "--plan", PLAN], "has stages: sample, compile and"),
         (["inpaint", "x.png", "--labels", "3", "--plan", PLAN], "has stages: sample, compile and"),
         (["bench", "--plans", PLAN], "has stages: sample, compile and sample_stages take such"),

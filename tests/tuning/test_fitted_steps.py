@@ -244,7 +244,10 @@ def test_a_file_that_holds_no_plan_is_refused_by_name(what, tmp_path, capsys):
         Plan.load(path)
     assert str(path) in str(refusal.value)
     assert said in str(refusal.value)
-    assert main(["sample", "--plan", str(path), "--out", str(tmp_path / "a.png")]) == 2
+    assert (
+        main(["sample", "--model", "digits", "--plan", str(path), "--out", str(tmp_path / "a.png")])
+        == 2
+    )
     assert str(path) in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()
 
@@ -265,7 +268,10 @@ def test_sample_takes_a_plans_file_and_no_other_grid_beside_it(tmp_path, capsys)
     plan = random_plan("LML", 2)
     path, out = tmp_path / "best.json", tmp_path / "a.npz"
     plan.save(path)
-    assert main(["sample", "--plan", str(path), "--out", str(out), "--num", "3"]) == 0
+    assert (
+        main(["sample", "--model", "digits", "--plan", str(path), "--out", str(out), "--num", "3"])
+        == 0
+    )
     assert "3 images by L1M1L1 (2 predictor and 1 refiner calls)" in capsys.readouterr().out
     model = ft.load("digits")
     expected = ft.sample(model, plan, [0, 1, 2], guidance=1.5, seed=0, output="uint8")
@@ -279,7 +285,10 @@ def test_sample_takes_a_plans_file_and_no_other_grid_beside_it(tmp_path, capsys)
         ["--grid", "0", "0.3", "0.6", "1"],
         ["--guidance-interval", "0.1", "1"],
     ):
-        assert main(["sample", "--plan", str(path), "--out", str(out), *flags]) == 2
+        assert (
+            main(["sample", "--model", "digits", "--plan", str(path), "--out", str(out), *flags])
+            == 2
+        )
         assert "a plan's file holds its grid and guidance interval" in capsys.readouterr().err
 
 
