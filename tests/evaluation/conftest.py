@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from class_runs_small import networks_in, sets_in
 from feature_network import RandomNetwork
 from fid_runs import REFERENCE, SAMPLES, images
 from quality_runs import DIGITS, settings
 from tiny import random_sit
 
 import flowturbo.evaluation.quality as module
-from flowturbo.evaluation import inception
+from flowturbo.evaluation import class_quality, inception
 from flowturbo.evaluation.quality import evaluate
 from flowturbo.models.checkpoint import save_sit
 
@@ -59,3 +60,23 @@ def files(tmp_path_factory) -> Path:
 @pytest.fixture
 def few_a_file(monkeypatch):
     monkeypatch.setattr(inception, "SHARD", 8)
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory) -> tuple[Path, Path]:
+    """The files of a small predictor of three classes and of its refiner."""
+    return networks_in(tmp_path_factory.mktemp("networks"))
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> tuple[str, str]:
+    """The files of its training set and of held-out pictures."""
+    return sets_in(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture
+def no_class_plot(monkeypatch):
+    """Evaluations on a training set draw nothing, which takes seconds."""
+    monkeypatch.setattr(
+        class_quality, "plot_classes", lambda results, path: path.write_bytes(b"a plot")
+    )

@@ -14,8 +14,6 @@ from class_runs_small import (
     class_double_loop,
     class_settings,
     drawn,
-    networks_in,
-    sets_in,
     write,
 )
 from PIL import Image
@@ -36,16 +34,6 @@ from flowturbo.models.checkpoint import save_sit
 from flowturbo.solver.stages import StagedPlan
 
 FINE = {"fine-1.0.safetensors", "fine-2.0.safetensors"}
-
-
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-    return networks_in(tmp_path_factory.mktemp("networks"))
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> tuple[str, str]:
-    return sets_in(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +58,6 @@ def whole(networks, sets, fitted, tmp_path_factory):
     )
     assert evaluate(settings) == out / "quality.md"
     return out
-
-
-@pytest.fixture
-def no_class_plot(monkeypatch):
-    monkeypatch.setattr(module, "plot_classes", lambda results, path: path.write_bytes(b"a plot"))
 
 
 def rows_of(out):

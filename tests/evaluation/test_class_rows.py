@@ -11,8 +11,6 @@ from class_runs_small import (
     THREE,
     class_settings,
     drawn,
-    networks_in,
-    sets_in,
 )
 from quality_runs import read
 from tiny import random_sit
@@ -23,20 +21,7 @@ from flowturbo.evaluation.quality import evaluate
 from flowturbo.evaluation.references import read_pictures
 from flowturbo.models.checkpoint import save_sit
 
-
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-    return networks_in(tmp_path_factory.mktemp("networks"))
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    return sets_in(tmp_path_factory.mktemp("sets"))
-
-
-@pytest.fixture(autouse=True)
-def no_class_plot(monkeypatch):
-    monkeypatch.setattr(module, "plot_classes", lambda results, path: path.write_bytes(b"a plot"))
+pytestmark = pytest.mark.usefixtures("no_class_plot")
 
 
 def test_time_is_that_of_sampling(networks, sets, tmp_path, monkeypatch):

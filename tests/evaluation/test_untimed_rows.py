@@ -1,7 +1,7 @@
 """Evaluations on a training set that are not timed: plans share calls, and find the same."""
 
 import pytest
-from class_runs_small import class_settings, networks_in, sets_in
+from class_runs_small import class_settings
 from quality_runs import Killed, read
 
 import flowturbo.evaluation.class_quality as module
@@ -15,19 +15,7 @@ two differ in the last step alone; the refiner's of R1; E4's but the first.
 """
 
 
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-    return networks_in(tmp_path_factory.mktemp("networks"))
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    return sets_in(tmp_path_factory.mktemp("sets"))
-
-
-@pytest.fixture(autouse=True)
-def no_class_plot(monkeypatch):
-    monkeypatch.setattr(module, "plot_classes", lambda results, path: path.write_bytes(b"a plot"))
+pytestmark = pytest.mark.usefixtures("no_class_plot")
 
 
 @pytest.fixture
