@@ -128,7 +128,7 @@ class Evaluate:
     """Images per batch. The first batch of a plan is not timed, so there must be at least two."""
     timed: bool = True
     """Time each plan. With --no-timed, which is for --data, there are no milliseconds.
-    Then plans share the network calls that they have in common, which spares a third or more.
+    Then plans share the network calls that they have in common.
     """
     seed: int = 0
     """Seed of the noise."""

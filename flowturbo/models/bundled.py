@@ -6,8 +6,10 @@ import atexit
 import contextlib
 import functools
 import importlib.resources
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _EXTRACTED = contextlib.ExitStack()
 atexit.register(_EXTRACTED.close)
@@ -44,3 +46,13 @@ MODELS: dict[str, Bundled] = {
     model.name: model
     for model in (Bundled("emoji", refined=False), Bundled("digits", refined=True))
 }
+
+
+def files_of(model: str | os.PathLike[str], refiner: Any) -> tuple[Any, Any]:
+    """A model and its refiner, with files in place of a bundled name.
+
+    A bundled model brings its own refiner, if it has one and no other is given.
+    """
+    if bundled := MODELS.get(str(model)):
+        return bundled.predictor, bundled.refiner if refiner is None else refiner
+    return model, refiner

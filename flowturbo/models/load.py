@@ -15,7 +15,7 @@ from ..runtime.cpu_dtype import choose_dtype, warn_if_slow
 from ..runtime.device import choose_device
 from ..storage.files import CheckpointError
 from ..storage.provenance import file_digest
-from .bundled import MODELS
+from .bundled import MODELS, files_of
 from .checkpoint import CONVENTIONS, Checkpoint, load_sit
 from .finite_weights import check_finite
 from .flow_model import FlowModel, Network, ReversedTime
@@ -32,19 +32,15 @@ def model_digests(
 
     A bundled model brings its own refiner, if it has one.
     """
-    bundled = MODELS.get(str(model))
-    return {
-        "predictor_sha256": file_digest(bundled.predictor if bundled else model),
-        "refiner_sha256": file_digest(bundled.refiner if bundled and refiner is None else refiner),
-    }
+    predictor, refiner = files_of(model, refiner)
+    return {"predictor_sha256": file_digest(predictor), "refiner_sha256": file_digest(refiner)}
 
 
 def named_plans(
     model: str | os.PathLike[str], refiner: str | os.PathLike[str] | None = None
 ) -> Plans:
     """The plans that the files of a model and its refiner hold, by name, without loading them."""
-    if bundled := MODELS.get(str(model)):
-        model, refiner = bundled.predictor, refiner or bundled.refiner
+    model, refiner = files_of(model, refiner)
     return plans_in_header(model) | ({} if refiner is None else plans_in_header(refiner))
 
 
@@ -96,9 +92,8 @@ def load(
     don't fit together, BackendError if the device can't run the requested backend.
     """
     target, dtype = _device_and_dtype(device, dtype, backend, convention, quantize)
-    if isinstance(predictor, str) and predictor in MODELS:
-        bundled = MODELS[predictor]
-        predictor, refiner = bundled.predictor, refiner or bundled.refiner
+    if isinstance(predictor, str):
+        predictor, refiner = files_of(predictor, refiner)
     reading = {"heads": heads, "null_class": null_class, "assume_velocity": assume_velocity}
     checkpoint = _checkpoint(predictor, "predictor", {**reading, "convention": convention})
     config = checkpoint.model.config
