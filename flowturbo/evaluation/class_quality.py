@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..models.digests import model_digests
 from ..models.flow_model import FlowModel
-from ..models.load import model_digests
 from ..runtime import rng
 from ..sampling.run import integrate
 from ..sampling.sampler import sample

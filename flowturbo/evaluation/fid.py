@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from ..checks import finite, natural, positive
+from ..models.digests import model_digests
 from ..models.flow_model import FlowModel
-from ..models.load import load, model_digests, named_plans
+from ..models.load import load, named_plans
 from ..models.model_plans import find_unstaged
 from ..runtime.device import choose_device
 from ..storage.files import write_json, write_text

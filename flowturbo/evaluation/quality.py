@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.latents import digits
+from ..models.digests import model_digests
 from ..models.flow_model import FlowModel
-from ..models.load import load, model_digests
+from ..models.load import load
 from ..runtime import rng
 from ..sampling.sampler import sample
 from ..solver.plan import Plan

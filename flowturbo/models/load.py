@@ -14,7 +14,6 @@ from flowturbo_kernels import BACKENDS, BackendError, unavailable
 from ..runtime.cpu_dtype import choose_dtype, warn_if_slow
 from ..runtime.device import choose_device
 from ..storage.files import CheckpointError
-from ..storage.provenance import file_digest
 from .bundled import MODELS, files_of
 from .checkpoint import CONVENTIONS, Checkpoint, load_sit
 from .finite_weights import check_finite
@@ -23,17 +22,6 @@ from .label_table import check_null_class
 from .model_plans import Plans, checked_plans, plans_in_header
 from .sit import SiT
 from .vae import VAE, check_vae, load_vae
-
-
-def model_digests(
-    model: str | os.PathLike[str], refiner: str | os.PathLike[str] | None
-) -> dict[str, str | None]:
-    """SHA-256 of the files of a model and its refiner.
-
-    A bundled model brings its own refiner, if it has one.
-    """
-    predictor, refiner = files_of(model, refiner)
-    return {"predictor_sha256": file_digest(predictor), "refiner_sha256": file_digest(refiner)}
 
 
 def named_plans(

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from ..evaluation.plots import need_matplotlib
 from ..models.bundled import MODELS
+from ..models.digests import model_digests
 from ..models.flow_model import FlowModel
-from ..models.load import load, model_digests
+from ..models.load import load
 from ..models.model_plans import find_unstaged
 from ..sampling.inputs import noise_of
 from ..sampling.shared_calls import SharedCalls

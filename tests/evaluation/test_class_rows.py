@@ -1,6 +1,7 @@
 """Evaluations on a training set: what is timed, whose classes they are, how rows are told apart."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from class_runs_small import (
     class_settings,
     drawn,
 )
+from named_model import contents
 from quality_runs import read
 from tiny import random_sit
 
@@ -40,6 +42,19 @@ def test_time_is_that_of_sampling(networks, sets, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "sample", taking(1, ft.sample))
     evaluate(class_settings(networks, sets, tmp_path, plans=("E1",), held_out=None))
     assert read(tmp_path)["rows"][0]["ms_per_image"] == 1000 / 20
+
+
+def test_plans_may_be_added_to_the_model(networks, sets, tmp_path):
+    """Those that a search found, when other plans were measured before."""
+    predictor = tmp_path / "model.safetensors"
+    predictor.write_bytes(networks[0].read_bytes())
+    these = class_settings((predictor, networks[1]), sets, tmp_path / "out", held_out=None)
+    evaluate(these)
+    save_sit(
+        predictor, random_sit(THREE, 0), plans=contents(tmp_path, {"fast": ft.Plan.parse("A2")})
+    )
+    evaluate(replace(these, plans=("E2", "H1R1", "fast")))
+    assert [row["plan"] for row in read(these.out)["rows"]] == ["E2", "H1R1", "fast"]
 
 
 def test_another_plan_of_the_same_name_has_another_label(networks, sets, tmp_path, monkeypatch):
