@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -13,6 +14,10 @@ from typing import Any, Literal
 import torch
 
 from ..checks import natural, positive
+from ..models.bundled import files_of
+from ..models.digests import model_digest
+from ..models.load import named_plans
+from ..models.model_plans import Plans
 from ..storage.provenance import file_digest
 
 # Settings that a resumed run may change: they do not affect the weights at a given step.
@@ -215,19 +220,28 @@ def provenance(settings: Settings, step: int) -> dict[str, Any]:
 def plain(settings: Settings) -> dict[str, Any]:
     """The settings as files keep them, JSON types only.
 
-    Of paths only the last part is kept: files are shared, and folders may be private or move. Files
-    of plans have the first digits of their SHA-256, so that another plan is another setting.
+    Of paths only the last part is kept: files are shared, and folders may be private or move. The
+    teacher, and plans from files, have the first digits of a SHA-256, so that another one of the
+    same name is another setting.
     """
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "device")}
-    for name in ("data", "held_out", "teacher", "vae"):
+    for name in ("data", "held_out", "vae"):
         if isinstance(values.get(name), str):
             values[name] = _last_part(values[name])
-    if "plans" in values:
-        values["plans"] = [_plan(text) for text in values["plans"]]
+    if teacher := values.get("teacher"):
+        path, named = files_of(teacher, None)[0], named_plans(teacher)
+        values["plans"] = [_plan(text, named) for text in values["plans"]]
+        values["teacher"] = _last_part(teacher)
+        if Path(path).is_file():
+            values["teacher"] += f" ({str(model_digest(path))[:8]})"
     return json.loads(json.dumps(values))
 
 
-def _plan(text: str) -> str:
+def _plan(text: str, named: Plans) -> str:
+    """named: the plans of the teacher's file."""
+    if text in named:
+        record = json.dumps(named[text].record(), sort_keys=True)
+        return f"{text} ({hashlib.sha256(record.encode()).hexdigest()[:8]})"
     path = Path(text)
     return f"{path.name} ({str(file_digest(path))[:8]})" if path.is_file() else text
 

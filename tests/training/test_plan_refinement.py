@@ -158,6 +158,31 @@ def test_plans_of_the_teachers_file_and_a_changed_plan(tmp_path, data):
         distill(replace(run, steps=4))
 
 
+def test_a_resumed_run_takes_no_other_teacher(tmp_path, data):
+    predictor = train(tiny(tmp_path / "teacher", data, steps=1))
+    planned = tmp_path / "planned.safetensors"
+
+    def convert_with(**plans):
+        convert(predictor, planned, notes=Notes(plans=named_model.contents(tmp_path, plans)))
+
+    convert_with(near=Plan.parse("H1R1"))
+    run = tiny_refiner(tmp_path / "run", data, planned, plans=("near",), steps=2)
+    distill(run)
+    convert_with(near=Plan.parse("H1R1"), far=Plan.parse("A2"))
+    distill(replace(run, steps=3))
+    convert_with(near=Plan.parse("A2R1"))
+    with pytest.raises(ValueError, match=r"plans was \['near \(.*and is now \['near \("):
+        distill(replace(run, steps=4))
+    other = train(tiny(tmp_path / "other", data, steps=2))
+    convert(
+        other,
+        planned,
+        notes=Notes(plans=named_model.contents(tmp_path, {"near": Plan.parse("H1R1")})),
+    )
+    with pytest.raises(ValueError, match=r"teacher was 'planned.* and is now 'planned"):
+        distill(replace(run, steps=4))
+
+
 def test_files_of_plans_are_named_without_their_folders(tmp_path, data):
     path = tmp_path / "private" / "mine.json"
     path.parent.mkdir()

@@ -9,6 +9,7 @@ from training_runs import contents, log_of, same_bits, tiny_refiner
 
 import flowturbo as ft
 from flowturbo.models.checkpoint import load_sit
+from flowturbo.models.digests import model_digest
 from flowturbo.storage.files import CheckpointError
 from flowturbo.training.train import distill
 
@@ -34,7 +35,8 @@ def test_a_refiner_from_end_to_end(tmp_path, data, teacher):
     assert not torch.equal(ft.sample(model, "H1P1R1", labels=[0], seed=1), fresh)
     described = load_sit(path, "refiner").provenance
     assert described["steps"] == 150
-    assert described["settings"]["teacher"] == teacher.name  # of paths only the name is kept
+    # Of paths only the name is kept, with the first digits of the digest.
+    assert described["settings"]["teacher"] == f"{teacher.name} ({model_digest(teacher)[:8]})"
 
 
 @pytest.mark.parametrize(
