@@ -46,8 +46,8 @@ def evaluate_classes(settings: Evaluate) -> Path:
     """Measure every plan; returns the path of the table, quality.md."""
     models = Models(settings)
     model = models["float32"]
-    precision = _precision(model)
-    runs = runs_of(settings, model, precision)
+    own = _precision(model)
+    runs = runs_of(settings, model, own, own)
     if refined := [run.name for run in runs if run.plan.cost.refiner and model.refiner is None]:
         raise ValueError(f"refiner must be given: of the plans, {', '.join(refined)} need one")
     for run in runs:
@@ -73,6 +73,9 @@ def evaluate_classes(settings: Evaluate) -> Path:
     }
     path = settings.out / "quality.json"
     results = resumed_report(path, identity, {"rows": []}, "an evaluation on a training set")
+    # Plans are compared in the precision that the folder was begun with.
+    main = results.setdefault("precision", (settings.precisions or (own,))[0])
+    runs = runs_of(settings, model, own, main)
     known = {row_key(row) for row in results["rows"]}
     for run in runs:
         if run.key in known:  # a run was killed after the row was written
@@ -80,7 +83,6 @@ def evaluate_classes(settings: Evaluate) -> Path:
     if pending := [run for run in runs if run.key not in known]:
         references = References(settings, data, held)
         results["references"] = references.summary()
-        results["precision"] = precision
         _Measurement(settings, models, references, results, identity).measure(pending, path)
     write_text(settings.out / "quality.md", class_table(results))
     plot_classes(results, settings.out / "quality.png")

@@ -66,7 +66,7 @@ def class_table(results: Mapping[str, Any]) -> str:
 
 
 def own_precision(results: Mapping[str, Any], rows: Sequence[Row]) -> list[Row]:
-    """The rows in the device's own precision, or all if there is none in it.
+    """The rows in the report's own precision, or all if there is none in it.
 
     Plans are compared among these: the others differ from them by little but their time.
     """
@@ -271,9 +271,9 @@ def _difference(row: Row, other: Row | None, key: str) -> str:
 
 
 def _precisions(rows: Sequence[Row], own: Sequence[Row]) -> Iterator[str]:
-    """Each row's difference from that of the same plan in the device's own precision."""
+    """Each row's difference from that of the same plan in the report's own precision."""
     keys = measures_of(rows)
-    yield "The distance less that of the same plan in the device's own precision."
+    yield f"The distance less that of the same plan in {own[0]['precision']}."
     yield ""
     yield f"| plan | ms/image | {' | '.join(SHORT[key] for key in keys)} |"
     yield "|---|--:|" + "---|" * len(keys)

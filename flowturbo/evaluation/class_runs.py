@@ -57,10 +57,11 @@ def row_key(row: dict[str, Any]) -> str:
     return json.dumps([row["record"], row["guidance"], row["precision"]])
 
 
-def runs_of(settings: Evaluate, model: FlowModel, precision: str) -> list[Run]:
+def runs_of(settings: Evaluate, model: FlowModel, precision: str, main: str) -> list[Run]:
     """Every plan with every guidance scale, interval and precision.
 
-    precision: of the device, where the settings name none. ValueError for two that are the same.
+    precision: of the device, where the settings name none. main: the one that labels leave out.
+    ValueError for two that are the same.
     """
     runs = []
     plans = settings.chosen(model)
@@ -76,7 +77,7 @@ def runs_of(settings: Evaluate, model: FlowModel, precision: str) -> list[Run]:
                 low, high = getattr(variant, "guidance_interval", (0, 1))
                 where = "" if (low, high) == (0, 1) or fitted else f" [{low:g}-{high:g}]"
                 for chosen in settings.precisions or (precision,):
-                    label = name + where + (f" {chosen}" if chosen != precision else "")
+                    label = name + where + (f" {chosen}" if chosen != main else "")
                     kind = "fitted" if fitted else family(variant)
                     runs.append(Run(name, label, kind, variant, scale, chosen))
     _check_different(runs)

@@ -114,7 +114,9 @@ class Evaluate:
     Default: all times. Plans of files, by name and with stages keep their own.
     """
     precisions: tuple[str, ...] = ()
-    """With --data: any of float32, bfloat16, fp8. Default: the device's own."""
+    """With --data: any of float32, bfloat16, fp8. Default: the device's own.
+    The report compares plans in the first one that its folder was begun with.
+    """
     images: int | None = None
     """Images per plan. Default: 2000 digits, with --data 10,000.
     The noise of image i is a function of (seed, i).

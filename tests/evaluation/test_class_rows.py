@@ -44,6 +44,22 @@ def test_time_is_that_of_sampling(networks, sets, tmp_path, monkeypatch):
     assert read(tmp_path)["rows"][0]["ms_per_image"] == 1000 / 20
 
 
+def test_plans_are_compared_in_the_precision_that_the_folder_was_begun_with(
+    networks, sets, tmp_path
+):
+    these = class_settings(networks, sets, tmp_path, plans=("E2",), held_out=None)
+    for precisions in (("bfloat16",), ("float32", "fp8"), ()):
+        evaluate(replace(these, precisions=precisions))
+    rows = read(tmp_path)["rows"]
+    assert [(row["label"], row["precision"]) for row in rows] == [
+        *(("E2", "bfloat16"), ("E2 float32", "float32"), ("E2 fp8", "fp8")),
+    ]
+    assert read(tmp_path)["precision"] == "bfloat16"
+    text = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    assert "bfloat16 where nothing else is said" in text
+    assert "less that of the same plan in bfloat16." in text
+
+
 def test_plans_may_be_added_to_the_model(networks, sets, tmp_path):
     """Those that a search found, when other plans were measured before."""
     predictor = tmp_path / "model.safetensors"
