@@ -11,7 +11,8 @@ import tyro
 
 from ..data.emoji import Emoji, emoji
 from ..data.encode import Encode, encode
-from ..evaluation.fid import Fidelity, fidelity
+from ..evaluation.fid import fidelity
+from ..evaluation.fid_settings import Fidelity
 from ..evaluation.latency import Bench, bench
 from ..evaluation.quality import Evaluate, evaluate
 from ..evaluation.velocity import InspectVelocity, inspect_velocity

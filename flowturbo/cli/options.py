@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..models.flow_model import FlowModel
-from ..models.load import load, named_plans
+from ..models.headers import GUIDANCE, named_plans
+from ..models.load import load
 from ..models.model_plans import DEFAULT, Plans, find_plan
 from ..models.pipelines import from_pipeline, is_pipeline
 from ..runtime.device import Dtype, dtype_of
@@ -155,7 +156,7 @@ def guidance_of(asked: float | None, model: FlowModel) -> float:
     """The scale that was asked for, else what the model's file recommends, else 1.5."""
     if asked is not None:
         return asked
-    return 1.5 if model.guidance is None else model.guidance
+    return GUIDANCE if model.guidance is None else model.guidance
 
 
 def default_plan(model: FlowModel, stages: bool = False) -> str | None:

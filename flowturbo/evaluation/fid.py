@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..checks import finite, natural, positive
 from ..models.digests import model_digests
 from ..models.flow_model import FlowModel
-from ..models.load import load, named_plans
+from ..models.load import load
 from ..models.model_plans import find_unstaged
 from ..runtime.device import choose_device
 from ..storage.files import write_json, write_text
 from ..storage.provenance import environment
 from ..storage.resume import resumed_report
-from .fid_report import TITLES, fidelity_table
+from .fid_report import fidelity_table
+from .fid_settings import Fidelity
 from .image_sets import GeneratedImages, ImageSet, Reference, open_images
 from .inception import FeatureNetwork, Features, Inception, stored_features
 from .metrics import Gaussian, inception_score, precision_recall
@@ -29,92 +28,6 @@ SPLIT = 5000
 """Images per split of the inception score, as in ADM's evaluator."""
 NEIGHBOURS = 3
 """Rank of the neighbour that sets the radius in precision and recall, as in ADM's evaluator."""
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Compute FID, sFID, inception score, precision and recall by ADM's protocol.
-
-    With --samples it scores the images of a file or folder. With --model it samples --images images
-    by each of the plans and scores them.
-    """
-
-    metrics: tuple[str, ...]
-    """Any of fid, sfid, is, precision, recall, separated by commas or spaces."""
-    reference: Path | None = None
-    """An .npz in ADM's layout, such as VIRTUAL_imagenet256_labeled.npz, or a folder of images.
-    Every metric but "is" needs it."""
-    samples: Path | None = None
-    """An .npz with arr_0 (N, height, width, 3) uint8, or a folder of such files or of images."""
-    out: Path = Path("fidelity")
-    """Folder for report.md, report.json and the features of all images.
-    If it already holds results with the same settings, the run resumes.
-    Metrics and plans may be added.
-    """
-    inception: Path | None = None
-    """Inception's weights.
-    Default: the file that FLOWTURBO_INCEPTION names, else the one in ~/.cache/flowturbo.
-    """
-    images: int | None = None
-    """Number of images, from the first on. Default: all of --samples, or 50000 of --model."""
-    model: str | None = None
-    """A bundled name or a predictor's file, instead of --samples."""
-    refiner: str | None = None
-    """The refiner's file. A bundled model brings its own."""
-    vae: str | None = None
-    """Folder or hub name of a diffusers AutoencoderKL or AutoencoderTiny, "pixels" (grey) or "rgb".
-    Default: the one that the model's file names.
-    """
-    plans: tuple[str, ...] = ("H1P5R3",)
-    """Plans to sample by, letters, .json files or names of plans in the model's file, each from
-    the same noise.
-    Image i has class i % (number of classes).
-    """
-    guidance: float = 1.5
-    """Scale of classifier-free guidance; 1 means none."""
-    guidance_channels: int | None = None
-    """Apply guidance to this many channels, from the first on.
-    Default: 3 of 4 for SiT's checkpoints, all for others.
-    """
-    seed: int = 0
-    """Seed of the noise; that of image i is a function of (seed, i)."""
-    batch_size: int = 50
-    """Images per batch, in the model and in Inception."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Data type of the model. Inception always runs in float32.
-    Default: bfloat16 on a GPU, float32 on the CPU.
-    """
-    device: str | None = None
-    """"cuda" or "cpu". Default: a GPU if there is one."""
-
-    def __post_init__(self) -> None:
-        words = [self.metrics] if isinstance(self.metrics, str) else self.metrics
-        metrics = tuple(dict.fromkeys(" ".join(words).replace(",", " ").split()))
-        object.__setattr__(self, "metrics", metrics)
-        if not metrics or not set(metrics) <= set(TITLES):
-            raise ValueError(
-                f"metrics must be some of {', '.join(TITLES)}, got {', '.join(metrics) or 'none'}"
-            )
-        for name in ("reference", "samples", "out", "inception"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, Path(getattr(self, name)))
-        if (self.samples is None) == (self.model is None):
-            raise ValueError(
-                "give samples or a model to sample with, "
-                f"{'one of them' if self.samples is None else 'not both'}"
-            )
-        if self.reference is None and metrics != ("is",):
-            raise ValueError("reference must be given: all metrics but is compare with one")
-        finite("guidance", self.guidance)
-        natural("seed", self.seed)
-        positive("batch_size", self.batch_size)
-        if self.images is not None:
-            positive("images", self.images)
-        if isinstance(self.plans, str) or not self.plans:
-            raise ValueError(f"plans must be a list of at least one plan, got {self.plans!r}")
-        named = {} if self.model is None else named_plans(self.model, self.refiner)
-        for plan in self.plans:
-            find_unstaged(plan, named)
 
 
 def fidelity(settings: Fidelity, network: FeatureNetwork | None = None) -> Path:
@@ -216,7 +129,7 @@ def _samples(settings: Fidelity, model: FlowModel | None) -> dict[str, ImageSet]
         plans = (find_unstaged(plan, model.plans) for plan in settings.plans)
         options = (
             count,
-            settings.guidance,
+            settings.scale,
             settings.guidance_channels,
             settings.seed,
             settings.batch_size,
@@ -294,7 +207,7 @@ def _sample_provenance(
         **model_digests(str(settings.model), settings.refiner),
         "vae": settings.vae or "the one that the predictor's file names",
         "latent_shape": list(model.latent_shape),
-        "guidance": settings.guidance,
+        "guidance": settings.scale,
         "guidance_channels": guidance_channels,
         "seed": settings.seed,
         "seed_rule": "noise of image i: flowturbo.noise(latent_shape, seed, [i])",

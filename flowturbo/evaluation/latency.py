@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 
 from flowturbo_kernels import use_backend
 
-from ..checks import finite, positive
+from ..checks import positive
 from ..models.flow_model import FlowModel, ReversedTime
-from ..models.load import load, named_plans
+from ..models.headers import Guided, named_plans
+from ..models.load import load
 from ..models.model_plans import find_unstaged
 from ..models.random_weights import untrained
 from ..models.sit import SIT_CONFIGS, SiT
@@ -35,7 +36,7 @@ from ..version import __version__
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Guided):
     """Measure the latency of plans.
 
     Reports milliseconds per image, images per second, peak memory and the share of decoding, and
@@ -58,8 +59,10 @@ class Bench:
     """Plans to time: letters, .json files, or names of plans in the model's file."""
     batch_sizes: tuple[int, ...] = (1, 8)
     """Images per batch; each plan is timed at each size."""
-    guidance: float = 1.5
-    """Guidance scale; 1 means none and halves the work."""
+    guidance: float | None = None
+    """Guidance scale; 1 means none and halves the work.
+    Default: what the model's file recommends, else 1.5.
+    """
     repeats: int = 10
     """Timed runs of each plan and batch size; their median is reported."""
     graph: bool = True
@@ -90,7 +93,7 @@ class Bench:
         if not self.plans or not self.batch_sizes:
             raise ValueError("plans and batch_sizes must name at least one each")
         positive("repeats", self.repeats)
-        finite("guidance", self.guidance)
+        self.choose_guidance()
         if self.out is not None and self.out.suffix != ".json":
             raise ValueError(f"out must end in .json, got {str(self.out)!r}")
 
@@ -128,16 +131,16 @@ def bench(settings: Bench) -> str:
     work = list(itertools.product(settings.plans, settings.batch_sizes))
     timings = []
     for plan, batch in tqdm(work, unit="run", leave=False, disable=not interactive()):
-        timings.append(measure(model, plan, batch, settings.guidance, output, settings.repeats))
+        timings.append(measure(model, plan, batch, settings.scale, output, settings.repeats))
         if settings.profile is not None:
-            profile_run(model, plan, batch, settings.guidance, output, settings.profile)
+            profile_run(model, plan, batch, settings.scale, output, settings.profile)
         model.captures.clear()
     environment = {
         "model": settings.model,
         "device": device_name(model.device),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "guidance": settings.guidance,
+        "guidance": settings.scale,
         "output": output,
         "graph": settings.graph and model.device.type == "cuda",
         "backend": settings.backend,

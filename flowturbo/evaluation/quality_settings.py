@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..checks import finite, natural, positive
 from ..models.flow_model import FlowModel
+from ..models.headers import recommended_guidance
 from ..solver.plan import Plan
 from ..solver.stages import StagedPlan
 from .statistics import BLOCKS
@@ -105,8 +106,9 @@ class Evaluate:
     """Plans to measure, each from the same noise; with --data also names, files, stages.
     Default: rivals of each family, and plans with the refiner if there is one.
     """
-    guidance: tuple[float, ...] = (1.5,)
+    guidance: tuple[float, ...] = ()
     """Scale of classifier-free guidance; 1 means none.
+    Default: what the model's file recommends, else 1.5.
     With --data several: each plan is measured at each.
     """
     guidance_intervals: tuple[tuple[float, float], ...] = ()
@@ -148,11 +150,10 @@ class Evaluate:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         given = self.guidance if isinstance(self.guidance, list | tuple) else (self.guidance,)
+        given = given or (recommended_guidance(self.model, self.refiner),)
         object.__setattr__(self, "guidance", tuple(finite("guidance", scale) for scale in given))
-        if not self.guidance or len(set(self.guidance)) < len(self.guidance):
-            raise ValueError(
-                f"guidance must be a list of at least one scale, none twice, got {given}"
-            )
+        if len(set(self.guidance)) < len(self.guidance):
+            raise ValueError(f"guidance must be a list of scales, none twice, got {given}")
         natural("seed", self.seed)
         for name in ("images", "reference_images", "batch_size", "classifier_steps"):
             positive(name, getattr(self, name))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import finite, listed, natural, positive
+from ..checks import listed, natural, positive
 from ..models.flow_model import FlowModel
+from ..models.headers import Guided
 from ..models.load import load
 from ..models.not_finite import NotFiniteError, not_finite_rows
 from ..runtime.modes import without_autocast
@@ -32,7 +33,7 @@ _NOT_REPORTED = {"out", "device"}
 
 
 @dataclass(frozen=True)
-class InspectVelocity:
+class InspectVelocity(Guided):
     """Plot how a predictor's velocity changes along its trajectories.
 
     Pseudo-corrector and refiner steps reuse a cached velocity, so they pay where it changes slowly.
@@ -42,8 +43,10 @@ class InspectVelocity:
     """Folder for velocity.json and velocity.png."""
     model: str = "digits"
     """A bundled name or a predictor's file."""
-    guidance: float = 1.5
-    """Scale of classifier-free guidance; 1 means none."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance; 1 means none.
+    Default: what the model's file recommends, else 1.5.
+    """
     steps: int = 100
     """Heun steps per trajectory."""
     images: int = 100
@@ -58,7 +61,7 @@ class InspectVelocity:
     """"cuda" (in bfloat16) or "cpu" (in float32). Default: a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        finite("guidance", self.guidance)
+        self.choose_guidance()
         natural("seed", self.seed)
         for name in ("steps", "images", "batch_size"):
             positive(name, getattr(self, name))

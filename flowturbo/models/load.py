@@ -19,18 +19,9 @@ from .checkpoint import CONVENTIONS, Checkpoint, load_sit
 from .finite_weights import check_finite
 from .flow_model import FlowModel, Network, ReversedTime
 from .label_table import check_null_class
-from .model_plans import Plans, checked_plans, plans_in_header
+from .model_plans import checked_plans
 from .sit import SiT
 from .vae import VAE, check_vae, load_vae
-
-
-def named_plans(
-    model: str | os.PathLike[str], refiner: str | os.PathLike[str] | None = None
-) -> Plans:
-    """The plans that the files of a model and its refiner hold, by name, without loading them."""
-    model, refiner = files_of(model, refiner)
-    return plans_in_header(model) | ({} if refiner is None else plans_in_header(refiner))
-
 
 Source = str | os.PathLike[str] | SiT
 """A checkpoint file, the name of a bundled model, or a network."""

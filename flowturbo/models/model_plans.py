@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..solver.plan import Plan, as_plan
 from ..solver.plan_text import expand, has_stages
 from ..solver.stages import StagedPlan, as_stages, plan_of
-from ..storage.files import MARK, CheckpointError, header_texts
 from .class_names import unusable
 
 DEFAULT = "default"
@@ -86,17 +82,3 @@ def calls(plan: Plan | StagedPlan) -> str:
     if cost.refiner:
         return f"{cost.predictor} predictor and {cost.refiner} refiner calls"
     return f"{cost.predictor} call{'s' * (cost.predictor != 1)}"
-
-
-def plans_in_header(path: str | os.PathLike[str]) -> dict[str, Plan | StagedPlan]:
-    """The plans of a model's file, without reading its weights; none if it can't be read.
-
-    So a plan can be checked before the model is loaded, which says what is wrong with the file.
-    """
-    if Path(path).suffix.lower() != ".safetensors":
-        return {}
-    try:
-        description = json.loads(header_texts(path).get(MARK, "{}"))
-        return checked_plans(description.get("plans", {}))
-    except (CheckpointError, ValueError, TypeError, AttributeError, RecursionError, OSError):
-        return {}

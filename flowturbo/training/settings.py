@@ -16,7 +16,7 @@ import torch
 from ..checks import natural, positive
 from ..models.bundled import files_of
 from ..models.digests import model_digest
-from ..models.load import named_plans
+from ..models.headers import named_plans
 from ..models.model_plans import Plans
 from ..storage.provenance import file_digest
 

@@ -33,7 +33,7 @@ def batch_of(
         calls.made += len(noise) * plan.cost.predictor
         advance(len(noise) * plan.cost.predictor)
         return sample(
-            model, plan, labels, noise=noise, guidance=settings.guidance, batch_size=len(noise)
+            model, plan, labels, noise=noise, guidance=settings.scale, batch_size=len(noise)
         )
 
     solution = fine(name, make).to(model.device)
@@ -48,7 +48,7 @@ def _batch(
     calls: SharedCalls,
 ) -> Batch:
     noise, labels, solution = images
-    guidance = None if settings.guidance == 1 else settings.guidance
+    guidance = None if settings.scale == 1 else settings.scale
 
     def rows(indices: Tensor) -> Batch:
         picked = tuple(part[indices.to(part.device)] for part in images)

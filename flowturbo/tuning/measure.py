@@ -55,7 +55,7 @@ def measure(
         return milliseconds(
             images.model,
             [plan for plan, _ in plans],
-            settings.guidance,
+            settings.scale,
             settings.batch_size,
             advance=images.advance,
         )
@@ -151,7 +151,7 @@ class TestImages:
                 plan,
                 self.labels[part],
                 noise=self.noise[part],
-                guidance=self.settings.guidance,
+                guidance=self.settings.scale,
                 batch_size=batch_size,
             )
             batches.append(latents.cpu())

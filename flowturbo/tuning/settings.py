@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from ..checks import finite, natural, positive
-from ..models.load import named_plans
+from ..models.headers import Guided, named_plans
 from ..models.model_plans import find_unstaged
 from ..solver.plan import Plan, as_plan
 
 
 @dataclass(frozen=True)
-class Tune:
+class Tune(Guided):
     """Search for the plans that come closest to the fine solution within a budget.
 
     It tries sequences of all kinds of steps, time grids, and fitted times and weights on
@@ -47,8 +47,10 @@ class Tune:
     """Whether to time steps and plans, which takes as long as a search in itself.
     Without it, costs are in predictor calls alone.
     """
-    guidance: float = 1.5
-    """Scale of classifier-free guidance; 1 means none. Plans are fitted for this scale."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance; 1 means none. Plans are fitted for this scale.
+    Default: what the model's file recommends, else 1.5.
+    """
     guidance_interval: tuple[float, float] | None = None
     """Also try plans with guidance in this interval of times alone.
     The fine solution always has guidance everywhere.
@@ -82,7 +84,7 @@ class Tune:
 
     def __post_init__(self) -> None:
         natural("seed", self.seed)
-        finite("guidance", self.guidance)
+        self.choose_guidance()
         for name in ("batch_size", "calibration_images", "images", "iterations"):
             positive(name, getattr(self, name))
         natural("refiner_steps", self.refiner_steps)

@@ -65,7 +65,7 @@ def tune(settings: Tune) -> Path:
             device=settings.device,
             dtype=torch.float32,
         )
-    model.guided(settings.guidance)
+    model.guided(settings.scale)
     path, identity = settings.out / "tuning.json", _identity(settings, model)
     results = resumed_report(path, identity, {"kept": {}}, "a search")
     keep, calls = Keep(path, results), SharedCalls()
@@ -126,7 +126,7 @@ def _cost_model(settings: Tune, model: FlowModel, results: dict[str, Any], keep:
         keep(
             "costs",
             lambda: step_costs(
-                model, settings.guidance, settings.batch_size, _refines(settings, model)
+                model, settings.scale, settings.batch_size, _refines(settings, model)
             ),
         )
         if settings.timed
@@ -303,7 +303,7 @@ def _save_plans(settings: Tune, results: Mapping[str, Any]) -> None:
         about = {
             "model": settings.model if settings.model in MODELS else Path(settings.model).name,
             **results["model"],
-            "guidance": settings.guidance,
+            "guidance": settings.scale,
             "rms_to_the_fine_solution": row["rms"],
             "standard_error": row["rms_error"],
             "predictor_calls": row["predictor_calls"],

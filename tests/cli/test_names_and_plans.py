@@ -15,8 +15,11 @@ from tiny import random_sit
 import flowturbo as ft
 from flowturbo.cli.main import main
 from flowturbo.cli.output import labelled_grid
-from flowturbo.evaluation.fid import Fidelity, _samples
+from flowturbo.evaluation.fid import _samples
+from flowturbo.evaluation.fid_settings import Fidelity
 from flowturbo.evaluation.latency import Bench, bench
+from flowturbo.evaluation.quality import Evaluate
+from flowturbo.evaluation.velocity import InspectVelocity
 from flowturbo.models.checkpoint import save_sit
 from flowturbo.tuning.settings import Tune
 
@@ -288,3 +291,19 @@ def test_a_benchmark_and_a_score_are_of_the_named_plan(file, model):
     sets = _samples(samples, model)
     assert list(sets) == ["E2", PLANS["best, so far"].name]
     assert [generated.plan for generated in sets.values()] == [PLANS["fast"], PLANS["best, so far"]]
+
+
+@pytest.mark.parametrize("settings", [Tune, Bench, Evaluate, InspectVelocity, Fidelity])
+def test_commands_that_measure_take_the_scale_that_the_file_recommends(tmp_path, settings):
+    path = named_model.write(tmp_path / "m.safetensors")
+    images = (
+        dict(metrics=("fid",), reference="a.npz", plans=("E1",)) if settings is Fidelity else {}
+    )
+    given = settings(model=str(path), **images)
+    asked = settings(model=str(path), guidance=3.0, **images)
+    if settings is Evaluate:
+        assert (given.guidance, asked.guidance) == ((GUIDANCE,), (3.0,))
+    else:
+        assert (given.guidance, given.scale, asked.scale) == (GUIDANCE, GUIDANCE, 3.0)
+    with pytest.raises(ValueError, match="guidance must be finite"):
+        settings(model=str(path), guidance=float("nan"), **images)

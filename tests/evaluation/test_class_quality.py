@@ -248,7 +248,6 @@ def test_cost_of_stages_and_intervals():
         (dict(data=None), "held_out needs data"),
         (dict(data=None, held_out=None, precisions=("fp8",)), "precisions needs data"),
         (dict(data=None, held_out=None, guidance=(1, 2)), "guidance must be one scale without"),
-        (dict(guidance=()), "guidance must be a list of at least one scale"),
         (dict(guidance=(2, 2.0)), "none twice"),
         (dict(precisions=("int8",)), "precisions must be of float32, bfloat16, fp8, got int8"),
         (dict(precisions=("fp8", "fp8")), "precisions must differ"),

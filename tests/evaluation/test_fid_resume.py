@@ -44,7 +44,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from feature_network import RandomNetwork
 from flowturbo.evaluation import inception
-from flowturbo.evaluation.fid import Fidelity, fidelity
+from flowturbo.evaluation.fid import fidelity
+from flowturbo.evaluation.fid_settings import Fidelity
 inception.SHARD = 8
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 network = RandomNetwork(before=lambda asked: time.sleep(0.01))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowturbo.evaluation.fid import Fidelity
+from flowturbo.evaluation.fid_settings import Fidelity
 
 ALL = ("fid", "sfid", "is", "precision", "recall")
 

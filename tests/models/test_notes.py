@@ -12,7 +12,7 @@ from tiny import CONFIG, random_sit
 import flowturbo as ft
 from flowturbo.models.bundled import MODELS
 from flowturbo.models.checkpoint import convert, load_sit, save_sit
-from flowturbo.models.load import named_plans
+from flowturbo.models.headers import named_plans, recommended_guidance
 from flowturbo.models.notes import Notes
 from flowturbo.storage.files import CheckpointError, load_tensors, save_tensors
 
@@ -48,6 +48,7 @@ def test_the_plans_of_a_refiner_come_before_the_predictors(tmp_path):
     assert (model.class_names, model.license) == (NAMES, None)
     assert named_plans(path, refiner) == model.plans
     assert named_plans(path) == PLANS
+    assert (recommended_guidance(path, refiner), recommended_guidance(path)) == (3.5, GUIDANCE)
     save_sit(refiner, network, class_names=NAMES[::-1])
     model = ft.load(path, refiner, device="cpu")
     assert (model.plans, model.guidance, model.class_names) == (PLANS, GUIDANCE, NAMES)
@@ -89,6 +90,7 @@ def test_plans_are_found_without_reading_the_weights(tmp_path):
 @pytest.mark.parametrize("name", ["digits", "nowhere.safetensors", "nowhere.pt", "org/pipeline"])
 def test_where_there_are_no_plans_none_are_found(name):
     assert named_plans(name) == {}
+    assert recommended_guidance(name) == 1.5
 
 
 NO_PLAN = {"format": "flowturbo plan 1", "plan": "A3"}
