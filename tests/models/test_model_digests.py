@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from named_model import contents
 from safetensors.torch import save_file
 from tiny import CONFIG, random_sit
 
 import flowturbo as ft
-from flowturbo.cli.main import main
 from flowturbo.models.bundled import MODELS
-from flowturbo.models.checkpoint import save_sit
+from flowturbo.models.checkpoint import convert, save_sit
 from flowturbo.models.digests import model_digest, model_digests
+from flowturbo.models.notes import Notes
 
 
 @pytest.fixture
@@ -26,11 +27,9 @@ def file(tmp_path) -> Path:
 
 def test_plans_a_scale_and_a_licence_leave_the_digest(file, tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    ft.Plan.parse("A2").save(tmp_path / "plan.json")
-    plans = f"fast={tmp_path / 'plan.json'}"
-    described = ["--plans", plans, "--guidance", "3", "--license", "MIT"]
-    assert main(["convert", str(file), str(one)]) == 0
-    assert main(["convert", str(one), str(two), *described]) == 0
+    convert(file, one)
+    plans = contents(tmp_path, {"fast": ft.Plan.parse("A2")})
+    convert(one, two, notes=Notes(plans=plans, guidance=3.0, license="MIT"))
     assert one.read_bytes() != two.read_bytes()
     assert model_digest(one) == model_digest(two)
 
