@@ -212,9 +212,9 @@ def with_new_settings(kind: type, before: Mapping[str, Any]) -> dict[str, Any]:
     return {**json.loads(json.dumps(known, default=str)), **before}
 
 
-def provenance(settings: Settings, step: int) -> dict[str, Any]:
-    """What a file of weights says of its training."""
-    return {"settings": plain(settings), "steps": step, "torch": torch.__version__}
+def provenance(described: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What a file of weights says of its training. described: the settings, by `plain`."""
+    return {"settings": dict(described), "steps": step, "torch": torch.__version__}
 
 
 def plain(settings: Settings) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def plain(settings: Settings) -> dict[str, Any]:
 
     Of paths only the last part is kept: files are shared, and folders may be private or move. The
     teacher, and plans from files, have the first digits of a SHA-256, so that another one of the
-    same name is another setting.
+    same name is another setting. A run asks once: it reads these files, which may move later.
     """
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "device")}
     for name in ("data", "held_out", "vae"):

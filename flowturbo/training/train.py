@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,7 +27,7 @@ from ..runtime.modes import own_modes
 from ..runtime.rng import stream
 from .objectives import FlowMatching, Objective, Refinement, Times
 from .plan_refinement import PlanRefinement
-from .settings import Settings, changed, provenance, refuse_unused
+from .settings import Settings, changed, refuse_unused
 from .trainer import Weights, run_training
 
 
@@ -345,20 +345,20 @@ def _check_names(what: str, data: Data, whose: str, names: Sequence[str] | None)
 def _weights(class_names: Sequence[str] | None) -> Weights:
     """How the weights of a SiT are written. class_names: of all its classes."""
 
-    def save(settings: Settings, network: nn.Module, step: int) -> None:
+    def save(settings: Settings, network: nn.Module, provenance: Mapping[str, Any]) -> None:
         save_sit(
             settings.out / "model.safetensors",
             cast(SiT, network),
             vae=settings.vae,
-            provenance=provenance(settings, step),
+            provenance=provenance,
             class_names=class_names,
         )
 
     return Weights("model.safetensors", save)
 
 
-def _save_prompted(settings: Settings, network: nn.Module, step: int) -> None:
-    write_pretrained(settings.out, cast(PromptNetwork, network).module, provenance(settings, step))
+def _save_prompted(settings: Settings, network: nn.Module, provenance: Mapping[str, Any]) -> None:
+    write_pretrained(settings.out, cast(PromptNetwork, network).module, provenance)
 
 
 _PROMPTED = Weights(WEIGHTS, _save_prompted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -25,17 +25,17 @@ from .log import Log, check_finite
 from .objectives import Objective
 from .optimizers import Optimizers
 from .rows import Rows, resized
-from .settings import Settings, free_to_change, plain, with_new_settings
+from .settings import Settings, free_to_change, plain, provenance, with_new_settings
 
 
 class Weights(NamedTuple):
     """How a run writes its result. name: of the file in the run's folder.
 
-    save: (settings, EMA network, number of steps) writes it.
+    save: (settings, EMA network, provenance) writes it.
     """
 
     name: str
-    save: Callable[[Settings, nn.Module, int], object]
+    save: Callable[[Settings, nn.Module, Mapping[str, Any]], object]
 
 
 def run_training(
@@ -140,6 +140,7 @@ class _Run:
         weights: Weights,
     ) -> None:
         self.settings, self.network, self.ema, self.optimizers = settings, network, ema, optimizers
+        self.described = plain(settings)
         self.path, self.weights, self._save_weights = (
             settings.out / "state.safetensors",
             settings.out / weights.name,
@@ -151,11 +152,11 @@ class _Run:
         tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         tensors |= self.optimizers.state()
         # The state last: a run killed between the two writes repeats these steps, and both files.
-        self._save_weights(self.settings, self.ema.module, step)
+        self._save_weights(self.settings, self.ema.module, provenance(self.described, step))
         save_tensors(
             self.path,
             tensors,
-            {"kind": "training state", "step": step, "settings": plain(self.settings)},
+            {"kind": "training state", "step": step, "settings": self.described},
         )
 
     def resume(self) -> int:
@@ -168,8 +169,9 @@ class _Run:
                 f"{self.path} is no training state of this library: choose another folder as out"
             )
         before = with_new_settings(type(self.settings), description["settings"])
-        now, step = plain(self.settings), int(description["step"])
-        check_same(self.path, before, now, free=free_to_change(before, now, step))
+        step = int(description["step"])
+        free = free_to_change(before, self.described, step)
+        check_same(self.path, before, self.described, free=free)
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             part, _, rest = name.partition(".")

@@ -1,6 +1,7 @@
 """Training of a refiner, beside its teacher."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from training_runs import contents, log_of, same_bits, tiny_refiner
 
 import flowturbo as ft
+import flowturbo.training.settings as settings_module
 from flowturbo.models.checkpoint import load_sit
 from flowturbo.models.digests import model_digest
 from flowturbo.storage.files import CheckpointError
@@ -37,6 +39,23 @@ def test_a_refiner_from_end_to_end(tmp_path, data, teacher):
     assert described["steps"] == 150
     # Of paths only the name is kept, with the first digits of the digest.
     assert described["settings"]["teacher"] == f"{teacher.name} ({model_digest(teacher)[:8]})"
+
+
+def test_a_run_reads_its_teacher_once(tmp_path, data, teacher):
+    """Its file may be large, and may move while the run goes on."""
+    own = tmp_path / "own.safetensors"
+    own.write_bytes(teacher.read_bytes())
+    run, seen = tiny_refiner(tmp_path / "run", data, own, steps=3, save_every=1), []
+
+    def digest(path):
+        seen.append(path)
+        return model_digest(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings_module, "model_digest", digest)
+        distill(run)
+    assert seen == [str(own)]
+    distill(replace(run, steps=4))
 
 
 @pytest.mark.parametrize(
